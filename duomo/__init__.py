@@ -1,0 +1,1 @@
+"""Duomo's shared library: everything that more than one service uses, and nothing that only one does."""

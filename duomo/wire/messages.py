@@ -1,0 +1,358 @@
+"""Every message between processes, on one page. Knows nothing of sockets (codec.py, connection.py) or services.
+
+WIRE_VERSION history:
+    1  the first page
+    2  PrefillDone.expert_counts, ReplicaReport.progress_age_s (a version 1 peer neither sends nor gets them)
+
+Versions N and N-1 are spoken. Fields newer than version 1 are listed in SINCE and carry a default: the codec leaves them
+out for an older peer. Unknown types and unknown fields are refused (WireError). Times are seconds; no clock of another
+machine is ever read: `remaining_s` counts down from the sender's now.
+
+Who sends what:
+    everyone        Hello, Heartbeat, Refused
+    gateway -> P    StartPrefill, Cancel                gateway -> D    StartDecode, Resume, Cancel
+    P -> D          WaveAnnounced, PrefillDone, TransferFenced, Cancel
+    D -> P          RingOffered, HandleOffered, GroupLanded, PullKv, RequestFailed, Cancel
+    P, D -> gateway TokensEmitted, Preempted, RequestFinished, RequestFailed, ReplicaReport
+    operator -> any Drain
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+WIRE_VERSION = 2
+MIN_WIRE_VERSION = 1
+
+Role = Literal["gateway", "prefill", "decode", "directory"]
+FinishReason = Literal["stop", "length"]
+
+SINCE: dict[tuple[str, str], int] = {
+    ("PrefillDone", "expert_counts"): 2,
+    ("ReplicaReport", "progress_age_s"): 2,
+}
+
+
+class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True, tag_field="type"):
+    """A message: a MessagePack map with its class name under `type`."""
+
+
+class _RequestMessage(_Message):
+    """A message about one attempt of one request.
+
+    attempt: counts up from 0 for each retry or resume of a request; a lower attempt is void.
+    traceparent: W3C trace context, "" when the request is not traced.
+    remaining_s: seconds left until the request's deadline.
+    """
+
+    request_id: str
+    attempt: int
+    traceparent: str
+    remaining_s: float
+
+
+class _Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A value inside a message."""
+
+
+class PeerAddress(_Value):
+    """Where a replica listens: `unix:/path` or `tcp:host:port`."""
+
+    replica_id: str
+    boot_id: str
+    address: str
+
+
+class Sampling(_Value):
+    """How tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 and min_p 0 are off.
+
+    seed: 64-bit counter-based seed; the gateway always sets it. logprobs: None, or how many top alternatives (0 = only the chosen).
+    stop_token_ids end a choice with "stop" (the token itself is emitted); eos ids count unless ignore_eos.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+
+
+class Handle(_Value):
+    """D's grant for one prompt: where its KV may land, and for whom. Fenced by both boot ids.
+
+    slots: landing slots; message m of the handle goes to slots[m % len(slots)], and may be written only after message
+    m - len(slots) was released by GroupLanded. first_block..num_blocks are the blocks to send (earlier ones D has).
+    """
+
+    handle_id: int
+    producer_boot_id: str
+    consumer_boot_id: str
+    model_fingerprint: str
+    request_id: str
+    attempt: int
+    ring_name: str
+    slots: tuple[int, ...]
+    num_tokens: int
+    num_blocks: int
+    first_block: int = 0
+
+
+class TokenLogprob(_Value):
+    """Natural-log probability of the chosen token and of the most likely ones (id, logprob), best first."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Timings(_Value):
+    """Parts of one leg, measured by the process that did the work, on its own monotonic clock, in seconds.
+
+    total_s spans from the frame that started the leg read off the socket to the frame that carries this written to it.
+    P: queue_s (until the first group runs), compute_s (first group to logits), sample_s. D: handoff_exposed_s (PrefillDone seen until
+    the last message landed and verified), admit_s (until the step that takes it in starts), first_step_s.
+    """
+
+    total_s: float
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    sample_s: float = 0.0
+    handoff_exposed_s: float = 0.0
+    admit_s: float = 0.0
+    first_step_s: float = 0.0
+
+
+class EmittedToken(_Value):
+    """Token `index` (0-based, over all attempts) of one choice. timings come with a leg's first token."""
+
+    request_id: str
+    choice: int
+    attempt: int
+    index: int
+    token_id: int
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
+    timings: Timings | None = None
+
+
+class Hello(_Message):
+    """First message both ways. mac = HMAC-SHA256 over the other side's nonce and these fields (see connection.py)."""
+
+    min_version: int
+    max_version: int
+    boot_id: str
+    replica_id: str
+    role: Role
+    model_fingerprint: str
+    address: str
+    nonce: bytes
+    mac: bytes
+
+
+class Refused(_Message):
+    """A typed refusal of a message or of the whole connection."""
+
+    code: str
+    detail: str
+
+
+class Heartbeat(_Message):
+    """Sent both ways, answered at once with is_reply and the same seq: rtt and liveness of the socket."""
+
+    seq: int
+    is_reply: bool = False
+
+
+class StartPrefill(_RequestMessage):
+    """Compute prompt_ids + emitted_ids, push their KV to `decode`, stream the next token of every choice to the gateway.
+
+    choices: the choice numbers that this leg serves; emitted_ids is only set on a resume, which serves one choice.
+    cache_salt salts the prefix hash (one API key cannot probe another's prompts).
+    """
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    choices: tuple[int, ...]
+    decode: PeerAddress
+    emitted_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class StartDecode(_RequestMessage):
+    """Expect this prompt's KV from `prefill`, then generate every choice."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    choices: tuple[int, ...]
+    prefill: PeerAddress
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class Resume(_RequestMessage):
+    """StartDecode for one choice that has already emitted tokens (after a preemption or a lost leg)."""
+
+    prompt_ids: tuple[int, ...]
+    emitted_ids: tuple[int, ...]
+    sampling: Sampling
+    choice: int
+    prefill: PeerAddress
+    cache_salt: str = ""
+    priority: int = 0
+
+
+class RingOffered(_Message):
+    """D's landing ring for this peer: num_slots slots of slot_bytes from base_address, in the memory of NIXL agent ring_name."""
+
+    ring_name: str
+    agent_metadata: bytes
+    base_address: int
+    slot_bytes: int
+    num_slots: int
+
+
+class WaveAnnounced(_RequestMessage):
+    """P is about to prefill this prompt. group_bounds: layers [b[g], b[g+1]) form group g."""
+
+    wave_id: int
+    num_tokens: int
+    group_bounds: tuple[int, ...]
+
+
+class HandleOffered(_RequestMessage):
+    """D's grant for an announced prompt."""
+
+    handle: Handle
+
+
+class GroupLanded(_RequestMessage):
+    """D verified and scattered message `message_idx` of group `group`: its slot is a credit again."""
+
+    handle_id: int
+    group: int
+    message_idx: int
+
+
+class PrefillDone(_RequestMessage):
+    """The prompt is computed and every group pushed or being pushed; num_messages is the handle's total.
+
+    first_token_ids: one for each choice, in the order of StartPrefill.choices (the sampling state is counter-based, so position and seed
+    are all of it). ended_choices ended on P. expert_counts[layer][expert]: routed tokens of the prompt.
+    """
+
+    handle_id: int
+    num_messages: int
+    first_token_ids: tuple[int, ...]
+    ended_choices: tuple[int, ...]
+    cached_tokens: int
+    expert_counts: tuple[tuple[int, ...], ...] = ()
+
+
+class TransferFenced(_RequestMessage):
+    """No write of this handle is or will be in flight: quarantined slots may be used again."""
+
+    handle_id: int
+
+
+class PullKv(_RequestMessage):
+    """D asks P to write a message again (it landed corrupt) while P still leases the blocks."""
+
+    handle_id: int
+    group: int
+    message_idx: int
+
+
+class TokensEmitted(_Message):
+    """All tokens of one engine step for one gateway."""
+
+    tokens: tuple[EmittedToken, ...]
+
+
+class Preempted(_RequestMessage):
+    """D gave up this choice's blocks after num_emitted tokens; the gateway resumes it."""
+
+    choice: int
+    num_emitted: int
+    reason: str
+
+
+class RequestFinished(_RequestMessage):
+    """All choices of this leg have ended here and everything it held is free. cached_tokens counts prompt tokens not computed."""
+
+    cached_tokens: int
+    timings: Timings
+
+
+class RequestFailed(_RequestMessage):
+    """This leg is over and everything it held is free. code, phase, retryable, detail: see duomo.errors."""
+
+    code: str
+    phase: str
+    retryable: bool
+    detail: str
+
+
+class Cancel(_RequestMessage):
+    """Stop this attempt and all earlier ones; choice None means every choice. Answered by nothing."""
+
+    reason: str
+    choice: int | None = None
+
+
+class Drain(_Message):
+    """Take no new request, finish the live ones within deadline_s."""
+
+    deadline_s: float
+
+
+class ReplicaReport(_Message):
+    """Ten a second: what the router's policy and the invariants read."""
+
+    replica_id: str
+    boot_id: str
+    role: Role
+    is_draining: bool
+    num_running: int
+    num_queued: int
+    num_queued_tokens: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_slots: int
+    num_free_slots: int
+    num_quarantined_slots: int
+    num_open_handles: int
+    num_open_spans: int
+    num_steps: int
+    block_tokens: int
+    prefix_digests: tuple[int, ...] = ()
+    counters: dict[str, int] = {}
+    progress_age_s: float = 0.0
+
+
+RequestMessage = (
+    StartPrefill
+    | StartDecode
+    | Resume
+    | WaveAnnounced
+    | HandleOffered
+    | GroupLanded
+    | PrefillDone
+    | TransferFenced
+    | PullKv
+    | Preempted
+    | RequestFinished
+    | RequestFailed
+    | Cancel
+)
+Message = RequestMessage | Hello | Refused | Heartbeat | RingOffered | TokensEmitted | Drain | ReplicaReport
