@@ -27,9 +27,9 @@ class ModelSection(Section):
 
     path: Path
     name: str = ""
-    block_tokens: int = Field(16, ge=16, le=256, multiple_of=16)
-    max_model_tokens: int | None = Field(None, ge=1, description="context limit below the model's own")
-    units: int = Field(4, ge=1, description="units (fixed runs of layers) the model is cut into; a layer group is one or more")
+    block_tokens: int = Field(default=16, ge=16, le=256, multiple_of=16)
+    max_model_tokens: int | None = Field(default=None, ge=1, description="context limit below the model's own")
+    units: int = Field(default=4, ge=1, description="units (fixed runs of layers) the model is cut into; a layer group is one or more")
 
     @property
     def served_name(self) -> str:
@@ -40,97 +40,98 @@ class GatewaySection(Section):
     """The REST edge and its limits."""
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
-    max_choices: int = Field(128, ge=1, le=128)
-    max_logprobs: int = Field(20, ge=0)
-    max_stop_strings: int = Field(16, ge=1)
-    default_max_tokens: int = Field(512, ge=1, description="completion length where a chat request names none")
-    max_queued_requests: int = Field(1024, ge=0)
-    request_deadline_s: float = Field(300.0, gt=0)
-    slow_client_bytes: int = Field(256 * 1024, ge=1024, description="a client this far behind is cut off")
-    max_prefill_retries: int = Field(8, ge=0)
-    max_resumes: int = Field(2, ge=0)
-    serves_pool_report: bool = Field(True, description="GET /admin/pools: the replicas' last reports")
+    port: int = Field(default=8000, ge=1, le=65535)
+    max_body_bytes: int = Field(default=8 * 1024 * 1024, ge=1024)
+    max_choices: int = Field(default=128, ge=1, le=128)
+    max_logprobs: int = Field(default=20, ge=0)
+    max_stop_strings: int = Field(default=16, ge=1)
+    default_max_tokens: int = Field(default=512, ge=1, description="completion length where a chat request names none")
+    max_queued_requests: int = Field(default=1024, ge=0)
+    request_deadline_s: float = Field(default=300.0, gt=0)
+    slow_client_bytes: int = Field(default=256 * 1024, ge=1024, description="a client this far behind is cut off")
+    max_prefill_retries: int = Field(default=8, ge=0)
+    max_resumes: int = Field(default=2, ge=0)
+    serves_pool_report: bool = Field(default=True, description="GET /admin/pools: the replicas' last reports")
 
 
 class PoolSection(Section):
     """What prefill and decode have in common."""
 
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(default=1, ge=1)
     num_blocks: int = Field(ge=8)
-    torch_threads: int = Field(2, ge=1)
+    torch_threads: int = Field(default=2, ge=1)
     listen: Literal["unix", "tcp"] = "unix"
     host: str = "127.0.0.1"
-    hang_timeout_s: float = Field(30.0, gt=0, description="a step without progress for this long kills the replica")
+    hang_timeout_s: float = Field(default=30.0, gt=0, description="a step without progress for this long kills the replica")
 
 
 class PrefillSection(PoolSection):
     """Waves: how many prompts and tokens cross the layers together."""
 
-    num_blocks: int = Field(512, ge=8)
-    max_wave_tokens: int = Field(2048, ge=16)
-    max_wave_prompts: int = Field(16, ge=1)
-    units_per_group: int = Field(1, ge=1)
-    grant_timeout_s: float = Field(5.0, gt=0, description="no grant from D in this time: the request is re-routed")
-    send_slots: int = Field(16, ge=1)
-    prefix_cache_blocks: int = Field(0, ge=0)
+    num_blocks: int = Field(default=512, ge=8)
+    max_wave_tokens: int = Field(default=2048, ge=16)
+    max_wave_prompts: int = Field(default=16, ge=1)
+    units_per_group: int = Field(default=1, ge=1)
+    grant_timeout_s: float = Field(default=5.0, gt=0, description="no grant from D in this time: the request is re-routed")
+    send_slots: int = Field(default=16, ge=1)
+    prefix_cache_blocks: int = Field(default=0, ge=0)
 
 
 class DecodeSection(PoolSection):
     """The running batch and its admission."""
 
-    num_blocks: int = Field(2048, ge=8)
-    max_batch: int = Field(64, ge=1, le=256)
-    watermark_blocks: int = Field(8, ge=0)
-    admit_ahead_tokens: int = Field(256, ge=1)
-    ring_slots: int = Field(32, ge=1)
-    max_preemptions: int = Field(2, ge=0)
+    num_blocks: int = Field(default=2048, ge=8)
+    max_batch: int = Field(default=64, ge=1, le=256)
+    watermark_blocks: int = Field(default=8, ge=0)
+    admit_ahead_tokens: int = Field(default=256, ge=1)
+    ring_slots: int = Field(default=32, ge=1)
+    max_preemptions: int = Field(default=2, ge=0)
 
 
 class TransferSection(Section):
     """How KV moves between prefill and decode."""
 
     transport: Literal["nixl", "loopback"] = "nixl"
-    slot_bytes: int = Field(1024 * 1024, ge=64 * 1024)
-    ucx_tls: str = Field("", description="UCX_TLS for NIXL; empty lets UCX choose")
-    ucx_net_devices: str = Field("", description="UCX_NET_DEVICES for NIXL; set it to the RDMA device in production, lo in tests")
-    max_bytes_per_s: float = Field(0.0, ge=0, description="caps one writer's rate; 0 is no cap")
-    write_timeout_s: float = Field(5.0, gt=0)
-    progress_delay_us: int = Field(1000, ge=0)
+    slot_bytes: int = Field(default=1024 * 1024, ge=64 * 1024)
+    ucx_tls: str = Field(default="", description="UCX_TLS for NIXL; empty lets UCX choose")
+    ucx_net_devices: str = Field(default="", description="UCX_NET_DEVICES for NIXL; set it to the RDMA device in production, lo in tests")
+    max_bytes_per_s: float = Field(default=0.0, ge=0, description="caps one writer's rate; 0 is no cap")
+    write_timeout_s: float = Field(default=5.0, gt=0)
+    progress_delay_us: int = Field(default=1000, ge=0)
 
 
 class RedisSection(Section):
     """Coordination. url empty: an embedded server is started on this machine (DUOMO_REDIS_URL overrides)."""
 
     url: str = ""
-    lease_s: float = Field(5.0, gt=0)
+    lease_s: float = Field(default=5.0, gt=0)
 
 
 class WireSection(Section):
     """Sockets between processes."""
 
-    connect_timeout_s: float = Field(5.0, gt=0)
-    heartbeat_s: float = Field(1.0, gt=0)
-    silence_timeout_s: float = Field(10.0, gt=0)
-    max_frame_bytes: int = Field(64 * 1024 * 1024, ge=1024)
-    secret: str = Field("", description="shared secret of the HMAC in Hello (DUOMO_SECRET overrides)")
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    heartbeat_s: float = Field(default=1.0, gt=0)
+    silence_timeout_s: float = Field(default=10.0, gt=0)
+    max_frame_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
+    max_send_buffer_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, description="a peer this far behind is given up")
+    secret: str = Field(default="", description="shared secret of the HMAC in Hello (DUOMO_SECRET overrides)")
 
 
 class TracingSection(Section):
     """Where spans go. Nothing is exported unless an endpoint or a folder is named."""
 
-    otlp_endpoint: str = Field("", description="OTLP/HTTP base url (OTEL_EXPORTER_OTLP_ENDPOINT overrides)")
-    directory: Path | None = Field(None, description="one JSON-lines file of spans for each process")
+    otlp_endpoint: str = Field(default="", description="OTLP/HTTP base url (OTEL_EXPORTER_OTLP_ENDPOINT overrides)")
+    directory: Path | None = Field(default=None, description="one JSON-lines file of spans for each process")
     service_namespace: str = "duomo"
 
 
 class RaySection(Section):
     """How the four deployments are placed."""
 
-    address: str = Field("local", description="'local' starts Ray here; otherwise an existing cluster's address")
-    start_timeout_s: float = Field(120.0, gt=0)
-    pin_by_resource: bool = Field(False, description="place each pool on nodes that offer the resource duomo_<pool>")
+    address: str = Field(default="local", description="'local' starts Ray here; otherwise an existing cluster's address")
+    start_timeout_s: float = Field(default=120.0, gt=0)
+    pin_by_resource: bool = Field(default=False, description="place each pool on nodes that offer the resource duomo_<pool>")
 
 
 class DuomoConfig(Section):
@@ -145,14 +146,12 @@ class DuomoConfig(Section):
     wire: WireSection = WireSection()
     tracing: TracingSection = TracingSection()
     ray: RaySection = RaySection()
-    run_dir: Path | None = Field(None, description="folder of this run's sockets and files; one is made where none is named")
+    run_dir: Path | None = Field(default=None, description="folder of this run's sockets and files; one is made where none is named")
 
     @model_validator(mode="after")
     def _check_across_pools(self) -> Self:
         if self.prefill.units_per_group > self.model.units:
-            raise ValueError(
-                f"prefill.units_per_group is {self.prefill.units_per_group}, but model.units is only {self.model.units}"
-            )
+            raise ValueError(f"prefill.units_per_group is {self.prefill.units_per_group}, but model.units is only {self.model.units}")
         if self.decode.watermark_blocks >= self.decode.num_blocks:
             raise ValueError(
                 f"decode.watermark_blocks ({self.decode.watermark_blocks}) must be below decode.num_blocks ({self.decode.num_blocks})"

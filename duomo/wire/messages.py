@@ -39,7 +39,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """A message: a MessagePack map with its class name under `type`."""
 
 
-class _RequestMessage(_Message):
+class _RequestMessage(_Message, frozen=True, kw_only=True):
     """A message about one attempt of one request.
 
     attempt: counts up from 0 for each retry or resume of a request; a lower attempt is void.
@@ -57,7 +57,7 @@ class _Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """A value inside a message."""
 
 
-class PeerAddress(_Value):
+class PeerAddress(_Value, frozen=True, kw_only=True):
     """Where a replica listens: `unix:/path` or `tcp:host:port`."""
 
     replica_id: str
@@ -65,7 +65,7 @@ class PeerAddress(_Value):
     address: str
 
 
-class Sampling(_Value):
+class Sampling(_Value, frozen=True, kw_only=True):
     """How tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 and min_p 0 are off.
 
     seed: 64-bit counter-based seed; the gateway always sets it. logprobs: None, or how many top alternatives (0 = only the chosen).
@@ -87,7 +87,7 @@ class Sampling(_Value):
     logprobs: int | None = None
 
 
-class Handle(_Value):
+class Handle(_Value, frozen=True, kw_only=True):
     """D's grant for one prompt: where its KV may land, and for whom. Fenced by both boot ids.
 
     slots: landing slots; message m of the handle goes to slots[m % len(slots)], and may be written only after message
@@ -107,14 +107,14 @@ class Handle(_Value):
     first_block: int = 0
 
 
-class TokenLogprob(_Value):
+class TokenLogprob(_Value, frozen=True, kw_only=True):
     """Natural-log probability of the chosen token and of the most likely ones (id, logprob), best first."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Timings(_Value):
+class Timings(_Value, frozen=True, kw_only=True):
     """Parts of one leg, measured by the process that did the work, on its own monotonic clock, in seconds.
 
     total_s spans from the frame that started the leg read off the socket to the frame that carries this written to it.
@@ -131,7 +131,7 @@ class Timings(_Value):
     first_step_s: float = 0.0
 
 
-class EmittedToken(_Value):
+class EmittedToken(_Value, frozen=True, kw_only=True):
     """Token `index` (0-based, over all attempts) of one choice. timings come with a leg's first token."""
 
     request_id: str
@@ -144,7 +144,7 @@ class EmittedToken(_Value):
     timings: Timings | None = None
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True, kw_only=True):
     """First message both ways. mac = HMAC-SHA256 over the other side's nonce and these fields (see connection.py)."""
 
     min_version: int
@@ -158,21 +158,21 @@ class Hello(_Message):
     mac: bytes
 
 
-class Refused(_Message):
+class Refused(_Message, frozen=True, kw_only=True):
     """A typed refusal of a message or of the whole connection."""
 
     code: str
     detail: str
 
 
-class Heartbeat(_Message):
+class Heartbeat(_Message, frozen=True, kw_only=True):
     """Sent both ways, answered at once with is_reply and the same seq: rtt and liveness of the socket."""
 
     seq: int
     is_reply: bool = False
 
 
-class StartPrefill(_RequestMessage):
+class StartPrefill(_RequestMessage, frozen=True, kw_only=True):
     """Compute prompt_ids + emitted_ids, push their KV to `decode`, stream the next token of every choice to the gateway.
 
     choices: the choice numbers that this leg serves; emitted_ids is only set on a resume, which serves one choice.
@@ -188,7 +188,7 @@ class StartPrefill(_RequestMessage):
     priority: int = 0
 
 
-class StartDecode(_RequestMessage):
+class StartDecode(_RequestMessage, frozen=True, kw_only=True):
     """Expect this prompt's KV from `prefill`, then generate every choice."""
 
     prompt_ids: tuple[int, ...]
@@ -199,7 +199,7 @@ class StartDecode(_RequestMessage):
     priority: int = 0
 
 
-class Resume(_RequestMessage):
+class Resume(_RequestMessage, frozen=True, kw_only=True):
     """StartDecode for one choice that has already emitted tokens (after a preemption or a lost leg)."""
 
     prompt_ids: tuple[int, ...]
@@ -211,7 +211,7 @@ class Resume(_RequestMessage):
     priority: int = 0
 
 
-class RingOffered(_Message):
+class RingOffered(_Message, frozen=True, kw_only=True):
     """D's landing ring for this peer: num_slots slots of slot_bytes from base_address, in the memory of NIXL agent ring_name."""
 
     ring_name: str
@@ -221,7 +221,7 @@ class RingOffered(_Message):
     num_slots: int
 
 
-class WaveAnnounced(_RequestMessage):
+class WaveAnnounced(_RequestMessage, frozen=True, kw_only=True):
     """P is about to prefill this prompt. group_bounds: layers [b[g], b[g+1]) form group g."""
 
     wave_id: int
@@ -229,13 +229,13 @@ class WaveAnnounced(_RequestMessage):
     group_bounds: tuple[int, ...]
 
 
-class HandleOffered(_RequestMessage):
+class HandleOffered(_RequestMessage, frozen=True, kw_only=True):
     """D's grant for an announced prompt."""
 
     handle: Handle
 
 
-class GroupLanded(_RequestMessage):
+class GroupLanded(_RequestMessage, frozen=True, kw_only=True):
     """D verified and scattered message `message_idx` of group `group`: its slot is a credit again."""
 
     handle_id: int
@@ -243,7 +243,7 @@ class GroupLanded(_RequestMessage):
     message_idx: int
 
 
-class PrefillDone(_RequestMessage):
+class PrefillDone(_RequestMessage, frozen=True, kw_only=True):
     """The prompt is computed and every group pushed or being pushed; num_messages is the handle's total.
 
     first_token_ids: one for each choice, in the order of StartPrefill.choices (the sampling state is counter-based, so position and seed
@@ -258,13 +258,13 @@ class PrefillDone(_RequestMessage):
     expert_counts: tuple[tuple[int, ...], ...] = ()
 
 
-class TransferFenced(_RequestMessage):
+class TransferFenced(_RequestMessage, frozen=True, kw_only=True):
     """No write of this handle is or will be in flight: quarantined slots may be used again."""
 
     handle_id: int
 
 
-class PullKv(_RequestMessage):
+class PullKv(_RequestMessage, frozen=True, kw_only=True):
     """D asks P to write a message again (it landed corrupt) while P still leases the blocks."""
 
     handle_id: int
@@ -272,13 +272,13 @@ class PullKv(_RequestMessage):
     message_idx: int
 
 
-class TokensEmitted(_Message):
+class TokensEmitted(_Message, frozen=True, kw_only=True):
     """All tokens of one engine step for one gateway."""
 
     tokens: tuple[EmittedToken, ...]
 
 
-class Preempted(_RequestMessage):
+class Preempted(_RequestMessage, frozen=True, kw_only=True):
     """D gave up this choice's blocks after num_emitted tokens; the gateway resumes it."""
 
     choice: int
@@ -286,14 +286,14 @@ class Preempted(_RequestMessage):
     reason: str
 
 
-class RequestFinished(_RequestMessage):
+class RequestFinished(_RequestMessage, frozen=True, kw_only=True):
     """All choices of this leg have ended here and everything it held is free. cached_tokens counts prompt tokens not computed."""
 
     cached_tokens: int
     timings: Timings
 
 
-class RequestFailed(_RequestMessage):
+class RequestFailed(_RequestMessage, frozen=True, kw_only=True):
     """This leg is over and everything it held is free. code, phase, retryable, detail: see duomo.errors."""
 
     code: str
@@ -302,20 +302,20 @@ class RequestFailed(_RequestMessage):
     detail: str
 
 
-class Cancel(_RequestMessage):
+class Cancel(_RequestMessage, frozen=True, kw_only=True):
     """Stop this attempt and all earlier ones; choice None means every choice. Answered by nothing."""
 
     reason: str
     choice: int | None = None
 
 
-class Drain(_Message):
+class Drain(_Message, frozen=True, kw_only=True):
     """Take no new request, finish the live ones within deadline_s."""
 
     deadline_s: float
 
 
-class ReplicaReport(_Message):
+class ReplicaReport(_Message, frozen=True, kw_only=True):
     """Ten a second: what the router's policy and the invariants read."""
 
     replica_id: str
