@@ -1,0 +1,86 @@
+"""The nouns between the REST edge and the two pools: a generation request and the events it yields. Knows no HTTP and no socket."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from duomo.errors import DuomoError
+from duomo.wire.messages import FinishReason, Sampling, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt and its choices, checked and tokenised.
+
+    received_s, deadline_s: on the gateway's monotonic clock. tokenize_s: seconds spent rendering and tokenising.
+    first_choice: number of choice 0 in the client's answer (several prompts of one call count on).
+    traceparent: the client's W3C context, "" without one.
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    num_choices: int
+    stop: tuple[str, ...]
+    received_s: float
+    deadline_s: float
+    tokenize_s: float = 0.0
+    first_choice: int = 0
+    traceparent: str = ""
+    endpoint: str = "chat"
+
+
+@dataclass(frozen=True, slots=True)
+class EmittedPiece:
+    """One token as the client sees it: its id and, where asked, its probability."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class TextEmitted:
+    """New text of one choice and the tokens it came from; text may be empty while bytes or a stop string are held back.
+
+    pieces is empty where neither logprobs nor token ids were asked for.
+    """
+
+    choice: int
+    text: str
+    pieces: tuple[EmittedPiece, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request; cached_tokens is None where the prefill leg has not said it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationEnded:
+    """Every choice has ended."""
+
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationFailed:
+    """The request is over without an answer, or in the middle of one."""
+
+    error: DuomoError
+
+
+GenerationEvent = TextEmitted | GenerationEnded | GenerationFailed
+
+
+class EventSink(Protocol):
+    """Who takes a request's events. Called on the loop, never blocks; `wants_pieces` asks for token ids and logprobs."""
+
+    wants_pieces: bool
+
+    def deliver(self, event: GenerationEvent) -> None: ...

@@ -1,0 +1,214 @@
+"""Text to tokens and back: the model's tokenizer, its chat template, exact incremental detokenisation and stop strings. Knows no request.
+
+Only byte-level tokenizers are served (Qwen3, DeepSeek, OLMoE, gpt-oss ...): a token is a run of bytes, so the text of a stream is the
+incremental UTF-8 decoding of its bytes, and equals the tokenizer's own decoding of all ids (invalid bytes become U+FFFD in both).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from duomo.errors import ModelError, RequestError
+from services.router.openai import ChatMessage
+
+# Text of at least this many characters is tokenised on a thread, so that the loop's other streams do not stall (0.5 us a character).
+THREAD_CHARS: Final = 16 * 1024
+# A normalizer may shorten text (NFC: three bytes to two) before it is cut into tokens; the early length check leaves this much room.
+_NORMALIZER_SLACK: Final = 4
+
+
+class ModelText:
+    """The text side of one model folder. Immutable after loading; shared by all requests and threads."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, template: str | None, special: dict[str, str]) -> None:
+        self._tokenizer = tokenizer
+        self._special = special
+        self._template = None if template is None else _environment().from_string(template)
+        self._pieces = _token_bytes(tokenizer)
+        skipped = {idx for idx, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._visible = [b"" if idx in skipped else piece for idx, piece in enumerate(self._pieces)]
+        self._longest_bytes = max(map(len, self._pieces), default=1)
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelText:
+        """Raises ModelError naming the file that is missing or cannot be served."""
+        file = folder / "tokenizer.json"
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the tokenizers library raises bare Exception for every fault
+            raise ModelError(f"cannot read {file}: {error}") from error
+        _check_byte_level(tokenizer, file)
+        settings = _read_json(folder / "tokenizer_config.json")
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        special = {name: _token_text(settings[name]) for name in names if settings.get(name)}
+        return cls(tokenizer, _template_source(folder, settings), special)
+
+    def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The conversation as the model was trained to read it, ready for the assistant's turn. RequestError naming `messages`."""
+        if self._template is None:
+            raise RequestError("This model has no chat template; use /v1/completions.", param="messages", code="unsupported_endpoint")
+        turns = [_as_turn(message) for message in messages]
+        try:
+            return self._template.render(messages=turns, add_generation_prompt=True, **self._special)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise RequestError(f"The model's chat template refuses these messages: {error}.", param="messages") from error
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except (TypeError, UnicodeError) as error:
+            raise RequestError(f"The text cannot be tokenised: {error}.", param="body", code="invalid_utf8") from error
+
+    def fewest_tokens(self, text: str) -> int:
+        """No encoding of `text` has fewer tokens: tells hopelessly long prompts apart without tokenising them."""
+        return len(text) // (self._longest_bytes * _NORMALIZER_SLACK)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of any token, special ones included; nothing for an id beyond the vocabulary."""
+        return self._pieces[token_id] if token_id < len(self._pieces) else b""
+
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self._visible)
+
+
+class Detokenizer:
+    """The text of one growing choice, special tokens left out. Bytes that do not yet end a character are held back."""
+
+    __slots__ = ("_decode", "_visible")
+
+    def __init__(self, visible: list[bytes]) -> None:
+        self._visible = visible
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def push(self, token_id: int) -> str:
+        """The characters that this token completes, possibly none."""
+        return self._decode(self._visible[token_id]) if token_id < len(self._visible) else ""
+
+    def finish(self) -> str:
+        """What the held-back bytes read as, now that nothing follows: U+FFFD."""
+        return self._decode(b"", True)
+
+
+class StopScanner:
+    """Finds the stop string that completes first in a growing text, and holds back what may yet become one.
+
+    The answer does not depend on how the text is cut into pieces: of all occurrences the one that ends first wins, of those the longest.
+    """
+
+    __slots__ = ("_held", "_longest", "_stops")
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text that is safe to show, whether a stop string ended it)."""
+        if not self._stops:
+            return text, False
+        window = self._held + text
+        found = [(at + len(stop), at) for stop in self._stops if (at := window.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return window[: min(found)[1]], True
+        keep = self._may_begin_stop(window)
+        self._held = window[len(window) - keep :]
+        return window[: len(window) - keep], False
+
+    def release(self) -> str:
+        """The held-back text, once no stop string can end it any more."""
+        held, self._held = self._held, ""
+        return held
+
+    def _may_begin_stop(self, window: str) -> int:
+        """Length of the longest tail of `window` that begins a stop string."""
+        for size in range(min(self._longest - 1, len(window)), 0, -1):
+            tail = window[len(window) - size :]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return size
+        return 0
+
+
+def _as_turn(message: ChatMessage) -> dict[str, str]:
+    turn = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        turn["name"] = message.name
+    return turn
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """The settings and names that published templates are written for (those of transformers)."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _raise_template_error
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _raise_template_error(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _check_byte_level(tokenizer: tokenizers.Tokenizer, file: Path) -> None:
+    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
+    if decoder.get("type") != "ByteLevel":
+        kind = decoder.get("type", "none")
+        raise ModelError(f"{file}: decoder '{kind}' is not supported; byte-level tokenizers are (decoder 'ByteLevel')")
+
+
+def _token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
+    """Each id's bytes. A token spelled outside the byte alphabet (an added one) stands for its own UTF-8, as in the library's decoder."""
+    alphabet = _byte_alphabet()
+    pieces = [b""] * (max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
+    for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+        spelled = [alphabet.get(char) for char in token]
+        known = [byte for byte in spelled if byte is not None]
+        pieces[token_id] = bytes(known) if len(known) == len(spelled) else token.encode("utf-8")
+    return pieces
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of the 256 bytes as printable characters."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    return alphabet | {chr(256 + idx): byte for idx, byte in enumerate(others)}
+
+
+def _template_source(folder: Path, settings: dict[str, object]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return file.read_text(encoding="utf-8")
+    source = settings.get("chat_template")
+    if isinstance(source, list):
+        named = {entry["name"]: entry["template"] for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    return source if isinstance(source, str) else None
+
+
+def _token_text(value: object) -> str:
+    return str(value["content"]) if isinstance(value, dict) else str(value)
+
+
+def _read_json(file: Path) -> dict[str, object]:
+    if not file.exists():
+        return {}
+    try:
+        value: object = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {file}: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} must hold a JSON object")
+    return value

@@ -1,0 +1,144 @@
+"""Tokens to text and back: exact streams, stop strings, chat templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duomo.errors import ModelError, RequestError
+from services.router.openai import ChatMessage
+from services.router.text import ModelText, StopScanner
+
+FOLDER = Path(__file__).parents[3] / "models" / "tiny-moe"
+
+
+@pytest.fixture(scope="module")
+def text() -> ModelText:
+    return ModelText.load(FOLDER)
+
+
+def _stream(text: ModelText, ids: list[int]) -> str:
+    detokenizer = text.detokenizer()
+    return "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.finish()
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.one_of(st.integers(0, 400), st.integers(0, 8191)), max_size=63))
+def test_stream_of_any_ids_equals_the_tokenizers_decoding(ids: list[int]) -> None:
+    text = ModelText.load(FOLDER) if not _CACHE else _CACHE[0]
+    _CACHE[:] = [text]
+    assert _stream(text, ids) == text._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+_CACHE: list[ModelText] = []
+
+
+@settings(max_examples=100, deadline=None)
+@given(words=st.text(max_size=40))
+def test_text_survives_the_round_trip(words: str) -> None:
+    text = ModelText.load(FOLDER) if not _CACHE else _CACHE[0]
+    _CACHE[:] = [text]
+    ids = text.encode(words, add_special_tokens=False)
+    assert _stream(text, list(ids)) == text._tokenizer.decode(list(ids))
+
+
+def test_a_character_across_tokens_is_held_back(text: ModelText) -> None:
+    ids = text.encode("💙", add_special_tokens=False)
+    assert len(ids) > 1
+    detokenizer = text.detokenizer()
+    pieces = [detokenizer.push(token_id) for token_id in ids]
+    assert pieces[:-1] == [""] * (len(ids) - 1) and pieces[-1] == "💙" and detokenizer.finish() == ""
+
+
+def test_an_unfinished_character_ends_as_replacement(text: ModelText) -> None:
+    ids = text.encode("💙", add_special_tokens=False)
+    detokenizer = text.detokenizer()
+    assert "".join(detokenizer.push(token_id) for token_id in ids[:-1]) == ""
+    assert detokenizer.finish() == "\ufffd"
+
+
+def test_special_tokens_are_silent_and_ids_beyond_the_vocabulary_too(text: ModelText) -> None:
+    assert _stream(text, [2, 99_999, 0]) == ""
+    assert text.token_bytes(2) == b"<|im_end|>" and text.token_bytes(99_999) == b""
+
+
+def _reference_stop(whole: str, stops: tuple[str, ...]) -> tuple[str, bool]:
+    """By definition, character by character: the occurrence that ends first, of those the longest."""
+    for end in range(1, len(whole) + 1):
+        starts = [end - len(stop) for stop in stops if whole[:end].endswith(stop)]
+        if starts:
+            return whole[: min(starts)], True
+    return whole, False
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    whole=st.text(alphabet="abc", max_size=24),
+    stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 24), max_size=8),
+)
+def test_stop_strings_do_not_depend_on_how_text_is_cut(whole: str, stops: list[str], cuts: list[int]) -> None:
+    scanner = StopScanner(tuple(stops))
+    edges = [0, *sorted(min(cut, len(whole)) for cut in cuts), len(whole)]
+    shown, has_stopped = "", False
+    for low, high in zip(edges, edges[1:], strict=False):
+        piece, has_stopped = scanner.push(whole[low:high])
+        shown += piece
+        assert whole.startswith(shown)
+        if has_stopped:
+            break
+    if not has_stopped:
+        shown += scanner.release()
+    assert (shown, has_stopped) == _reference_stop(whole, tuple(stops))
+
+
+def test_text_before_a_possible_stop_string_is_shown_at_once() -> None:
+    scanner = StopScanner(("STOP",))
+    assert scanner.push("hello ST") == ("hello ", False)
+    assert scanner.push("ART") == ("START", False)
+    assert scanner.push("S") == ("", False)
+    assert scanner.push("TOP and more") == ("", True)
+
+
+def test_chat_template_matches_transformers(text: ModelText) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
+    turns = [("system", "Be brief."), ("user", "Hi\n there "), ("assistant", "Hello."), ("user", "Why?")]
+    mine = text.render([ChatMessage(role, content, None) for role, content in turns])
+    asked = [{"role": role, "content": content} for role, content in turns]
+    assert mine == theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert list(text.encode(mine, add_special_tokens=False)) == theirs.encode(mine, add_special_tokens=False)
+
+
+def test_a_template_is_sandboxed_and_its_refusal_names_messages(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((FOLDER / "tokenizer.json").read_bytes())
+    for source in ("{{ raise_exception('roles must alternate') }}", "{{ ''.__class__.__mro__ }}"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+        with pytest.raises(RequestError) as caught:
+            ModelText.load(tmp_path).render([ChatMessage("user", "hi", None)])
+        assert caught.value.param == "messages"
+
+
+def test_a_folder_without_template_refuses_chat_and_a_broken_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="tokenizer.json"):
+        ModelText.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((FOLDER / "tokenizer.json").read_bytes())
+    with pytest.raises(RequestError, match="chat template"):
+        ModelText.load(tmp_path).render([ChatMessage("user", "hi", None)])
+    spoiled = json.loads((FOLDER / "tokenizer.json").read_text())
+    spoiled["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spoiled))
+    with pytest.raises(ModelError, match="WordPiece"):
+        ModelText.load(tmp_path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.text(max_size=200))
+def test_the_early_length_check_never_overstates(words: str) -> None:
+    text = ModelText.load(FOLDER) if not _CACHE else _CACHE[0]
+    _CACHE[:] = [text]
+    assert text.fewest_tokens(words) <= len(text.encode(words, add_special_tokens=False))
