@@ -1,1 +1,1 @@
-"""Prefill: computes prompts and pushes their KV away. Owns a prompt until its first token; knows no later one."""
+"""The prefill service: prompts in, KV to the decode replicas and first tokens to the gateway out."""
