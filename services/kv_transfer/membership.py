@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Protocol
 
 from duomo.config import DuomoConfig, PoolSection
-from duomo.errors import ConfigError, DuomoError, EngineError, PeerError
+from duomo.errors import ConfigError, DuomoError, EngineError, PeerError, WireError
 from duomo.wire.connection import Connection, Identity, Listener, connect, new_boot_id
 from duomo.wire.messages import Drain, Message, Refused, ReplicaReport, Role
 from services.kv_transfer.directory import Directory, Member
@@ -103,7 +103,8 @@ class ReplicaLogic(Protocol):
     def received(self, peer: Connection, message: Message) -> None:
         """Handle one message. A DuomoError raised here is answered by Refused; the connection lives."""
 
-    def left(self, peer: Connection) -> None: ...
+    def left(self, peer: Connection) -> None:
+        """The connection has ended; peer.check_open() raises why (code peer_gone, peer_silent, closed ...)."""
 
     def begin_drain(self) -> None:
         """Refuse new requests from now on; the live ones finish."""
@@ -226,7 +227,12 @@ class Membership:
             self.gateways[connection.peer.boot_id] = connection
         try:
             while True:
-                self._dispatch(connection, await connection.receive())
+                try:
+                    message = await connection.receive()
+                except WireError as error:
+                    log.warning("%s %s sent what we do not understand: %s", connection.peer.role, connection.peer.replica_id, error)
+                    continue
+                self._dispatch(connection, message)
         except PeerError as error:
             log.info("%s %s is gone: %s", connection.peer.role, connection.peer.replica_id, error.detail)
         finally:

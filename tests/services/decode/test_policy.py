@@ -201,8 +201,8 @@ class SimulatedPool:
         leg.shared = leg.waiting.num_tokens // self.limits.block_tokens
         leg.promise = table_promise(leg.waiting, self.limits)
         own = blocks_for(leg.waiting.num_tokens, self.limits.block_tokens) - leg.shared
-        leg.tables = {choice: own for choice in range(leg.waiting.num_choices)}
-        leg.num_done = {choice: 0 for choice in leg.tables}
+        leg.tables = dict.fromkeys(range(leg.waiting.num_choices), own)
+        leg.num_done = dict.fromkeys(leg.tables, 0)
         self.live.append(leg)
 
     def step(self, rng: random.Random) -> None:
