@@ -1,0 +1,1 @@
+"""What SREs see: spans, metrics, logs, and parts that add up. Knows no service; every process builds its own."""
