@@ -1,0 +1,159 @@
+"""Owns the transfer agent: one in every rank, consumer and producer in one object. Knows no sockets, no engine, no asyncio.
+
+The consumer lands messages in rings (landing.py), the producer pushes them (pushing.py); both halves share the transport. Every method
+may be called from any thread and none blocks on a peer, except that attach_ring may take milliseconds.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from duomo.config import TransferSection
+from duomo.wire.messages import Handle, RingOffered
+from services.kv_transfer.landing import Landed, LandingRings
+from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.lifetime import SlotPhase
+from services.kv_transfer.pushing import Pusher, PushJob, PushResult
+from services.kv_transfer.transport import Transport
+
+__all__ = ["Landed", "PushJob", "PushResult", "SlotCounts", "TransferAgent"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotCounts:
+    """What an agent holds. counters: events since the start, by name (docs/metrics.md, duomo_kv_transfer_events)."""
+
+    num_slots: int
+    num_free_slots: int
+    num_quarantined_slots: int
+    num_open_handles: int
+    num_retired_rings: int
+    num_writes_in_flight: int
+    counters: dict[str, int]
+
+
+class TransferAgent:
+    """Moves KV between this process and its peers. The creator calls close(); the transport is closed with it.
+
+    Futures end in the writer thread (or the caller's), so a callback on them may only hand over; they cannot be cancelled.
+    """
+
+    def __init__(
+        self,
+        boot_id: str,
+        transport: Transport,
+        section: TransferSection,
+        *,
+        num_send_slots: int = 16,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.boot_id = boot_id
+        self._transport = transport
+        self._landing = LandingRings(transport, section.slot_bytes, now_s)
+        self._pusher = Pusher(boot_id, transport, section, num_send_slots, now_s)
+        self._handle_ids = secrets.randbits(31) << 32
+
+    @property
+    def transport_name(self) -> str:
+        """Which transport moves the bytes, for logs, spans and assertions: "nixl/UCX" or "loopback"."""
+        return self._transport.transport_name
+
+    # consumer
+
+    def next_handle_id(self) -> int:
+        """A handle id that this process has not used; starts at a random place, so that processes do not meet. Called by one thread."""
+        self._handle_ids += 1
+        return self._handle_ids
+
+    def open_ring(self, producer_boot_id: str, num_slots: int) -> RingOffered:
+        """Allocate the landing ring for a producer process; freed by peer_dead() or close()."""
+        return self._landing.open_ring(producer_boot_id, num_slots)
+
+    def ring_name(self, producer_boot_id: str) -> str:
+        """The ring_name for a handle made of slots granted now (a ring can be replaced by abort())."""
+        return self._landing.ring_name(producer_boot_id)
+
+    def grant(self, producer_boot_id: str, want_slots: int) -> tuple[int, ...] | None:
+        """Reserve 1 to want_slots free slots, at most half the ring; None when none is free now. Then expect() or give_back()."""
+        return self._landing.grant(producer_boot_id, want_slots)
+
+    def give_back(self, producer_boot_id: str, slots: Sequence[int]) -> None:
+        """Free granted slots for which no handle will be offered."""
+        self._landing.give_back(producer_boot_id, slots)
+
+    def expect(self, handle: Handle, spans: Sequence[MessageSpan]) -> None:
+        """Called before the handle is offered. spans: layout.messages() of it."""
+        self._landing.expect(handle, spans)
+
+    def poll(self) -> list[Landed]:
+        """Messages that landed, or lie corrupt, since the last call."""
+        return self._landing.poll()
+
+    def release(self, handle_id: int, message_idx: int) -> None:
+        """The payload is copied out; the slot is a credit again. A handle whose last message is released is over."""
+        self._landing.release(handle_id, message_idx)
+
+    def missing(self, handle_id: int) -> tuple[int, ...]:
+        """Messages of a live handle that have not landed."""
+        return self._landing.missing(handle_id)
+
+    def abort(self, handle_id: int) -> RingOffered | None:
+        """Quarantine the slots of a live handle. An offer returned must be posted to the handle's producer before any further handle."""
+        return self._landing.abort(handle_id)
+
+    def fence(self, handle_id: int) -> None:
+        """TransferFenced came."""
+        self._landing.fence(handle_id)
+
+    def peer_lost(self, producer_boot_id: str) -> None:
+        """The socket to a producer is gone, its process perhaps not: quarantine what is under way; open_ring() gives it a new ring."""
+        self._landing.peer_lost(producer_boot_id)
+
+    def peer_dead(self, producer_boot_id: str) -> tuple[int, ...]:
+        """The producer's process is known dead: free its rings. Returns the handles that were open or in quarantine."""
+        return self._landing.peer_dead(producer_boot_id)
+
+    # producer
+
+    def attach_ring(self, consumer_boot_id: str, offer: RingOffered) -> None:
+        """RingOffered came: connect to the consumer's memory."""
+        self._pusher.attach_ring(consumer_boot_id, offer)
+
+    def detach(self, consumer_boot_id: str) -> None:
+        """The consumer is gone."""
+        self._pusher.detach(consumer_boot_id)
+
+    def push(self, job: PushJob) -> Future[PushResult]:
+        """Queue a message; jobs run in order, but one whose slot is not credited yet lets others pass."""
+        return self._pusher.push(job)
+
+    def credit(self, handle_id: int, message_idx: int) -> None:
+        """GroupLanded came."""
+        self._pusher.credit(handle_id, message_idx)
+
+    def cancel(self, handle_id: int) -> Future[None]:
+        """Stop a handle, or close a finished one. Resolves when no write of it is in flight: then send TransferFenced."""
+        return self._pusher.cancel(handle_id)
+
+    def counts(self) -> SlotCounts:
+        """What is held now."""
+        landing = self._landing
+        return SlotCounts(
+            num_slots=landing.num_slots(),
+            num_free_slots=landing.count_slots(SlotPhase.FREE),
+            num_quarantined_slots=landing.count_slots(SlotPhase.QUARANTINED),
+            num_open_handles=landing.num_handles(),
+            num_retired_rings=landing.num_retired(),
+            num_writes_in_flight=self._pusher.num_in_flight(),
+            counters=dict(landing.counters + self._pusher.counters),
+        )
+
+    def close(self) -> None:
+        """End the writer thread, free the rings, close the transport."""
+        self._pusher.close()
+        self._landing.close()
+        self._transport.close()

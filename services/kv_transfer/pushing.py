@@ -1,0 +1,348 @@
+"""Owns the producer's side of an agent: send slots, the writer thread, every write until it is terminal. Knows no wire and no engine.
+
+A send slot is leased by a write from fill() until the write is terminal, whatever happened to its handle meanwhile: the transport reads it.
+A caller's Future ends when the write is done, failed, cancelled or past its deadline; cancel()'s when no write of the handle is in flight.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from duomo.config import TransferSection
+from duomo.errors import PeerError, TransferError
+from duomo.wire.messages import Handle, RingOffered
+from services.kv_transfer import layout, policy, writing
+from services.kv_transfer.hashing import message_hash
+from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.memory import Region
+from services.kv_transfer.transport import Span, Transport, Write, WriteState
+from services.kv_transfer.writing import Verdict
+
+_MAX_IDLE_HANDLES = 256
+_MAX_CLOSED_HANDLES = 4096
+_LATE_POLL_S = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushJob:
+    """One message to send: fill(payload) writes exactly span.num_bytes into registered memory, in the writer thread."""
+
+    handle: Handle
+    span: MessageSpan
+    fill: Callable[[memoryview], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushResult:
+    """A message is in D's memory. Times are monotonic seconds of this process, from the start of packing to the end of the write."""
+
+    num_bytes: int
+    started_s: float
+    ended_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    job: PushJob
+    future: Future[PushResult]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.job.handle.handle_id, self.job.span.message_idx
+
+
+@dataclass(slots=True, eq=False)
+class _InFlight:
+    pending: _Pending
+    write: Write
+    send_slot: Region
+    started_s: float
+    posted_s: float
+    is_late: bool = False
+
+
+class Pusher:
+    """All writes of one producer process. Started by the first attach_ring(), ended by close()."""
+
+    def __init__(
+        self, boot_id: str, transport: Transport, section: TransferSection, num_send_slots: int, now_s: Callable[[], float]
+    ) -> None:
+        self._boot_id = boot_id
+        self._transport = transport
+        self._section = section
+        self._now_s = now_s
+        self._num_send_slots = num_send_slots
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._is_closing = False
+        self._writer = writing.Writer()
+        self._rings: dict[str, tuple[str, RingOffered]] = {}
+        self._leaving: set[str] = set()
+        self._pending: list[_Pending] = []
+        self._in_flight: list[_InFlight] = []
+        self._free_send_slots: list[Region] = []
+        self._all_send_slots: list[Region] = []
+        self._fences: dict[int, Future[None]] = {}
+        self._closed: OrderedDict[int, None] = OrderedDict()
+        self._free_at_s = 0.0
+        self.counters: Counter[str] = Counter()
+
+    def attach_ring(self, consumer_boot_id: str, offer: RingOffered) -> None:
+        """A consumer offered its ring. PeerError where it cannot be reached, TransferError where the offer contradicts itself."""
+        with self._changed:
+            known = self._rings.get(offer.ring_name)
+            if known == (consumer_boot_id, offer) and offer.ring_name not in self._leaving:
+                return
+            name = self._transport.add_peer(offer.agent_metadata)
+            if name != offer.ring_name:
+                raise TransferError(f"ring {offer.ring_name} carries the metadata of agent {name}", code="unknown_ring")
+            self._leaving.discard(name)
+            self._rings[name] = (consumer_boot_id, offer)
+            while len(self._all_send_slots) < self._num_send_slots:
+                self._add_send_slot(offer.slot_bytes)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
+                self._thread.start()
+
+    def detach(self, consumer_boot_id: str) -> None:
+        """The consumer is gone: nothing more starts, jobs fail, and it is forgotten once its last write is terminal."""
+        with self._changed:
+            for name in [name for name, (owner, _) in self._rings.items() if owner == consumer_boot_id]:
+                self._writer = writing.cancel_ring(self._writer, name)
+                self._leaving.add(name)
+            self._settle()
+            self._changed.notify_all()
+
+    def push(self, job: PushJob) -> Future[PushResult]:
+        """Send one message when its turn has come. The future raises TransferError (or PeerError) where it did not arrive."""
+        future: Future[PushResult] = _new_future()
+        handle = job.handle
+        with self._changed:
+            owner, offer = self._rings.get(handle.ring_name, ("", None))
+            refusal = ""
+            if self._is_closing or handle.handle_id in self._closed or handle.ring_name in self._leaving:
+                refusal = "the handle is closed"
+            elif offer is None or owner != handle.consumer_boot_id or handle.producer_boot_id != self._boot_id:
+                refusal = f"the handle is not for this process or for no ring that is attached ({handle.ring_name})"
+            elif not handle.slots or max(handle.slots) >= offer.num_slots or job.span.num_bytes > offer.slot_bytes:
+                refusal = "the handle's slots do not fit the ring"
+            if refusal:
+                future.set_exception(TransferError(f"handle {handle.handle_id}: {refusal}", code="stale_handle"))
+                return future
+            self._writer = writing.open_handle(self._writer, handle.handle_id, handle.ring_name, handle.slots)
+            self._pending.append(_Pending(job, future))
+            self._changed.notify_all()
+        return future
+
+    def credit(self, handle_id: int, message_idx: int) -> None:
+        """GroupLanded came: the slot's next message may go."""
+        with self._changed:
+            self._writer = writing.credit(self._writer, handle_id, message_idx)
+            self._settle()
+            self._changed.notify_all()
+
+    def cancel(self, handle_id: int) -> Future[None]:
+        """Start no further message of the handle. Resolves when none is in flight: TransferFenced may be sent. Again: the same future."""
+        with self._changed:
+            fence = self._fences.get(handle_id)
+            if fence is None:
+                fence = self._fences[handle_id] = _new_future()
+                self._closed[handle_id] = None
+                while len(self._closed) > _MAX_CLOSED_HANDLES:
+                    self._closed.popitem(last=False)
+                self._writer = writing.cancel(self._writer, handle_id)
+                self._settle()
+                self._changed.notify_all()
+            return fence
+
+    def num_in_flight(self) -> int:
+        """Writes that are not terminal."""
+        with self._changed:
+            return len(self._in_flight)
+
+    def close(self, timeout_s: float = 1.0) -> None:
+        """Fail what is queued, wait shortly for what is in flight, end the thread."""
+        with self._changed:
+            self._is_closing = True
+            for name in self._rings:
+                self._writer = writing.cancel_ring(self._writer, name)
+            self._settle()
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            self._write_until_closed()
+        except Exception as error:  # nobody else would hear of it: every waiter gets a typed failure, and so does every later push
+            self._fail_all(TransferError(f"the writer thread failed: {error!r}", code="writer_failed", retryable=False))
+            raise
+
+    def _fail_all(self, error: TransferError) -> None:
+        with self._changed:
+            self._is_closing = True
+            self.counters["writer_failed"] += 1
+            waiting = [pending.future for pending in self._pending] + [flight.pending.future for flight in self._in_flight]
+            self._pending = []
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+
+    def _write_until_closed(self) -> None:
+        give_up_s: float | None = None
+        while True:
+            with self._changed:
+                self._poll_writes()
+                pending = self._choose()
+                if pending is None:
+                    if self._is_closing and not self._in_flight:
+                        return
+                    if self._is_closing:
+                        give_up_s = give_up_s if give_up_s is not None else self._now_s() + self._section.write_timeout_s
+                        if self._now_s() >= give_up_s:
+                            return
+                    self._changed.wait(self._sleep_s())
+                    continue
+                send_slot = self._free_send_slots.pop()
+            self._send(pending, send_slot)
+
+    def _sleep_s(self) -> float | None:
+        if not self._in_flight:
+            return None
+        if all(flight.is_late for flight in self._in_flight):
+            return _LATE_POLL_S
+        newest_s = max(flight.posted_s for flight in self._in_flight)
+        return policy.poll_delay_s(self._now_s() - newest_s)
+
+    def _choose(self) -> _Pending | None:
+        """Take the first job whose turn has come, if a send slot is free."""
+        self._settle()
+        if not self._free_send_slots:
+            return None
+        for i, pending in enumerate(self._pending):
+            if writing.may_write(self._writer, *pending.key) is Verdict.GO:
+                return self._pending.pop(i)
+        return None
+
+    def _send(self, pending: _Pending, send_slot: Region) -> None:
+        """Pack, hash, wait for the pace, post. Runs in the writer thread without the lock, but for the decision to post."""
+        job, started_s = pending.job, self._now_s()
+        span, handle_id = job.span, job.handle.handle_id
+        payload = send_slot.slice(0, span.num_bytes)
+        try:
+            job.fill(payload)
+        except Exception as error:  # a caller's code: its fault becomes this message's typed failure, and the writer lives on
+            self._abandon(pending, send_slot, TransferError(f"packing message {span.message_idx} failed: {error!r}", code="pack_failed"))
+            return
+        end = layout.trailer_offset(span.num_bytes)
+        send_slot.slice(span.num_bytes, end - span.num_bytes)[:] = bytes(end - span.num_bytes)
+        digest = message_hash(payload, handle_id, span.group, span.message_idx)
+        layout.write_trailer(send_slot.slice(end, layout.TRAILER_BYTES), layout.trailer_start(handle_id, span), digest)
+        num_bytes = layout.message_bytes(span.num_bytes)
+        with self._changed:
+            self._free_at_s = policy.paced_until_s(self._free_at_s, self._now_s(), num_bytes, self._section.max_bytes_per_s)
+            while (left_s := self._free_at_s - self._now_s()) > 0 and not self._is_closing:
+                self._changed.wait(min(left_s, self._sleep_s() or left_s))
+                self._poll_writes()
+            verdict = writing.may_write(self._writer, *pending.key)
+            if verdict is Verdict.GO:
+                self._writer = writing.start_write(self._writer, *pending.key)
+            offer = self._rings[job.handle.ring_name][1]
+        if verdict is not Verdict.GO:
+            self._abandon(pending, send_slot, _cancelled(pending))
+            return
+        slot = layout.slot_of(job.handle.slots, span.message_idx)
+        remote = Span(offer.base_address + slot * layout.slot_stride(offer.slot_bytes), num_bytes)
+        note = layout.notification(handle_id, span.message_idx)
+        posted_s = self._now_s()
+        try:
+            write = self._transport.write(Span(send_slot.address, num_bytes), offer.ring_name, remote, note)
+        except (PeerError, TransferError) as error:
+            with self._changed:
+                self._writer = writing.end_write(self._writer, *pending.key)
+            self._abandon(pending, send_slot, error)
+            return
+        with self._changed:
+            self._in_flight.append(_InFlight(pending, write, send_slot, started_s, posted_s))
+
+    def _abandon(self, pending: _Pending, send_slot: Region, error: TransferError | PeerError) -> None:
+        with self._changed:
+            self._free_send_slots.append(send_slot)
+            self.counters[f"push_{error.code}"] += 1
+            self._settle()
+        pending.future.set_exception(error)
+
+    def _poll_writes(self) -> None:
+        """Look at every write in flight. The lock is held, so that a terminal write and its slots change together."""
+        now_s = self._now_s()
+        for flight in list(self._in_flight):
+            state = self._transport.poll(flight.write)
+            future = flight.pending.future
+            if state is WriteState.IN_FLIGHT:
+                if not flight.is_late and now_s - flight.posted_s >= self._section.write_timeout_s:
+                    flight.is_late = True
+                    self.counters["push_write_timeout"] += 1
+                    self._replace_send_slot(flight.send_slot.num_bytes)
+                    future.set_exception(TransferError(f"a write is in flight for {now_s - flight.posted_s:.3f} s", code="write_timeout"))
+                continue
+            self._in_flight.remove(flight)
+            self._writer = writing.end_write(self._writer, *flight.pending.key)
+            self._free_send_slots.append(flight.send_slot)
+            if flight.is_late:
+                pass  # its future has ended already
+            elif state is WriteState.DONE:
+                num_bytes = flight.pending.job.span.num_bytes
+                self.counters["messages_pushed"] += 1
+                future.set_result(PushResult(num_bytes=num_bytes, started_s=flight.started_s, ended_s=self._now_s()))
+            else:
+                self.counters["push_transfer_failed"] += 1
+                future.set_exception(TransferError(f"a write failed: {flight.write.detail}"))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Fail dropped jobs, resolve fences, forget what is over. The lock is held."""
+        dropped = [p for p in self._pending if writing.may_write(self._writer, *p.key) is Verdict.DROP]
+        if dropped:
+            self._pending = [p for p in self._pending if p not in dropped]
+        for pending in dropped:
+            pending.future.set_exception(_cancelled(pending))
+        for handle_id in [h for h in self._fences if writing.is_fenced(self._writer, h)]:
+            self._writer = writing.forget(self._writer, handle_id)
+            self._fences.pop(handle_id).set_result(None)
+        for name in [name for name in self._leaving if writing.is_ring_idle(self._writer, name)]:
+            self._leaving.discard(name)
+            self._rings.pop(name, None)
+            self._transport.remove_peer(name)
+        if len(self._writer.handles) > _MAX_IDLE_HANDLES:
+            waiting = {pending.key[0] for pending in self._pending}
+            for handle_id, handle in list(self._writer.handles.items())[: len(self._writer.handles) - _MAX_IDLE_HANDLES]:
+                if not handle.in_flight and handle_id not in waiting:
+                    self._writer = writing.forget(self._writer, handle_id)
+
+    def _add_send_slot(self, slot_bytes: int) -> None:
+        region = Region(layout.slot_stride(slot_bytes))
+        self._transport.register(region)
+        self._all_send_slots.append(region)
+        self._free_send_slots.append(region)
+
+    def _replace_send_slot(self, num_bytes: int) -> None:
+        """A stopped peer keeps a send slot for as long as it likes; others go on with a new one, up to four times the first number."""
+        if len(self._all_send_slots) < 4 * self._num_send_slots:
+            self._add_send_slot(num_bytes - layout.TRAILER_BYTES)
+
+
+def _new_future() -> Future[Any]:
+    """A future that its waiter cannot cancel: what was started here ends here, and is told."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
+def _cancelled(pending: _Pending) -> TransferError:
+    handle_id, message_idx = pending.key
+    return TransferError(f"message {message_idx} of handle {handle_id} was cancelled or has landed", code="cancelled", retryable=False)
