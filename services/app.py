@@ -1,0 +1,240 @@
+"""Owns the Serve application: binds router, prefill, decode and directory, starts and stops Ray around it. Knows no request.
+
+The only file that knows all four services. Ray places, counts, health-checks and restarts their replicas; no request, token or
+byte of KV passes through Ray (docs/decisions/0003-ingress.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import ray
+from ray import serve
+from ray.serve._private.common import DeploymentID  # the controller's scaling call has no public Python door in 2.60
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+
+from duomo.config import DuomoConfig
+from duomo.errors import ConfigError, EngineError
+from services.decode.deployment import DecodeDeployment
+from services.kv_transfer.deployment import DirectoryDeployment
+from services.prefill.deployment import PrefillDeployment
+from services.router.deployment import RouterDeployment
+
+APP_NAME = "duomo"
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+# Every replica asks for almost nothing: Serve's default of one CPU each would never start four on two cores.
+CPUS_PER_REPLICA = 0.01
+OBJECT_STORE_BYTES = 80 * 1024 * 1024  # nothing large goes through it; Ray refuses less than 75 MiB
+DRAIN_ON_STOP_S = 20.0
+SLOW_PLACEMENT_S = 8
+ScalablePool = Literal["prefill", "decode"]
+
+log = logging.getLogger(__name__)
+
+
+def build_application(config: DuomoConfig) -> serve.Application:
+    """The four deployments, bound. The router is the ingress by name only: it listens itself."""
+    told = config.model_dump_json()
+    directory = _deployed(DirectoryDeployment, "directory", 1, config).bind(told)
+    prefill = _deployed(PrefillDeployment, "prefill", config.prefill.replicas, config).bind(told)
+    decode = _deployed(DecodeDeployment, "decode", config.decode.replicas, config).bind(told)
+    return _deployed(RouterDeployment, "router", 1, config).bind(told, directory, prefill, decode)
+
+
+def _deployed(service: type, name: str, replicas: int, config: DuomoConfig) -> serve.Deployment:
+    actor: dict[str, object] = {"num_cpus": CPUS_PER_REPLICA}
+    if config.ray.pin_by_resource:
+        actor["resources"] = {f"duomo_{name}": 0.001}
+    return serve.deployment(
+        name=name,
+        num_replicas=replicas,
+        ray_actor_options=actor,
+        health_check_period_s=2.0,
+        health_check_timeout_s=20.0,
+        graceful_shutdown_timeout_s=config.gateway.request_deadline_s + 10,  # Serve kills what has not drained by then
+        graceful_shutdown_wait_loop_s=0.1,
+        max_constructor_retry_count=1,  # a start that fails fails: its exception is shown at once
+        logging_config=QUIET,
+    )(service)
+
+
+class RaySystem:
+    """One Duomo on Ray. start() and stop() belong together; stop() may follow a start() that failed or was interrupted.
+
+    Owns every process below this one: stop() ends them all, Ray's own included, unless an existing cluster is used.
+    """
+
+    def __init__(self, config: DuomoConfig, run_dir: Path, say: Callable[[str], None]) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._say = say
+        self._is_local = config.ray.address == "local"
+
+    def start(self) -> None:
+        """Start Ray and deploy; returns when all replicas run. Raises EngineError or ConfigError with the replica's own words."""
+        began_s = time.monotonic()
+        deadline_s = began_s + self._config.ray.start_timeout_s
+        self._start_ray()
+        self._say(f"ray is up ({time.monotonic() - began_s:.1f} s)")
+        self._check_placeable()
+        serve.start(proxy_location="Disabled", logging_config=QUIET)
+        self._say(f"serve is up ({time.monotonic() - began_s:.1f} s)")
+        target = serve.RunTarget(target=build_application(self._config), name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        self._wait_until_running(began_s, deadline_s)
+
+    def scale(self, pool: ScalablePool, replicas: int) -> None:
+        """Set a pool's number of replicas. Replicas that go drain first: they finish their streams."""
+        client = serve.context._get_global_client()
+        assert client is not None, "scale() before start()"
+        controller = client._controller
+        ray.get(controller.update_deployment_replicas.remote(DeploymentID(name=pool, app_name=APP_NAME), replicas), timeout=30)
+
+    def replicas(self) -> dict[str, dict[str, int]]:
+        """How many replicas of each deployment are in which state: {"decode": {"RUNNING": 2}}."""
+        return {
+            name: {str(getattr(state, "value", state)): count for state, count in deployment.replica_states.items()}
+            for name, deployment in self._overview().deployments.items()
+        }
+
+    def failure(self) -> str | None:
+        """Why the application cannot serve, in Serve's words, or None while it runs or is being repaired."""
+        overview = self._overview()
+        return _worst_message(overview) if overview.status == ApplicationStatus.DEPLOY_FAILED else None
+
+    def stop(self, urgent: threading.Event) -> None:
+        """Drain for up to DRAIN_ON_STOP_S or until `urgent`, stop Serve and Ray, and end what is left of their processes."""
+        processes = psutil.Process().children(recursive=True) if self._is_local else []
+        if ray.is_initialized():
+            self._stop_serve(urgent)
+            with contextlib.suppress(OSError, RuntimeError):  # a node half started when it was interrupted
+                ray.shutdown()
+        _end_all(processes)
+
+    def _start_ray(self) -> None:
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        if not self._is_local:
+            ray.init(address=self._config.ray.address, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        os.environ.update(
+            {
+                "RAY_worker_niceness": "0",  # Ray's default of 15 starves replicas beside any other load
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_SERVE_LOG_TO_STDERR": "0",
+                "SERVE_SLOW_STARTUP_WARNING_S": str(SLOW_PLACEMENT_S),
+                "PYTHONPATH": os.pathsep.join(_import_roots()),
+            }
+        )
+        temp_dir = self._run_dir / "ray"
+        try:
+            ray.init(
+                address="local",
+                num_cpus=1,  # also the number of workers started ahead, 60 MB each
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(temp_dir.resolve()),
+            )
+        except OSError as error:
+            raise ConfigError(f"run_dir: Ray cannot use {temp_dir}: {error}") from error
+
+    def _check_placeable(self) -> None:
+        if not self._config.ray.pin_by_resource:
+            return
+        offered = ray.cluster_resources()
+        for name in ("directory", "prefill", "decode", "router"):
+            if f"duomo_{name}" not in offered:
+                raise ConfigError(
+                    f"ray.pin_by_resource is set, but no node offers the resource duomo_{name} "
+                    f"(start one with `ray start --resources='{{\"duomo_{name}\": 1}}'`)"
+                )
+
+    def _wait_until_running(self, began_s: float, deadline_s: float) -> None:
+        running: set[str] = set()
+        while True:
+            overview = self._overview()
+            for name, deployment in overview.deployments.items():
+                if deployment.status == "HEALTHY" and name not in running:
+                    running.add(name)
+                    self._say(f"{name} runs ({time.monotonic() - began_s:.1f} s)")
+            if overview.status == ApplicationStatus.RUNNING:
+                return
+            if overview.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+                raise EngineError(_worst_message(overview), code="start_failed", phase="start")
+            if time.monotonic() > deadline_s:
+                missing = ", ".join(sorted({"router", "prefill", "decode", "directory"} - running))
+                limit = f"ray.start_timeout_s ({self._config.ray.start_timeout_s:.0f} s)"
+                raise EngineError(
+                    f"{missing} not running after {limit}: {_worst_message(overview)}",
+                    code="start_timeout",
+                    phase="start",
+                )
+            time.sleep(0.1)
+
+    def _overview(self) -> ApplicationStatusOverview:
+        return serve.status().applications[APP_NAME]
+
+    def _stop_serve(self, urgent: threading.Event) -> None:
+        """serve.shutdown() has no time limit that callers choose, so it runs in a thread that may be left behind."""
+
+        def shut_down() -> None:
+            try:
+                if self._is_local:
+                    serve.shutdown()
+                else:
+                    serve.delete(APP_NAME)
+            except (RuntimeError, ray.exceptions.RayError) as error:  # the controller is gone already: nothing is left to stop
+                log.info("serve was down before it was stopped: %s", error)
+
+        thread = threading.Thread(target=shut_down, name="serve-shutdown", daemon=True)
+        thread.start()
+        end_s = time.monotonic() + DRAIN_ON_STOP_S
+        while thread.is_alive() and not urgent.is_set() and time.monotonic() < end_s:
+            thread.join(0.1)
+
+
+def _worst_message(overview: ApplicationStatusOverview) -> str:
+    """The message of the deployments that do not run, shortened to the replica's own exception."""
+    messages = [f"{name}: {_last_words(d.message)}" for name, d in overview.deployments.items() if d.status != "HEALTHY" and d.message]
+    return "; ".join(messages) or _last_words(overview.message) or f"Serve says {overview.status.value}"
+
+
+def _last_words(message: str) -> str:
+    """The exception's line of a traceback; other messages whole, on one line."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    if not any(line.startswith("Traceback") for line in lines):
+        return " ".join(lines)
+    raised = [line for line in lines if "Error" in line.split(":")[0] and not line.startswith(("File", "ray::"))]
+    return (raised or lines)[-1]
+
+
+def _import_roots() -> list[str]:
+    """Folders that make services, duomo and duomo_kernels importable in Ray's workers, then what this process was given."""
+    root = Path(__file__).resolve().parents[1]
+    kernels = root / "kernels"
+    ours = [str(root), *([str(kernels)] if kernels.is_dir() else [])]
+    return ours + [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry not in ours]
+
+
+def _end_all(processes: list[psutil.Process]) -> None:
+    """Wait for the processes that this system started; terminate, then kill, those that stay."""
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(alive, timeout=3)
+    for process in alive:
+        print(f"duomo: killing {process.pid}, which did not end", file=sys.stderr)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=3)

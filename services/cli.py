@@ -1,0 +1,187 @@
+"""Owns the command line `duomo`: its commands and options, and how errors are said. Knows no service: imports them when one is needed.
+
+Exit codes: 0 done, 1 the other side failed, 2 the operator can put it right (the message names the option), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+import yaml
+
+from duomo.errors import ConfigError, DuomoError
+
+if TYPE_CHECKING:
+    from duomo.config import DuomoConfig
+
+app = typer.Typer(
+    name="duomo",
+    help="Serve Mixture-of-Experts models with prefill and decode as two pools.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration, such as deploy/local.yaml")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="any option of the configuration; repeatable")
+]
+Port = Annotated[int, typer.Option("--port", help="the port of the running system")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of this run's sockets and files")]
+Url = Annotated[str, typer.Option("--url", help="base address of a running gateway")]
+
+
+@app.command()
+def serve(
+    model_dir: Annotated[Path | None, typer.Argument(metavar="MODEL_DIR", help="a Hugging Face folder")] = None,
+    config: ConfigFile = None,
+    host: Annotated[str | None, typer.Option(help="where the gateway listens")] = None,
+    port: Annotated[int | None, typer.Option(help="where the gateway listens")] = None,
+    prefill_replicas: Annotated[int | None, typer.Option(help="replicas of the prefill pool")] = None,
+    decode_replicas: Annotated[int | None, typer.Option(help="replicas of the decode pool")] = None,
+    trace_dir: Annotated[Path | None, typer.Option(help="write spans into this folder (see duomo trace)")] = None,
+    run_dir: RunDir = None,
+    settings: Settings = None,
+) -> None:
+    """Start router, prefill, decode and directory under Ray and serve MODEL_DIR until Ctrl-C."""
+    named: dict[str, object] = {
+        "model.path": None if model_dir is None else str(model_dir),
+        "gateway.host": host,
+        "gateway.port": port,
+        "prefill.replicas": prefill_replicas,
+        "decode.replicas": decode_replicas,
+        "tracing.directory": None if trace_dir is None else str(trace_dir.absolute()),
+        "run_dir": None if run_dir is None else str(run_dir.absolute()),
+    }
+    loaded = _load(config, named, settings)
+    from services.cli_serve import serve as serve_system
+
+    raise typer.Exit(serve_system(loaded))
+
+
+@app.command()
+def replica(
+    role: Annotated[Literal["prefill", "decode", "router"], typer.Argument(help="which process to be")],
+    config: ConfigFile = None,
+    replica_id: Annotated[str, typer.Option("--id", help="this replica's name, unique in its system")] = "",
+    settings: Settings = None,
+) -> None:
+    """Run one process of the system without Ray: what a container runs."""
+    import socket
+
+    loaded = _load(config, {}, settings)
+    from services.cli_serve import run_one
+
+    raise typer.Exit(run_one(loaded, role, replica_id or f"{role}-{socket.gethostname()}"))
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="one question; without it, a conversation")] = None,
+    url: Url = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="default: the first that the gateway offers")] = "",
+    max_tokens: Annotated[int, typer.Option()] = 256,
+    temperature: Annotated[float, typer.Option()] = 0.7,
+) -> None:
+    """Talk to a running system; the answer streams."""
+    from services.cli_chat import converse
+
+    raise typer.Exit(converse(url, model, message, {"max_tokens": max_tokens, "temperature": temperature}))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="a script under bench/, such as serve/bench_rest or bench_rest")] = None,
+) -> None:
+    """Run a benchmark from a checkout; what follows NAME goes to it."""
+    root = _bench_root()
+    scripts = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("bench_*.py"))}
+    found = [path for key, path in scripts.items() if name in (key, key.rsplit("/", 1)[-1])]
+    if len(found) != 1:
+        raise ConfigError(f"NAME must be one of: {', '.join(scripts) or '(no benchmark here)'}" + (f"; not {name!r}" if name else ""))
+    roots = os.pathsep.join([str(root.parent), str(root.parent / "kernels")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([roots, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, str(found[0]), *context.args], environment)
+
+
+@app.command()
+def trace(
+    directory: Annotated[Path, typer.Argument(help="the folder given to `duomo serve --trace-dir`")],
+    trace_id: Annotated[str | None, typer.Option("--id", help="a trace id; default: the last request")] = None,
+) -> None:
+    """Draw one request's waterfall across all processes, with its parts and what is unaccounted for."""
+    if not directory.is_dir():
+        raise ConfigError(f"DIRECTORY: {directory} is no folder; name the one given to `duomo serve --trace-dir`")
+    from duomo.telemetry.waterfall import render_waterfall
+
+    print(render_waterfall(directory, trace_id))
+
+
+@app.command()
+def scale(
+    prefill: Annotated[int | None, typer.Option(help="replicas of the prefill pool")] = None,
+    decode: Annotated[int | None, typer.Option(help="replicas of the decode pool")] = None,
+    port: Port = 8000,
+    run_dir: RunDir = None,
+    wait_s: Annotated[
+        float, typer.Option(help="wait this long for the pools to have their size (draining takes as long as its streams)")
+    ] = 330.0,
+) -> None:
+    """Change how many replicas a running system has; replicas that go finish their streams first. Without options: show them."""
+    from services.cli_scale import scale_pools
+
+    raise typer.Exit(scale_pools({"prefill": prefill, "decode": decode}, port, run_dir, wait_s))
+
+
+@app.command()
+def doctor(port: Annotated[int, typer.Option(help="the port to be looked at")] = 8000) -> None:
+    """Show what this machine offers: device, torch, NIXL and its transport, Redis, kernels, ports, memory."""
+    from services.cli_doctor import examine
+
+    raise typer.Exit(examine(port))
+
+
+def main() -> None:
+    """The console script. A DuomoError is one line on stderr; anything else is a bug and keeps its traceback."""
+    try:
+        app()
+    except DuomoError as error:
+        print(f"duomo: error: {error.detail}", file=sys.stderr)
+        sys.exit(2 if error.phase == "start" else 1)
+
+
+def _load(file: Path | None, named: dict[str, object], settings: list[str] | None) -> DuomoConfig:
+    """File, then --set, then the named options; then MODEL_DIR is looked at."""
+    from duomo.config import load_config
+
+    overrides: dict[str, object] = {}
+    for setting in settings or []:
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {setting!r}: write SECTION.KEY=VALUE, such as decode.num_blocks=512")
+        overrides[key] = yaml.safe_load(value)
+    overrides |= {key: value for key, value in named.items() if value is not None}
+    if file is None and "model.path" not in overrides:
+        raise ConfigError("MODEL_DIR is missing: name a Hugging Face folder, such as models/tiny-moe, or a --config with model.path")
+    config = load_config(file, overrides)
+    path = config.model.path
+    if not (path / "config.json").is_file():
+        what = "holds no config.json" if path.is_dir() else "is no folder"
+        raise ConfigError(f"MODEL_DIR (model.path): {path} {what}; name a Hugging Face folder, such as models/tiny-moe")
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path.resolve(), "name": config.model.served_name})})
+
+
+def _bench_root() -> Path:
+    for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (root / "bench").is_dir():
+            return root / "bench"
+    raise ConfigError("no folder bench/ here: benchmarks run from a checkout of Duomo")
+
+
+if __name__ == "__main__":
+    main()

