@@ -1,0 +1,341 @@
+"""A connection in use: order, refusals, heartbeats, bounds, and every way to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import pytest
+
+from duomo.config import WireSection
+from duomo.errors import PeerError, WireError
+from duomo.wire.connection import Connection, Identity, Listener, connect
+from duomo.wire.messages import Drain, EmittedToken, Heartbeat, Hello, Message, Refused, TokensEmitted
+
+WIRE = WireSection(connect_timeout_s=1.0, heartbeat_s=0.05, silence_timeout_s=0.3)
+GATEWAY = Identity("router-0", "00000000000000f1", "gateway", "tiny:1")
+DECODE = Identity("decode-0", "00000000000000d1", "decode", "tiny:1")
+BIG = WireSection(max_frame_bytes=8 << 20)
+
+
+class Teleport(msgspec.Struct, tag=True, tag_field="type"):
+    """A message of a version to come."""
+
+    where: str
+
+
+class FartherDrain(msgspec.Struct, tag="Drain", tag_field="type"):
+    """Drain with a field of a version to come."""
+
+    deadline_s: float
+    how: str
+
+
+@asynccontextmanager
+async def pair(
+    folder: Path, wire: WireSection = WIRE, their_wire: WireSection | None = None
+) -> AsyncIterator[tuple[Connection, Connection]]:
+    """Both ends of one connection: the dialled one and the accepted one."""
+    accepted: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
+
+    async def accept(peer: Connection) -> None:
+        accepted.set_result(peer)
+        await peer.wait_closed()
+
+    async with Listener(f"unix:{folder}/d.sock", DECODE, their_wire or wire, accept) as listener:
+        dialled = await connect(listener.address, GATEWAY, wire)
+        yield dialled, await accepted
+        await dialled.close()
+
+
+def freeze(connection: Connection) -> None:
+    """What a stopped process looks like from outside: it neither reads nor beats."""
+    assert connection._transport is not None and connection._timer is not None
+    connection._transport.pause_reading()
+    connection._timer.cancel()
+
+
+@pytest.mark.parametrize(
+    ("strange", "code"), [(Teleport(where="Mars"), "unknown_message"), (FartherDrain(deadline_s=1.0, how="x"), "unknown_field")]
+)
+def test_an_unknown_message_is_refused_in_its_turn_and_the_connection_lives(strange: object, code: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            near.post(Drain(deadline_s=1.0))
+            near.post(cast(Message, strange))
+            near.post(Drain(deadline_s=2.0))
+            assert await far.receive() == Drain(deadline_s=1.0)
+            with pytest.raises(WireError) as refusal:
+                await far.receive()
+            assert refusal.value.code == code
+            assert await far.receive() == Drain(deadline_s=2.0)
+            answer = await near.receive()
+            assert isinstance(answer, Refused) and answer.code == code
+            assert not near.closed and not far.closed
+
+    asyncio.run(main())
+
+
+def test_a_second_hello_is_refused(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            near.post(
+                Hello(
+                    min_version=1,
+                    max_version=2,
+                    boot_id="",
+                    replica_id="x",
+                    role="decode",
+                    model_fingerprint="",
+                    address="",
+                    nonce=b"",
+                    mac=b"",
+                )
+            )
+            with pytest.raises(WireError, match="unexpected_hello"):
+                await far.receive()
+            assert cast(Refused, await near.receive()).code == "unexpected_hello"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("stray", "code"), [(b"\0\0\0\1\xc1", "not_msgpack"), (b"\x7f\0\0\0", "frame_too_large")])
+def test_a_stream_that_is_no_messages_ends_and_says_why(stray: bytes, code: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            near.post(Drain(deadline_s=1.0))
+            near._out += stray
+            assert await far.receive() == Drain(deadline_s=1.0)
+            with pytest.raises(PeerError) as ended:
+                await far.receive()
+            assert ended.value.code == code
+            assert cast(Refused, await near.receive()).code == code
+            with pytest.raises(PeerError, match="peer_gone"):
+                await near.receive()
+
+    asyncio.run(main())
+
+
+def test_large_and_small_messages_keep_their_order(tmp_path: Path) -> None:
+    async def main() -> None:
+        sent = [
+            Refused(code=str(count), detail="x" * size) for count, size in enumerate((0, 3 << 20, 1, 63, 257, (8 << 20) - 100, 5, 1 << 20))
+        ]
+        async with pair(tmp_path, BIG) as (near, far):
+            for message in sent:
+                near.post(message)
+            assert [await far.receive() for _ in sent] == sent
+
+    asyncio.run(main())
+
+
+def test_a_message_over_the_limit_is_not_sent_and_the_connection_lives(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path, WIRE.model_copy(update={"max_frame_bytes": 4096})) as (near, far):
+            with pytest.raises(WireError, match="frame_too_large"):
+                near.post(Refused(code="c", detail="x" * 4096))
+            near.post(Drain(deadline_s=1.0))
+            assert await far.receive() == Drain(deadline_s=1.0)
+
+    asyncio.run(main())
+
+
+def test_heartbeats_measure_the_round_trip_and_keep_quiet_peers_together(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            await asyncio.sleep(2.5 * WIRE.silence_timeout_s)
+            for end in (near, far):
+                assert not end.closed
+                assert end.rtt_s is not None and 0 < end.rtt_s < 0.05
+
+    asyncio.run(main())
+
+
+def test_a_heartbeat_is_answered_at_once_and_never_received(tmp_path: Path) -> None:
+    async def main() -> None:
+        slow = WIRE.model_copy(update={"heartbeat_s": 60.0})
+        async with pair(tmp_path, slow) as (near, far):
+            near.post(Heartbeat(seq=99))
+            near.post(Drain(deadline_s=1.0))
+            assert await far.receive() == Drain(deadline_s=1.0)
+            assert not far._inbox
+
+    asyncio.run(main())
+
+
+def test_a_silent_peer_is_given_up_in_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            started_s = time.monotonic()
+            freeze(far)
+            with pytest.raises(PeerError) as gone:
+                await near.receive()
+            assert gone.value.code == "peer_silent" and gone.value.retryable
+            assert WIRE.silence_timeout_s - WIRE.heartbeat_s < time.monotonic() - started_s < 3 * WIRE.silence_timeout_s
+
+    asyncio.run(main())
+
+
+def test_our_own_stall_is_not_the_peers_silence(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            await asyncio.sleep(0.1)
+            time.sleep(2 * WIRE.silence_timeout_s)  # the loop of both ends hangs
+            await asyncio.sleep(0.1)
+            near.post(Drain(deadline_s=1.0))
+            assert await far.receive() == Drain(deadline_s=1.0)
+
+    asyncio.run(main())
+
+
+def test_a_peer_that_reads_nothing_is_given_up_at_the_bound(tmp_path: Path) -> None:
+    limit = 1 << 20
+    wire = WIRE.model_copy(update={"max_send_buffer_bytes": limit, "silence_timeout_s": 30.0})
+
+    async def main() -> None:
+        async with pair(tmp_path, wire) as (near, far):
+            freeze(far)
+            num_bytes = 0
+            with pytest.raises(PeerError) as behind:
+                for _ in range(1000):
+                    near.post(Refused(code="c", detail="x" * 65536))
+                    num_bytes += 65536
+                    await asyncio.sleep(0)
+            assert behind.value.code == "peer_behind"
+            assert limit < num_bytes < limit + (4 << 20)
+            assert near.closed
+            with pytest.raises(PeerError, match="peer_behind"):
+                near.post(Drain(deadline_s=1.0))
+
+    asyncio.run(main())
+
+
+def test_one_message_larger_than_the_bound_may_be_sent(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path, WIRE.model_copy(update={"max_send_buffer_bytes": 1024})) as (near, far):
+            near.post(Refused(code="c", detail="x" * 500_000))
+            assert len(cast(Refused, await far.receive()).detail) == 500_000
+
+    asyncio.run(main())
+
+
+def test_unread_messages_stop_the_sender_and_none_is_lost(tmp_path: Path) -> None:
+    wire = WIRE.model_copy(update={"silence_timeout_s": 5.0})
+
+    async def main() -> None:
+        async with pair(tmp_path, wire) as (near, far):
+            num_messages = 40 << 4  # 40 MiB
+            for count in range(num_messages):
+                near.post(Refused(code=str(count), detail="x" * 65536))
+            await asyncio.sleep(0.4)
+            assert far._is_read_paused
+            assert far._unread_bytes < 20 << 20
+            for count in range(num_messages):
+                assert cast(Refused, await far.receive()).code == str(count)
+            near.post(Drain(deadline_s=1.0))
+            assert await far.receive() == Drain(deadline_s=1.0)
+
+    asyncio.run(main())
+
+
+def test_what_was_posted_before_close_arrives(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            for count in range(257):
+                near.post(Drain(deadline_s=float(count)))
+            closing = asyncio.create_task(near.close())
+            assert [cast(Drain, await far.receive()).deadline_s for _ in range(257)] == list(range(257))
+            with pytest.raises(PeerError, match="peer_gone"):
+                await far.receive()
+            await closing
+            with pytest.raises(PeerError, match="closed"):
+                near.post(Drain(deadline_s=1.0))
+            with pytest.raises(PeerError, match="closed"):
+                await near.receive()
+            await near.close()  # a second close is nothing
+
+    asyncio.run(main())
+
+
+def test_closing_takes_a_second_at_most_when_the_peer_reads_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path, WIRE.model_copy(update={"silence_timeout_s": 30.0})) as (near, far):
+            freeze(far)
+            near.post(Refused(code="c", detail="x" * (4 << 20)))
+            await asyncio.sleep(0)
+            started_s = time.monotonic()
+            await near.close()
+            assert time.monotonic() - started_s < 1.5
+
+    asyncio.run(main())
+
+
+def test_received_s_is_when_the_frame_was_read(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            posted_s = time.monotonic()
+            near.post(Drain(deadline_s=1.0))
+            await asyncio.sleep(0.2)
+            await far.receive()
+            assert posted_s < far.received_s < posted_s + 0.15
+
+    asyncio.run(main())
+
+
+def test_tokens_flow_fast_enough(tmp_path: Path) -> None:
+    """A tenth of what facts.md measured for the bare socket, so that a loaded machine passes and a quadratic buffer does not."""
+
+    async def main() -> None:
+        async with pair(tmp_path) as (near, far):
+            frame = TokensEmitted(tokens=(EmittedToken(request_id="r" * 16, choice=0, attempt=0, index=1, token_id=5),))
+            started_s = time.process_time()
+            for _ in range(20_000):
+                near.post(frame)
+            for _ in range(20_000):
+                await far.receive()
+            assert time.process_time() - started_s < 0.4
+
+    asyncio.run(main())
+
+
+CHILD = """
+import asyncio, sys
+from duomo.config import WireSection
+from duomo.wire.connection import Identity, connect
+
+async def main():
+    peer = await connect(sys.argv[1], Identity("prefill-0", "00000000000000a1", "prefill", "tiny:1"), WireSection())
+    print("connected", flush=True)
+    await peer.wait_closed()
+
+asyncio.run(main())
+"""
+
+
+def test_the_kill_of_a_process_is_seen_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        gone: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+
+        async def watch(peer: Connection) -> None:
+            with contextlib.suppress(PeerError):
+                await peer.receive()
+            gone.set_result(time.monotonic())
+
+        async with Listener(f"unix:{tmp_path}/d.sock", DECODE, WIRE, watch) as listener:
+            child = await asyncio.create_subprocess_exec(sys.executable, "-c", CHILD, listener.address, stdout=asyncio.subprocess.PIPE)
+            assert child.stdout is not None
+            assert await asyncio.wait_for(child.stdout.readline(), 30) == b"connected\n"
+            killed_s = time.monotonic()
+            child.send_signal(signal.SIGKILL)
+            assert await asyncio.wait_for(gone, 5) - killed_s < 0.25
+            await child.wait()
+
+    asyncio.run(main())
