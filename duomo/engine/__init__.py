@@ -1,0 +1,1 @@
+"""The engine: sequences, blocks, steps and sampling over a model. Knows no sockets, services or clocks."""

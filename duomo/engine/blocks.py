@@ -1,0 +1,186 @@
+"""Owns which block belongs to whom: readers, the prefix cache, copy-on-write. Knows no tensor and no request.
+
+A block is free (nobody reads it, nothing to remember), cached (nobody reads it, its tokens may be asked for again), or held (one
+reader or more). Always free + cached + held == total. Whoever allocates, forks or looks up blocks is their reader and frees each once.
+
+A full block is remembered by a chained hash of all tokens up to its end and a salt: the same prefix under another salt is another
+prefix. A block that more than one reads is never written: `writable` copies the last, partial one before a second sequence writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+PrefixHash = bytes
+
+
+def prefix_hashes(token_ids: Sequence[int], block_tokens: int, salt: str) -> list[PrefixHash]:
+    """One 16-byte hash for each full block, each over everything before it."""
+    hashes: list[PrefixHash] = []
+    previous = hashlib.blake2b(salt.encode(), digest_size=16).digest()
+    for end in range(block_tokens, len(token_ids) + 1, block_tokens):
+        chunk = b"".join(token.to_bytes(4, "little") for token in token_ids[end - block_tokens : end])
+        previous = hashlib.blake2b(previous + chunk, digest_size=16).digest()
+        hashes.append(previous)
+    return hashes
+
+
+class BlockManager:
+    """Blocks 0..num_blocks-1 of block_tokens tokens. Not thread-safe: it belongs to one loop.
+
+    max_cached_blocks bounds the prefix cache (None: all that is not held; 0: nothing is remembered).
+    """
+
+    def __init__(self, num_blocks: int, block_tokens: int, *, max_cached_blocks: int | None = None) -> None:
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
+        self._max_cached = num_blocks if max_cached_blocks is None else max_cached_blocks
+        self._free: list[int] = list(range(num_blocks - 1, -1, -1))
+        self._readers: dict[int, int] = {}
+        self._hash_of: dict[int, PrefixHash] = {}
+        self._block_of: dict[PrefixHash, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks without a reader that still hold a known prefix; they are given out when free ones run out."""
+        return len(self._cached)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that allocate can give."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        return len(self._readers)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_tokens)
+
+    def allocate(self, n: int) -> list[int] | None:
+        """n blocks with one reader each, or None (and nothing taken) where fewer are available. Evicts the least recently used prefixes."""
+        if n > self.num_available:
+            return None
+        blocks = []
+        for _ in range(n):
+            if not self._free:
+                evicted, _ = self._cached.popitem(last=False)
+                self._forget(evicted)
+                self._free.append(evicted)
+            block = self._free.pop()
+            self._readers[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def free(self, block_ids: Iterable[int]) -> None:
+        """Take one reader off each block. Give a whole table in order: its first blocks are kept longest in the prefix cache."""
+        for block in reversed(list(block_ids)):
+            readers = self._readers.get(block, 0)
+            assert readers > 0, f"block {block} is freed but nobody reads it"
+            if readers > 1:
+                self._readers[block] = readers - 1
+                continue
+            del self._readers[block]
+            if block in self._hash_of and self._max_cached > 0:
+                self._cached[block] = None
+                self._trim_cache()
+            else:
+                self._forget(block)
+                self._free.append(block)
+
+    def fork(self, table: Sequence[int]) -> list[int]:
+        """The same blocks for a second sequence: one more reader each. See `writable` before either writes."""
+        for block in table:
+            assert block in self._readers, f"block {block} is forked but nobody reads it"
+            self._readers[block] += 1
+        return list(table)
+
+    def append_slot(self, table: list[int], num_tokens: int, copy_block: Callable[[int, int], None]) -> bool:
+        """Make room in `table` for token number num_tokens (0-based): a new block, or a copy of a last block that others read too.
+
+        False, and nothing changed, where no block is available. copy_block(src, dst) copies the KV (KvCache.copy_block).
+        """
+        index = num_tokens // self.block_tokens
+        assert index <= len(table), (index, len(table))
+        if index == len(table):
+            grown = self.allocate(1)
+            if grown is None:
+                return False
+            table.extend(grown)
+            return True
+        return self.writable(table, index, copy_block)
+
+    def writable(self, table: list[int], index: int, copy_block: Callable[[int, int], None]) -> bool:
+        """Make table[index] this sequence's own: copied where others read it. False where no block is available."""
+        block = table[index]
+        if self._readers[block] == 1:
+            self._forget(block)  # what is about to be written is not what the hash promised
+            return True
+        grown = self.allocate(1)
+        if grown is None:
+            return False
+        copy_block(block, grown[0])
+        self._readers[block] -= 1
+        table[index] = grown[0]
+        return True
+
+    def lookup(self, hashes: Sequence[PrefixHash]) -> list[int]:
+        """The longest known run of blocks for these hashes, with one more reader each; free them like any other."""
+        blocks = []
+        for prefix in hashes:
+            block = self._block_of.get(prefix)
+            if block is None:
+                break
+            self._cached.pop(block, None)
+            self._readers[block] = self._readers.get(block, 0) + 1
+            blocks.append(block)
+        return blocks
+
+    def commit(self, table: Sequence[int], hashes: Sequence[PrefixHash]) -> None:
+        """Remember that table[i] holds the full block of hashes[i]. Their KV is written. The first holder of a hash stays."""
+        for block, prefix in zip(table, hashes, strict=False):
+            assert block in self._readers, f"block {block} is committed but nobody reads it"
+            if prefix not in self._block_of and block not in self._hash_of:
+                self._block_of[prefix] = block
+                self._hash_of[block] = prefix
+
+    def cached_hashes(self) -> list[PrefixHash]:
+        """Every prefix that a lookup may find, held or not: what a replica reports as its digest."""
+        return list(self._block_of)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError saying what is wrong. For whenever idle, and for tests."""
+        held, free, cached = set(self._readers), set(self._free), set(self._cached)
+        doubled = [block for block, count in Counter(self._free).items() if count > 1]
+        assert not doubled, f"blocks twice in the free list: {doubled}"
+        assert not held & free, f"blocks both held and free: {sorted(held & free)}"
+        assert not held & cached, f"blocks both held and cached: {sorted(held & cached)}"
+        assert not free & cached, f"blocks both free and cached: {sorted(free & cached)}"
+        missing = set(range(self.num_blocks)) - held - free - cached
+        assert not missing, f"blocks lost: {sorted(missing)}"
+        assert len(held) + len(free) + len(cached) == self.num_blocks, "blocks that do not exist are accounted for"
+        idle = [block for block, readers in self._readers.items() if readers < 1]
+        assert not idle, f"held blocks without a reader: {idle}"
+        assert {prefix: block for block, prefix in self._hash_of.items()} == self._block_of, "the prefix table disagrees with the blocks"
+        assert cached <= set(self._hash_of), f"cached blocks without a prefix: {sorted(cached - set(self._hash_of))}"
+        assert not free & set(self._hash_of), f"free blocks with a prefix: {sorted(free & set(self._hash_of))}"
+
+    def _trim_cache(self) -> None:
+        while len(self._cached) > self._max_cached:
+            block, _ = self._cached.popitem(last=False)
+            self._forget(block)
+            self._free.append(block)
+
+    def _forget(self, block: int) -> None:
+        prefix = self._hash_of.pop(block, None)
+        if prefix is not None:
+            del self._block_of[prefix]

@@ -1,0 +1,148 @@
+"""Owns the choice of the next token from logits. Knows no model, batch order or request: each row is decided by its own RowSampling alone.
+
+Order, as in vLLM: logprobs from the raw logits; min_tokens masks the ending ids; repetition, frequency, presence penalties; temperature;
+min-p; top-k; top-p; one uniform number against the cumulative distribution in vocabulary order. temperature 0 takes the first maximum after
+the penalties.
+
+Legend: S rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duomo.engine.randomness import uniform
+from duomo.wire.messages import Sampling
+
+GREEDY_TEMPERATURE = 1e-5  # below, dividing by it overflows float32: treated as greedy (vLLM's _SAMPLING_EPS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowSampling:
+    """How one row's token is chosen.
+
+    output_ids: the choice's tokens so far, in order; position of the new token is len(prompt_ids) + len(output_ids).
+    ending_ids: eos (unless ignored) and stop ids, masked while fewer than min_tokens are out.
+    """
+
+    sampling: Sampling
+    choice: int
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    ending_ids: Sequence[int] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def has_penalty(self) -> bool:
+        return self.sampling.presence_penalty != 0 or self.sampling.frequency_penalty != 0 or self.sampling.repetition_penalty != 1
+
+    @property
+    def masks_endings(self) -> bool:
+        return len(self.output_ids) < self.sampling.min_tokens and len(self.ending_ids) > 0
+
+
+def ending_ids(sampling: Sampling, eos_ids: Sequence[int]) -> tuple[int, ...]:
+    """The ids that end a choice: eos unless ignored, and the request's own."""
+    return tuple(sampling.stop_token_ids) + (() if sampling.ignore_eos else tuple(eos_ids))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledToken:
+    """The chosen token; logprob and top (id, logprob; best first) of the raw distribution where the row asked for them."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Stateless: the same logits and RowSampling give the same token in any batch."""
+
+    @torch.inference_mode()
+    def sample(self, logits_SV: Tensor, rows: Sequence[RowSampling]) -> list[SampledToken]:
+        """logits float32 [S, V], not changed; one row each. Returns one token for each row."""
+        assert logits_SV.shape[0] == len(rows), (logits_SV.shape, len(rows))
+        if not rows:
+            return []
+        adjusted_SV = _adjust(logits_SV, rows)
+        tokens = adjusted_SV.argmax(-1).tolist()
+        for at, row in enumerate(rows):
+            if not row.is_greedy:
+                tokens[at] = _draw(adjusted_SV[at], row)
+        if all(row.sampling.logprobs is None for row in rows):
+            return [SampledToken(token_id=token) for token in tokens]
+        return [_with_logprobs(logits_SV[at], row, tokens[at]) for at, row in enumerate(rows)]
+
+
+def _adjust(logits_SV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
+    """Masked and penalised logits; the same tensor where no row asks for either."""
+    if not any(row.has_penalty or row.masks_endings for row in rows):
+        return logits_SV
+    adjusted_SV = logits_SV.clone()
+    for at, row in enumerate(rows):
+        if row.masks_endings:
+            adjusted_SV[at, torch.tensor(row.ending_ids, dtype=torch.int64)] = -torch.inf
+        if row.has_penalty:
+            _penalise(adjusted_SV[at], row)
+    return adjusted_SV
+
+
+def _penalise(logits_V: Tensor, row: RowSampling) -> None:
+    """Repetition over prompt and output, frequency and presence over the output, in place."""
+    sampling, vocab = row.sampling, logits_V.shape[0]
+    output_counts_V = torch.bincount(torch.tensor(row.output_ids, dtype=torch.int64), minlength=vocab)
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*row.prompt_ids, *row.output_ids}), dtype=torch.int64)
+        values = logits_V[seen]
+        logits_V[seen] = torch.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
+    # sums and products of a mask and a scalar, in this order: vLLM's apply_penalties
+    logits_V -= sampling.frequency_penalty * output_counts_V
+    logits_V -= sampling.presence_penalty * (output_counts_V > 0)
+
+
+def _draw(logits_V: Tensor, row: RowSampling) -> int:
+    """One token of softmax(logits / temperature) under the row's limits."""
+    sampling, vocab = row.sampling, logits_V.shape[0]
+    probs_V = torch.softmax(logits_V.double() / sampling.temperature, -1)
+    if sampling.min_p > 0:
+        probs_V = torch.where(probs_V >= sampling.min_p * probs_V.max(), probs_V, 0.0)
+    top_k = sampling.top_k if 0 < sampling.top_k < vocab else vocab
+    if top_k < vocab or sampling.top_p < 1:
+        probs_V = _limit(probs_V, top_k, sampling.top_p)
+    cumulative_V = probs_V.cumsum(-1)
+    point = uniform(sampling.seed, row.choice, len(row.prompt_ids) + len(row.output_ids)) * float(cumulative_V[-1])
+    # the first token whose cumulative weight exceeds the point; one without weight never does first
+    token = int(torch.searchsorted(cumulative_V, point, right=True))
+    return token if token < vocab else int(probs_V.nonzero()[-1])
+
+
+def _limit(probs_V: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Zero outside the top_k most likely, then outside the smallest set of those whose share reaches top_p (never empty).
+
+    Ties at the edge fall to the lower id, as a stable sort has them.
+    """
+    sorted_probs, order = torch.sort(probs_V, descending=True, stable=True)
+    keep = torch.arange(probs_V.shape[0]) < top_k
+    if top_p < 1:
+        kept_probs = sorted_probs * keep
+        before = kept_probs.cumsum(-1) - kept_probs
+        keep &= before < top_p * kept_probs.sum()
+        keep[0] = True
+    return torch.zeros_like(probs_V).index_copy_(0, order, sorted_probs * keep)
+
+
+def _with_logprobs(logits_V: Tensor, row: RowSampling, token: int) -> SampledToken:
+    num_top = row.sampling.logprobs
+    if num_top is None:
+        return SampledToken(token_id=token)
+    logprobs_V = torch.log_softmax(logits_V.double(), -1)
+    values, ids = torch.topk(logprobs_V, min(num_top, logprobs_V.shape[0]))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return SampledToken(token_id=token, logprob=float(logprobs_V[token]), top=top)

@@ -1,0 +1,1 @@
+"""The models: configuration, weights and plain single-device modules. Knows nothing of batches, services or processes."""

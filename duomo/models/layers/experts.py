@@ -1,0 +1,36 @@
+"""Owns one mixture-of-experts layer: gate, order, experts, combine. Knows no sequences, only rows.
+
+Legend: T rows, D model, E experts, F expert hidden, K experts a token, R = T * K routed rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from duomo_kernels.combine import combine
+from duomo_kernels.grouped_gemm import grouped_gemm
+from duomo_kernels.row_gemm import TILE_ROWS, RowGemm
+from duomo_kernels.sort_by_expert import sort_by_expert
+from duomo_kernels.topk_gate import topk_gate
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """gate [D, E]; gate_up one [D, 2F] for each expert (gate first); down one [F, D] for each expert."""
+
+    gate_DE: Tensor
+    gate_up_EDF: list[Tensor]
+    down_EFD: list[Tensor]
+
+
+def expert_layer(gemm: RowGemm, x_TD: Tensor, weights: ExpertWeights, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Normed input [T, D] -> (output [T, D] before the residual, expert ids [T, K])."""
+    weights_TK, ids_TK = topk_gate(gemm.mm(x_TD, weights.gate_DE), top_k, normalise)
+    order = sort_by_expert(ids_TK, len(weights.gate_up_EDF))
+    num_routed = order.token_R.numel()
+    x_RD = x_TD.new_zeros(num_routed + TILE_ROWS, x_TD.shape[1])
+    x_RD[:num_routed] = x_TD.index_select(0, order.token_R)
+    rows_RD = grouped_gemm(gemm, x_RD, order.counts, weights.gate_up_EDF, weights.down_EFD)
+    return combine(rows_RD, order.routed_R, weights_TK), ids_TK
