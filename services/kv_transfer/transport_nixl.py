@@ -1,0 +1,149 @@
+"""Owns NIXL agents: registered memory, peers and one-sided writes over UCX. Knows no slot and no handle; its names and states end here.
+
+NIXL's rules kept here: a write is polled to its end, because the notification is sent by the initiator's poll that sees it; a released
+handle is never used again (it would end the process); a write to a stopped peer stays in progress for ever: deadlines are the caller's.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from duomo.config import TransferSection
+from duomo.errors import PeerError, TransferError
+from services.kv_transfer.memory import Region
+from services.kv_transfer.transport import Span, Transport, Write, WriteState
+from services.kv_transfer.transport_nixl_config import BACKEND, import_nixl, make_agent
+
+_MEMORY = "DRAM"
+
+
+class _NixlWrite:
+    """A transfer handle with its state; dropped from here the moment it is released."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+        self.state = WriteState.IN_FLIGHT
+        self.detail = ""
+        self.lock = threading.Lock()
+
+
+class NixlTransport:
+    """One NIXL agent in this process; a Transport. The creator calls close()."""
+
+    def __init__(self, name: str, section: TransferSection) -> None:
+        self.name = name
+        self._section = section
+        self._api, self.version = import_nixl(section)
+        self._agent = make_agent(self._api, name, section.progress_delay_us)
+        self.transport_name = f"nixl/{BACKEND}"
+        # What its calls raise: the binding's own exception classes, all derived from Exception directly.
+        names = [n for n in dir(self._api.nixlBind) if n.startswith("nixl") and n.endswith("Error")]
+        self._errors: tuple[type[Exception], ...] = tuple(getattr(self._api.nixlBind, n) for n in names)
+        self._lock = threading.Lock()
+        self._registered: dict[int, Any] = {}
+        self._peers: dict[str, bytes] = {}
+
+    def register(self, region: Region) -> None:
+        try:
+            descs = self._agent.register_memory([(region.address, region.num_bytes, 0, "")], _MEMORY)
+        except self._errors as error:
+            raise TransferError(
+                f"{region.num_bytes} bytes cannot be registered: {error}", code="register_failed", retryable=False
+            ) from error
+        with self._lock:
+            self._registered[region.address] = descs
+
+    def deregister(self, region: Region) -> None:
+        with self._lock:
+            descs = self._registered.pop(region.address, None)
+        if descs is not None:
+            self._agent.deregister_memory(descs)
+
+    def metadata(self) -> bytes:
+        metadata: bytes = self._agent.get_agent_metadata()
+        return metadata
+
+    def add_peer(self, metadata: bytes) -> str:
+        with self._lock:
+            known = next((name for name, held in self._peers.items() if held == metadata), None)
+            if known is not None:
+                return known
+            try:
+                loaded = self._agent.add_remote_agent(metadata)
+            except self._errors as error:
+                raise PeerError(f"a peer's metadata cannot be loaded: {error}", phase="kv.handoff") from error
+            name = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
+            self._peers[name] = metadata
+            return name
+
+    def remove_peer(self, name: str) -> None:
+        with self._lock:
+            if self._peers.pop(name, None) is None:
+                return
+            try:
+                self._agent.remove_remote_agent(name)
+            except self._errors:
+                # It was gone already, which is what was asked for.
+                return
+
+    def write(self, local: Span, peer: str, remote: Span, notification: bytes) -> Write:
+        if peer not in self._peers:
+            raise PeerError(f"agent {peer} is not known", phase="kv.handoff")
+        source = self._agent.get_xfer_descs([(local.base, local.length, 0)], _MEMORY)
+        target = self._agent.get_xfer_descs([(remote.base, remote.length, 0)], _MEMORY)
+        try:
+            handle = self._agent.initialize_xfer("WRITE", source, target, peer, notification)
+        except self._errors as error:
+            raise PeerError(f"a write to {peer} cannot be prepared: {error}", phase="kv.handoff") from error
+        write = _NixlWrite(handle)
+        try:
+            status = self._agent.transfer(handle)
+        except self._errors as error:
+            self._end(write, WriteState.FAILED, str(error))
+            raise PeerError(f"a write to {peer} failed: {error}", phase="kv.handoff") from error
+        if status == "DONE":
+            self._end(write, WriteState.DONE, "")
+        elif status == "ERR":
+            self._end(write, WriteState.FAILED, "the backend reports an error")
+        return write
+
+    def poll(self, write: Write) -> WriteState:
+        assert isinstance(write, _NixlWrite), write
+        with write.lock:
+            if write.state is not WriteState.IN_FLIGHT:
+                return write.state
+            try:
+                status = self._agent.check_xfer_state(write.handle)
+            except self._errors as error:
+                self._end(write, WriteState.FAILED, str(error))
+                return write.state
+            if status == "DONE":
+                self._end(write, WriteState.DONE, "")
+            elif status == "ERR":
+                self._end(write, WriteState.FAILED, "the backend reports an error")
+            return write.state
+
+    def notifications(self) -> list[bytes]:
+        return [data for messages in self._agent.get_new_notifs().values() for data in messages]
+
+    def sibling(self, name: str) -> Transport:
+        return NixlTransport(name, self._section)
+
+    def close(self) -> None:
+        """Forget peers and memory; the agent ends with its last reference."""
+        for name in list(self._peers):
+            self.remove_peer(name)
+        with self._lock:
+            registered, self._registered = self._registered, {}
+        for descs in registered.values():
+            self._agent.deregister_memory(descs)
+
+    def _end(self, write: _NixlWrite, state: WriteState, detail: str) -> None:
+        """Release the handle and remember how it ended."""
+        write.state, write.detail = state, detail
+        handle, write.handle = write.handle, None
+        try:
+            self._agent.release_xfer_handle(handle)
+        except self._errors as error:
+            write.detail = f"{detail}; its handle cannot be released: {error}"
