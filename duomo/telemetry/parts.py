@@ -35,11 +35,10 @@ class GatewayTimes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rtts:
-    """Round trips in seconds, as heartbeats measured them: gateway to P, gateway to D, P to D."""
+    """Round trips in seconds, as the gateway's heartbeats measured them: to P, to D."""
 
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    between_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +93,7 @@ def second_token_parts(times: GatewayTimes, decode: Timings, rtts: Rtts) -> Part
             ("kv.handoff", decode.handoff_exposed_s),
             ("decode.admit", decode.admit_s),
             ("decode.first_step", decode.first_step_s),
-            ("wire", (rtts.between_s + rtts.decode_s - rtts.prefill_s) / 2),
+            ("wire", (decode.peer_rtt_s + rtts.decode_s - rtts.prefill_s) / 2),
             ("gateway.emit", times.second_emitted_s - times.second_read_s - first_emit_s),
         ),
     )

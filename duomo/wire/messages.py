@@ -119,7 +119,7 @@ class Timings(_Value, frozen=True, kw_only=True):
 
     total_s spans from the frame that started the leg read off the socket to the frame that carries this written to it.
     P: queue_s (until the first group runs), compute_s (first group to logits), sample_s. D: handoff_exposed_s (PrefillDone seen until
-    the last message landed and verified), admit_s (until the step that takes it in starts), first_step_s.
+    the last message landed and verified), admit_s (until the step that takes it in starts), first_step_s, peer_rtt_s (D's round trip to P).
     """
 
     total_s: float
@@ -129,6 +129,7 @@ class Timings(_Value, frozen=True, kw_only=True):
     handoff_exposed_s: float = 0.0
     admit_s: float = 0.0
     first_step_s: float = 0.0
+    peer_rtt_s: float = 0.0
 
 
 class EmittedToken(_Value, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -102,7 +103,7 @@ class OlderHandshake(Handshake):
     ("change", "code"),
     [({"secret": "other"}, "bad_secret"), ({"secret": ""}, "bad_secret"), ({"model_fingerprint": "tiny:2"}, "model_mismatch")],
 )
-def test_a_peer_that_may_not_pair_is_refused_with_the_reason(change: dict[str, str], code: str, tmp_path: Path) -> None:
+def test_a_peer_that_may_not_pair_is_refused_with_the_reason(change: dict[str, Any], code: str, tmp_path: Path) -> None:
     accepted: list[Connection] = []
 
     async def accept(peer: Connection) -> None:

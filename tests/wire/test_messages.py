@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import msgpack
 import msgspec
@@ -35,14 +35,21 @@ SAMPLING = page.Sampling(
     stop_token_ids=(2, 8191),
     logprobs=2,
 )
-ABOUT = {
+ABOUT: dict[str, Any] = {
     "request_id": "req-é1",
     "attempt": 1,
     "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     "remaining_s": 29.5,
 }
 TIMINGS = page.Timings(
-    total_s=0.125, queue_s=0.0625, compute_s=0.03125, sample_s=0.015625, handoff_exposed_s=0.5, admit_s=0.25, first_step_s=1.5
+    total_s=0.125,
+    queue_s=0.0625,
+    compute_s=0.03125,
+    sample_s=0.015625,
+    handoff_exposed_s=0.5,
+    admit_s=0.25,
+    first_step_s=1.5,
+    peer_rtt_s=0.75,
 )
 HANDLE = page.Handle(
     handle_id=2**40 + 7,
