@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -36,6 +37,7 @@ CPUS_PER_REPLICA = 0.01
 OBJECT_STORE_BYTES = 80 * 1024 * 1024  # nothing large goes through it; Ray refuses less than 75 MiB
 DRAIN_ON_STOP_S = 20.0
 SLOW_PLACEMENT_S = 8
+RAISED = re.compile(r"^[ \t]*([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit|Cancelled)\b.*)$", re.MULTILINE)
 ScalablePool = Literal["prefill", "decode"]
 
 log = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class RaySystem:
         self._start_ray()
         self._say(f"ray is up ({time.monotonic() - began_s:.1f} s)")
         self._check_placeable()
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         self._say(f"serve is up ({time.monotonic() - began_s:.1f} s)")
         target = serve.RunTarget(target=build_application(self._config), name=APP_NAME, route_prefix="/", external_scaler_enabled=True)
@@ -151,7 +154,7 @@ class RaySystem:
     def _check_placeable(self) -> None:
         if not self._config.ray.pin_by_resource:
             return
-        offered = ray.cluster_resources()
+        offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray ships no type for it
         for name in ("directory", "prefill", "decode", "router"):
             if f"duomo_{name}" not in offered:
                 raise ConfigError(
@@ -185,18 +188,15 @@ class RaySystem:
         return serve.status().applications[APP_NAME]
 
     def _stop_serve(self, urgent: threading.Event) -> None:
-        """serve.shutdown() has no time limit that callers choose, so it runs in a thread that may be left behind."""
+        """Deleting drains every replica and has no time limit that callers choose, so it runs in a thread that may be left behind."""
 
         def shut_down() -> None:
             try:
-                if self._is_local:
-                    serve.shutdown()
-                else:
-                    serve.delete(APP_NAME)
+                serve.delete(APP_NAME)
             except (RuntimeError, ray.exceptions.RayError) as error:  # the controller is gone already: nothing is left to stop
                 log.info("serve was down before it was stopped: %s", error)
 
-        thread = threading.Thread(target=shut_down, name="serve-shutdown", daemon=True)
+        thread = threading.Thread(target=shut_down, name="serve-delete", daemon=True)
         thread.start()
         end_s = time.monotonic() + DRAIN_ON_STOP_S
         while thread.is_alive() and not urgent.is_set() and time.monotonic() < end_s:
@@ -210,12 +210,11 @@ def _worst_message(overview: ApplicationStatusOverview) -> str:
 
 
 def _last_words(message: str) -> str:
-    """The exception's line of a traceback; other messages whole, on one line."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    if not any(line.startswith("Traceback") for line in lines):
-        return " ".join(lines)
-    raised = [line for line in lines if "Error" in line.split(":")[0] and not line.startswith(("File", "ray::"))]
-    return (raised or lines)[-1]
+    """The last exception of a traceback, as its replica raised it; messages without one whole, on one line."""
+    raised: list[str] = RAISED.findall(message)
+    if "Traceback" not in message or not raised:
+        return " ".join(message.split())
+    return raised[-1].removeprefix("duomo.errors.").strip()
 
 
 def _import_roots() -> list[str]:

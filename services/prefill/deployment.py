@@ -25,7 +25,7 @@ class PrefillDeployment:
             await run_replica(config, replica_id, stop)
 
         self._drain_s = config.gateway.request_deadline_s
-        self._thread = ServiceThread(replica_id, run, lambda: until_registered(config, replica_id))
+        self._thread = ServiceThread(replica_id, run, lambda: until_registered(config.redis, replica_id))
         self._thread.start(config.ray.start_timeout_s)
 
     async def check_health(self) -> None:

@@ -18,7 +18,7 @@ from services.kv_transfer.service_thread import ServiceThread
 class RouterDeployment:
     """The gateway: its service in a thread and loop of its own. The constructor returns when its port answers."""
 
-    def __init__(self, config_json: str, *pools: DeploymentHandle) -> None:
+    def __init__(self, config_json: str, *pools: DeploymentHandle[object]) -> None:
         """pools: the other deployments; naming them here makes them parts of one application. They are never called."""
         # Here, not on top: whoever binds the application needs neither FastAPI nor tokenizers.
         from services.router.service import serve_gateway
