@@ -91,7 +91,7 @@ class Fields:
             raise wrong_type(self.name(field), "an array", value)
         return value
 
-    def object(self, field: str) -> dict[str, object] | None:
+    def mapping(self, field: str) -> dict[str, object] | None:
         value = self.take(field)
         if value is None:
             return None

@@ -79,8 +79,13 @@ GenerationEvent = TextEmitted | GenerationEnded | GenerationFailed
 
 
 class EventSink(Protocol):
-    """Who takes a request's events. Called on the loop, never blocks; `wants_pieces` asks for token ids and logprobs."""
+    """Who takes a request's events. Called on the loop, never blocks; `wants_pieces` asks for token ids and logprobs.
+
+    first_sent_s, second_sent_s: when the first and second event reached the client's socket, 0 where they have not (yet).
+    """
 
     wants_pieces: bool
+    first_sent_s: float
+    second_sent_s: float
 
     def deliver(self, event: GenerationEvent) -> None: ...

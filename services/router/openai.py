@@ -152,9 +152,7 @@ class RequestParser:
         return_token_ids = fields.boolean("return_token_ids")
         fields.ignore(*_IGNORED)
         fields.finish()
-        answer = AnswerOptions(
-            stream=stream, include_usage=include_usage, num_choices=num_choices or 1, return_token_ids=return_token_ids
-        )
+        answer = AnswerOptions(stream=stream, include_usage=include_usage, num_choices=num_choices or 1, return_token_ids=return_token_ids)
         return CommonFields(sampling=sampling, max_tokens=max_tokens, max_tokens_field=max_tokens_field, stop=stop, answer=answer)
 
     def _sampling(self, fields: Fields, logprobs: int | None) -> Sampling:
@@ -222,8 +220,8 @@ class RequestParser:
             if not item:
                 raise RequestError(f"'{name}' must not be empty.", param="prompt")
             return self._token_ids(name, item)
-        wanted = {str: "a string like the first", list: "an array of token ids like the first"}.get(kind)
-        raise wrong_type(name, wanted or "a string, a token id or an array of token ids", item)
+        wanted = "a string like the first" if kind is str else "an array of token ids"
+        raise wrong_type(name, wanted, item)
 
 
 def _or(value: float | None, default: float) -> float:
@@ -254,7 +252,7 @@ def _max_tokens(fields: Fields) -> tuple[int | None, str]:
 
 
 def _stream_options(fields: Fields, stream: bool) -> bool:
-    raw = fields.object("stream_options")
+    raw = fields.mapping("stream_options")
     if raw is None:
         return False
     if not stream:
@@ -310,9 +308,7 @@ def _part(name: str, value: object) -> str:
     if kind is None:
         raise RequestError(f"You must provide '{name}.type'.", param=f"{name}.type", code="missing_required_parameter")
     if kind not in ("text", "input_text"):
-        raise RequestError(
-            f"'{name}' is of type '{kind}'; this model reads only text.", param=f"{name}.type", code="unsupported_content"
-        )
+        raise RequestError(f"'{name}' is of type '{kind}'; this model reads only text.", param=f"{name}.type", code="unsupported_content")
     text = fields.string("text")
     if text is None:
         raise RequestError(f"You must provide '{name}.text'.", param=f"{name}.text", code="missing_required_parameter")

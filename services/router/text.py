@@ -148,9 +148,7 @@ def _as_turn(message: ChatMessage) -> dict[str, str]:
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """The settings and names that published templates are written for (those of transformers)."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _raise_template_error
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -1,0 +1,204 @@
+"""The REST edge: routes, bodies and their limit, and OpenAI's error body for every refusal. Knows no replica.
+
+A refusal before the first token is an HTTP status; after it an error event ends the stream (calls.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import time
+from typing import Final
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from duomo.errors import CapacityError, DuomoError, RequestCancelled, RequestError
+from duomo.telemetry.metrics import CONTENT_TYPE
+from services.router.answers import error_body, error_of, error_status
+from services.router.calls import Call
+from services.router.openai import RequestParser
+from services.router.prompts import PromptMaker
+from services.router.gateway import Gateway
+
+log = logging.getLogger(__name__)
+
+_JSON: Final = "application/json"
+
+
+def build_app(gateway: Gateway) -> FastAPI:
+    """The application; whoever runs it starts the gateway before and stops it after."""
+    app = FastAPI(title="Duomo", docs_url=None, redoc_url=None, openapi_url=None)
+    edge = Edge(gateway)
+    app.add_route("/v1/chat/completions", edge.chat, methods=["POST"])
+    app.add_route("/v1/completions", edge.completion, methods=["POST"])
+    app.add_route("/v1/models", edge.models, methods=["GET"])
+    app.add_route("/v1/models/{name:path}", edge.model, methods=["GET"])
+    app.add_route("/health/live", edge.live, methods=["GET"])
+    app.add_route("/health/ready", edge.ready, methods=["GET"])
+    app.add_route("/metrics", edge.metrics, methods=["GET"])
+    if gateway.config.gateway.serves_pool_report:
+        app.add_route("/admin/pools", edge.pools, methods=["GET"])
+    app.add_exception_handler(DuomoError, _answer_fault)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_bug)
+    return app
+
+
+class Edge:
+    """One gateway's endpoints."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        section = gateway.config.gateway
+        self._gateway = gateway
+        self._section = section
+        self._parser = RequestParser(section, gateway.card.name, gateway.card.vocab_size)
+        self._prompts = PromptMaker(section, gateway.card, gateway.text)
+        self._model = _model_object(gateway)
+
+    async def chat(self, request: Request) -> Response:
+        call = self._call(request, "chatcmpl-", "chat")
+        with call.refusing():
+            asked = self._parser.chat(await read_body(request, self._section.max_body_bytes))
+            requests = await self._prompts.chat(asked, call.template(asked.common))
+        return await call.answer(request, requests, asked.common)
+
+    async def completion(self, request: Request) -> Response:
+        call = self._call(request, "cmpl-", "text_completion")
+        with call.refusing():
+            asked = self._parser.completion(await read_body(request, self._section.max_body_bytes))
+            requests = await self._prompts.completion(asked, call.template(asked.common))
+        return await call.answer(request, requests, asked.common)
+
+    async def models(self, request: Request) -> Response:
+        return _json_response(200, msgspec.json.encode({"object": "list", "data": [self._model]}))
+
+    async def model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != self._gateway.card.name:
+            raise RequestError(f"The model '{name}' does not exist.", param="model", status=404, code="model_not_found")
+        return _json_response(200, msgspec.json.encode(self._model))
+
+    async def live(self, request: Request) -> Response:
+        return _json_response(200, b'{"status":"live"}')
+
+    async def ready(self, request: Request) -> Response:
+        reason = self._gateway.why_not_ready()
+        if reason is not None:
+            raise CapacityError(f"Not ready: {reason}.", code="not_ready")
+        return _json_response(200, b'{"status":"ready"}')
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._gateway.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def pools(self, request: Request) -> Response:
+        return _json_response(200, msgspec.json.encode(pool_report(self._gateway)))
+
+    def _call(self, request: Request, prefix: str, endpoint: str) -> Call:
+        received_s = time.monotonic()
+        return Call(self._gateway, prefix + secrets.token_hex(12), endpoint, received_s, request.headers.get("traceparent", ""))
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The body, refused with 413 as soon as its declared or its counted size exceeds the limit."""
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
+    parts: list[bytes] = []
+    num_bytes = 0
+    try:
+        async for part in request.stream():
+            num_bytes += len(part)
+            if num_bytes > max_bytes:
+                raise _too_large(max_bytes)
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise RequestCancelled("The client left while sending its body.") from error
+    return b"".join(parts)
+
+
+def pool_report(gateway: Gateway) -> dict[str, object]:
+    """What an operator or a test sees from outside: each replica's last report, and what this gateway itself holds."""
+    now_s = time.monotonic()
+    replicas = [
+        {
+            "replica_id": link.member.replica_id,
+            "boot_id": link.key,
+            "role": link.role,
+            "address": link.member.address,
+            "rtt_s": link.connection.rtt_s,
+            "report_age_s": now_s - link.report_received_s if link.report is not None else None,
+            "gateway_legs": len(link.legs),
+            "gateway_queued_tokens": link.queued_tokens,
+            "gateway_reserved_blocks": link.reserved_blocks,
+            "report": link.report,
+        }
+        for link in gateway.pools.links.values()
+    ]
+    own = {
+        "replica_id": gateway.replica_id,
+        "boot_id": gateway.boot_id,
+        "num_live_requests": gateway.num_live_requests,
+        "num_open_answers": gateway.num_open_answers,
+        "num_waiting_requests": gateway.num_waiting,
+        "num_live_legs": gateway.num_live_legs,
+        "num_open_spans": gateway.tracing.num_open_spans(),
+        "is_directory_reachable": gateway.pools.is_directory_reachable,
+        "is_draining": gateway.is_draining,
+        "dropped_tokens": dict(gateway.dropped_tokens),
+    }
+    return {"replicas": replicas, "gateway": own}
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"The body is larger than {max_bytes} bytes.", param="body", status=413, code="body_too_large")
+
+
+def _model_object(gateway: Gateway) -> dict[str, object]:
+    card = gateway.card
+    return {
+        "id": card.name,
+        "object": "model",
+        "created": int(time.time()),
+        "owned_by": "duomo",
+        "root": card.name,
+        "max_model_len": card.context_tokens,
+        "context_length": card.context_tokens,
+        "total_parameters": card.total_params,
+        "active_parameters": card.active_params,
+        "num_experts": card.num_experts,
+        "experts_per_token": card.experts_per_token,
+        "fingerprint": card.fingerprint,
+    }
+
+
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DuomoError)
+    headers = {}
+    if isinstance(error, CapacityError):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif error.retryable:
+        headers["retry-after"] = "1"
+    return _json_response(error_status(error), error_of(error), headers)
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path (404), no such method there (405)."""
+    assert isinstance(error, HTTPException)
+    known = {404: f"There is no endpoint '{request.url.path}'.", 405: f"'{request.url.path}' does not take {request.method}."}
+    message = known.get(error.status_code, error.detail)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return _json_response(error.status_code, error_body(error.status_code, message, None, code), dict(error.headers or {}))
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    log.error("a request failed by a fault of ours", exc_info=error)
+    return _json_response(500, error_body(500, "The server made a mistake.", None, "internal"))
+
+
+def _json_response(status: int, body: bytes, headers: dict[str, str] | None = None) -> Response:
+    return Response(body, status_code=status, media_type=_JSON, headers=headers)

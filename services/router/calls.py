@@ -1,0 +1,149 @@
+"""One generating HTTP call from its checked requests to its answer, whole or streamed. Knows no route and no replica.
+
+Every flight that a call submits is closed, whatever happens: that is when it is cancelled if it still runs, and accounted for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from duomo.errors import DuomoError, RequestCancelled
+from duomo.wire.messages import Sampling
+from services.router.answers import AnswerHead, AnswerShape, ChatShape, CompletionShape
+from services.router.flight import Flight
+from services.router.generation import GenerationRequest
+from services.router.openai import CommonFields
+from services.router.gateway import Gateway
+from services.router.streams import TRANSPORT_EXTENSION, ClientTransport, Sink, StreamResponse, StreamSink, WholeSink, watch_client
+
+log = logging.getLogger(__name__)
+
+_NO_SAMPLING: Final = Sampling(max_tokens=1)
+
+
+class Call:
+    """One HTTP call that generates: its id and flights. endpoint: OpenTelemetry's operation, "chat" or "text_completion"."""
+
+    def __init__(self, gateway: Gateway, answer_id: str, endpoint: str, received_s: float, traceparent: str) -> None:
+        self._gateway = gateway
+        self._section = gateway.config.gateway
+        self._answer_id = answer_id
+        self._endpoint = endpoint
+        self._received_s = received_s
+        self._traceparent = traceparent
+        self._flights: list[Flight] = []
+        self._watcher: asyncio.Task[None] | None = None
+
+    def template(self, common: CommonFields) -> GenerationRequest:
+        """What all generation requests of this call share."""
+        return GenerationRequest(
+            request_id=self._answer_id,
+            prompt_ids=(),
+            sampling=_NO_SAMPLING,
+            num_choices=common.answer.num_choices,
+            stop=common.stop,
+            received_s=self._received_s,
+            deadline_s=self._received_s + self._section.request_deadline_s,
+            traceparent=self._traceparent,
+            endpoint=self._endpoint,
+        )
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """A call refused before anything was submitted still has its span and its count."""
+        try:
+            yield
+        except DuomoError as error:
+            self._refuse(error)
+            raise
+
+    async def answer(self, request: Request, requests: list[GenerationRequest], common: CommonFields) -> Response:
+        """Submit everything and answer. Raises the DuomoError of whatever failed before the first byte."""
+        if common.answer.stream:
+            return await self._stream(request, requests, common)
+        sink = WholeSink(len(requests), _wants_pieces(common))
+        try:
+            self._submit(request, requests, sink)
+            body = await sink.gather(self._shape(common))
+            return Response(body, media_type="application/json", headers={"x-request-id": self._answer_id})
+        finally:
+            self._close(sink)
+
+    async def _stream(self, request: Request, requests: list[GenerationRequest], common: CommonFields) -> Response:
+        """Waits for the first token, so that a refusal can still be a status; the response sends the rest and closes."""
+        extensions = request.scope.get("extensions") or {}
+        transport: ClientTransport | None = extensions.get(TRANSPORT_EXTENSION)
+        sink = StreamSink(
+            len(requests),
+            _wants_pieces(common),
+            self._shape(common),
+            includes_usage=common.answer.include_usage,
+            max_behind_bytes=self._section.slow_client_bytes,
+            transport=transport,
+            on_behind=lambda: self._cut_off(transport),
+        )
+        is_handed_over = False
+        try:
+            self._submit(request, requests, sink)
+            await sink.first()
+            is_handed_over = True
+            return StreamResponse(sink, {"x-request-id": self._answer_id}, lambda: self._close(sink))
+        finally:
+            if not is_handed_over:
+                self._close(sink)
+
+    def _submit(self, request: Request, requests: list[GenerationRequest], sink: WholeSink | StreamSink) -> None:
+        tokenize_s = time.monotonic() - self._received_s
+        for made in requests:
+            span = self._gateway.accounting.start_span(self._traceparent, self._endpoint, self._received_s)
+            try:
+                flight = self._gateway.submit(replace(made, tokenize_s=tokenize_s), sink, span)
+            except DuomoError as error:
+                self._gateway.accounting.refuse(span, error)
+                raise
+            self._flights.append(flight)
+        self._watcher = asyncio.get_running_loop().create_task(watch_client(request.receive, sink))
+
+    def _close(self, sink: Sink) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+        flights, self._flights = self._flights, []
+        for flight in flights:
+            self._gateway.close(flight, sink.error if isinstance(sink.error, RequestCancelled) else None)
+
+    def _cut_off(self, transport: ClientTransport | None) -> None:
+        """The client is too far behind: stop generating now, and do not wait for its socket to take what is buffered."""
+        log.info("request %s: the client reads too slowly and is cut off", self._answer_id)
+        self._gateway.metrics.slow_clients.inc()
+        for flight in self._flights:
+            asyncio.get_running_loop().call_soon(self._gateway.cancel, flight, "The client reads too slowly.")
+        if transport is not None:
+            transport.abort()
+
+    def _refuse(self, error: DuomoError) -> None:
+        accounting = self._gateway.accounting
+        accounting.refuse(accounting.start_span(self._traceparent, self._endpoint, self._received_s), error)
+
+    def _shape(self, common: CommonFields) -> AnswerShape:
+        head = AnswerHead(
+            answer_id=self._answer_id,
+            model=self._gateway.card.name,
+            text=self._gateway.text,
+            shows_logprobs=common.sampling.logprobs is not None,
+            shows_token_ids=common.answer.return_token_ids,
+            includes_usage=common.answer.include_usage,
+        )
+        return ChatShape(head) if self._endpoint == "chat" else CompletionShape(head)
+
+
+def _wants_pieces(common: CommonFields) -> bool:
+    return common.sampling.logprobs is not None or common.answer.return_token_ids

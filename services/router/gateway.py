@@ -1,0 +1,388 @@
+"""The gateway: the life of every request, from admission to its last token. Knows no HTTP; hears the replicas as their PoolListener.
+
+Everything runs on one event loop and nothing waits here: a request is a Flight that messages move. A failed attempt is voided on both
+legs and begun again: before its first token from the start, after it as Resume with what was emitted. The death of D is, for now, a typed
+error. Legs that find no room wait in one line and are woken by reports and by requests that end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter as Tally
+from collections.abc import Sequence
+from typing import Final
+
+from duomo.config import DuomoConfig
+from duomo.errors import CapacityError, DeadlineError, DuomoError, PeerError, RequestCancelled, RequestError
+from duomo.telemetry.metrics import Metrics
+from duomo.telemetry.parts import Rtts
+from duomo.telemetry.tracing import Span, Tracing
+from duomo.wire.connection import Identity, new_boot_id
+from duomo.wire.messages import EmittedToken, Preempted, RequestFailed, RequestFinished, TokensEmitted
+from services.router.accounting import Accounting
+from services.router.admission import Admit, Refuse, decide, never_fits
+from services.router.flight import Choice, Flight, Leg
+from services.router.generation import EventSink, GenerationRequest
+from services.router.legs import (
+    begin_leg,
+    decode_views,
+    end_leg,
+    mark_first_token,
+    need_of,
+    post_cancel,
+    post_start,
+    prefill_views,
+)
+from services.router.model_card import ModelCard
+from services.router.policy import Route, pick_route
+from services.router.pools import MemberSource, Pools, ReplicaLink
+from services.router.text import ModelText
+from services.router.waiting import PendingLeg, WaitingLine
+
+log = logging.getLogger(__name__)
+
+_DRAIN_POLL_S: Final = 0.02
+
+
+class Gateway:
+    """One gateway process' requests. start() and stop() frame its life; the loop that runs start() is the one that everything runs on.
+
+    submit() begins a request, close() must be called for each, whatever happened: it cancels what still runs and settles the accounts.
+    """
+
+    def __init__(
+        self,
+        config: DuomoConfig,
+        replica_id: str,
+        card: ModelCard,
+        text: ModelText,
+        source: MemberSource,
+        *,
+        tracing: Tracing,
+        metrics: Metrics,
+    ) -> None:
+        self.config = config
+        self.card = card
+        self.text = text
+        self.replica_id = replica_id
+        self.metrics = metrics
+        self.tracing = tracing
+        self.accounting = Accounting(tracing, metrics, card.name, time.monotonic)
+        identity = Identity(
+            replica_id=replica_id,
+            boot_id=new_boot_id(),
+            role="gateway",
+            model_fingerprint=card.fingerprint,
+            secret=config.wire.secret,
+        )
+        self.boot_id = identity.boot_id
+        self.pools = Pools(source, identity, config.wire, self)
+        self.dropped_tokens: Tally[str] = Tally()
+        self.is_draining = False
+        self._flights: set[Flight] = set()
+        self._legs: dict[str, Leg] = {}
+        self._line = WaitingLine()
+        self._is_pump_due = False
+        self._num_open_answers = 0
+
+    @property
+    def num_open_answers(self) -> int:
+        """Requests submitted and not closed: their client still reads."""
+        return self._num_open_answers
+
+    @property
+    def num_live_requests(self) -> int:
+        return len(self._flights)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._line)
+
+    @property
+    def num_live_legs(self) -> int:
+        return len(self._legs)
+
+    async def start(self) -> None:
+        await self.pools.start()
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no new request, and return when the live ones have ended or deadline_s is over."""
+        self.is_draining = True
+        until_s = time.monotonic() + deadline_s
+        while self._flights and time.monotonic() < until_s:
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    async def stop(self) -> None:
+        """End every request (a typed error to its client), tell the replicas, close their sockets."""
+        self.is_draining = True
+        for flight in list(self._flights):
+            flight.fail(CapacityError("This gateway is shutting down.", code="shutting_down", phase="gateway"))
+        await self.pools.stop()
+
+    def why_not_ready(self) -> str | None:
+        """None once a prefill and a decode replica are connected and take requests."""
+        if self.is_draining:
+            return "the gateway is shutting down"
+        missing = [role for role, links in self._by_role() if not any(link.is_usable for link in links)]
+        return f"no {' and no '.join(missing)} replica is connected" if missing else None
+
+    def submit(self, request: GenerationRequest, sink: EventSink, span: Span) -> Flight:
+        """Begin. Raises RequestError where it can never fit, CapacityError where it may not even wait; then nothing is held.
+
+        The caller closes the flight that is returned; `span` ends with it.
+        """
+        choices = tuple(Choice(number, self.text.detokenizer(), request.stop) for number in range(request.num_choices))
+        flight = Flight(request, sink, choices, span, self._flight_over)
+        pending = PendingLeg(flight=flight, choices=choices, is_resume=False, since_s=time.monotonic())
+        if self.is_draining:
+            raise CapacityError("This gateway is shutting down.", code="shutting_down", phase="gateway")
+        decision = decide(
+            need_of(pending, self.config),
+            prefill_views(self.pools.prefills(), self.config),
+            decode_views(self.pools.decodes(), self.config),
+            num_waiting=len(self._line),
+            max_waiting=self.config.gateway.max_queued_requests,
+        )
+        if isinstance(decision, Refuse):
+            if decision.status == 400:
+                raise RequestError(decision.detail, param="max_tokens", code=decision.code)
+            raise CapacityError(decision.detail, code=decision.code, retry_after_s=decision.retry_after_s)
+        self._flights.add(flight)
+        self._num_open_answers += 1
+        self.metrics.live_requests.set(len(self._flights))
+        remaining_s = max(request.deadline_s - time.monotonic(), 0.0)
+        flight.timer = asyncio.get_running_loop().call_later(remaining_s, self._expire, flight)
+        if isinstance(decision, Admit):
+            self._dispatch(pending, decision.route)
+        else:
+            self._line.append(pending)
+            self.metrics.queued_requests.set(len(self._line))
+        return flight
+
+    def close(self, flight: Flight, error: DuomoError | None) -> None:
+        """The client has its answer, or is gone: cancel what still runs, settle the accounts."""
+        self._num_open_answers -= 1
+        if not flight.is_over:
+            flight.fail(error or RequestCancelled("The client is gone."))
+        self.accounting.settle(flight, error or flight.error)
+
+    def cancel(self, flight: Flight, why: str) -> None:
+        """Stop a request at once, on both pools."""
+        flight.fail(RequestCancelled(why))
+
+    # PoolListener
+
+    def tokens_emitted(self, link: ReplicaLink, frame: TokensEmitted, received_s: float) -> None:
+        for token in frame.tokens:
+            leg = self._legs.get(token.request_id)
+            if leg is None or leg.attempt != token.attempt:
+                self.dropped_tokens["void"] += 1
+                continue
+            choices = leg.flight.choices
+            choice = choices[token.choice] if 0 <= token.choice < len(choices) else None
+            if choice is None or choice.leg is not leg:
+                self.dropped_tokens["void"] += 1
+                continue
+            self._note_arrival(link, leg, token, received_s)
+            taken = leg.flight.take(choice, token)
+            if taken != "taken":
+                self.dropped_tokens[taken] += 1
+            elif choice.has_ended and not leg.flight.is_over:
+                self._choice_ended(leg, choice)
+
+    def request_finished(self, link: ReplicaLink, message: RequestFinished) -> None:
+        leg = self._leg_of(message.request_id, message.attempt)
+        if leg is None:
+            return
+        flight = leg.flight
+        if link is leg.prefill:
+            leg.prefill_is_over = True
+            if flight.cached_tokens is None:
+                flight.cached_tokens = message.cached_tokens
+        if link is leg.decode:
+            leg.decode_is_over = True
+        if leg.prefill_is_over and leg.decode_is_over and not all(choice.has_ended for choice in leg.choices):
+            error = PeerError("Both legs ended without all tokens.", code="tokens_lost", phase="decode.stream")
+            self._leg_failed(leg, error, frozenset({leg.decode.key}))
+
+    def request_failed(self, link: ReplicaLink, message: RequestFailed) -> None:
+        leg = self._leg_of(message.request_id, message.attempt)
+        if leg is None:
+            return
+        if link is leg.prefill:
+            leg.prefill_is_over = True
+        else:
+            leg.decode_is_over = True
+        error = DuomoError(message.detail, code=message.code, phase=message.phase, retryable=message.retryable)
+        other = leg.decode if link is leg.prefill else leg.prefill
+        # What fails in the handoff is the fault of the side that does not report it.
+        culprit = other if message.phase == "kv.handoff" else link
+        self._leg_failed(leg, error, frozenset({culprit.key}))
+
+    def preempted(self, link: ReplicaLink, message: Preempted) -> None:
+        leg = self._leg_of(message.request_id, message.attempt)
+        given_up = [choice for choice in leg.choices if choice.number == message.choice] if leg is not None else []
+        if leg is None or not given_up or given_up[0].has_ended:
+            return
+        leg.choices = tuple(choice for choice in leg.choices if choice is not given_up[0])
+        if all(choice.has_ended for choice in leg.choices):
+            leg.decode_is_over = True
+            self._end_leg(leg, "preempted")
+        error = PeerError(f"Decode gave the choice up: {message.reason}.", code="preempted", phase="decode.stream")
+        self._begin_again(leg.flight, given_up, error, frozenset())
+
+    def reported(self, link: ReplicaLink) -> None:
+        if link.report is not None:
+            self.metrics.observe_report(link.report)
+        self._pump_soon()
+
+    def link_lost(self, link: ReplicaLink, error: PeerError) -> None:
+        for leg in list(link.legs):
+            if leg.flight.is_over or leg not in link.legs:
+                continue
+            if link is leg.decode:
+                leg.decode_is_over = True
+                detail = f"The decode replica that served this request is gone ({error.detail})."
+                leg.flight.fail(PeerError(detail, code="replica_lost", phase="decode.stream"))
+            elif not leg.prefill_is_over:
+                leg.prefill_is_over = True
+                if not leg.has_landed:
+                    lost = PeerError(f"The prefill replica is gone ({error.detail}).", code="prefill_lost", phase="prefill.compute")
+                    self._leg_failed(leg, lost, frozenset({link.key}))
+        if all(other.member.replica_id != link.member.replica_id for other in self.pools.links.values()):
+            self.metrics.forget_replica(link.member.replica_id)
+        self._pump_soon()
+
+    # Legs
+
+    def _dispatch(self, pending: PendingLeg, route: Route) -> None:
+        leg = begin_leg(pending, route, self.pools.links)
+        self._legs[leg.wire_id] = leg
+        milestones = pending.flight.milestones
+        milestones.reason = route.reason
+        if not milestones.first_received_s:
+            milestones.sent_s = time.monotonic()
+        self.metrics.route_reasons.labels(route.reason).inc()
+        try:
+            post_start(leg, is_resume=pending.is_resume)
+        except PeerError:
+            # The socket just ended: its reading task is about to say so. This leg never began; it looks for another pair.
+            self._end_leg(leg, "peer_gone")
+            self._line.push_front(pending)
+
+    def _note_arrival(self, link: ReplicaLink, leg: Leg, token: EmittedToken, received_s: float) -> None:
+        milestones = leg.flight.milestones
+        if not leg.has_first_token:
+            mark_first_token(leg)
+            if not milestones.first_received_s:
+                milestones.first_received_s = received_s
+                milestones.rtts = Rtts(prefill_s=leg.prefill.connection.rtt_s or 0.0, decode_s=leg.decode.connection.rtt_s or 0.0)
+        if link is leg.decode:
+            leg.has_landed = True
+        if token.index == 1 and not milestones.second_received_s:
+            milestones.second_received_s = received_s
+        if token.timings is not None:
+            if link is leg.prefill and milestones.prefill_timings is None:
+                milestones.prefill_timings = token.timings
+            elif link is leg.decode and milestones.decode_timings is None:
+                milestones.decode_timings = token.timings
+
+    def _choice_ended(self, leg: Leg, choice: Choice) -> None:
+        """One of several choices is done, others of the request go on."""
+        if all(other.has_ended for other in leg.choices):
+            self._end_leg(leg, "stop" if any(other.has_stop_string for other in leg.choices) else None)
+        elif choice.has_stop_string:
+            post_cancel(leg, leg.decode, "stop", choice.number)
+
+    def _leg_failed(self, leg: Leg, error: DuomoError, culprits: frozenset[str]) -> None:
+        choices = [choice for choice in leg.choices if not choice.has_ended]
+        self._end_leg(leg, error.code)
+        if not error.retryable:
+            leg.flight.fail(error)
+        else:
+            self._begin_again(leg.flight, choices, error, culprits)
+
+    def _begin_again(self, flight: Flight, choices: Sequence[Choice], error: DuomoError, culprits: frozenset[str]) -> None:
+        """Unanswered choices start anew together; each that has emitted tokens resumes on its own."""
+        if flight.is_over:
+            return
+        unanswered = tuple(choice for choice in choices if not choice.emitted)
+        groups = [(unanswered, False)] if unanswered else []
+        groups += [((choice,), True) for choice in choices if choice.emitted]
+        for group, is_resume in groups:
+            if not self._may_begin_again(flight, group, is_resume, error):
+                flight.fail(error)
+                return
+            for choice in group:
+                choice.leg = None
+                choice.early.clear()
+            again = PendingLeg(flight=flight, choices=group, is_resume=is_resume, avoid=culprits, since_s=time.monotonic())
+            self._line.push_front(again)
+        self._pump_soon()
+
+    def _may_begin_again(self, flight: Flight, group: Sequence[Choice], is_resume: bool, error: DuomoError) -> bool:
+        limits = self.config.gateway
+        if is_resume:
+            group[0].num_resumes += 1
+            flight.milestones.num_resumes += 1
+            self.metrics.resumes.labels(error.code).inc()
+            return group[0].num_resumes <= limits.max_resumes
+        flight.milestones.num_retries += 1
+        self.metrics.retries.labels(error.code).inc()
+        return flight.milestones.num_retries <= limits.max_prefill_retries
+
+    def _end_leg(self, leg: Leg, cancel_reason: str | None) -> None:
+        if self._legs.get(leg.wire_id) is leg:
+            del self._legs[leg.wire_id]
+        end_leg(leg, cancel_reason)
+        self._pump_soon()
+
+    def _leg_of(self, wire_id: str, attempt: int) -> Leg | None:
+        leg = self._legs.get(wire_id)
+        return leg if leg is not None and leg.attempt == attempt else None
+
+    # Flights and the line
+
+    def _flight_over(self, flight: Flight, error: DuomoError | None) -> None:
+        for leg in list(flight.legs):
+            is_natural = error is None and not any(choice.has_stop_string for choice in leg.choices)
+            self._end_leg(leg, None if is_natural else (error.code if error is not None else "stop"))
+        self._line.forget(flight)
+        self._flights.discard(flight)
+        self.metrics.live_requests.set(len(self._flights))
+        self.metrics.queued_requests.set(len(self._line))
+
+    def _expire(self, flight: Flight) -> None:
+        seconds = self.config.gateway.request_deadline_s
+        flight.fail(DeadlineError(f"The request was not finished within {seconds:g} s."))
+
+    def _pump_soon(self) -> None:
+        if not self._is_pump_due and len(self._line):
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Place the head of the line, and the next, while there is room."""
+        self._is_pump_due = False
+        while (head := self._line.head()) is not None:
+            prefills = prefill_views(self.pools.prefills(), self.config)
+            decodes = decode_views(self.pools.decodes(), self.config)
+            if not any(view.is_open for view in decodes):
+                head.flight.fail(PeerError("No decode replica is connected.", code="no_decode_replica", phase="route"))
+                continue
+            need = need_of(head, self.config)
+            route = pick_route(prefills, decodes, need, head.avoid)
+            if route is None:
+                limit = never_fits(need, prefills, decodes) if prefills else None
+                if limit is None:
+                    return
+                head.flight.fail(CapacityError(limit, code="never_fits"))
+                continue
+            self._line.pop_head()
+            self._dispatch(head, route)
+        self.metrics.queued_requests.set(len(self._line))
+
+    def _by_role(self) -> tuple[tuple[str, list[ReplicaLink]], ...]:
+        return (("prefill", self.pools.prefills()), ("decode", self.pools.decodes()))

@@ -1,0 +1,191 @@
+"""Starting and ending one leg: its messages to both replicas, and its share of their load in the gateway's books. Knows no policy."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+
+from duomo.config import DuomoConfig
+from duomo.errors import PeerError
+from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
+from services.router.flight import Flight, Leg
+from services.router.policy import DecodeView, Need, PrefillView, Route
+from services.router.pools import ReplicaLink
+from services.router.waiting import PendingLeg
+
+# A prefill replica's queue is kept this many waves deep; what is beyond waits here, where it can still go to another replica.
+_WAVES_AHEAD = 8
+
+
+def need_of(pending: PendingLeg, config: DuomoConfig) -> Need:
+    request = pending.flight.request
+    num_emitted = len(pending.choices[0].emitted) if pending.is_resume else 0
+    return Need(
+        num_tokens=len(request.prompt_ids) + num_emitted,
+        new_tokens=request.sampling.max_tokens - num_emitted,
+        num_choices=len(pending.choices),
+        ahead_tokens=config.decode.admit_ahead_tokens,
+    )
+
+
+def prefill_views(links: Iterable[ReplicaLink], config: DuomoConfig) -> list[PrefillView]:
+    views = []
+    for link in links:
+        report = link.report
+        if report is None:
+            continue
+        views.append(
+            PrefillView(
+                key=link.key,
+                queued_tokens=max(link.queued_tokens, report.num_queued_tokens if not link.legs else 0),
+                num_blocks=report.num_blocks,
+                block_tokens=report.block_tokens,
+                max_queued_tokens=_WAVES_AHEAD * config.prefill.max_wave_tokens,
+                is_open=link.is_usable,
+            )
+        )
+    return views
+
+
+def decode_views(links: Iterable[ReplicaLink], config: DuomoConfig) -> list[DecodeView]:
+    views = []
+    for link in links:
+        report = link.report
+        if report is None:
+            continue
+        reported = report.num_free_blocks + report.num_cached_blocks - link.unlanded_blocks
+        views.append(
+            DecodeView(
+                key=link.key,
+                free_blocks=min(report.num_blocks - link.reserved_blocks, reported),
+                num_blocks=report.num_blocks,
+                block_tokens=report.block_tokens,
+                watermark_blocks=config.decode.watermark_blocks,
+                num_choices=link.num_choices,
+                max_choices=config.decode.max_batch,
+                is_open=link.is_usable,
+            )
+        )
+    return views
+
+
+def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink]) -> Leg:
+    """The leg, entered in the books of both replicas; `post_start` sends it, `end_leg` takes it out again.
+
+    A leg of all choices goes by the request's id. One that serves fewer (beside others that live on) gets an id of its own, so that
+    voiding one never touches another.
+    """
+    flight = pending.flight
+    need_tokens = len(flight.request.prompt_ids) + (len(pending.choices[0].emitted) if pending.is_resume else 0)
+    is_whole = len(pending.choices) == len(flight.choices)
+    leg = Leg(
+        flight=flight,
+        wire_id=flight.request.request_id if is_whole else f"{flight.request.request_id}/{pending.choices[0].number}",
+        attempt=flight.next_attempt,
+        choices=pending.choices,
+        prefill=links[route.prefill],
+        decode=links[route.decode],
+        num_tokens=need_tokens,
+        num_blocks=route.num_blocks,
+        num_booked_choices=len(pending.choices),
+    )
+    flight.next_attempt += 1
+    flight.legs.add(leg)
+    for choice in pending.choices:
+        choice.leg = leg
+    leg.prefill.legs.add(leg)
+    leg.prefill.queued_tokens += leg.num_tokens
+    leg.decode.legs.add(leg)
+    leg.decode.reserved_blocks += leg.num_blocks
+    leg.decode.unlanded_blocks += leg.num_blocks
+    leg.decode.num_choices += len(leg.choices)
+    return leg
+
+
+def post_start(leg: Leg, *, is_resume: bool) -> None:
+    """Send both starts. Raises PeerError where a replica has just gone."""
+    flight = leg.flight
+    request = flight.request
+    remaining_s = _remaining_s(flight)
+    choices = tuple(choice.number for choice in leg.choices)
+    emitted = tuple(leg.choices[0].emitted) if is_resume else ()
+    start = StartPrefill(
+        request_id=leg.wire_id,
+        attempt=leg.attempt,
+        traceparent=flight.span.traceparent,
+        remaining_s=remaining_s,
+        prompt_ids=request.prompt_ids,
+        sampling=request.sampling,
+        choices=choices,
+        decode=leg.decode.address,
+        emitted_ids=emitted,
+    )
+    expect: StartDecode | Resume
+    if is_resume:
+        expect = Resume(
+            request_id=leg.wire_id,
+            attempt=leg.attempt,
+            traceparent=flight.span.traceparent,
+            remaining_s=remaining_s,
+            prompt_ids=request.prompt_ids,
+            emitted_ids=emitted,
+            sampling=request.sampling,
+            choice=choices[0],
+            prefill=leg.prefill.address,
+        )
+    else:
+        expect = StartDecode(
+            request_id=leg.wire_id,
+            attempt=leg.attempt,
+            traceparent=flight.span.traceparent,
+            remaining_s=remaining_s,
+            prompt_ids=request.prompt_ids,
+            sampling=request.sampling,
+            choices=choices,
+            prefill=leg.prefill.address,
+        )
+    leg.decode.connection.post(expect)
+    leg.prefill.connection.post(start)
+
+
+def mark_first_token(leg: Leg) -> None:
+    """P answered: the prompt waits there no more, and D's reports show its blocks."""
+    if not leg.has_first_token:
+        leg.has_first_token = True
+        leg.prefill.queued_tokens -= leg.num_tokens
+        leg.decode.unlanded_blocks -= leg.num_blocks
+
+
+def end_leg(leg: Leg, cancel_reason: str | None) -> None:
+    """Take the leg out of the books; where a reason is given, cancel it on every side that has not said it is over."""
+    mark_first_token(leg)
+    leg.flight.legs.discard(leg)
+    leg.prefill.legs.discard(leg)
+    leg.decode.legs.discard(leg)
+    leg.decode.reserved_blocks -= leg.num_blocks
+    leg.decode.num_choices -= leg.num_booked_choices
+    if cancel_reason is not None:
+        if not leg.prefill_is_over:
+            post_cancel(leg, leg.prefill, cancel_reason)
+        if not leg.decode_is_over:
+            post_cancel(leg, leg.decode, cancel_reason)
+
+
+def post_cancel(leg: Leg, link: ReplicaLink, reason: str, choice: int | None = None) -> None:
+    """A replica that is gone needs no Cancel."""
+    with contextlib.suppress(PeerError):
+        link.connection.post(
+            Cancel(
+                request_id=leg.wire_id,
+                attempt=leg.attempt,
+                traceparent=leg.flight.span.traceparent,
+                remaining_s=_remaining_s(leg.flight),
+                reason=reason,
+                choice=choice,
+            )
+        )
+
+
+def _remaining_s(flight: Flight) -> float:
+    return max(flight.request.deadline_s - time.monotonic(), 0.0)

@@ -1,0 +1,84 @@
+"""From a checked request to generation requests: renders, tokenises once, and fits prompt and completion into the model's context.
+
+Knows no pool. Refusals are RequestErrors naming the field and the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import msgspec
+
+from duomo.config import GatewaySection
+from duomo.errors import RequestError
+from services.router.generation import GenerationRequest
+from services.router.model_card import ModelCard
+from services.router.openai import ChatRequest, CommonFields, CompletionRequest
+from services.router.text import THREAD_CHARS, ModelText
+
+# OpenAI's default length of a text completion that names none.
+_COMPLETION_DEFAULT_TOKENS = 16
+
+
+class PromptMaker:
+    """Owns nothing; the tokenizer is shared. `template` gives all fields of a request that do not depend on its prompt."""
+
+    def __init__(self, section: GatewaySection, card: ModelCard, text: ModelText) -> None:
+        self._section = section
+        self._card = card
+        self._text = text
+
+    async def chat(self, request: ChatRequest, template: GenerationRequest) -> list[GenerationRequest]:
+        rendered = self._text.render(request.messages)
+        ids = await self._encode(rendered, "messages", add_special_tokens=False)
+        return [self._fit(ids, "messages", request.common, self._section.default_max_tokens, template)]
+
+    async def completion(self, request: CompletionRequest, template: GenerationRequest) -> list[GenerationRequest]:
+        requests = []
+        for number, prompt in enumerate(request.prompts):
+            name = "prompt" if len(request.prompts) == 1 else f"prompt[{number}]"
+            ids = await self._encode(prompt, name, add_special_tokens=True) if isinstance(prompt, str) else prompt
+            made = self._fit(ids, name, request.common, _COMPLETION_DEFAULT_TOKENS, template)
+            if number:
+                made = replace(made, request_id=f"{made.request_id}.{number}", first_choice=number * made.num_choices)
+            requests.append(made)
+        return requests
+
+    async def _encode(self, text: str, name: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        fewest = self._text.fewest_tokens(text)
+        if fewest >= self._card.context_tokens:
+            raise self._too_long(name, f"at least {fewest}")
+        if len(text) < THREAD_CHARS:
+            return self._text.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
+
+    def _fit(
+        self, ids: tuple[int, ...], name: str, common: CommonFields, default_tokens: int, template: GenerationRequest
+    ) -> GenerationRequest:
+        if not ids:
+            raise RequestError(f"'{name}' must hold at least one token.", param=name)
+        room = self._card.context_tokens - len(ids)
+        if room < 1:
+            raise self._too_long(name, str(len(ids)))
+        max_tokens = common.max_tokens
+        if max_tokens is not None and max_tokens > room:
+            raise RequestError(
+                f"This model's context holds at most {self._card.context_tokens} tokens; the prompt has {len(ids)} and "
+                f"'{common.max_tokens_field}' asks for {max_tokens}, but only {room} are left.",
+                param=common.max_tokens_field,
+                code="context_length_exceeded",
+            )
+        length = max_tokens if max_tokens is not None else min(default_tokens, room)
+        if common.sampling.min_tokens > length:
+            raise RequestError(f"'min_tokens' is {common.sampling.min_tokens}, above the {length} tokens asked for.", param="min_tokens")
+        sampling = msgspec.structs.replace(common.sampling, max_tokens=length)
+        return replace(template, prompt_ids=ids, sampling=sampling)
+
+    def _too_long(self, name: str, num_tokens: str) -> RequestError:
+        limit = self._card.context_tokens
+        return RequestError(
+            f"'{name}' has {num_tokens} tokens, but this model's context holds at most {limit} tokens, prompt and completion together.",
+            param=name,
+            code="context_length_exceeded",
+        )

@@ -1,0 +1,57 @@
+"""The gateway as a process: builds every part from the configuration, serves until told to stop, drains, takes everything down.
+
+Knows no request; runs without Ray (deployment.py wraps it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from duomo.config import DuomoConfig
+from duomo.errors import ConfigError
+from duomo.telemetry.metrics import Metrics
+from duomo.telemetry.tracing import configure
+from services.kv_transfer.directory import Directory
+from services.router.app import build_app
+from services.router.edge import bind_port, serving
+from services.router.gateway import Gateway
+from services.router.model_card import read_model_card
+from services.router.store import RouterPresence
+from services.router.text import ModelText
+
+__all__ = ["Gateway", "serve_gateway"]
+
+log = logging.getLogger(__name__)
+
+
+async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
+    """Serve until `stop` is set; then finish the live requests within their deadline.
+
+    Raises ConfigError naming the option (a taken port: --port; no Redis: redis.url) and ModelError before anything is served.
+    """
+    if not config.redis.url:
+        raise ConfigError("redis.url (DUOMO_REDIS_URL) is empty: the gateway finds its replicas there")
+    bound = bind_port(config.gateway)
+    try:
+        card = read_model_card(config.model)
+        text = ModelText.load(config.model.path)
+        tracing = configure(config.tracing, "duomo-gateway", "gateway", replica_id)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(tracing.shutdown)
+            directory = Directory(config.redis.url, config.redis.lease_s)
+            stack.push_async_callback(directory.close)
+            gateway = Gateway(config, replica_id, card, text, directory, tracing=tracing, metrics=Metrics())
+            address = f"http://{config.gateway.host}:{config.gateway.port}"
+            presence = RouterPresence(config.redis, replica_id, gateway.boot_id, address)
+            stack.push_async_callback(gateway.stop)
+            await gateway.start()
+            stack.push_async_callback(presence.stop)
+            await presence.start()
+            async with serving(build_app(gateway), bound):
+                log.info("the gateway %s listens on %s", replica_id, address)
+                await stop.wait()
+                await gateway.drain(config.gateway.request_deadline_s)
+    finally:
+        bound.close()

@@ -1,0 +1,213 @@
+"""From a request's events to the client's socket: server-sent events or one object, disconnects, slow clients.
+
+A sink takes events of all requests of one HTTP call; its response owns the sending. Events become bytes when they happen, so what a client
+is behind is known in bytes. Knows no replica and no policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from duomo.errors import DuomoError, RequestCancelled
+from services.router.answers import DONE, AnswerShape, FinishedChoice, error_event
+from services.router.generation import GenerationEnded, GenerationEvent, GenerationFailed, TextEmitted, Usage
+
+# uvicorn's transport, put into the ASGI scope by edge.py: tells how much a client is behind, and can be cut.
+TRANSPORT_EXTENSION = "duomo.transport"
+
+
+class ClientTransport(Protocol):
+    """What a slow client's cutting needs of the server's transport."""
+
+    def get_write_buffer_size(self) -> int: ...
+    def abort(self) -> None: ...
+
+
+class Sink:
+    """What both kinds of answer share: waiting, usage, the first failure. num_requests must end before the answer is complete.
+
+    first_sent_s, second_sent_s: when the first and second token's bytes were handed to the client's socket.
+    """
+
+    def __init__(self, num_requests: int, wants_pieces: bool) -> None:
+        self.wants_pieces = wants_pieces
+        self.error: DuomoError | None = None
+        self.usage = Usage(0, 0, None)
+        self.first_sent_s = 0.0
+        self.second_sent_s = 0.0
+        self._num_left = num_requests
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._num_left == 0 or self.error is not None
+
+    def leave(self, why: str) -> None:
+        """The client is gone: whoever sends stops."""
+        if not self.is_over:
+            self.error = RequestCancelled(why)
+        self._wake()
+
+    def _count(self, event: GenerationEnded | GenerationFailed) -> None:
+        self._num_left -= 1
+        if isinstance(event, GenerationFailed):
+            self.error = self.error or event.error
+        else:
+            self.usage = _sum(self.usage, event.usage)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _sleep(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+class WholeSink(Sink):
+    """Gathers every choice until all have ended."""
+
+    def __init__(self, num_requests: int, wants_pieces: bool) -> None:
+        super().__init__(num_requests, wants_pieces)
+        self._choices: dict[int, FinishedChoice] = {}
+
+    def deliver(self, event: GenerationEvent) -> None:
+        if isinstance(event, TextEmitted):
+            choice = self._choices.setdefault(event.choice, FinishedChoice(event.choice))
+            choice.texts.append(event.text)
+            choice.pieces += event.pieces
+            choice.finish_reason = event.finish_reason
+        else:
+            self._count(event)
+            if self.is_over:
+                self._wake()
+
+    async def gather(self, shape: AnswerShape) -> bytes:
+        """The answer. Raises the error of the first request that failed."""
+        while not self.is_over:
+            await self._sleep()
+        if self.error is not None:
+            raise self.error
+        return shape.whole([self._choices[number] for number in sorted(self._choices)], self.usage)
+
+
+class StreamSink(Sink):
+    """Turns each event into its bytes at once. on_behind is called when the client is more than max_behind_bytes behind."""
+
+    def __init__(
+        self,
+        num_requests: int,
+        wants_pieces: bool,
+        shape: AnswerShape,
+        *,
+        includes_usage: bool,
+        max_behind_bytes: int,
+        transport: ClientTransport | None,
+        on_behind: Callable[[], None],
+    ) -> None:
+        super().__init__(num_requests, wants_pieces)
+        self._shape = shape
+        self._includes_usage = includes_usage
+        self._max_behind_bytes = max_behind_bytes
+        self._transport = transport
+        self._on_behind = on_behind
+        self._buffer = bytearray()
+        self._opened: set[int] = set()
+        self._num_sent = 0
+
+    def deliver(self, event: GenerationEvent) -> None:
+        if self.error is not None:
+            return
+        if isinstance(event, TextEmitted):
+            if event.choice not in self._opened:
+                self._opened.add(event.choice)
+                self._buffer += self._shape.opening(event.choice)
+            self._buffer += self._shape.chunk(event)
+            if len(self._buffer) > self._max_behind_bytes - self._unsent_bytes():
+                self.error = RequestCancelled("the client reads too slowly", code="slow_client")
+                self._on_behind()
+        else:
+            self._count(event)
+            if isinstance(event, GenerationFailed):
+                if self._opened:
+                    self._buffer += error_event(event.error)
+            elif self._num_left == 0:
+                if self._includes_usage:
+                    self._buffer += self._shape.usage_chunk(self.usage)
+                self._buffer += DONE
+        self._wake()
+
+    async def first(self) -> None:
+        """Wait for the first bytes. Raises the error of a request that failed before it, so that it can be an HTTP status."""
+        while not self._buffer and self.error is None:
+            await self._sleep()
+        if not self._opened and self.error is not None:
+            raise self.error
+
+    async def next(self) -> bytes | None:
+        """All bytes since the last call in one piece; None at the end, or when the client is gone."""
+        while not self._buffer:
+            if self.is_over:
+                return None
+            await self._sleep()
+        if isinstance(self.error, RequestCancelled):
+            return None
+        chunk, self._buffer = bytes(self._buffer), bytearray()
+        return chunk
+
+    def sent(self) -> None:
+        """The bytes of the last `next` are with the client's socket."""
+        self._num_sent += 1
+        if self._num_sent == 1:
+            self.first_sent_s = time.monotonic()
+        elif self._num_sent == 2:
+            self.second_sent_s = time.monotonic()
+
+    def _unsent_bytes(self) -> int:
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+
+class StreamResponse(Response):
+    """Sends a StreamSink's bytes, one write for each wake-up, until it ends or its client is gone; then calls on_end once."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, sink: StreamSink, headers: dict[str, str], on_end: Callable[[], None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self._sink = sink
+        self._on_end = on_end
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sink = self._sink
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            while (chunk := await sink.next()) is not None:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                sink.sent()
+            if not isinstance(sink.error, RequestCancelled):
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._on_end()
+
+
+async def watch_client(receive: Receive, sink: Sink) -> None:
+    """Tell the sink when the client closes its connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    sink.leave("the client closed its connection")
+
+
+def _sum(one: Usage, other: Usage) -> Usage:
+    cached = None if one.cached_tokens is None and other.cached_tokens is None else (one.cached_tokens or 0) + (other.cached_tokens or 0)
+    return Usage(one.prompt_tokens + other.prompt_tokens, one.completion_tokens + other.completion_tokens, cached)

@@ -1,0 +1,54 @@
+"""The line of legs that wait for room, in order. Knows no pool: whoever has room asks for the head. Every step costs O(1)."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from services.router.flight import Choice, Flight
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class PendingLeg:
+    """Choices of a flight that need a pair. is_resume: one choice that has already emitted tokens. avoid: replicas that just failed it."""
+
+    flight: Flight
+    choices: tuple[Choice, ...]
+    is_resume: bool
+    avoid: frozenset[str] = frozenset()
+    since_s: float = 0.0
+
+
+class WaitingLine:
+    """New requests join at the end; those that were running before (retries, resumes) at the front."""
+
+    def __init__(self) -> None:
+        self._line: deque[PendingLeg] = deque()
+        self._num_gone = 0
+
+    def __len__(self) -> int:
+        return len(self._line) - self._num_gone
+
+    def append(self, pending: PendingLeg) -> None:
+        pending.flight.num_pending += 1
+        self._line.append(pending)
+
+    def push_front(self, pending: PendingLeg) -> None:
+        pending.flight.num_pending += 1
+        self._line.appendleft(pending)
+
+    def head(self) -> PendingLeg | None:
+        """The first that still wants to run."""
+        while self._line and self._line[0].flight.is_over:
+            self._line.popleft()
+            self._num_gone -= 1
+        return self._line[0] if self._line else None
+
+    def pop_head(self) -> None:
+        """The head has its pair."""
+        self._line.popleft().flight.num_pending -= 1
+
+    def forget(self, flight: Flight) -> None:
+        """The flight ended: its entries count no more, and leave when they reach the head."""
+        self._num_gone += flight.num_pending
+        flight.num_pending = 0
