@@ -85,11 +85,11 @@ def _depths(spans: list[SpanRecord]) -> dict[str, int]:
 
 def _bar(span: SpanRecord, start_ns: int, end_ns: int) -> str:
     scale = _BAR_COLUMNS / max(end_ns - start_ns, 1)
-    first = min(int((span.start_ns - start_ns) * scale), _BAR_COLUMNS - 1)
-    last = min(max(int((span.end_ns - start_ns) * scale), first + 1), _BAR_COLUMNS)
+    first = min(round((span.start_ns - start_ns) * scale), _BAR_COLUMNS - 1)
+    last = min(max(round((span.end_ns - start_ns) * scale), first + 1), _BAR_COLUMNS)
     cells = [" "] * first + ["="] * (last - first) + [" "] * (_BAR_COLUMNS - last)
     for event in span.events:
-        cells[min(max(int((event.at_ns - start_ns) * scale), 0), _BAR_COLUMNS - 1)] = "|"
+        cells[min(max(round((event.at_ns - start_ns) * scale), 0), _BAR_COLUMNS - 1)] = "|"
     return "".join(cells)
 
 

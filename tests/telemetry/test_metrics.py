@@ -1,0 +1,86 @@
+"""Metrics: names as documented, reports as gauges, nothing shared between two processes' objects."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from duomo.telemetry.metrics import Metrics
+from duomo.telemetry.parts import Parts
+from duomo.wire.messages import ReplicaReport
+
+REPORT = ReplicaReport(
+    replica_id="decode-1",
+    boot_id="00000000000000d1",
+    role="decode",
+    is_draining=True,
+    num_running=3,
+    num_queued=1,
+    num_queued_tokens=257,
+    num_blocks=2048,
+    num_free_blocks=2000,
+    num_cached_blocks=40,
+    num_slots=32,
+    num_free_slots=31,
+    num_quarantined_slots=1,
+    num_open_handles=1,
+    num_open_spans=2,
+    num_steps=63,
+    block_tokens=16,
+    counters={"preemptions": 2},
+    progress_age_s=0.5,
+)
+
+
+def scraped(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """(name, label values in alphabetical order...) -> value, as Prometheus would read them."""
+    return {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+    }
+
+
+def test_counters_and_histograms_are_scraped_under_their_names() -> None:
+    metrics = Metrics()
+    metrics.requests.labels("failed", "replica_lost").inc()
+    metrics.time_to_first_token.labels("tiny-moe").observe(0.07)
+    metrics.observe_parts("ttft", Parts(total_s=0.05, parts_s=(("wire", 0.010), ("prefill.compute", 0.0385))))
+    seen = scraped(metrics)
+    assert seen["duomo_requests_total", "failed", "replica_lost"] == 1
+    assert seen["gen_ai_server_time_to_first_token_seconds_bucket", "0.08", "tiny-moe"] == 1
+    assert seen["gen_ai_server_time_to_first_token_seconds_bucket", "0.06", "tiny-moe"] == 0
+    assert seen["duomo_phase_seconds_sum", "prefill.compute"] == 0.0385
+    assert seen["duomo_unaccounted_seconds_bucket", "0.0025", "ttft"] == 1
+    assert ("process_resident_memory_bytes",) in seen
+
+
+def test_a_report_becomes_gauges_that_vanish_with_the_replica() -> None:
+    metrics = Metrics()
+    metrics.observe_report(REPORT)
+    seen = scraped(metrics)
+    assert seen["duomo_replica_blocks", "decode", "decode-1", "free"] == 2000
+    assert seen["duomo_replica_slots", "decode", "decode-1", "quarantined"] == 1
+    assert seen["duomo_replica_requests", "decode", "decode-1", "running"] == 3
+    assert seen["duomo_replica_counter", "decode", "decode-1", "preemptions"] == 2
+    assert seen["duomo_replica_draining", "decode", "decode-1"] == 1
+    assert seen["duomo_replica_progress_age_seconds", "decode", "decode-1"] == 0.5
+    metrics.forget_replica("decode-1")
+    metrics.forget_replica("decode-1")
+    assert not any("decode-1" in key for key in scraped(metrics))
+
+
+def test_two_registries_share_nothing() -> None:
+    first, second = Metrics(), Metrics()
+    first.slow_clients.inc()
+    assert scraped(first)["duomo_slow_clients_total",] == 1
+    assert scraped(second)["duomo_slow_clients_total",] == 0
+
+
+def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"^\| `((?:duomo|gen_ai)_\w+)`", page, flags=re.MULTILINE))
+    made = {family.name for family in Metrics().registry.collect() if not family.name.startswith("process_")}
+    assert documented == made

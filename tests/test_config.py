@@ -1,0 +1,109 @@
+"""The configuration: one schema, checked once, errors that name the option."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from duomo.config import DuomoConfig, Section, load_config
+from duomo.errors import ConfigError
+
+ENVIRONMENT = ("DUOMO_REDIS_URL", "DUOMO_SECRET", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_model_is_enough() -> None:
+    config = load_config(None, {"model.path": "models/tiny-moe"})
+    assert config.model.served_name == "tiny-moe"
+    assert (config.prefill.replicas, config.decode.replicas) == (1, 1)
+    assert config.kv_transfer.transport == "nixl"
+    assert not config.tracing.otlp_endpoint and config.tracing.directory is None
+
+
+def test_options_lie_over_the_file_and_the_environment_over_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "duomo.yaml"
+    file.write_text("model: {path: /m, name: fable}\ndecode: {replicas: 2, max_batch: 32}\nredis: {url: redis://file}\n")
+    monkeypatch.setenv("DUOMO_REDIS_URL", "redis://environment")
+    monkeypatch.setenv("DUOMO_SECRET", "hush")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318")
+    config = load_config(file, {"decode.replicas": 3, "redis.url": "redis://option"})
+    assert (config.decode.replicas, config.decode.max_batch, config.model.served_name) == (3, 32, "fable")
+    assert config.redis.url == "redis://environment"
+    assert (config.wire.secret, config.tracing.otlp_endpoint) == ("hush", "http://collector:4318")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("decode.replicas", 0),
+        ("decode.max_batch", 257),
+        ("decode.num_blocks", 7),
+        ("model.block_tokens", 17),
+        ("gateway.port", 65536),
+        ("gateway.max_choices", 129),
+        ("kv_transfer.transport", "pigeon"),
+        ("kv_transfer.slot_bytes", 65535),
+        ("wire.heartbeat_s", 0),
+        ("wire.max_send_buffer_bytes", 1),
+        ("decode.replica", 2),
+        ("decoder", {}),
+        ("wire.secret", ["a"]),
+    ],
+)
+def test_a_wrong_value_or_an_unknown_key_names_its_option(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^bad_config \\(start\\): {option}: "):
+        load_config(None, {"model.path": "/m", option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"prefill.units_per_group": 5}, "prefill.units_per_group is 5, but model.units is only 4"),
+        ({"decode.num_blocks": 8, "decode.watermark_blocks": 8}, r"decode.watermark_blocks \(8\) must be below decode.num_blocks \(8\)"),
+    ],
+)
+def test_pools_are_checked_against_each_other(options: dict[str, object], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load_config(None, {"model.path": "/m"} | options)
+
+
+@pytest.mark.parametrize("text", ["- a list", "decode: [1, 2", "just text", "\x00"])
+def test_a_file_that_is_no_mapping_names_itself(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml"):
+        load_config(file, {})
+
+
+def test_a_missing_file_and_a_section_that_is_a_word_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load_config(tmp_path / "none.yaml", {})
+    file = tmp_path / "word.yaml"
+    file.write_text("model: {path: /m}\ndecode: many\n")
+    with pytest.raises(ConfigError, match="decode"):
+        load_config(file, {"decode.replicas": 2})
+
+
+def test_a_missing_model_is_named() -> None:
+    with pytest.raises(ConfigError, match="model: Field required"):
+        load_config(None, {})
+
+
+def test_what_was_checked_cannot_change() -> None:
+    config = load_config(None, {"model.path": "/m"})
+    with pytest.raises(ValidationError, match="frozen"):
+        config.decode.replicas = 2  # type: ignore[misc]  # the point of the test
+
+
+def test_defaults_pass_their_own_checks() -> None:
+    sections = [field.default for field in DuomoConfig.model_fields.values() if isinstance(field.default, Section)]
+    assert len(sections) == 8
+    for section in sections:
+        assert type(section).model_validate(section.model_dump()) == section
