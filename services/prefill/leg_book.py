@@ -1,0 +1,361 @@
+"""Owns the legs of one prefill replica from StartPrefill to their end. Knows no thread's work and no connection's life.
+
+Starts waves and handoffs, answers gateway and D. A leg that is over gives back what it holds as soon as neither the step thread nor the
+writer thread can touch it: `_release`, the only place that frees blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+
+from duomo.errors import CapacityError, DeadlineError, DuomoError, PeerError, RequestError, TransferError, WireError
+from duomo.telemetry.tracing import Tracing
+from duomo.wire.connection import Connection
+from duomo.wire.messages import (
+    Cancel,
+    EmittedToken,
+    HandleOffered,
+    Message,
+    PrefillDone,
+    PullKv,
+    RequestFailed,
+    RequestFinished,
+    StartPrefill,
+    TokensEmitted,
+    WaveAnnounced,
+)
+from services.kv_transfer import layout
+from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.membership import Progress, ReplicaCard
+from services.prefill import first_tokens
+from services.prefill.decode_peers import DecodePeers
+from services.prefill.handoff import Handoffs
+from services.prefill.leg import Leg, Stage
+from services.prefill.policy import Key, Limits
+from services.prefill.prompt_blocks import PromptBlocks
+from services.prefill.waves import WaveLoop
+from services.prefill.worker import PrefillWorker, WaveOutput
+
+LEASE_S = 10.0  # after the last push: D lands, verifies or pulls within this, or the handoff has failed
+
+
+class LegBook:
+    """All legs. connect: opens a socket to a decode replica whose messages come back through the service."""
+
+    def __init__(
+        self,
+        card: ReplicaCard,
+        worker: PrefillWorker,
+        agent: TransferAgent,
+        tracing: Tracing,
+        progress: Progress,
+        connect: Callable[[str], Awaitable[Connection]],
+    ) -> None:
+        section = card.config.prefill
+        self.card = card
+        self.counters: Counter[str] = Counter()
+        self.is_draining = False
+        self.blocks = PromptBlocks(section.num_blocks, card.config.model.block_tokens, section.prefix_cache_blocks)
+        self.peers = DecodePeers(agent, connect, self._peer_changed, self._peer_lost)
+        self.handoffs = Handoffs(agent, self.peers, worker.pack, tracing, self._moved, self.fail)
+        limits = Limits(
+            max_wave_tokens=section.max_wave_tokens,
+            max_wave_prompts=section.max_wave_prompts,
+            num_groups=worker.num_groups,
+            num_blocks=section.num_blocks,
+            grant_timeout_s=section.grant_timeout_s,
+        )
+        self.waves = WaveLoop(worker, limits, progress, lambda: self.blocks.num_available, self)
+        self._worker = worker
+        self._tracing = tracing
+        self._progress = progress
+        self._max_tokens = min(card.config.model.max_model_tokens or worker.config.max_position_tokens, worker.config.max_position_tokens)
+        self._legs: dict[Key, Leg] = {}
+
+    @property
+    def num_live(self) -> int:
+        """Legs that hold something or owe somebody an answer."""
+        return len(self._legs)
+
+    # messages
+
+    def start(self, gateway: Connection, request: StartPrefill) -> None:
+        """A new leg. Raises WireError for one that is here already."""
+        key = (request.request_id, request.attempt)
+        if key in self._legs:
+            raise WireError(f"request {request.request_id} attempt {request.attempt} was started before", code="duplicate_request")
+        for earlier in self._attempts(request.request_id, request.attempt):
+            self._end(earlier, "superseded")
+        received_s = gateway.received_s
+        token_ids = request.prompt_ids + request.emitted_ids
+        leg = Leg(
+            request=request,
+            gateway=gateway,
+            token_ids=token_ids,
+            num_blocks=self.blocks.manager.num_blocks_for(len(token_ids)),
+            received_s=received_s,
+            deadline_s=received_s + request.remaining_s,
+            queue_span=self._tracing.start_span("prefill.queue", request.traceparent, start_s=received_s),
+        )
+        self._legs[key] = leg
+        self.counters["prefills_started"] += 1
+        refusal = self._refusal(request)
+        if refusal is not None:
+            self.fail(leg, refusal)
+            return
+        leg.deadline_timer = asyncio.get_running_loop().call_later(max(leg.deadline_s - time.monotonic(), 0.0), self._deadline_passed, leg)
+        self.waves.waiting[key] = leg
+        self.peers.want(request.decode)
+        leg.look(is_reachable=self.peers.is_reachable(request.decode.boot_id))
+        self.waves.wake()
+
+    def cancel(self, message: Cancel) -> None:
+        """From the gateway or from D: this attempt and all earlier ones, or one choice of them. Answered by nothing."""
+        for leg in self._attempts(message.request_id, message.attempt):
+            if message.choice is not None:
+                leg.cancelled_choices.add(message.choice)
+            if message.choice is None or leg.cancelled_choices.issuperset(leg.request.choices):
+                self._end(leg, "cancelled")
+
+    def cancel_all_of(self, gateway: Connection) -> None:
+        """A gateway is gone, and with it everybody who wanted its answers."""
+        for leg in [leg for leg in self._legs.values() if leg.gateway is gateway]:
+            self._end(leg, "gateway_gone")
+
+    def granted(self, message: HandleOffered) -> None:
+        """D's grant. One that comes too late is fenced at once, so that D has its slots back."""
+        handle = message.handle
+        leg = self._legs.get((message.request_id, message.attempt))
+        if leg is None or leg.is_over or leg.stage is not Stage.ANNOUNCED:
+            self.handoffs.refuse(message)
+            return
+        is_ours = handle.producer_boot_id == self.card.boot_id and handle.model_fingerprint == self.card.model_fingerprint
+        slot_bytes = self.peers.slot_bytes(handle.consumer_boot_id, handle.ring_name)
+        if not is_ours or slot_bytes is None or (handle.num_tokens, handle.num_blocks) != (len(leg.token_ids), leg.num_blocks):
+            self.handoffs.refuse(message)
+            self.fail(leg, TransferError("the handle offered is for another process, model, ring or prompt", code="stale_handle"))
+            return
+        to_send = range(handle.first_block, handle.num_blocks)
+        spans = layout.messages(to_send, self._worker.group_bounds, self._worker.block_bytes, slot_bytes)
+        self.handoffs.open(leg, handle, spans)
+        leg.stage = Stage.GRANTED
+        leg.look(is_reachable=True)
+        self.waves.wake()
+
+    def pull(self, message: PullKv) -> None:
+        """D wants a message again."""
+        self.counters["kv_pulls"] += 1
+        if self.handoffs.pull(message):
+            return
+        leg = self._legs.get((message.request_id, message.attempt))
+        if leg is not None:
+            self.fail(leg, TransferError(f"message {message.message_idx} was pulled, but is not leased any more", code="kv_not_leased"))
+
+    def failed_by_decode(self, message: RequestFailed) -> None:
+        """D gave the leg up. The gateway hears it from whoever is first; the second report is void there."""
+        leg = self._legs.get((message.request_id, message.attempt))
+        if leg is not None:
+            leg.announced_s = None  # D needs no Cancel
+            self.fail(leg, DuomoError(message.detail, code=message.code, phase=message.phase, retryable=message.retryable))
+
+    # WaveEvents
+
+    def allocate(self, leg: Leg) -> bool:
+        """See WaveEvents."""
+        table = self.blocks.allocate(leg.token_ids, leg.request.cache_salt)
+        if table is None:
+            return False
+        leg.blocks, leg.cached_tokens = table.blocks, table.cached_tokens
+        self.counters["prefill_tokens_cached"] += table.cached_tokens
+        self.counters["prefill_tokens_computed"] += len(leg.token_ids) - table.cached_tokens
+        leg.start_computing(time.monotonic(), self._tracing)
+        return True
+
+    def announce(self, leg: Leg) -> None:
+        """See WaveEvents."""
+        now_s = time.monotonic()
+        leg.stage, leg.announced_s = Stage.ANNOUNCED, now_s
+        leg.look(is_reachable=True)
+        announcement = WaveAnnounced(
+            request_id=leg.request.request_id,
+            attempt=leg.request.attempt,
+            traceparent=leg.request.traceparent,
+            remaining_s=leg.remaining_s(now_s),
+            wave_id=self.waves.num_waves_formed + 1,
+            num_tokens=len(leg.token_ids),
+            group_bounds=self._worker.group_bounds,
+        )
+        self.peers.post(leg.request.decode.boot_id, announcement)
+
+    def group_computed(self, legs: Sequence[Leg], group: int) -> None:
+        """See WaveEvents."""
+        for leg in legs:
+            self.handoffs.push_group(leg, group)
+
+    def wave_computed(self, legs: Sequence[Leg], outputs: Sequence[WaveOutput]) -> None:
+        """First tokens go out before anything else, in one frame for each gateway."""
+        frames: dict[Connection, list[EmittedToken]] = {}
+        decided = []
+        for leg, output in zip(legs, outputs, strict=True):
+            leg.computed_s, leg.sampled_s, leg.stage = output.computed_s, output.sampled_s, Stage.HANDING_OFF
+            chosen = tuple(first_tokens.ChosenToken(token_id=one.token_id, logprob=one.logprob, top=one.top) for one in output.sampled)
+            timings = leg.timings(time.monotonic())
+            first = first_tokens.decide(leg.request, chosen, leg.cancelled_choices, self._worker.config.eos_ids, timings)
+            frames.setdefault(leg.gateway, []).extend(first.emitted)
+            decided.append(first)
+        for gateway, tokens in frames.items():
+            if tokens:
+                _post(gateway, TokensEmitted(tokens=tuple(tokens)))
+        for leg, output, first in zip(legs, outputs, decided, strict=True):
+            self._prefill_done(leg, output, first)
+
+    def wave_left(self, leg: Leg) -> None:
+        """See WaveEvents."""
+        if leg.stage is Stage.HANDING_OFF and leg.blocks:
+            self.blocks.commit(leg.token_ids, leg.blocks, leg.request.cache_salt)
+        self._moved(leg)
+
+    def fail(self, leg: Leg, error: DuomoError) -> None:
+        """End the leg with a typed failure to the gateway; D is told that nothing more comes. Nothing happens when it is over."""
+        if leg.is_over:
+            return
+        self.counters[f"failed_{error.code}"] += 1
+        now_s = time.monotonic()
+        request = leg.request
+        leg.queue_span.fail(error)
+        if leg.compute_span is not None:
+            leg.compute_span.fail(error)
+        failed = RequestFailed(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            traceparent=request.traceparent,
+            remaining_s=leg.remaining_s(now_s),
+            code=error.code,
+            phase=error.phase,
+            retryable=error.retryable,
+            detail=error.detail,
+        )
+        _post(leg.gateway, failed)
+        if leg.is_announced:
+            cancel = Cancel(
+                request_id=request.request_id,
+                attempt=request.attempt,
+                traceparent=request.traceparent,
+                remaining_s=leg.remaining_s(now_s),
+                reason=error.code,
+            )
+            self.peers.post(request.decode.boot_id, cancel)
+        self._end(leg, "failed")
+
+    # inside
+
+    def _attempts(self, request_id: str, up_to: int) -> list[Leg]:
+        return [leg for leg in self._legs.values() if leg.request.request_id == request_id and leg.request.attempt <= up_to]
+
+    def _refusal(self, request: StartPrefill) -> DuomoError | None:
+        token_ids = request.prompt_ids + request.emitted_ids
+        if self.is_draining:
+            return CapacityError("this prefill replica is draining", code="draining", phase="prefill.queue")
+        if not token_ids or not request.choices or len(request.emitted_ids) >= request.sampling.max_tokens:
+            return RequestError("a prefill needs a token, a choice and a token left to generate", code="bad_request")
+        if len(token_ids) > self._max_tokens:
+            return RequestError(f"{len(token_ids)} tokens are over the context limit of {self._max_tokens}", code="prompt_too_long")
+        vocab = self._worker.config.vocab
+        if not 0 <= min(token_ids) <= max(token_ids) < vocab:
+            return RequestError(f"token ids must lie in 0..{vocab - 1}", code="bad_token_id")
+        return None
+
+    def _prefill_done(self, leg: Leg, output: WaveOutput, first: first_tokens.FirstTokens) -> None:
+        assert leg.handoff is not None
+        request, handle = leg.request, leg.handoff.handle
+        if leg.compute_span is not None:
+            leg.compute_span.end(at_s=leg.sampled_s)
+        leg.has_only_ended_choices = len(first.ended_choices) == len(request.choices)
+        done = PrefillDone(
+            request_id=request.request_id,
+            attempt=request.attempt,
+            traceparent=request.traceparent,
+            remaining_s=leg.remaining_s(time.monotonic()),
+            handle_id=handle.handle_id,
+            num_messages=len(leg.handoff.spans),
+            first_token_ids=first.first_token_ids,
+            ended_choices=first.ended_choices,
+            cached_tokens=leg.cached_tokens,
+            expert_counts=output.expert_counts,
+        )
+        self.peers.post(request.decode.boot_id, done)
+
+    def _peer_changed(self, boot_id: str) -> None:
+        for leg in self.waves.waiting.values():
+            if leg.request.decode.boot_id == boot_id:
+                leg.look(is_reachable=True)
+        self.waves.wake()
+
+    def _peer_lost(self, boot_id: str, error: PeerError) -> None:
+        for leg in [leg for leg in self._legs.values() if leg.request.decode.boot_id == boot_id]:
+            self.fail(leg, error)
+
+    def _deadline_passed(self, leg: Leg) -> None:
+        phase = "kv.handoff" if leg.stage is Stage.HANDING_OFF else "prefill.compute" if leg.is_in_wave else "prefill.queue"
+        self.fail(leg, DeadlineError("the request's deadline passed on the prefill replica", phase=phase))
+
+    def _lease_ended(self, leg: Leg) -> None:
+        self.fail(leg, TransferError(f"not all KV was released within {LEASE_S:g} s of its last write", code="transfer_timeout"))
+
+    def _moved(self, leg: Leg) -> None:
+        """The leg's handoff or wave changed: finish it, or give back what it held, if that can be done now."""
+        handoff = leg.handoff
+        if not leg.is_over and leg.stage is Stage.HANDING_OFF and not leg.is_in_wave and handoff is not None and handoff.num_in_flight == 0:
+            if not handoff.unlanded or leg.has_only_ended_choices:
+                leg.is_finished = True
+                self._end(leg, "finished")
+                return
+            if leg.lease_timer is None:
+                leg.lease_timer = asyncio.get_running_loop().call_later(LEASE_S, self._lease_ended, leg)
+        self._release(leg)
+
+    def _end(self, leg: Leg, how: str) -> None:
+        """The leg is over: out of the queue, its handoff closed, then released."""
+        if leg.is_over:
+            return
+        leg.is_over = True
+        self.counters[f"prefills_{how}"] += 1
+        for timer in (leg.lease_timer, leg.deadline_timer):
+            if timer is not None:
+                timer.cancel()
+        self.waves.waiting.pop(leg.key, None)
+        leg.end_spans(time.monotonic())
+        self.handoffs.close(leg)
+        self._release(leg)
+
+    def _release(self, leg: Leg) -> None:
+        handoff = leg.handoff
+        is_read = handoff is not None and not (handoff.is_terminal and handoff.num_in_flight == 0)
+        if not leg.is_over or leg.is_in_wave or is_read or self._legs.get(leg.key) is not leg:
+            return
+        self.blocks.free(leg.blocks)
+        leg.blocks = ()
+        del self._legs[leg.key]
+        if leg.is_finished:
+            now_s = time.monotonic()
+            finished = RequestFinished(
+                request_id=leg.request.request_id,
+                attempt=leg.request.attempt,
+                traceparent=leg.request.traceparent,
+                remaining_s=leg.remaining_s(now_s),
+                cached_tokens=leg.cached_tokens,
+                timings=leg.timings(now_s),
+            )
+            _post(leg.gateway, finished)
+        if not self._legs:
+            self.blocks.manager.check_integrity()
+        self.waves.wake()
+
+
+def _post(gateway: Connection, message: Message) -> None:
+    with contextlib.suppress(PeerError):  # its reading task sees the same and ends its legs
+        gateway.post(message)

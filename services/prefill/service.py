@@ -1,0 +1,204 @@
+"""Owns one prefill replica: its parts' start and end, which message goes where, its report. Knows no leg's state and no torch.
+
+Everything here runs on the event loop. Threads: the step thread (waves.py), the agent's writer thread (handoff.py), and one that
+attaches rings (decode_peers.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import Counter
+
+from duomo.config import DuomoConfig
+from duomo.errors import ConfigError, EngineError, PeerError, WireError
+from duomo.models.qwen3_moe import load_model
+from duomo.telemetry.tracing import Tracing
+from duomo.telemetry.tracing import configure as configure_tracing
+from duomo.wire.connection import Connection
+from duomo.wire.messages import (
+    Cancel,
+    GroupLanded,
+    HandleOffered,
+    Message,
+    PeerAddress,
+    PullKv,
+    Refused,
+    ReplicaReport,
+    RequestFailed,
+    RingOffered,
+    StartPrefill,
+)
+from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.directory import Directory
+from services.kv_transfer.membership import Membership, Progress, ReplicaCard
+from services.kv_transfer.transport_nixl import NixlTransport
+from services.prefill.leg_book import LegBook
+from services.prefill.worker import PrefillWorker, WorkerSizes
+
+CONNECT_AHEAD_PERIOD_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class PrefillService:
+    """One replica: a ReplicaLogic. start() once, stop() once; agent and tracing are their creator's to close afterwards."""
+
+    def __init__(
+        self, card: ReplicaCard, worker: PrefillWorker, agent: TransferAgent, tracing: Tracing, directory: Directory | None = None
+    ) -> None:
+        self.card = card
+        self.progress = Progress(card.config.prefill.hang_timeout_s)
+        self.membership = Membership(card, self, directory)
+        self._agent = agent
+        self._tracing = tracing
+        self._book = LegBook(card, worker, agent, tracing, self.progress, self.membership.connect)
+        self._loop_task: asyncio.Task[None] | None = None
+
+    # life
+
+    async def start(self) -> None:
+        """Warm, then listen and register: a registered replica is ready."""
+        await self._book.waves.warm()
+        self._loop_task = asyncio.get_running_loop().create_task(self._book.waves.run())
+        await self.membership.start()
+
+    async def drain(self, deadline_s: float) -> bool:
+        """Take no new request and finish the live ones; whether all finished in time."""
+        return await self.membership.drain(deadline_s)
+
+    async def stop(self) -> None:
+        """Close every socket; legs still alive are dropped with them."""
+        await self.membership.stop()
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.gather(self._loop_task, return_exceptions=True)
+        self._book.waves.close()
+        await self._book.peers.close()
+
+    async def ended(self) -> None:
+        """Return only by raising: when the planning task has ended, whose fault is raised."""
+        assert self._loop_task is not None
+        await asyncio.shield(self._loop_task)
+        raise EngineError("the wave loop has ended")
+
+    def check_health(self) -> None:
+        """Raises EngineError when pending work does not move, or the planning task has ended."""
+        self.progress.check()
+        if self._loop_task is not None and self._loop_task.done():
+            raise EngineError("the wave loop has ended")
+
+    def prepare(self, decode: PeerAddress) -> None:
+        """Connect to a decode replica before the first request names it."""
+        self._book.peers.want(decode)
+
+    # ReplicaLogic
+
+    def joined(self, peer: Connection) -> None:
+        """Nothing to do: a gateway speaks first, a decode replica offers its ring."""
+
+    def received(self, peer: Connection, message: Message) -> None:
+        """Raises WireError for what nobody sends to a prefill replica."""
+        match message:
+            case StartPrefill():
+                self._book.start(peer, message)
+            case Cancel():
+                self._book.cancel(message)
+            case RingOffered():
+                self._book.peers.ring_offered(peer, message)
+            case HandleOffered():
+                self._book.peers.when_attached(peer, lambda: self._book.granted(message))
+            case GroupLanded():
+                self._book.handoffs.landed(message)
+            case PullKv():
+                self._book.pull(message)
+            case RequestFailed():
+                self._book.failed_by_decode(message)
+            case Refused():
+                log.warning("%s %s refused a message: %s (%s)", peer.peer.role, peer.peer.replica_id, message.code, message.detail)
+            case _:
+                raise WireError(f"a prefill replica takes no {type(message).__name__}", code="unexpected_message")
+
+    def left(self, peer: Connection) -> None:
+        """A peer's socket ended: a gateway's requests are cancelled, a decode replica's fail."""
+        if peer.peer.role == "decode":
+            self._book.peers.left(peer)
+        self._book.cancel_all_of(peer)
+
+    def begin_drain(self) -> None:
+        self._book.is_draining = True
+
+    def num_live_requests(self) -> int:
+        return self._book.num_live
+
+    def report(self) -> ReplicaReport:
+        """What the router's policy and the invariants read."""
+        slots = self._agent.counts()
+        waiting = self._book.waves.waiting.values()
+        blocks = self._book.blocks.manager
+        return ReplicaReport(
+            replica_id=self.card.replica_id,
+            boot_id=self.card.boot_id,
+            role="prefill",
+            is_draining=self._book.is_draining,
+            num_running=self._book.num_live - len(waiting),
+            num_queued=len(waiting),
+            num_queued_tokens=sum(len(leg.token_ids) for leg in waiting),
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free,
+            num_cached_blocks=blocks.num_cached,
+            num_slots=slots.num_slots,
+            num_free_slots=slots.num_free_slots,
+            num_quarantined_slots=slots.num_quarantined_slots,
+            num_open_handles=self._book.handoffs.num_open,
+            num_open_spans=self._tracing.num_open_spans(),
+            num_steps=self._book.waves.num_groups_run,
+            block_tokens=blocks.block_tokens,
+            counters=dict(self._book.counters + Counter(slots.counters)),
+            progress_age_s=self.progress.age_s(),
+        )
+
+
+async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
+    """One prefill replica from its model folder to its end: load, warm, register, serve until `stop`, drain, unregister."""
+    model = await asyncio.to_thread(load_model, config.model.path)
+    card = ReplicaCard.of(config, "prefill", replica_id, model.config.fingerprint)
+    worker = PrefillWorker(model, WorkerSizes.of(config))
+    if config.kv_transfer.transport != "nixl":
+        raise ConfigError("kv_transfer.transport is loopback, which joins services of one process only: a replica process needs nixl")
+    transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer)
+    agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=config.prefill.send_slots)
+    tracing = configure_tracing(config.tracing, "duomo-prefill", "prefill", replica_id)
+    directory = Directory(config.redis.url, config.redis.lease_s) if config.redis.url else None
+    service = PrefillService(card, worker, agent, tracing, directory)
+    tasks: list[asyncio.Future[None]] = []
+    try:
+        await service.start()
+        log.info("prefill replica %s serves at %s over %s", replica_id, service.membership.identity.address, agent.transport_name)
+        tasks = [asyncio.ensure_future(service.membership.serve(stop)), asyncio.ensure_future(service.ended())]
+        if directory is not None:
+            tasks.append(asyncio.ensure_future(_connect_ahead(service, directory)))
+        await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks[:2]:
+            if task.done():
+                task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await service.stop()
+        await asyncio.to_thread(agent.close)
+        tracing.shutdown()
+        if directory is not None:
+            await directory.close()
+
+
+async def _connect_ahead(service: PrefillService, directory: Directory) -> None:
+    """Keep a socket and a ring to every decode replica of this model, so that no request pays for them. Ends by being cancelled."""
+    while True:
+        with contextlib.suppress(PeerError):  # an absent directory stops nothing: StartPrefill names its decode replica itself
+            for member in await directory.members():
+                if member.role == "decode" and member.model_fingerprint == service.card.model_fingerprint:
+                    service.prepare(PeerAddress(replica_id=member.replica_id, boot_id=member.boot_id, address=member.address))
+        await asyncio.sleep(CONNECT_AHEAD_PERIOD_S)

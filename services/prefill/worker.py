@@ -1,0 +1,153 @@
+"""Owns what one prefill rank computes with: model, KV cache, runner, sampler. Knows no request, policy, block count or socket.
+
+Everything but pack() runs in the step thread, one call at a time; pack() runs in the agent's writer thread and reads layers that the
+step thread has left behind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from duomo.config import DuomoConfig
+from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.kv_cache import KvCache, kv_spec
+from duomo.engine.runner import BoundaryState, ModelRunner
+from duomo.engine.sampler import RowSampling, SampledToken, Sampler
+from duomo.errors import ConfigError
+from duomo.models.qwen3_moe import Model
+from services.kv_transfer.layout import MessageSpan
+
+WARM_TOKENS = (1, 2, 16, 33)  # torch picks a kernel by the number of rows; fixed 16-row tiles make larger waves repeat these
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSizes:
+    """units_per_group of `units` equal runs of layers form a group."""
+
+    num_blocks: int
+    block_tokens: int
+    units: int
+    units_per_group: int
+    torch_threads: int
+
+    @classmethod
+    def of(cls, config: DuomoConfig) -> WorkerSizes:
+        """The sizes that a configuration asks for."""
+        return cls(
+            num_blocks=config.prefill.num_blocks,
+            block_tokens=config.model.block_tokens,
+            units=config.model.units,
+            units_per_group=config.prefill.units_per_group,
+            torch_threads=config.prefill.torch_threads,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveRow:
+    """One prompt of a wave: token_ids from `start` on are computed, the KV before lies in the blocks."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+
+
+@dataclass(slots=True, kw_only=True)
+class Computation:
+    """A wave between two groups; belongs to the step thread."""
+
+    batch: StepBatch
+    state: BoundaryState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaveOutput:
+    """One prompt of a finished wave. computed_s, sampled_s: monotonic. expert_counts[layer][expert]: computed tokens routed there."""
+
+    sampled: tuple[SampledToken, ...]
+    expert_counts: tuple[tuple[int, ...], ...]
+    computed_s: float
+    sampled_s: float
+
+
+def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int, ...]:
+    """Layers [b[g], b[g+1]) form group g. Units are runs of layers whose sizes differ by at most one."""
+    if units > num_layers:
+        raise ConfigError(f"model.units is {units}, but the model has only {num_layers} layers")
+    unit_bounds = [num_layers * unit // units for unit in range(units + 1)]
+    bounds = unit_bounds[::units_per_group]
+    return tuple(bounds if bounds[-1] == num_layers else [*bounds, num_layers])
+
+
+class PrefillWorker:
+    """One rank."""
+
+    def __init__(self, model: Model, sizes: WorkerSizes) -> None:
+        self.config = model.config
+        self.sizes = sizes
+        self.cache = KvCache(kv_spec(model.config, sizes.block_tokens), sizes.num_blocks)
+        self.group_bounds = group_bounds(model.config.num_layers, sizes.units, sizes.units_per_group)
+        self._runner = ModelRunner(model, self.cache)
+        self._sampler = Sampler()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of one layer."""
+        return self.cache.spec.block_bytes
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.group_bounds) - 1
+
+    def enter_step_thread(self) -> None:
+        """Called once, in the step thread: torch's threads are set per calling thread."""
+        torch.set_num_threads(self.sizes.torch_threads)
+
+    def warm(self) -> None:
+        """Run waves at sizes that are not the repetition of a smaller one. Nobody holds a block yet, so any may be written."""
+        for num_tokens in WARM_TOKENS:
+            table = list(range(min(-(-num_tokens // self.sizes.block_tokens), self.sizes.num_blocks)))
+            fitting = min(num_tokens, len(table) * self.sizes.block_tokens)
+            computation = self.begin([WaveRow(token_ids=(0,) * fitting, start=0, block_table=table)])
+            for group in range(self.num_groups):
+                self.run_group(computation, group)
+            self._runner.logits(computation.state, computation.batch.last_rows)
+        self.cache.tensor.zero_()
+
+    def begin(self, rows: Sequence[WaveRow]) -> Computation:
+        """Embed a wave."""
+        slices = tuple(PromptSlice(token_ids=row.token_ids[row.start :], start=row.start, block_table=row.block_table) for row in rows)
+        batch = StepBatch(slices=slices)
+        return Computation(batch=batch, state=self._runner.begin(batch))
+
+    def run_group(self, computation: Computation, group: int) -> None:
+        """Compute the layers of one group for the whole wave; their KV is in the cache afterwards."""
+        computation.state = self._runner.run_layers(self.group_bounds[group], self.group_bounds[group + 1], computation.state)
+
+    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
+        """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
+        wanted = [row for row, choices in zip(computation.batch.last_rows, rows, strict=True) if choices]
+        logits_SV = self._runner.logits(computation.state, wanted)
+        computed_s = time.monotonic()
+        places = [place for place, choices in enumerate(choices for choices in rows if choices) for _ in choices]
+        sampled = iter(self._sampler.sample(logits_SV[places], [row for choices in rows for row in choices]))
+        tokens = [tuple(next(sampled) for _ in choices) for choices in rows]
+        counts = computation.state.expert_counts.tolist()
+        sampled_s = time.monotonic()
+        return tuple(
+            WaveOutput(
+                sampled=chosen,
+                expert_counts=tuple(tuple(layer) for layer in counts[place]),
+                computed_s=computed_s,
+                sampled_s=sampled_s,
+            )
+            for place, chosen in enumerate(tokens)
+        )
+
+    def pack(self, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+        """A message's bytes, from the blocks of a prompt's whole table. In the writer thread."""
+        num_bytes = self.cache.pack(span.layers, blocks[span.block_lo : span.block_hi], out)
+        assert num_bytes == span.num_bytes, (num_bytes, span)
