@@ -72,11 +72,19 @@ define make_venv
 		else "$(1)" -m venv --without-pip $(3) $(2) && "$(1)" -m pip --python $(2)/bin/python install -q pip; fi; }
 endef
 
+# torch from TORCH_INDEX alone: other indexes that pip is configured with are not asked, or the newest torch anywhere would win.
+# Without its dependencies, which such an index need not carry; the next installation brings them.
+define install_torch
+PIP_CERT="$${PIP_CERT:-$$($(BIN)/python -m pip config get global.cert 2>/dev/null || true)}" \
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= PIP_EXTRA_INDEX_URL= \
+	$(BIN)/python -m pip install -q --no-deps --index-url "$(TORCH_INDEX)" "torch>=2.11"
+endef
+
 # The environment of `make serve`. With a GPU it sees the system's packages (their torch and triton were built for that machine).
 $(SERVE_STAMP): pyproject.toml constraints.txt
 	$(call make_venv,$(PYTHON),.venv,$(if $(HAS_GPU),--system-site-packages))
 	$(if $(HAS_GPU)$(TORCH_INDEX),grep -v '^torch==',cat) constraints.txt > .venv/constraints.txt
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q --no-deps --index-url "$(TORCH_INDEX)" "torch>=2.11")
+	$(if $(TORCH_INDEX),$(install_torch))
 	$(BIN)/python -m pip install -q -c .venv/constraints.txt -e ".[gateway,$(ENGINE)]"
 	touch $@
 
