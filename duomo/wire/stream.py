@@ -11,7 +11,7 @@ import contextlib
 import socket
 import time
 from collections import deque
-from typing import Final
+from typing import Final, cast
 
 from duomo.config import WireSection
 from duomo.errors import PeerError, WireError
@@ -146,8 +146,7 @@ class Connection(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        transport = self._transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but its class
         if self._ending is not None:
             transport.abort()
             return

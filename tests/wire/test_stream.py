@@ -7,13 +7,14 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 import pytest
+import uvloop
 
 from duomo.config import WireSection
 from duomo.errors import PeerError, WireError
@@ -21,6 +22,8 @@ from duomo.wire.connection import Connection, Identity, Listener, connect
 from duomo.wire.messages import Drain, EmittedToken, Heartbeat, Hello, Message, Refused, TokensEmitted
 
 WIRE = WireSection(connect_timeout_s=1.0, heartbeat_s=0.05, silence_timeout_s=0.3)
+Runner = Callable[[Coroutine[Any, Any, None]], None]
+
 GATEWAY = Identity("router-0", "00000000000000f1", "gateway", "tiny:1")
 DECODE = Identity("decode-0", "00000000000000d1", "decode", "tiny:1")
 BIG = WireSection(max_frame_bytes=8 << 20)
@@ -63,10 +66,18 @@ def freeze(connection: Connection) -> None:
     connection._timer.cancel()
 
 
+@pytest.fixture(params=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest) -> Runner:
+    """Both loops that Duomo's processes run on: their transports differ in buffers and classes."""
+    return uvloop.run if request.param == "uvloop" else asyncio.run
+
+
 @pytest.mark.parametrize(
     ("strange", "code"), [(Teleport(where="Mars"), "unknown_message"), (FartherDrain(deadline_s=1.0, how="x"), "unknown_field")]
 )
-def test_an_unknown_message_is_refused_in_its_turn_and_the_connection_lives(strange: object, code: str, tmp_path: Path) -> None:
+def test_an_unknown_message_is_refused_in_its_turn_and_the_connection_lives(
+    run: Runner, strange: object, code: str, tmp_path: Path
+) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (near, far):
             near.post(Drain(deadline_s=1.0))
@@ -81,10 +92,10 @@ def test_an_unknown_message_is_refused_in_its_turn_and_the_connection_lives(stra
             assert isinstance(answer, Refused) and answer.code == code
             assert not near.closed and not far.closed
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_a_second_hello_is_refused(tmp_path: Path) -> None:
+def test_a_second_hello_is_refused(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (near, far):
             near.post(
@@ -104,11 +115,11 @@ def test_a_second_hello_is_refused(tmp_path: Path) -> None:
                 await far.receive()
             assert cast(Refused, await near.receive()).code == "unexpected_hello"
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize(("stray", "code"), [(b"\0\0\0\1\xc1", "not_msgpack"), (b"\x7f\0\0\0", "frame_too_large")])
-def test_a_stream_that_is_no_messages_ends_and_says_why(stray: bytes, code: str, tmp_path: Path) -> None:
+def test_a_stream_that_is_no_messages_ends_and_says_why(run: Runner, stray: bytes, code: str, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (near, far):
             near.post(Drain(deadline_s=1.0))
@@ -121,10 +132,10 @@ def test_a_stream_that_is_no_messages_ends_and_says_why(stray: bytes, code: str,
             with pytest.raises(PeerError, match="peer_gone"):
                 await near.receive()
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_large_and_small_messages_keep_their_order(tmp_path: Path) -> None:
+def test_large_and_small_messages_keep_their_order(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         sent = [
             Refused(code=str(count), detail="x" * size) for count, size in enumerate((0, 3 << 20, 1, 63, 257, (8 << 20) - 100, 5, 1 << 20))
@@ -134,10 +145,10 @@ def test_large_and_small_messages_keep_their_order(tmp_path: Path) -> None:
                 near.post(message)
             assert [await far.receive() for _ in sent] == sent
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_a_message_over_the_limit_is_not_sent_and_the_connection_lives(tmp_path: Path) -> None:
+def test_a_message_over_the_limit_is_not_sent_and_the_connection_lives(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path, WIRE.model_copy(update={"max_frame_bytes": 4096})) as (near, far):
             with pytest.raises(WireError, match="frame_too_large"):
@@ -145,10 +156,10 @@ def test_a_message_over_the_limit_is_not_sent_and_the_connection_lives(tmp_path:
             near.post(Drain(deadline_s=1.0))
             assert await far.receive() == Drain(deadline_s=1.0)
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_heartbeats_measure_the_round_trip_and_keep_quiet_peers_together(tmp_path: Path) -> None:
+def test_heartbeats_measure_the_round_trip_and_keep_quiet_peers_together(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (near, far):
             await asyncio.sleep(2.5 * WIRE.silence_timeout_s)
@@ -156,10 +167,10 @@ def test_heartbeats_measure_the_round_trip_and_keep_quiet_peers_together(tmp_pat
                 assert not end.closed
                 assert end.rtt_s is not None and 0 < end.rtt_s < 0.05
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_a_heartbeat_is_answered_at_once_and_never_received(tmp_path: Path) -> None:
+def test_a_heartbeat_is_answered_at_once_and_never_received(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         slow = WIRE.model_copy(update={"heartbeat_s": 60.0})
         async with pair(tmp_path, slow) as (near, far):
@@ -168,10 +179,10 @@ def test_a_heartbeat_is_answered_at_once_and_never_received(tmp_path: Path) -> N
             assert await far.receive() == Drain(deadline_s=1.0)
             assert not far._inbox
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_a_silent_peer_is_given_up_in_time(tmp_path: Path) -> None:
+def test_a_silent_peer_is_given_up_in_time(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (near, far):
             started_s = time.monotonic()
@@ -181,10 +192,10 @@ def test_a_silent_peer_is_given_up_in_time(tmp_path: Path) -> None:
             assert gone.value.code == "peer_silent" and gone.value.retryable
             assert WIRE.silence_timeout_s - WIRE.heartbeat_s < time.monotonic() - started_s < 3 * WIRE.silence_timeout_s
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_our_own_stall_is_not_the_peers_silence(tmp_path: Path) -> None:
+def test_our_own_stall_is_not_the_peers_silence(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (near, far):
             await asyncio.sleep(0.1)
@@ -193,10 +204,10 @@ def test_our_own_stall_is_not_the_peers_silence(tmp_path: Path) -> None:
             near.post(Drain(deadline_s=1.0))
             assert await far.receive() == Drain(deadline_s=1.0)
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_a_peer_that_reads_nothing_is_given_up_at_the_bound(tmp_path: Path) -> None:
+def test_a_peer_that_reads_nothing_is_given_up_at_the_bound(run: Runner, tmp_path: Path) -> None:
     limit = 1 << 20
     wire = WIRE.model_copy(update={"max_send_buffer_bytes": limit, "silence_timeout_s": 30.0})
 
@@ -215,19 +226,19 @@ def test_a_peer_that_reads_nothing_is_given_up_at_the_bound(tmp_path: Path) -> N
             with pytest.raises(PeerError, match="peer_behind"):
                 near.post(Drain(deadline_s=1.0))
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_one_message_larger_than_the_bound_may_be_sent(tmp_path: Path) -> None:
+def test_one_message_larger_than_the_bound_may_be_sent(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path, WIRE.model_copy(update={"max_send_buffer_bytes": 1024})) as (near, far):
             near.post(Refused(code="c", detail="x" * 500_000))
             assert len(cast(Refused, await far.receive()).detail) == 500_000
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_unread_messages_stop_the_sender_and_none_is_lost(tmp_path: Path) -> None:
+def test_unread_messages_stop_the_sender_and_none_is_lost(run: Runner, tmp_path: Path) -> None:
     wire = WIRE.model_copy(update={"silence_timeout_s": 5.0})
 
     async def main() -> None:
@@ -243,10 +254,10 @@ def test_unread_messages_stop_the_sender_and_none_is_lost(tmp_path: Path) -> Non
             near.post(Drain(deadline_s=1.0))
             assert await far.receive() == Drain(deadline_s=1.0)
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_what_was_posted_before_close_arrives(tmp_path: Path) -> None:
+def test_what_was_posted_before_close_arrives(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (near, far):
             for count in range(257):
@@ -262,10 +273,10 @@ def test_what_was_posted_before_close_arrives(tmp_path: Path) -> None:
                 await near.receive()
             await near.close()  # a second close is nothing
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_closing_takes_a_second_at_most_when_the_peer_reads_nothing(tmp_path: Path) -> None:
+def test_closing_takes_a_second_at_most_when_the_peer_reads_nothing(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path, WIRE.model_copy(update={"silence_timeout_s": 30.0})) as (near, far):
             freeze(far)
@@ -275,10 +286,10 @@ def test_closing_takes_a_second_at_most_when_the_peer_reads_nothing(tmp_path: Pa
             await near.close()
             assert time.monotonic() - started_s < 1.5
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_received_s_is_when_the_frame_was_read(tmp_path: Path) -> None:
+def test_received_s_is_when_the_frame_was_read(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         async with pair(tmp_path) as (near, far):
             posted_s = time.monotonic()
@@ -287,10 +298,10 @@ def test_received_s_is_when_the_frame_was_read(tmp_path: Path) -> None:
             await far.receive()
             assert posted_s < far.received_s < posted_s + 0.15
 
-    asyncio.run(main())
+    run(main())
 
 
-def test_tokens_flow_fast_enough(tmp_path: Path) -> None:
+def test_tokens_flow_fast_enough(run: Runner, tmp_path: Path) -> None:
     """A tenth of what facts.md measured for the bare socket, so that a loaded machine passes and a quadratic buffer does not."""
 
     async def main() -> None:
@@ -303,7 +314,7 @@ def test_tokens_flow_fast_enough(tmp_path: Path) -> None:
                 await far.receive()
             assert time.process_time() - started_s < 0.4
 
-    asyncio.run(main())
+    run(main())
 
 
 CHILD = """
@@ -320,7 +331,7 @@ asyncio.run(main())
 """
 
 
-def test_the_kill_of_a_process_is_seen_at_once(tmp_path: Path) -> None:
+def test_the_kill_of_a_process_is_seen_at_once(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         gone: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
@@ -338,4 +349,4 @@ def test_the_kill_of_a_process_is_seen_at_once(tmp_path: Path) -> None:
             assert await asyncio.wait_for(gone, 5) - killed_s < 0.25
             await child.wait()
 
-    asyncio.run(main())
+    run(main())
