@@ -1,0 +1,188 @@
+"""Owns the sequences that decode runs: they join, grow, are preempted, emit and end. Knows no socket, no handle and no tensor.
+
+A turn is planned on the event loop (policy.plan_step), run by the step thread, and applied here. Blocks given back while a turn
+runs may still be written by it; they are used again only by a later turn, which the same thread runs after it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
+from duomo.wire.messages import EmittedToken, FinishReason, TokenLogprob
+from services.decode.leg import Choice, Leg, LegState
+from services.decode.policy import RunningSequence, plan_step
+from services.decode.pool import Pool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchEnds:
+    """Whom the batch tells: a choice was preempted, the last choice of a leg has ended."""
+
+    preempted: Callable[[Choice], None]
+    finished: Callable[[Leg], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stops:
+    """What ends a choice besides its own limits. max_model_tokens bounds prompt and output together."""
+
+    eos_ids: tuple[int, ...]
+    max_model_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedStep:
+    """One step: block copies to make first (forks), then the rows to run, oldest sequence first."""
+
+    copies: tuple[tuple[int, int], ...]
+    rows: tuple[Choice, ...]
+
+
+class Batch:
+    """The running sequences, oldest first."""
+
+    def __init__(self, pool: Pool, stops: Stops, ends: BatchEnds) -> None:
+        self._pool = pool
+        self._stops = stops
+        self._ends = ends
+        self._choices: dict[int, Choice] = {}
+        self._copies: list[tuple[int, int]] = []
+        self._sequence_ids = itertools.count(1)
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._choices)
+
+    def join(self, leg: Leg) -> None:
+        """Take in a leg whose KV is here: its first live choice takes the blocks, the others fork them."""
+        assert leg.done is not None and leg.state is LegState.GRANTED
+        leg.state = LegState.RUNNING
+        ended = {*leg.done.ended_choices, *leg.cancelled_choices}
+        table, leg.blocks = leg.blocks, []
+        live = [
+            (number, token_id) for number, token_id in zip(leg.choice_numbers, leg.done.first_token_ids, strict=True) if number not in ended
+        ]
+        if not live:
+            self._pool.give_back(table)
+            self._ends.finished(leg)
+            return
+        tables = [table]
+        for _ in live[1:]:
+            fork, copy = self._pool.fork(table, leg.num_tokens)
+            tables.append(fork)
+            if copy is not None:
+                self._copies.append(copy)
+        promise = leg.table_promise(self._pool.limits)
+        num_shared = leg.num_tokens // self._pool.limits.block_tokens if len(live) > 1 else 0
+        ends = ending_ids(leg.sampling, self._stops.eos_ids)
+        for (number, token_id), own_table in zip(live, tables, strict=True):
+            output_ids = [*leg.emitted_ids, token_id]
+            choice = Choice(
+                sequence_id=next(self._sequence_ids),
+                leg=leg,
+                number=number,
+                table=own_table,
+                num_shared_blocks=num_shared,
+                num_kv=leg.num_tokens,
+                next_token_id=token_id,
+                output_ids=output_ids,
+                sampling=RowSampling(
+                    sampling=leg.sampling, choice=number, prompt_ids=leg.prompt_ids, output_ids=output_ids, ending_ids=ends
+                ),
+                promised_blocks=promise,
+            )
+            leg.choices[number] = choice
+            self._choices[choice.sequence_id] = choice
+
+    def plan(self) -> PlannedStep:
+        """Preempt, grow, and say who runs."""
+        limits = self._pool.limits
+        block_tokens = limits.block_tokens
+        if all(choice.num_kv < len(choice.table) * block_tokens for choice in self._choices.values()):
+            # The common step: nobody needs a block, so there is nothing to decide but the batch limit.
+            return PlannedStep(copies=self._take_copies(), rows=tuple(itertools.islice(self._choices.values(), limits.max_batch)))
+        sequences = [_as_sequence(choice) for choice in self._choices.values()]
+        step = plan_step(limits, self._pool.unpromised_blocks(), sequences)
+        for sequence_id in step.preempt:
+            choice = self._choices[sequence_id]
+            self.remove(choice)
+            self._ends.preempted(choice)
+        for sequence_id in step.grow:
+            self._choices[sequence_id].table.extend(self._pool.take(1))
+        return PlannedStep(copies=self._take_copies(), rows=tuple(self._choices[sequence_id] for sequence_id in step.run))
+
+    def _take_copies(self) -> tuple[tuple[int, int], ...]:
+        copies, self._copies = tuple(self._copies), []
+        return copies
+
+    def apply(self, step: PlannedStep, tokens: Sequence[SampledToken], routed_RE: NDArray[np.int16]) -> list[tuple[Choice, EmittedToken]]:
+        """Take in a step's tokens: what to emit, in row order. Choices that ended meanwhile (cancelled) emit nothing."""
+        emitted: list[tuple[Choice, EmittedToken]] = []
+        for row, (choice, token) in enumerate(zip(step.rows, tokens, strict=True)):
+            if not choice.is_alive:
+                continue
+            leg = choice.leg
+            choice.num_kv += 1
+            index = len(choice.output_ids)
+            choice.output_ids.append(token.token_id)
+            choice.next_token_id = token.token_id
+            choice.routed.append(routed_RE[row])
+            leg.num_decoded_tokens += 1
+            finish_reason = self._finish_reason(choice, token.token_id)
+            emission = EmittedToken(
+                request_id=leg.request_id,
+                choice=choice.number,
+                attempt=leg.attempt,
+                index=index,
+                token_id=token.token_id,
+                logprob=_logprob(token),
+                finish_reason=finish_reason,
+            )
+            emitted.append((choice, emission))
+            if finish_reason is not None:
+                self.remove(choice)
+        return emitted
+
+    def _finish_reason(self, choice: Choice, token_id: int) -> FinishReason | None:
+        sampling = choice.leg.sampling
+        num_output = len(choice.output_ids)
+        if token_id in choice.sampling.ending_ids and num_output > sampling.min_tokens:
+            return "stop"
+        if num_output >= sampling.max_tokens or len(choice.leg.prompt_ids) + num_output >= self._stops.max_model_tokens:
+            return "length"
+        return None
+
+    def remove(self, choice: Choice) -> None:
+        """A choice ends: its blocks come back at once. The leg is over when the caller sees that no choice is left."""
+        choice.is_alive = False
+        choice.leg.routed.extend(choice.routed)
+        del self._choices[choice.sequence_id]
+        del choice.leg.choices[choice.number]
+        self._pool.give_back(choice.table)
+
+
+def _as_sequence(choice: Choice) -> RunningSequence:
+    num_blocks = len(choice.table)
+    return RunningSequence(
+        sequence_id=choice.sequence_id,
+        order=choice.leg.order,
+        priority=choice.leg.priority,
+        num_tokens=choice.num_kv + 1,
+        num_blocks=num_blocks,
+        own_blocks=num_blocks - (choice.num_shared_blocks if len(choice.leg.choices) > 1 else 0),
+        promised_blocks=choice.promised_blocks,
+        is_protected=choice.leg.is_protected,
+    )
+
+
+def _logprob(token: SampledToken) -> TokenLogprob | None:
+    return None if token.logprob is None else TokenLogprob(logprob=token.logprob, top=token.top)

@@ -1,0 +1,316 @@
+"""Owns legs from their announcement until their KV is here: blocks, then slots, then messages. Knows no batch and no tensor.
+
+An announcement may come before its StartDecode (another socket brought it): it waits in `early`. Grants follow the order of
+announcement; a leg that has blocks and finds its ring full waits for slots without holding up the legs of other rings.
+A message is verified and scattered by the step thread; what it saw comes back here through `landed`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from duomo.errors import CapacityError, DuomoError, PeerError, TransferError, WireError
+from duomo.wire.messages import GroupLanded, Handle, HandleOffered, Message, PrefillDone, PullKv, WaveAnnounced
+from services.decode.leg import Leg, LegKey, LegState
+from services.decode.policy import plan_grants
+from services.decode.pool import Pool
+from services.decode.worker import DecodeWorker, LandedMessage
+from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.layout import messages
+
+MAX_GRANTS_A_TURN = 32  # how far down the queue one planning looks; the queue is served in order, so nobody is passed over
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandoffTerms:
+    """What every handle of this replica has in common. stall_timeout_s: longest silence of a producer that still has KV to send."""
+
+    boot_id: str
+    model_fingerprint: str
+    num_layers: int
+    block_bytes: int
+    slot_bytes: int
+    write_timeout_s: float
+    stall_timeout_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyAnnouncement:
+    """An announcement whose StartDecode has not come yet."""
+
+    producer: str
+    message: WaveAnnounced
+    seen_s: float
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HandoffEnds:
+    """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs."""
+
+    post: Callable[[str, Message], None]
+    ready: Callable[[Leg], None]
+    fail: Callable[[Leg, DuomoError], None]
+
+
+class Handoffs:
+    """Every leg between WAITING and RUNNING, and the handles of those that are landing."""
+
+    def __init__(self, pool: Pool, worker: DecodeWorker, agent: TransferAgent, terms: HandoffTerms, ends: HandoffEnds) -> None:
+        self._pool = pool
+        self._worker = worker
+        self._agent = agent
+        self._terms = terms
+        self._ends = ends
+        self._early: dict[LegKey, EarlyAnnouncement] = {}
+        self._for_blocks: deque[Leg] = deque()
+        self._for_slots: dict[str, deque[Leg]] = {}
+        self._landing: dict[int, Leg] = {}
+        self._orders = itertools.count(1)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._for_blocks)
+
+    @property
+    def num_landing(self) -> int:
+        """Legs with an open handle."""
+        return len(self._landing)
+
+    def expect(self, leg: Leg, now_s: float) -> None:
+        """A gateway wants this leg; its announcement may be here already."""
+        early = self._early.pop(leg.key, None)
+        if early is not None and early.producer == leg.prefill.boot_id:
+            self._enqueue(leg, early.message, early.seen_s)
+            self.pump(now_s)
+
+    def announced(self, producer: str, message: WaveAnnounced, leg: Leg | None, now_s: float) -> None:
+        """A producer is about to prefill. Raises WireError where the announcement fits no leg."""
+        if message.group_bounds[:1] != (0,) or message.group_bounds[-1] != self._terms.num_layers:
+            raise WireError(
+                f"group_bounds {message.group_bounds} do not cover the model's {self._terms.num_layers} layers", code="bad_field"
+            )
+        if leg is None:
+            key = (message.request_id, message.attempt)
+            self._early[key] = EarlyAnnouncement(producer=producer, message=message, seen_s=now_s, deadline_s=now_s + message.remaining_s)
+            return
+        if leg.state is not LegState.EXPECTED:
+            raise WireError(f"request {leg.request_id} attempt {leg.attempt} was announced before", code="announced_twice")
+        if producer != leg.prefill.boot_id:
+            raise WireError(f"request {leg.request_id} attempt {leg.attempt} belongs to another prefill replica", code="wrong_peer")
+        self._enqueue(leg, message, now_s)
+        self.pump(now_s)
+
+    def _enqueue(self, leg: Leg, message: WaveAnnounced, seen_s: float) -> None:
+        if message.num_tokens != leg.num_tokens:
+            self._ends.fail(
+                leg,
+                TransferError(
+                    f"prefill announced {message.num_tokens} tokens, the gateway asked for {leg.num_tokens}",
+                    code="kv_mismatch",
+                    retryable=False,
+                ),
+            )
+            return
+        leg.announced = message
+        leg.state = LegState.WAITING
+        leg.times.announced_s = seen_s
+        self._for_blocks.append(leg)
+
+    def pump(self, now_s: float) -> None:
+        """Grant what can be granted. Called whenever a leg is announced and whenever blocks or slots come back."""
+        if self._for_blocks:
+            head = list(itertools.islice(self._for_blocks, MAX_GRANTS_A_TURN))
+            plan = plan_grants(self._pool.limits, self._pool.view(), [leg.waiting() for leg in head])
+            grants = {grant.leg_id: grant for grant in plan.grants}
+            for leg in head:
+                if leg.leg_id in plan.never_fit:
+                    self._ends.fail(leg, self._never_fits(leg))
+                elif leg.leg_id in grants:
+                    self._for_blocks.remove(leg)
+                    leg.blocks = self._pool.take(grants[leg.leg_id].num_blocks)
+                    leg.num_landing_blocks = len(leg.blocks)
+                    leg.promise_blocks = grants[leg.leg_id].promised_blocks
+                    leg.order = next(self._orders)
+                    leg.state = LegState.GRANTED
+                    leg.times.granted_s = now_s
+                    self._pool.holders[leg.leg_id] = leg
+                    self._for_slots.setdefault(leg.prefill.boot_id, deque()).append(leg)
+        for producer in list(self._for_slots):
+            self._offer(producer, self._for_slots[producer], now_s)
+
+    def _never_fits(self, leg: Leg) -> CapacityError:
+        limits = self._pool.limits
+        error = CapacityError(
+            f"{leg.num_tokens} tokens of KV and {leg.max_new_tokens} to come for {len(leg.choice_numbers)} choices need "
+            f"{leg.num_promised(limits)} blocks of {limits.block_tokens} tokens; decode.num_blocks is {limits.num_blocks}",
+            phase="decode.admit",
+        )
+        error.retryable = False
+        return error
+
+    def _offer(self, producer: str, queue: deque[Leg], now_s: float) -> None:
+        """Offer handles to one producer, in order, while its ring has slots."""
+        terms = self._terms
+        while queue:
+            leg = queue[0]
+            assert leg.announced is not None
+            if not leg.spans:
+                leg.spans = messages(range(len(leg.blocks)), leg.announced.group_bounds, terms.block_bytes, terms.slot_bytes)
+            slots = self._agent.grant(producer, len(leg.spans))
+            if slots is None:
+                return
+            queue.popleft()
+            handle = Handle(
+                handle_id=self._agent.next_handle_id(),
+                producer_boot_id=producer,
+                consumer_boot_id=terms.boot_id,
+                model_fingerprint=terms.model_fingerprint,
+                request_id=leg.request_id,
+                attempt=leg.attempt,
+                ring_name=self._agent.ring_name(producer),
+                slots=slots,
+                num_tokens=leg.num_tokens,
+                num_blocks=len(leg.blocks),
+            )
+            leg.handle = handle
+            leg.times.offered_s = now_s
+            self._worker.expect(handle.handle_id, leg.blocks)
+            self._agent.expect(handle, leg.spans)
+            self._landing[handle.handle_id] = leg
+            self._ends.post(
+                producer,
+                HandleOffered(
+                    request_id=leg.request_id,
+                    attempt=leg.attempt,
+                    traceparent=leg.traceparent,
+                    remaining_s=leg.deadline_s - now_s,
+                    handle=handle,
+                ),
+            )
+        self._for_slots.pop(producer, None)
+
+    def landed(self, message: LandedMessage, now_s: float) -> None:
+        """The step thread verified and scattered a message, or found it wrong."""
+        leg = self._landing.get(message.handle_id)
+        if leg is None or leg.handle is None:
+            return  # aborted meanwhile; the agent has quarantined or freed its slots
+        producer = leg.prefill.boot_id
+        if message.error is not None:
+            self._repair(leg, message, message.error, now_s)
+            return
+        leg.landed.add(message.message_idx)
+        leg.landed_bytes += message.num_bytes
+        leg.times.last_landed_s = message.landed_s
+        if leg.times.first_landed_s is None:
+            leg.times.first_landed_s = message.landed_s
+        self._ends.post(
+            producer,
+            GroupLanded(
+                request_id=leg.request_id,
+                attempt=leg.attempt,
+                traceparent=leg.traceparent,
+                remaining_s=leg.deadline_s - now_s,
+                handle_id=message.handle_id,
+                group=message.group,
+                message_idx=message.message_idx,
+            ),
+        )
+        self._finish_if_complete(leg)
+
+    def _repair(self, leg: Leg, message: LandedMessage, error: TransferError, now_s: float) -> None:
+        """Ask once for a message that landed wrong; a second time it is a typed, retryable failure."""
+        if message.message_idx in leg.pulled:
+            self._ends.fail(leg, TransferError(f"message {message.message_idx} landed wrong twice: {error.detail}", code="kv_corrupt"))
+            return
+        leg.pulled.add(message.message_idx)
+        self._ends.post(
+            leg.prefill.boot_id,
+            PullKv(
+                request_id=leg.request_id,
+                attempt=leg.attempt,
+                traceparent=leg.traceparent,
+                remaining_s=leg.deadline_s - now_s,
+                handle_id=message.handle_id,
+                group=message.group,
+                message_idx=message.message_idx,
+            ),
+        )
+
+    def prefill_done(self, producer: str, message: PrefillDone, leg: Leg | None, now_s: float) -> None:
+        """The prompt is computed. Raises WireError where it fits no open handle."""
+        handle = leg.handle if leg is not None else None
+        if leg is None or handle is None or leg.state is not LegState.GRANTED or leg.done is not None:
+            raise WireError(
+                f"PrefillDone for request {message.request_id} attempt {message.attempt}, which has no open handle", code="stale"
+            )
+        if message.handle_id != handle.handle_id or producer != handle.producer_boot_id:
+            raise WireError(f"PrefillDone names handle {message.handle_id}, which is not the request's", code="stale")
+        leg.done = message
+        leg.times.prefill_done_s = now_s
+        counts = (message.num_messages, len(message.first_token_ids))
+        if counts != (len(leg.spans), len(leg.choice_numbers)):
+            self._ends.fail(
+                leg,
+                TransferError(
+                    f"prefill sends {counts[0]} messages and {counts[1]} first tokens, "
+                    f"expected {len(leg.spans)} and {len(leg.choice_numbers)}",
+                    code="kv_mismatch",
+                ),
+            )
+            return
+        self._finish_if_complete(leg)
+
+    def _finish_if_complete(self, leg: Leg) -> None:
+        if leg.done is not None and leg.is_landed and leg.handle is not None:
+            del self._landing[leg.handle.handle_id]
+            self._worker.forget(leg.handle.handle_id)
+            self._ends.ready(leg)
+
+    def withdraw(self, leg: Leg) -> None:
+        """Take a leg that ends early out of every queue; an open handle is aborted. Its blocks are the caller's to free."""
+        if leg.state is LegState.WAITING:
+            self._for_blocks.remove(leg)
+        elif leg.state is LegState.GRANTED and leg.handle is None:
+            queue = self._for_slots.get(leg.prefill.boot_id)
+            if queue is not None and leg in queue:
+                queue.remove(leg)
+        if leg.handle is not None and self._landing.pop(leg.handle.handle_id, None) is not None:
+            self._worker.forget(leg.handle.handle_id)
+            new_ring = self._agent.abort(leg.handle.handle_id)
+            if new_ring is not None:
+                self._ends.post(leg.prefill.boot_id, new_ring)
+
+    def retract(self, producer: str, key: LegKey) -> None:
+        """A producer took back an announcement that no gateway has asked for yet."""
+        early = self._early.get(key)
+        if early is not None and early.producer == producer:
+            del self._early[key]
+
+    def producer_gone(self, producer: str) -> None:
+        """Forget a dead producer's early announcements; its legs are failed by the service."""
+        self._for_slots.pop(producer, None)
+        self._early = {key: early for key, early in self._early.items() if early.producer != producer}
+
+    def tick(self, now_s: float) -> None:
+        """Bound every wait: a producer that neither sends nor finishes fails its legs."""
+        for key in [key for key, early in self._early.items() if now_s > early.deadline_s]:
+            del self._early[key]
+        for leg in list(self._landing.values()):
+            times = leg.times
+            assert times.offered_s is not None
+            if times.prefill_done_s is not None:
+                moved_s, limit_s = max(times.prefill_done_s, times.last_landed_s or 0.0), self._terms.write_timeout_s
+            else:
+                moved_s, limit_s = max(times.offered_s, times.last_landed_s or 0.0), self._terms.stall_timeout_s
+            if now_s - moved_s > limit_s:
+                detail = f"{len(leg.landed)} of {len(leg.spans)} messages landed, none for {limit_s:g} s"
+                self._ends.fail(leg, TransferError(detail, code="transfer_timeout"))
+
+
+def producer_lost(leg: Leg) -> PeerError:
+    """Why a leg ends whose producer died before its KV was here."""
+    return PeerError(f"prefill replica {leg.prefill.replica_id} is gone, {len(leg.landed)} of its messages landed", phase="kv.handoff")

@@ -1,0 +1,97 @@
+"""Owns what one decode process is made of, opened and closed together: model, worker, agent, directory, tracing. Knows no request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from duomo.config import DuomoConfig
+from duomo.errors import ConfigError
+from duomo.models.qwen3_moe import load_model
+from duomo.telemetry import tracing
+from duomo.telemetry.tracing import Tracing
+from services.decode.handoff import HandoffTerms
+from services.decode.policy import DecodeLimits
+from services.decode.worker import DecodeWorker
+from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.directory import Directory
+from services.kv_transfer.membership import ReplicaCard
+from services.kv_transfer.transport_nixl import NixlTransport
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaParts:
+    """What a DecodeService is given."""
+
+    card: ReplicaCard
+    worker: DecodeWorker
+    agent: TransferAgent
+    tracing: Tracing
+    directory: Directory
+
+
+@asynccontextmanager
+async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaParts]:
+    """Load and open everything, close it in reverse. Raises ConfigError and ModelError naming what is wrong."""
+    if not config.redis.url:
+        raise ConfigError("redis.url (DUOMO_REDIS_URL) is empty: a replica that runs by itself must be told where its directory is")
+    if config.kv_transfer.transport != "nixl":
+        raise ConfigError("kv_transfer.transport is 'loopback', which works within one process only; a replica needs 'nixl'")
+    model = await asyncio.to_thread(load_model, config.model.path, progress=False)
+    card = ReplicaCard.of(config, "decode", replica_id, model.config.fingerprint)
+    spans = tracing.configure(config.tracing, "duomo-decode", "decode", replica_id)
+    directory = Directory(config.redis.url, config.redis.lease_s)
+    transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer)
+    agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=1)
+    try:
+        section = config.decode
+        worker = DecodeWorker(
+            model,
+            num_blocks=section.num_blocks,
+            block_tokens=config.model.block_tokens,
+            torch_threads=section.torch_threads,
+            agent=agent,
+        )
+        log.info("decode: %d blocks of %d tokens, transport %s", section.num_blocks, config.model.block_tokens, agent.transport_name)
+        yield ReplicaParts(card=card, worker=worker, agent=agent, tracing=spans, directory=directory)
+    finally:
+        await asyncio.to_thread(agent.close)
+        await directory.close()
+        await asyncio.to_thread(spans.shutdown)
+
+
+def max_model_tokens(card: ReplicaCard, worker: DecodeWorker) -> int:
+    """The most tokens of prompt and output together."""
+    return min(worker.config.max_position_tokens, card.config.model.max_model_tokens or worker.config.max_position_tokens)
+
+
+def limits_of(card: ReplicaCard) -> DecodeLimits:
+    """The policy's limits, from the configuration."""
+    section = card.config.decode
+    return DecodeLimits(
+        num_blocks=section.num_blocks,
+        block_tokens=card.config.model.block_tokens,
+        watermark_blocks=section.watermark_blocks,
+        admit_ahead_tokens=section.admit_ahead_tokens,
+        max_batch=section.max_batch,
+        max_preemptions=section.max_preemptions,
+    )
+
+
+def terms_of(card: ReplicaCard, worker: DecodeWorker) -> HandoffTerms:
+    """What all handles of this replica have in common."""
+    transfer = card.config.kv_transfer
+    return HandoffTerms(
+        boot_id=card.boot_id,
+        model_fingerprint=card.model_fingerprint,
+        num_layers=worker.config.num_layers,
+        block_bytes=worker.block_bytes,
+        slot_bytes=transfer.slot_bytes,
+        write_timeout_s=transfer.write_timeout_s,
+        stall_timeout_s=card.config.prefill.hang_timeout_s,
+    )

@@ -1,0 +1,51 @@
+"""Owns the spans of a leg on decode, recorded after the fact from its times. Knows no socket and no block."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duomo.telemetry.tracing import Tracing
+from services.decode.leg import Leg
+
+
+def record_handoff(tracing: Tracing, leg: Leg) -> None:
+    """kv.handoff: from the handle's offer until the KV was here and PrefillDone seen."""
+    times = leg.times
+    if not tracing.is_on or times.offered_s is None or times.prefill_done_s is None:
+        return
+    ended_s = times.ready_s()
+    landing_s = ended_s - (times.first_landed_s if times.first_landed_s is not None else times.offered_s)
+    attributes = {
+        "duomo.bytes": leg.landed_bytes,
+        "duomo.groups": len({span.group for span in leg.spans}),
+        "duomo.messages": len(leg.spans),
+        "duomo.pulled": len(leg.pulled),
+        "duomo.bytes_per_s": leg.landed_bytes / landing_s if landing_s > 0 else 0.0,
+        "duomo.exposed_s": ended_s - times.prefill_done_s,
+        "duomo.grant_wait_s": times.offered_s - (times.announced_s if times.announced_s is not None else times.offered_s),
+    }
+    tracing.record_span("kv.handoff", leg.traceparent, times.offered_s, ended_s, attributes)
+
+
+def record_first_step(tracing: Tracing, leg: Leg, batch_size: int) -> None:
+    """decode.admit and decode.first_step, once the leg's first token is written."""
+    times = leg.times
+    if not tracing.is_on or times.first_step_s is None or times.first_token_s is None:
+        return
+    tracing.record_span("decode.admit", leg.traceparent, times.ready_s(), times.first_step_s, {"duomo.blocks": leg.num_landing_blocks})
+    tracing.record_span("decode.first_step", leg.traceparent, times.first_step_s, times.first_token_s, {"duomo.batch": batch_size})
+
+
+def record_stream(tracing: Tracing, leg: Leg, ended_s: float, expert_counts_LE: NDArray[np.int64]) -> None:
+    """decode.stream: from the leg's first token here until it ended."""
+    if not tracing.is_on or leg.times.first_token_s is None:
+        return
+    tokens_L = expert_counts_LE.sum(axis=1)
+    mean_L = np.maximum(tokens_L / expert_counts_LE.shape[1], 1e-9)
+    attributes = {
+        "duomo.tokens": leg.num_decoded_tokens,
+        "duomo.preempted": leg.num_preempted,
+        "duomo.expert_imbalance": float((expert_counts_LE.max(axis=1) / mean_L).max()),
+    }
+    tracing.record_span("decode.stream", leg.traceparent, leg.times.first_token_s, ended_s, attributes)

@@ -1,0 +1,124 @@
+"""Owns the step loop: plan on the event loop, run in the step thread, apply on the event loop. Knows no peer and no wire.
+
+While a step runs, the loop serves sockets. With nothing to run it sleeps until something happens; while handles are landing it looks
+into the rings about every millisecond.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from duomo.errors import DuomoError, EngineError
+from services.decode.batch import Batch, PlannedStep
+from services.decode.worker import DecodeWorker, LandedMessage, Row, StepInput, StepOutput
+from services.kv_transfer.membership import Progress
+
+LAND_PERIOD_S = 0.001
+
+log = logging.getLogger(__name__)
+
+
+class StepHost(Protocol):
+    """The service's side of the loop; everything is called on the event loop."""
+
+    def before_step(self, now_s: float) -> None:
+        """Grant and join before the next step is planned."""
+
+    def is_landing(self) -> bool:
+        """Whether a handle is open, so that messages may land."""
+
+    def landed(self, messages: tuple[LandedMessage, ...], now_s: float) -> None: ...
+
+    def stepped(self, step: PlannedStep, output: StepOutput) -> None: ...
+
+    def rested(self) -> None:
+        """Nothing runs and nothing lands: the moment to check that nothing is lost."""
+
+    def broke(self, error: EngineError) -> None:
+        """The step thread failed; no step will run any more."""
+
+
+class StepLoop:
+    """The step thread and the task that feeds it. start() once, stop() once."""
+
+    def __init__(self, worker: DecodeWorker, batch: Batch, progress: Progress, host: StepHost) -> None:
+        self._worker = worker
+        self._batch = batch
+        self._progress = progress
+        self._host = host
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode-step")
+        self._awake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.failure: EngineError | None = None
+
+    async def start(self) -> None:
+        """Warm the worker in its thread, then run."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, self._worker.warm)
+        self._task = loop.create_task(self._guard())
+
+    async def stop(self) -> None:
+        """End the task; a step that runs is waited for."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def wake(self) -> None:
+        """Something changed that the loop may be sleeping on."""
+        self._awake.set()
+
+    def check(self) -> None:
+        """Raises EngineError when steps have ended."""
+        if self.failure is not None:
+            raise self.failure
+
+    async def _guard(self) -> None:
+        """Whatever ends the loop ends every request with a typed answer, and the replica's health with it."""
+        try:
+            await self._run()
+        except DuomoError as error:
+            self._break(EngineError(error.detail, phase="decode.stream"))
+        except Exception as error:  # torch raises RuntimeError and others; broke() answers every request
+            log.exception("a decode step failed")
+            self._break(EngineError(f"a decode step failed: {type(error).__name__}: {error}", phase="decode.stream"))
+
+    def _break(self, error: EngineError) -> None:
+        self.failure = error
+        self._host.broke(error)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._awake.clear()
+            self._host.before_step(time.monotonic())
+            step = self._batch.plan()
+            if step.rows or step.copies:
+                self._progress.pending()
+                output = await loop.run_in_executor(self._thread, self._worker.run, _input(step))
+                self._progress.advance()
+                if output.landed:
+                    self._host.landed(output.landed, time.monotonic())
+                self._host.stepped(step, output)
+                continue
+            self._progress.idle()
+            if not self._host.is_landing():
+                self._host.rested()
+                await self._awake.wait()
+                continue
+            landed = await loop.run_in_executor(self._thread, self._worker.land)
+            if landed:
+                self._host.landed(landed, time.monotonic())
+            else:
+                await asyncio.sleep(LAND_PERIOD_S)
+
+
+def _input(step: PlannedStep) -> StepInput:
+    rows = tuple(
+        Row(token_id=choice.next_token_id, position=choice.num_kv, table=choice.table, sampling=choice.sampling) for choice in step.rows
+    )
+    return StepInput(copies=step.copies, rows=rows)
