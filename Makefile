@@ -25,6 +25,8 @@ TESTS ?=
 BIN := .venv/bin
 SERVE_STAMP := .venv/.installed-serve
 DEV_STAMP := .venv/.installed-dev
+# setuptools warns at every editable installation that folders can shadow packages; tests/house/test_doors.py looks at that.
+EDITABLE := PYTHONWARNINGS="ignore:Editable installation"
 PY312_STAMP := .venv312/.installed
 HAS_GPU := $(shell if test -e /dev/nvidia0 || nvidia-smi -L >/dev/null 2>&1; then echo yes; fi)
 ENGINE := $(if $(HAS_GPU),gpu,engine)
@@ -85,15 +87,15 @@ $(SERVE_STAMP): pyproject.toml constraints.txt
 	$(call make_venv,$(PYTHON),.venv,$(if $(HAS_GPU),--system-site-packages))
 	$(if $(HAS_GPU)$(TORCH_INDEX),grep -v '^torch==',cat) constraints.txt > .venv/constraints.txt
 	$(if $(TORCH_INDEX),$(install_torch))
-	$(BIN)/python -m pip install -q -c .venv/constraints.txt -e ".[gateway,$(ENGINE)]"
+	$(EDITABLE) $(BIN)/python -m pip install -q -c .venv/constraints.txt -e ".[gateway,$(ENGINE)]"
 	touch $@
 
 $(DEV_STAMP): $(SERVE_STAMP)
-	$(BIN)/python -m pip install -q -c .venv/constraints.txt -e ".[dev]"
+	$(EDITABLE) $(BIN)/python -m pip install -q -c .venv/constraints.txt -e ".[dev]"
 	touch $@
 
 $(PY312_STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON312)" || { echo "make: no Python 3.12 found; name one: make test-py312 PYTHON312=/path/to/python3.12" >&2; exit 1; }
 	$(call make_venv,$(PYTHON312),.venv312,)
-	.venv312/bin/python -m pip install -q -c constraints.txt -e ".[gateway]" httpx hypothesis import-linter msgpack pytest pytest-timeout
+	$(EDITABLE) .venv312/bin/python -m pip install -q -c constraints.txt -e ".[gateway]" httpx hypothesis import-linter msgpack pytest pytest-timeout
 	touch $@

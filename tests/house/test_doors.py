@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -192,9 +193,9 @@ def test_the_contracts_catch_a_planted_import(tmp_path: Path, path: str, text: s
     plant(tmp_path, path, text)
     (tmp_path / ".importlinter").write_text((ROOT / ".importlinter").read_text())
     result = subprocess.run(
-        [sys.executable, str(linter), "--no-cache"],
+        [sys.executable, "-S", str(linter), "--no-cache"],  # -S: an editable installation of this tree stays out
         cwd=tmp_path,
-        env={"PYTHONPATH": f"{tmp_path}:{tmp_path / 'kernels'}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{tmp_path}:{tmp_path / 'kernels'}:{sysconfig.get_path('purelib')}", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         timeout=60,
