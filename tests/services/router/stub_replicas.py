@@ -1,0 +1,410 @@
+"""A prefill and a decode pool that speak the real wire and compute nothing: real sockets, real messages, plausible tokens, scripted faults.
+
+Token `index` of choice `choice` is a pure function of the two, so that a test knows what a client must see whatever went wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from duomo.config import DuomoConfig
+from duomo.errors import PeerError
+from duomo.telemetry.metrics import Metrics
+from duomo.telemetry.tracing import Tracing, configure
+from duomo.wire.connection import Connection, Identity, Listener, new_boot_id
+from duomo.wire.messages import (
+    Cancel,
+    EmittedToken,
+    Message,
+    Preempted,
+    ReplicaReport,
+    RequestFailed,
+    RequestFinished,
+    Resume,
+    StartDecode,
+    StartPrefill,
+    Timings,
+    TokenLogprob,
+    TokensEmitted,
+)
+from services.kv_transfer.directory import Directory, Member
+from services.kv_transfer.embedded_redis import EmbeddedRedis
+from services.router.app import build_app
+from services.router.edge import bind_port, serving
+from services.router.gateway import Gateway
+from services.router.model_card import read_model_card
+from services.router.text import ModelText
+
+MODEL = Path(__file__).parents[3] / "models" / "tiny-moe"
+STORY = "Once upon a time there was a naïve fox 🦊 who liked tea. The fox said: “Hello, little bird!” and they were friends. "
+BLOCK_TOKENS = 16
+
+Fault = Literal["die", "fail", "fail_for_good", "no_grant", "preempt", "hold"]
+
+
+@dataclass
+class Script:
+    """What goes wrong: faults are used up in order, one for each leg that starts. decode faults strike after `at` tokens of the leg."""
+
+    prefill_faults: deque[Fault | None] = field(default_factory=deque)
+    decode_faults: deque[tuple[Fault | None, int]] = field(default_factory=deque)
+    prefill_s: float = 0.0
+    step_s: float = 0.0
+    duplicates_frames: bool = False
+    reorders_frames: bool = False
+    prefill_finishes: bool = True
+    cached_tokens: int = 0
+    eos_at: int | None = None
+
+
+class Story:
+    """The tokens that every stub emits."""
+
+    def __init__(self, text: ModelText) -> None:
+        self.ids = text.encode(STORY, add_special_tokens=False)
+        self._text = text
+
+    def token(self, choice: int, index: int) -> int:
+        return self.ids[(index + 7 * choice) % len(self.ids)]
+
+    def text(self, choice: int, num_tokens: int) -> str:
+        detokenizer = self._text.detokenizer()
+        shown = [detokenizer.push(self.token(choice, index)) for index in range(num_tokens)]
+        return "".join(shown) + detokenizer.finish()
+
+
+class StubPools:
+    """Replicas of both roles in this process. P tells D by `computed` that a prompt's KV is there, in place of a transfer."""
+
+    def __init__(self, script: Script, story: Story, fingerprint: str, folder: Path, num_blocks: int = 4096) -> None:
+        self.script = script
+        self.story = story
+        self.fingerprint = fingerprint
+        self.folder = folder
+        self.num_blocks = num_blocks
+        self.computed: dict[tuple[str, int], asyncio.Event] = {}
+        self.replicas: list[StubReplica] = []
+
+    def kv(self, request_id: str, attempt: int) -> asyncio.Event:
+        return self.computed.setdefault((request_id, attempt), asyncio.Event())
+
+    def of_role(self, role: str) -> list[StubReplica]:
+        return [replica for replica in self.replicas if replica.role == role]
+
+    async def add(self, role: Literal["prefill", "decode"], directory: Directory) -> StubReplica:
+        replica = StubReplica(self, role, f"{role}-{len(self.replicas)}")
+        await replica.start()
+        await directory.register(replica.member)
+        self.replicas.append(replica)
+        return replica
+
+    async def close(self) -> None:
+        for replica in self.replicas:
+            await replica.die()
+
+
+class StubReplica:
+    """One replica. seen: every message it got."""
+
+    def __init__(self, pools: StubPools, role: Literal["prefill", "decode"], replica_id: str) -> None:
+        self.pools = pools
+        self.role = role
+        self.boot_id = new_boot_id()
+        self.replica_id = replica_id
+        self.seen: list[Message] = []
+        self.used_blocks = 0
+        self.num_running = 0
+        self.max_running = 0
+        self.is_draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._legs: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._ended_choices: set[tuple[str, int]] = set()
+        address = f"unix:{pools.folder}/{replica_id}.sock"
+        identity = Identity(
+            replica_id=replica_id, boot_id=self.boot_id, role=role, model_fingerprint=pools.fingerprint, address=address
+        )
+        self._listener = Listener(address, identity, DuomoConfig.model_validate({"model": {"path": "."}}).wire, self._serve)
+
+    @property
+    def member(self) -> Member:
+        return Member(
+            replica_id=self.replica_id,
+            boot_id=self.boot_id,
+            role=self.role,
+            address=self._listener.address,
+            model_fingerprint=self.pools.fingerprint,
+            model_name=MODEL.name,
+        )
+
+    def of_type(self, kind: type) -> list:
+        return [message for message in self.seen if type(message) is kind]
+
+    async def start(self) -> None:
+        await self._listener.start()
+
+    async def die(self) -> None:
+        """As a killed process: every socket closes, nothing more is said."""
+        for task in [*self._tasks, *self._legs.values()]:
+            task.cancel()
+        await self._listener.close()
+
+    async def _serve(self, connection: Connection) -> None:
+        reporter = asyncio.create_task(self._report(connection))
+        self._tasks.add(reporter)
+        try:
+            while True:
+                message = await connection.receive()
+                self.seen.append(message)
+                if isinstance(message, StartPrefill):
+                    self._begin(message, self._prefill(connection, message))
+                elif isinstance(message, StartDecode | Resume):
+                    self._begin(message, self._decode(connection, message))
+                elif isinstance(message, Cancel):
+                    self._cancel(message)
+        finally:
+            reporter.cancel()
+            for leg in self._legs.values():
+                leg.cancel()
+
+    def _begin(self, message: StartPrefill | StartDecode | Resume, work: object) -> None:
+        self._legs[(message.request_id, message.attempt)] = asyncio.create_task(self._guard(work))  # type: ignore[arg-type]
+
+    async def _guard(self, work: object) -> None:
+        with contextlib.suppress(PeerError):
+            await work  # type: ignore[misc]
+
+    def _cancel(self, message: Cancel) -> None:
+        if message.choice is not None:
+            self._ended_choices.add((message.request_id, message.choice))
+            return
+        for (request_id, attempt), leg in self._legs.items():
+            if request_id == message.request_id and attempt <= message.attempt:
+                leg.cancel()
+
+    async def _report(self, connection: Connection) -> None:
+        while not connection.closed:
+            with contextlib.suppress(PeerError):
+                connection.post(self.report())
+            await asyncio.sleep(0.05)
+
+    def report(self) -> ReplicaReport:
+        return ReplicaReport(
+            replica_id=self.replica_id,
+            boot_id=self.boot_id,
+            role=self.role,
+            is_draining=self.is_draining,
+            num_running=self.num_running,
+            num_queued=0,
+            num_queued_tokens=0,
+            num_blocks=self.pools.num_blocks,
+            num_free_blocks=self.pools.num_blocks - self.used_blocks,
+            num_cached_blocks=0,
+            num_slots=8,
+            num_free_slots=8,
+            num_quarantined_slots=0,
+            num_open_handles=0,
+            num_open_spans=0,
+            num_steps=0,
+            block_tokens=BLOCK_TOKENS,
+        )
+
+    async def _prefill(self, connection: Connection, start: StartPrefill) -> None:
+        script = self.pools.script
+        fault = script.prefill_faults.popleft() if script.prefill_faults else None
+        if fault == "hold":
+            await asyncio.Event().wait()
+        await asyncio.sleep(script.prefill_s)
+        if fault == "die":
+            self._tasks.add(asyncio.create_task(self.die()))
+            return
+        if fault is not None:
+            connection.post(_failed(start, fault))
+            return
+        index = len(start.emitted_ids)
+        timings = Timings(total_s=script.prefill_s, queue_s=0.0, compute_s=script.prefill_s)
+        tokens = tuple(self._token(start, choice, index, timings) for choice in start.choices)
+        connection.post(TokensEmitted(tokens=tokens))
+        if script.prefill_finishes:
+            connection.post(RequestFinished(**_about(start), cached_tokens=script.cached_tokens, timings=timings))
+        self.pools.kv(start.request_id, start.attempt).set()
+
+    async def _decode(self, connection: Connection, start: StartDecode | Resume) -> None:
+        script = self.pools.script
+        fault, at = script.decode_faults.popleft() if script.decode_faults else (None, 0)
+        choices = (start.choice,) if isinstance(start, Resume) else start.choices
+        first = len(start.emitted_ids) + 1 if isinstance(start, Resume) else 1
+        await self.pools.kv(start.request_id, start.attempt).wait()
+        with self._holding(start, len(choices)):
+            live = [choice for choice in choices if self._token(start, choice, first - 1, None).finish_reason is None]
+            index = first
+            while live:
+                if fault is not None and index - first == at:
+                    if self._strike(connection, start, fault, live[0], index):
+                        return
+                    fault = None
+                await asyncio.sleep(script.step_s)
+                live = [choice for choice in live if (start.request_id, choice) not in self._ended_choices]
+                tokens = [self._token(start, choice, index, Timings(total_s=0.0) if index == first else None) for choice in live]
+                self._emit(connection, tokens)
+                live = [token.choice for token in tokens if token.finish_reason is None]
+                index += 1
+        connection.post(RequestFinished(**_about(start), cached_tokens=0, timings=Timings(total_s=0.0)))
+
+    def _strike(self, connection: Connection, start: StartDecode | Resume, fault: Fault, choice: int, index: int) -> bool:
+        """True where the leg is over."""
+        if fault == "die":
+            self._tasks.add(asyncio.create_task(self.die()))
+        elif fault == "preempt":
+            connection.post(Preempted(**_about(start), choice=choice, num_emitted=index, reason="blocks"))
+            self._ended_choices.add((start.request_id, choice))
+            return isinstance(start, Resume) or len(start.choices) == 1
+        else:
+            connection.post(_failed(start, fault, "decode.stream"))
+        return True
+
+    def _emit(self, connection: Connection, tokens: list[EmittedToken]) -> None:
+        script = self.pools.script
+        if script.reorders_frames and tokens and tokens[0].index % 3 == 1:
+            self._late = tokens
+            return
+        late, self._late = getattr(self, "_late", []), []
+        for frame in (tokens, late):
+            if frame:
+                connection.post(TokensEmitted(tokens=tuple(frame)))
+                if script.duplicates_frames:
+                    connection.post(TokensEmitted(tokens=tuple(frame)))
+
+    def _token(self, start: StartPrefill | StartDecode | Resume, choice: int, index: int, timings: Timings | None) -> EmittedToken:
+        sampling = start.sampling
+        token_id = self.pools.story.token(choice, index)
+        is_last = index + 1 >= sampling.max_tokens
+        is_eos = self.pools.script.eos_at == index and not sampling.ignore_eos
+        finish = "stop" if is_eos or token_id in sampling.stop_token_ids else ("length" if is_last else None)
+        logprob = None
+        if sampling.logprobs is not None:
+            logprob = TokenLogprob(logprob=-0.5, top=tuple((token_id + rank, -0.5 - rank) for rank in range(sampling.logprobs)))
+        return EmittedToken(
+            request_id=start.request_id,
+            choice=choice,
+            attempt=start.attempt,
+            index=index,
+            token_id=2 if is_eos else token_id,
+            logprob=logprob,
+            finish_reason=finish,
+            timings=timings,
+        )
+
+    @contextlib.contextmanager
+    def _holding(self, start: StartDecode | Resume, num_choices: int) -> Iterator[None]:
+        num_blocks = -(-(len(start.prompt_ids) + start.sampling.max_tokens) // BLOCK_TOKENS) * num_choices
+        self.used_blocks += num_blocks
+        self.num_running += 1
+        self.max_running = max(self.max_running, self.num_running)
+        try:
+            yield
+        finally:
+            self.used_blocks -= num_blocks
+            self.num_running -= 1
+
+
+def _about(start: StartPrefill | StartDecode | Resume) -> dict:
+    return {"request_id": start.request_id, "attempt": start.attempt, "traceparent": "", "remaining_s": start.remaining_s}
+
+
+def _failed(start: StartPrefill | StartDecode | Resume, fault: Fault, phase: str = "prefill.compute") -> RequestFailed:
+    if fault == "no_grant":
+        return RequestFailed(**_about(start), code="no_grant", phase="kv.handoff", retryable=True, detail="no grant came in time")
+    retryable = fault != "fail_for_good"
+    return RequestFailed(**_about(start), code="engine_failed", phase=phase, retryable=retryable, detail="the stub was told to fail")
+
+
+@dataclass
+class StubSystem:
+    """A real gateway under a real uvicorn, connected to stub replicas through a real directory."""
+
+    gateway: Gateway
+    pools: StubPools
+    directory: Directory
+    redis: EmbeddedRedis
+    client: httpx.AsyncClient
+    base_url: str
+    story: Story
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        until_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < until_s, "the condition did not come true in time"
+            await asyncio.sleep(0.005)
+
+    def check_nothing_is_held(self) -> None:
+        """Every book of the gateway is empty."""
+        gateway = self.gateway
+        assert (gateway.num_live_requests, gateway.num_open_answers, gateway.num_waiting, gateway.num_live_legs) == (0, 0, 0, 0)
+        assert gateway.tracing.num_open_spans() == 0
+        for link in gateway.pools.links.values():
+            assert not link.legs
+            assert (link.queued_tokens, link.reserved_blocks, link.unlanded_blocks, link.num_choices) == (0, 0, 0, 0)
+
+
+@asynccontextmanager
+async def stub_system(
+    folder: Path,
+    script: Script | None = None,
+    *,
+    num_prefills: int = 1,
+    num_decodes: int = 1,
+    num_blocks: int = 4096,
+    overrides: dict | None = None,
+) -> AsyncIterator[StubSystem]:
+    """Everything up and ready; torn down in order, with the gateway's books checked."""
+    raw: dict = {"model": {"path": str(MODEL)}, "gateway": {"port": free_port()}}
+    for section, values in (overrides or {}).items():
+        raw[section] = raw.get(section, {}) | values
+    config = DuomoConfig.model_validate(raw)
+    card, text = read_model_card(config.model), ModelText.load(MODEL)
+    tracing: Tracing = configure(config.tracing, "duomo-gateway", "gateway", "gateway-0")
+    redis = EmbeddedRedis(folder)
+    redis.start()
+    directory = Directory(redis.url, 30.0)
+    story = Story(text)
+    pools = StubPools(script or Script(), story, card.fingerprint, folder, num_blocks)
+    gateway = Gateway(config, "gateway-0", card, text, directory, tracing=tracing, metrics=Metrics())
+    base_url = f"http://127.0.0.1:{config.gateway.port}"
+    try:
+        for _ in range(num_prefills):
+            await pools.add("prefill", directory)
+        for _ in range(num_decodes):
+            await pools.add("decode", directory)
+        await gateway.start()
+        async with serving(build_app(gateway), bind_port(config.gateway)), httpx.AsyncClient(base_url=base_url, timeout=20) as client:
+            system = StubSystem(gateway, pools, directory, redis, client, base_url, story)
+            if num_prefills and num_decodes:
+                await system.until(lambda: gateway.why_not_ready() is None)
+                await system.until(lambda: len(gateway.pools.links) == num_prefills + num_decodes)
+            yield system
+            await system.until(lambda: gateway.num_open_answers == 0)
+            system.check_nothing_is_held()
+    finally:
+        await gateway.stop()
+        await pools.close()
+        await directory.close()
+        redis.stop()
+        tracing.shutdown()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
