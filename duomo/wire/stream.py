@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import statistics
 import time
 from collections import deque
 from typing import Final, cast
@@ -23,13 +24,13 @@ _HELLO_MAX_FRAME_BYTES: Final = 16 * 1024  # a stranger cannot make us store mor
 _WRITE_NOW_BYTES: Final = 256 * 1024  # a burst is written while it is still being posted
 _READ_PAUSE_BYTES: Final = 16 * 1024 * 1024  # unread messages beyond this stop the reading, and so the peer
 _CLOSE_WAIT_S: Final = 1.0  # how long a last write may take before the socket is cut
-_RTT_WEIGHT: Final = 0.125  # of a new round trip in the running average (TCP's own, RFC 6298)
+_NUM_RTTS: Final = 5  # the median of the last few: one slow answer (a start-up, a long step) is not the wire
 
 
 class Connection(asyncio.Protocol):
     """A peer. Made by connect or a Listener (connection.py), which hand it out once both sides have proved themselves.
 
-    peer: the other side's Hello. version: the wire version spoken. rtt_s: running average of the heartbeats' round trip.
+    peer: the other side's Hello. version: the wire version spoken. rtt_s: median round trip of the last heartbeats, None before the first.
     received_s: monotonic time at which the message last returned by `receive` was read off the socket.
     """
 
@@ -38,6 +39,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, wire: WireSection, handshake: Handshake, opening: Hello | None) -> None:
         self.rtt_s: float | None = None
+        self._rtts_s: deque[float] = deque(maxlen=_NUM_RTTS)
         self.received_s = 0.0
         self.is_open = asyncio.Event()  # set once the peer is known, or never will be
         self._wire = wire
@@ -236,8 +238,8 @@ class Connection(asyncio.Protocol):
         if not heartbeat.is_reply:
             self._send(Heartbeat(seq=heartbeat.seq, is_reply=True))
         elif self._ping is not None and heartbeat.seq == self._ping[0]:
-            rtt_s = now_s - self._ping[1]
-            self.rtt_s = rtt_s if self.rtt_s is None else self.rtt_s + _RTT_WEIGHT * (rtt_s - self.rtt_s)
+            self._rtts_s.append(now_s - self._ping[1])
+            self.rtt_s = statistics.median_low(self._rtts_s)
             self._ping = None
 
     def _tick(self) -> None:

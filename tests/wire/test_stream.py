@@ -170,6 +170,24 @@ def test_heartbeats_measure_the_round_trip_and_keep_quiet_peers_together(run: Ru
     run(main())
 
 
+def test_one_slow_answer_is_not_the_round_trip_and_a_slower_wire_is(run: Runner, tmp_path: Path) -> None:
+    async def main() -> None:
+        wire = WIRE.model_copy(update={"heartbeat_s": 60.0})
+        async with pair(tmp_path, wire) as (near, _):
+            await asyncio.sleep(0.05)
+            near._rtts_s.clear()
+            seen = []
+            for delay_s in (0.001, 0.050, 0.001, 0.020, 0.020, 0.020):
+                near._ping = (99, time.monotonic())
+                near._beat(Heartbeat(seq=99, is_reply=True), near._ping[1] + delay_s)
+                seen.append(round(near.rtt_s or 0.0, 4))
+            assert seen == [0.001, 0.001, 0.001, 0.001, 0.020, 0.020]
+            near._beat(Heartbeat(seq=99, is_reply=True), time.monotonic() + 9)  # an answer to nothing
+            assert near.rtt_s is not None and near.rtt_s < 0.021
+
+    run(main())
+
+
 def test_a_heartbeat_is_answered_at_once_and_never_received(run: Runner, tmp_path: Path) -> None:
     async def main() -> None:
         slow = WIRE.model_copy(update={"heartbeat_s": 60.0})
