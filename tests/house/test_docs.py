@@ -20,7 +20,7 @@ _PLACE = re.compile(r"`((?:services|duomo|kernels|models|deploy|tests|bench|docs
 
 def test_every_metric_and_span_is_documented() -> None:
     text = (ROOT / "docs" / "metrics.md").read_text()
-    found = [problem for source in sources(ROOT, ("services", "duomo")) for problem in undocumented(source, text)]
+    found = [problem for source in sources(ROOT, ("services", "duomo")) for problem in undocumented(source, text) + uncounted(source, text)]
     assert not found, "\n".join(found)
 
 
@@ -59,6 +59,25 @@ def undocumented(source: Source, text: str) -> list[str]:
         if name is None and kind in SPANS and is_maker:
             found.append(f"{source.path}:{node.lineno} {kind}: the name has to be a literal or a constant of the file")
     return found
+
+
+def uncounted(source: Source, text: str) -> list[str]:
+    """Keys of a replica's counters that docs/metrics.md lacks; `f"failed_{error.code}"` stands there as failed_<code>."""
+    found = []
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Subscript) or dotted(node.value).split(".")[-1] != "counters":
+            continue
+        parts = node.slice.values if isinstance(node.slice, ast.JoinedStr) else [node.slice]
+        name = "".join(_part(part) for part in parts)
+        if name and f"`{name}`" not in text:
+            found.append(f"{source.path}:{node.lineno} counter `{name}` is not in docs/metrics.md")
+    return found
+
+
+def _part(node: ast.expr) -> str:
+    if isinstance(node, ast.FormattedValue):
+        return f"<{dotted(node.value).split('.')[-1]}>"
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def unreal(page: str, root: Path) -> list[str]:
@@ -104,6 +123,20 @@ def defined(source: Source) -> set[str]:
 def test_a_planted_name_is_caught(tmp_path: Path, line: str, is_caught: bool) -> None:
     text = "| `duomo_old_total` | `gateway.old` |"
     assert bool(undocumented(plant(tmp_path, "services/router/x.py", line), text)) is is_caught
+
+
+@pytest.mark.parametrize(
+    ("line", "is_caught"),
+    [
+        ('self.counters["new"] += 1', True),
+        ('self.counters["old"] += 1', False),
+        ('self.counters[f"new_{error.code}"] += 1', True),
+        ('counters[f"old_{error.code}"] += 1', False),
+        ('others["new"] += 1', False),
+    ],
+)
+def test_a_planted_counter_is_caught(tmp_path: Path, line: str, is_caught: bool) -> None:
+    assert bool(uncounted(plant(tmp_path, "services/router/x.py", line), "| `old`, `old_<code>` |")) is is_caught
 
 
 def test_a_planted_path_is_caught(tmp_path: Path) -> None:
