@@ -126,6 +126,19 @@ class TracingSection(Section):
     service_namespace: str = "duomo"
 
 
+class DelaySection(Section):
+    """Seconds slept on purpose, place by place, so that tests can find them again in the traces and aim their kills. Zero in production."""
+
+    gateway_tokenize_s: float = Field(default=0.0, ge=0)
+    gateway_route_s: float = Field(default=0.0, ge=0)
+    gateway_emit_s: float = Field(default=0.0, ge=0)
+    prefill_queue_s: float = Field(default=0.0, ge=0)
+    prefill_group_s: float = Field(default=0.0, ge=0, description="before each layer group of a wave")
+    kv_handoff_s: float = Field(default=0.0, ge=0, description="before each message of a handle is written")
+    decode_admit_s: float = Field(default=0.0, ge=0)
+    decode_step_s: float = Field(default=0.0, ge=0, description="inside each decode step")
+
+
 class RaySection(Section):
     """How the four deployments are placed."""
 
@@ -146,6 +159,7 @@ class DuomoConfig(Section):
     wire: WireSection = WireSection()
     tracing: TracingSection = TracingSection()
     ray: RaySection = RaySection()
+    delays: DelaySection = DelaySection()
     run_dir: Path | None = Field(default=None, description="folder of this run's sockets and files; one is made where none is named")
 
     @model_validator(mode="after")
