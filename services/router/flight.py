@@ -34,9 +34,9 @@ Taken = Literal["taken", "early", "repeated", "contradicted", "late"]
 
 
 class Choice:
-    """One answer of a request, as far as it has come."""
+    """One answer of a request, as far as it has come. needs_cancel: a stop string ended it, and D has not been told."""
 
-    __slots__ = ("detokenizer", "early", "emitted", "has_ended", "has_stop_string", "leg", "number", "num_resumes", "scanner")
+    __slots__ = ("detokenizer", "early", "emitted", "has_ended", "needs_cancel", "leg", "number", "num_resumes", "scanner")
 
     def __init__(self, number: int, detokenizer: Detokenizer, stops: tuple[str, ...]) -> None:
         self.number = number
@@ -45,7 +45,7 @@ class Choice:
         self.leg: Leg | None = None
         self.num_resumes = 0
         self.has_ended = False
-        self.has_stop_string = False
+        self.needs_cancel = False
         self.detokenizer = detokenizer
         self.scanner = StopScanner(stops) if stops else None
 
@@ -167,7 +167,7 @@ class Flight:
             return text, finish
         text, has_stopped = scanner.push(text)
         if has_stopped:
-            choice.has_stop_string = finish is None
+            choice.needs_cancel = finish is None
             return text, "stop"
         return (text + scanner.release(), finish) if finish is not None else (text, None)
 

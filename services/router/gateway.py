@@ -292,8 +292,9 @@ class Gateway:
     def _choice_ended(self, leg: Leg, choice: Choice) -> None:
         """One of several choices is done, others of the request go on."""
         if all(other.has_ended for other in leg.choices):
-            self._end_leg(leg, "stop" if any(other.has_stop_string for other in leg.choices) else None)
-        elif choice.has_stop_string:
+            self._end_leg(leg, "stop" if any(other.needs_cancel for other in leg.choices) else None)
+        elif choice.needs_cancel:
+            choice.needs_cancel = False
             post_cancel(leg, leg.decode, "stop", choice.number)
 
     def _leg_failed(self, leg: Leg, error: DuomoError, culprits: frozenset[str]) -> None:
@@ -347,7 +348,7 @@ class Gateway:
 
     def _flight_over(self, flight: Flight, error: DuomoError | None) -> None:
         for leg in list(flight.legs):
-            is_natural = error is None and not any(choice.has_stop_string for choice in leg.choices)
+            is_natural = error is None and not any(choice.needs_cancel for choice in leg.choices)
             self._end_leg(leg, None if is_natural else (error.code if error is not None else "stop"))
         self._line.forget(flight)
         self._flights.discard(flight)

@@ -308,7 +308,7 @@ def _part(name: str, value: object) -> str:
     if kind is None:
         raise RequestError(f"You must provide '{name}.type'.", param=f"{name}.type", code="missing_required_parameter")
     if kind not in ("text", "input_text"):
-        raise RequestError(f"'{name}' is of type '{kind}'; this model reads only text.", param=f"{name}.type", code="unsupported_content")
+        raise RequestError(f"'{name}' is of type '{kind}'; this model reads only text.", param=name, code="unsupported_content")
     text = fields.string("text")
     if text is None:
         raise RequestError(f"You must provide '{name}.text'.", param=f"{name}.text", code="missing_required_parameter")

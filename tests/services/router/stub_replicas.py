@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -371,7 +373,7 @@ async def stub_system(
     for section, values in (overrides or {}).items():
         raw[section] = raw.get(section, {}) | values
     config = DuomoConfig.model_validate(raw)
-    card, text = read_model_card(config.model), ModelText.load(MODEL)
+    card, text = read_model_card(config.model), loaded_text()
     tracing: Tracing = configure(config.tracing, "duomo-gateway", "gateway", "gateway-0")
     redis = EmbeddedRedis(folder)
     redis.start()
@@ -402,9 +404,13 @@ async def stub_system(
         tracing.shutdown()
 
 
-def free_port() -> int:
-    import socket
+@functools.cache
+def loaded_text() -> ModelText:
+    """Read once for all tests of a process: it is immutable."""
+    return ModelText.load(MODEL)
 
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,0 +1,345 @@
+"""The REST edge over a real uvicorn: answers of both endpoints, every refusal with OpenAI's body, limits of the body, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from duomo.wire.messages import Cancel, StartDecode, StartPrefill
+from tests.services.router.stub_replicas import MODEL, Script, StubSystem, stub_system
+
+CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "tiny-moe", "prompt": "hi"}
+
+
+def events_of(body: str) -> list[dict]:
+    """The chunks of a stream, which must end with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in body.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+BAD_REQUESTS: list[tuple[str, dict, int, str]] = [
+    ("chat", CHAT | {"messages": []}, 400, "messages"),
+    ("chat", {"model": "tiny-moe"}, 400, "messages"),
+    ("chat", CHAT | {"messages": "hi"}, 400, "messages"),
+    ("chat", CHAT | {"messages": ["hi"]}, 400, "messages[0]"),
+    ("chat", CHAT | {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    ("chat", CHAT | {"messages": [{"content": "hi"}]}, 400, "messages[0].role"),
+    ("chat", CHAT | {"messages": [{"role": "wizard", "content": "hi"}]}, 400, "messages[0].role"),
+    ("chat", CHAT | {"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content"),
+    ("chat", CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, 400, "messages[0].content[0]"),
+    ("chat", CHAT | {"messages": [{"role": "user", "content": "hi", "mood": 1}]}, 400, "messages[0].mood"),
+    ("chat", CHAT | {"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "messages"),
+    ("chat", CHAT | {"messages": [{"role": "user", "content": "x" * 700_000}]}, 400, "messages"),
+    ("chat", CHAT | {"model": "gpt-9"}, 404, "model"),
+    ("chat", {"messages": CHAT["messages"]}, 400, "model"),
+    ("chat", CHAT | {"model": 7}, 400, "model"),
+    ("chat", CHAT | {"max_tokens": -1}, 400, "max_tokens"),
+    ("chat", CHAT | {"max_tokens": 0}, 400, "max_tokens"),
+    ("chat", CHAT | {"max_tokens": True}, 400, "max_tokens"),
+    ("chat", CHAT | {"max_tokens": 1.5}, 400, "max_tokens"),
+    ("chat", CHAT | {"max_tokens": "9"}, 400, "max_tokens"),
+    ("chat", CHAT | {"max_tokens": 2048}, 400, "max_tokens"),
+    ("chat", CHAT | {"max_completion_tokens": 4000}, 400, "max_completion_tokens"),
+    ("chat", CHAT | {"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens"),
+    ("chat", CHAT | {"n": 129}, 400, "n"),
+    ("chat", CHAT | {"n": 0}, 400, "n"),
+    ("chat", CHAT | {"temperature": 2.1}, 400, "temperature"),
+    ("chat", CHAT | {"temperature": -0.1}, 400, "temperature"),
+    ("chat", CHAT | {"temperature": True}, 400, "temperature"),
+    ("chat", CHAT | {"top_p": 0}, 400, "top_p"),
+    ("chat", CHAT | {"top_p": 1.1}, 400, "top_p"),
+    ("chat", CHAT | {"top_k": -2}, 400, "top_k"),
+    ("chat", CHAT | {"min_p": 2}, 400, "min_p"),
+    ("chat", CHAT | {"presence_penalty": 3}, 400, "presence_penalty"),
+    ("chat", CHAT | {"frequency_penalty": -3}, 400, "frequency_penalty"),
+    ("chat", CHAT | {"repetition_penalty": 0}, 400, "repetition_penalty"),
+    ("chat", CHAT | {"seed": 1 << 70}, 400, "seed"),
+    ("chat", CHAT | {"stop": [""]}, 400, "stop"),
+    ("chat", CHAT | {"stop": 5}, 400, "stop"),
+    ("chat", CHAT | {"stop": ["a"] * 17}, 400, "stop"),
+    ("chat", CHAT | {"stream": "yes"}, 400, "stream"),
+    ("chat", CHAT | {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+    ("chat", CHAT | {"stream": True, "stream_options": {"wrong": 1}}, 400, "stream_options.wrong"),
+    ("chat", CHAT | {"top_logprobs": 2}, 400, "top_logprobs"),
+    ("chat", CHAT | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
+    ("chat", CHAT | {"logprobs": 3}, 400, "logprobs"),
+    ("chat", CHAT | {"tools": [{"type": "function"}]}, 400, "tools"),
+    ("chat", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ("chat", CHAT | {"logit_bias": {"5": 3}}, 400, "logit_bias"),
+    ("chat", CHAT | {"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens"),
+    ("chat", CHAT | {"stop_token_ids": [8192]}, 400, "stop_token_ids"),
+    ("chat", CHAT | {"stop_token_ids": [True]}, 400, "stop_token_ids[0]"),
+    ("chat", CHAT | {"ignore_eos": 1}, 400, "ignore_eos"),
+    ("chat", CHAT | {"frobnicate": 1}, 400, "frobnicate"),
+    ("text", {"model": "tiny-moe"}, 400, "prompt"),
+    ("text", TEXT | {"prompt": ""}, 400, "prompt"),
+    ("text", TEXT | {"prompt": []}, 400, "prompt"),
+    ("text", TEXT | {"prompt": {"a": 1}}, 400, "prompt"),
+    ("text", TEXT | {"prompt": [1, "a"]}, 400, "prompt[1]"),
+    ("text", TEXT | {"prompt": [1, 8192]}, 400, "prompt"),
+    ("text", TEXT | {"prompt": [-1]}, 400, "prompt"),
+    ("text", TEXT | {"prompt": ["a", 1]}, 400, "prompt[1]"),
+    ("text", TEXT | {"prompt": [[1], []]}, 400, "prompt"),
+    ("text", TEXT | {"prompt": [1.5]}, 400, "prompt[0]"),
+    ("text", TEXT | {"prompt": [5] * 2048}, 400, "prompt"),
+    ("text", TEXT | {"prompt": ["a"] * 65, "n": 2}, 400, "prompt"),
+    ("text", TEXT | {"echo": True}, 400, "echo"),
+    ("text", TEXT | {"suffix": "x"}, 400, "suffix"),
+    ("text", TEXT | {"best_of": 3}, 400, "best_of"),
+    ("text", TEXT | {"logprobs": True}, 400, "logprobs"),
+    ("text", TEXT | {"logprobs": 21}, 400, "logprobs"),
+]
+
+
+def test_every_bad_input_is_refused_by_a_4xx_that_names_the_field(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            for endpoint, body, status, param in BAD_REQUESTS:
+                path = "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"
+                answer = await system.client.post(path, json=body)
+                error = answer.json()["error"]
+                assert (answer.status_code, error["param"]) == (status, param), (param, answer.text)
+                assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+                assert param in error["message"] or status == 404, answer.text
+            assert not system.pools.of_role("prefill")[0].of_type(StartPrefill), "a refusal reserves nothing"
+            long = await system.client.post("/v1/completions", json=TEXT | {"prompt": "a b c " * 2000})
+            assert "2048" in long.json()["error"]["message"], "an over-long prompt is told the limit"
+
+    asyncio.run(scenario())
+
+
+def test_bodies_that_are_no_request_name_the_body(tmp_path: Path) -> None:
+    async def chunks(num: int) -> AsyncIterator[bytes]:
+        for _ in range(num):
+            yield b"x" * 100_000
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides={"gateway": {"max_body_bytes": 1_000_000}}) as system:
+            post = system.client.post
+            refused = {
+                "invalid_utf8": await post("/v1/chat/completions", content=b'{"model":"\xff"}'),
+                "invalid_json": await post("/v1/chat/completions", content=b'{"model":'),
+                "invalid_type": await post("/v1/completions", content=b"[1]"),
+            }
+            surrogate = await post("/v1/completions", content=b'{"model":"tiny-moe","prompt":"\\ud800"}')
+            deep = await post("/v1/completions", content=b"[" * 100_000)
+            assert {surrogate.status_code, deep.status_code} == {400}
+            for code, answer in refused.items():
+                assert (answer.status_code, answer.json()["error"]["param"], answer.json()["error"]["code"]) == (400, "body", code)
+            declared = await post("/v1/chat/completions", content=b"x" * 20_000_000)
+            counted = await post("/v1/chat/completions", content=chunks(20))
+            for answer in (declared, counted):
+                assert (answer.status_code, answer.json()["error"]["param"]) == (413, "body"), answer.text
+            fine = await post("/v1/chat/completions", json=CHAT | {"max_tokens": 1})
+            assert fine.status_code == 200, "the connection outlives a refusal"
+
+    asyncio.run(scenario())
+
+
+def test_unknown_paths_and_methods_have_openais_body(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405), ("GET", "/v1/models/other", 404)):
+                answer = await system.client.request(method, path)
+                assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+    asyncio.run(scenario())
+
+
+def test_chat_whole_and_streamed_say_the_same(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(cached_tokens=3)) as system:
+            asked = CHAT | {"max_tokens": 33, "temperature": 0, "user": "me", "metadata": {"a": "b"}}
+            whole = (await system.client.post("/v1/chat/completions", json=asked)).json()
+            choice = whole["choices"][0]
+            assert choice["message"] == {"role": "assistant", "content": system.story.text(0, 33), "refusal": None}
+            assert (whole["object"], choice["finish_reason"]) == ("chat.completion", "length")
+            assert whole["usage"]["completion_tokens"] == 33 and whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
+            asked |= {"stream": True, "stream_options": {"include_usage": True}}
+            streamed = await system.client.post("/v1/chat/completions", json=asked)
+            assert streamed.headers["content-type"].startswith("text/event-stream")
+            events = events_of(streamed.text)
+            assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+            deltas = [event["choices"][0] for event in events[1:-1]]
+            assert len(deltas) == 33, "one event a token"
+            assert "".join(delta["delta"].get("content", "") for delta in deltas) == system.story.text(0, 33)
+            assert [delta["finish_reason"] for delta in deltas] == [None] * 32 + ["length"]
+            assert events[-1]["choices"] == [] and events[-1]["usage"] == whole["usage"]
+            assert {event["object"] for event in events} == {"chat.completion.chunk"} and len({event["id"] for event in events}) == 1
+
+    asyncio.run(scenario())
+
+
+def test_completion_takes_texts_and_ids_and_several_of_them(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            for prompt, num_prompts in (("a b", 1), ([5, 6, 7], 1), (["a", "b", "c"], 3), ([[5], [6, 7]], 2)):
+                asked = TEXT | {"prompt": prompt, "max_tokens": 5, "n": 2}
+                whole = (await system.client.post("/v1/completions", json=asked)).json()
+                assert [choice["index"] for choice in whole["choices"]] == list(range(2 * num_prompts))
+                assert [choice["text"] for choice in whole["choices"]] == [system.story.text(idx % 2, 5) for idx in range(2 * num_prompts)]
+                assert whole["usage"]["completion_tokens"] == 10 * num_prompts
+                streamed = await system.client.post("/v1/completions", json=asked | {"stream": True})
+                texts = [""] * (2 * num_prompts)
+                for event in events_of(streamed.text):
+                    texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+                assert texts == [choice["text"] for choice in whole["choices"]]
+            starts = system.pools.of_role("prefill")[0].of_type(StartPrefill)
+            assert starts[2].prompt_ids == (5, 6, 7) and starts[2].choices == (0, 1), "n choices share one prefill"
+            default = (await system.client.post("/v1/completions", json=TEXT)).json()
+            assert default["usage"]["completion_tokens"] == 16
+
+    asyncio.run(scenario())
+
+
+def test_sampling_travels_to_both_legs(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            asked = {"temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "seed": -1, "presence_penalty": 1, "frequency_penalty": 0.5}
+            more = {"repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [7], "max_completion_tokens": 4}
+            answer = await system.client.post("/v1/chat/completions", json=CHAT | asked | more)
+            assert answer.status_code == 200
+            prefill = system.pools.of_role("prefill")[0].of_type(StartPrefill)[0]
+            decode = system.pools.of_role("decode")[0].of_type(StartDecode)[0]
+            assert prefill.sampling == decode.sampling and prefill.prompt_ids == decode.prompt_ids
+            sampling = prefill.sampling
+            assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) == (0.5, 9, 0.9, 0.1)
+            assert (sampling.seed, sampling.max_tokens, sampling.min_tokens) == ((1 << 64) - 1, 4, 2)
+            assert (sampling.repetition_penalty, sampling.stop_token_ids, sampling.ignore_eos) == (1.1, (7,), True)
+            await system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 1})
+            await system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 1})
+            seeds = {start.sampling.seed for start in system.pools.of_role("prefill")[0].of_type(StartPrefill)}
+            assert len(seeds) == 3, "who names no seed gets a random one"
+
+    asyncio.run(scenario())
+
+
+def test_logprobs_and_token_ids_in_both_styles(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            asked = CHAT | {"max_tokens": 3, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
+            choice = (await system.client.post("/v1/chat/completions", json=asked)).json()["choices"][0]
+            content = choice["logprobs"]["content"]
+            assert "".join(entry["token"] for entry in content) == choice["message"]["content"]
+            assert [len(entry["top_logprobs"]) for entry in content] == [2, 2, 2] and content[0]["logprob"] == -0.5
+            assert bytes(content[0]["bytes"]).decode() == content[0]["token"]
+            assert choice["token_ids"] == [system.story.token(0, idx) for idx in range(3)]
+            text = (await system.client.post("/v1/completions", json=TEXT | {"max_tokens": 3, "logprobs": 1})).json()["choices"][0]
+            assert text["logprobs"]["text_offset"] == [0, 4, 9] and len(text["logprobs"]["top_logprobs"]) == 3
+
+    asyncio.run(scenario())
+
+
+def test_stop_strings_end_a_choice_across_tokens_and_cancel_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(step_s=0.001)) as system:
+            asked = CHAT | {"max_tokens": 400, "stop": ["re was a", "zzz"]}
+            whole = (await system.client.post("/v1/chat/completions", json=asked)).json()["choices"][0]
+            assert (whole["message"]["content"], whole["finish_reason"]) == ("Once upon a time the", "stop")
+            streamed = await system.client.post("/v1/chat/completions", json=asked | {"stream": True})
+            shown = "".join(event["choices"][0]["delta"].get("content", "") for event in events_of(streamed.text))
+            assert shown == "Once upon a time the"
+            decode = system.pools.of_role("decode")[0]
+            await system.until(lambda: len(decode.of_type(Cancel)) == 2 and decode.num_running == 0)
+            two = (await system.client.post("/v1/chat/completions", json=asked | {"n": 2, "max_tokens": 30})).json()["choices"]
+            assert [choice["finish_reason"] for choice in two] == ["stop", "length"]
+            assert decode.of_type(Cancel)[-1].choice == 0, "only the stopped choice is cancelled"
+            later = asked | {"stop": ["upon"], "min_tokens": 3, "max_tokens": 20}
+            kept = (await system.client.post("/v1/chat/completions", json=later)).json()["choices"][0]
+            assert kept["message"]["content"] == system.story.text(0, 20), "no stop before min_tokens"
+
+    asyncio.run(scenario())
+
+
+def test_eos_ends_with_stop_and_is_not_shown(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(eos_at=4)) as system:
+            answer = (await system.client.post("/v1/chat/completions", json=CHAT)).json()
+            assert answer["choices"][0]["message"]["content"] == system.story.text(0, 4)
+            assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == 5
+
+    asyncio.run(scenario())
+
+
+async def _read_some(system: StubSystem, num_chunks: int) -> None:
+    async with system.client.stream("POST", "/v1/chat/completions", json=CHAT | {"stream": True, "max_tokens": 2000}) as answer:
+        assert answer.status_code == 200
+        async for _ in answer.aiter_lines():
+            num_chunks -= 1
+            if num_chunks <= 0:
+                return
+
+
+def test_a_client_that_leaves_cancels_both_legs(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(step_s=0.002, prefill_finishes=False)) as system:
+            await _read_some(system, 5)
+            decode, prefill = system.pools.of_role("decode")[0], system.pools.of_role("prefill")[0]
+            await system.until(lambda: bool(decode.of_type(Cancel)) and bool(prefill.of_type(Cancel)), 1.0)
+            await system.until(lambda: decode.used_blocks == 0, 1.0)
+            whole = asyncio.create_task(system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 2000}))
+            await system.until(lambda: decode.num_running == 1)
+            whole.cancel()
+            await system.until(lambda: decode.used_blocks == 0 and system.gateway.num_live_legs == 0, 1.0)
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_reads_too_slowly_is_cut_off(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides={"gateway": {"slow_client_bytes": 20_000}}) as system:
+            port = system.gateway.config.gateway.port
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
+            body = json.dumps(CHAT | {"stream": True, "max_tokens": 1500, "n": 16}).encode()
+            writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            decode = system.pools.of_role("decode")[0]
+            await system.until(lambda: bool(decode.of_type(Cancel)), 10.0)
+            await system.until(lambda: decode.used_blocks == 0, 1.0)
+            rendered = system.gateway.metrics.render().decode()
+            assert "duomo_slow_clients_total 1.0" in rendered
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                while True:
+                    if not await reader.read(65536):
+                        raise ConnectionResetError
+            writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_health_models_metrics_and_pools(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            get = system.client.get
+            assert (await get("/health/live")).status_code == (await get("/health/ready")).status_code == 200
+            model = (await get("/v1/models")).json()["data"][0]
+            assert (model["id"], model["context_length"], model["num_experts"]) == (MODEL.name, 2048, 16)
+            assert (model["total_parameters"], model["active_parameters"]) == (16291072, 6853888)
+            await system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 4})
+            metrics = (await get("/metrics")).text
+            assert 'duomo_requests_total{code="",outcome="ok"} 1.0' in metrics
+            assert 'gen_ai_server_time_to_first_token_seconds_count{gen_ai_request_model="tiny-moe"} 1.0' in metrics
+            report = (await get("/admin/pools")).json()
+            assert {replica["role"] for replica in report["replicas"]} == {"prefill", "decode"}
+            assert report["gateway"]["num_live_requests"] == 0 and report["replicas"][0]["report"]["num_blocks"] == 4096
+
+    asyncio.run(scenario())
+
+
+def test_without_a_pool_ready_says_why_and_requests_get_503(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, num_decodes=0) as system:
+            await system.until(lambda: bool(system.gateway.pools.prefills()) and system.gateway.pools.prefills()[0].is_usable)
+            ready = await system.client.get("/health/ready")
+            assert ready.status_code == 503 and "decode" in ready.json()["error"]["message"] and "prefill" not in ready.text
+            refused = await system.client.post("/v1/chat/completions", json=CHAT)
+            assert refused.status_code == 503 and refused.headers["retry-after"] == "3"
+            assert refused.json()["error"]["code"] == "no_decode_replica"
+            assert (await system.client.get("/health/live")).status_code == 200
+
+    asyncio.run(scenario())
