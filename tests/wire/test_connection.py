@@ -255,3 +255,29 @@ def test_closing_the_listener_closes_its_peers_at_once(tmp_path: Path) -> None:
         assert no_task_left()
 
     asyncio.run(main())
+
+
+def test_a_slow_wire_shows_in_the_round_trip(tmp_path: Path) -> None:
+    """20 ms planted in each direction between two ends are 40 ms of rtt_s: what the parts call wire."""
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        while data := await reader.read(65536):
+            loop.call_later(0.020, writer.write, data)
+        loop.call_later(0.020, writer.close)
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_unix_connection(f"{tmp_path}/d.sock")
+        await asyncio.gather(carry(reader, far_writer), carry(far_reader, writer))
+
+    async def main() -> None:
+        relaying = await asyncio.start_unix_server(relay, f"{tmp_path}/slow.sock")
+        async with Listener(f"unix:{tmp_path}/d.sock", DECODE, WIRE, echo):
+            peer = await connect(f"unix:{tmp_path}/slow.sock", GATEWAY, WIRE)
+            await asyncio.sleep(0.5)
+            assert peer.rtt_s is not None and 0.040 <= peer.rtt_s < 0.080
+            await peer.close()
+            await asyncio.sleep(0.1)
+        relaying.close()
+
+    asyncio.run(main())
