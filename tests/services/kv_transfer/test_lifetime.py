@@ -1,4 +1,4 @@
-"""Both halves of the lifetime against each other, under any order of grants, writes, delays, pulls, cancels, kills and ring replacements."""
+"""Both halves of the lifetime against each other: any order of writes, delays, pulls, cancels, deaths and ring replacements."""
 
 from __future__ import annotations
 

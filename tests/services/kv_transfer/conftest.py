@@ -1,0 +1,132 @@
+"""A producer and a consumer agent on one loopback hub, and a handle taken from grant to landed as the two services do it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from duomo.config import TransferSection
+from duomo.wire.messages import Handle
+from services.kv_transfer import layout
+from services.kv_transfer.agent import PushJob, PushResult, TransferAgent
+from services.kv_transfer.faults import FaultPlan
+from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.transport_loopback import LoopbackHub
+
+SLOT_BYTES = 64 * 1024
+BLOCK_BYTES = 3000
+BOUNDS = (0, 2, 5, 8)
+
+
+Offer = tuple[Handle, tuple[MessageSpan, ...]]
+
+
+@dataclass(eq=False)
+class Pair:
+    """`producer` writes to `consumer`; nothing between them but method calls, so a test decides what is told when."""
+
+    faults: FaultPlan | None = None
+    num_slots: int = 8
+    section: TransferSection = field(default_factory=lambda: TransferSection(slot_bytes=SLOT_BYTES, write_timeout_s=0.3))
+    producer_boot_id: str = "p-boot"
+
+    def __post_init__(self) -> None:
+        self.hub = LoopbackHub(self.faults)
+        self.consumer = TransferAgent("d-boot", self.hub.agent("kv-d"), self.section)
+        self.start_producer(self.producer_boot_id)
+
+    def start_producer(self, boot_id: str) -> None:
+        """A (new) producer process."""
+        self.producer_boot_id = boot_id
+        self.producer = TransferAgent(boot_id, self.hub.agent(f"kv-{boot_id}"), self.section, num_send_slots=4)
+        self.producer.attach_ring("d-boot", self.consumer.open_ring(boot_id, self.num_slots))
+
+    @staticmethod
+    def content(handle_id: int, span: MessageSpan) -> bytes:
+        """The KV of a message: the same bytes wherever it is asked for."""
+        return np.random.default_rng((handle_id, span.message_idx)).bytes(span.num_bytes)
+
+    def offer(self, num_blocks: int, want_slots: int = 3) -> tuple[Handle, tuple[MessageSpan, ...]]:
+        """A handle from grant to expect."""
+        spans = layout.messages(range(num_blocks), BOUNDS, BLOCK_BYTES, SLOT_BYTES)
+        slots = self.consumer.grant(self.producer_boot_id, want_slots)
+        assert slots is not None
+        handle = Handle(
+            handle_id=self.consumer.next_handle_id(),
+            producer_boot_id=self.producer_boot_id,
+            consumer_boot_id="d-boot",
+            model_fingerprint="f",
+            request_id="r",
+            attempt=0,
+            ring_name=self.consumer.ring_name(self.producer_boot_id),
+            slots=slots,
+            num_tokens=num_blocks * 16,
+            num_blocks=num_blocks,
+        )
+        self.consumer.expect(handle, spans)
+        return handle, spans
+
+    def job(self, handle: Handle, span: MessageSpan) -> PushJob:
+        def fill(place: memoryview) -> None:
+            place[:] = self.content(handle.handle_id, span)
+
+        return PushJob(handle=handle, span=span, fill=fill)
+
+    def push(self, handle: Handle, spans: Sequence[MessageSpan]) -> list[Future[PushResult]]:
+        return [self.producer.push(self.job(handle, span)) for span in spans]
+
+    def land(self, *offers: Offer, timeout_s: float = 5.0, pulls: bool = True) -> list[str]:
+        """Poll, verify against content(), release, credit until all is here; missing or corrupt messages are pulled.
+
+        Returns the codes of the errors on the way.
+        """
+        left = {(handle.handle_id, span.message_idx): (handle, span) for handle, spans in offers for span in spans}
+        deadline_s, pull_s, errors = time.monotonic() + timeout_s, time.monotonic() + 0.3, []
+        while left:
+            assert time.monotonic() < deadline_s, f"{sorted(left)} did not land; {self.consumer.counts()} {self.producer.counts()}"
+            again: list[tuple[int, int]] = []
+            for landed in self.consumer.poll():
+                key = landed.handle_id, landed.span.message_idx
+                if landed.error is not None:
+                    errors.append(landed.error.code)
+                    again.append(key)
+                    continue
+                assert bytes(landed.payload) == self.content(landed.handle_id, landed.span), "verified, but not what was sent"
+                del left[key]
+                self.consumer.release(*key)
+                self.producer.credit(*key)
+            if time.monotonic() >= pull_s:
+                pull_s += 0.3
+                for handle, _ in offers:
+                    again += [(handle.handle_id, m) for m in self.consumer.missing(handle.handle_id)[: len(handle.slots)]]
+            for handle, span in (left[key] for key in dict.fromkeys(again) if pulls and key in left):
+                self.push(handle, [span])
+            time.sleep(0.0005)
+        return errors
+
+    def assert_idle(self) -> None:
+        counts = self.consumer.counts()
+        assert (counts.num_free_slots, counts.num_quarantined_slots, counts.num_open_handles) == (counts.num_slots, 0, 0), counts
+
+    def close(self) -> None:
+        self.producer.close()
+        self.consumer.close()
+
+
+@pytest.fixture
+def pair_of() -> Iterator[Callable[..., Pair]]:
+    """Makes pairs; closes them when the test ends."""
+    pairs: list[Pair] = []
+
+    def make(*arguments: object, **options: object) -> Pair:
+        pairs.append(Pair(*arguments, **options))  # type: ignore[arg-type]  # a test's options, checked by the dataclass
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.close()

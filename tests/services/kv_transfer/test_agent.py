@@ -1,0 +1,279 @@
+"""The agent over the loopback transport: whatever the medium does, right bytes or a typed error, and every slot comes back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from duomo.config import TransferSection
+from duomo.errors import DuomoError, TransferError
+from services.kv_transfer.agent import PushJob
+from services.kv_transfer.faults import Fault, ScriptedFaults, SeededFaults
+
+if TYPE_CHECKING:
+    from tests.services.kv_transfer.conftest import Pair
+
+
+MakePair = Callable[..., "Pair"]
+
+
+@pytest.mark.parametrize("num_blocks", [1, 10, 63])
+@pytest.mark.parametrize("want_slots", [1, 3])
+def test_a_handle_lands_whole(pair_of: MakePair, num_blocks: int, want_slots: int) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(num_blocks, want_slots)
+    pushed = pair.push(handle, spans)
+    assert pair.land((handle, spans), pulls=False) == []
+    results = [future.result(1) for future in pushed]
+    assert [result.num_bytes for result in results] == [span.num_bytes for span in spans]
+    assert all(result.started_s <= result.ended_s for result in results)
+    pair.producer.cancel(handle.handle_id).result(1)
+    pair.assert_idle()
+
+
+ONE_FAULT = {
+    "delay": Fault(delay_s=0.05),
+    "drop": Fault(drops_data=True),
+    "silent": Fault(drops_notification=True),
+    "early": Fault(announces_early=True, delay_s=0.02),
+    "early_and_very_late": Fault(announces_early=True, delay_s=0.12),
+    "twice": Fault(duplicate_after_s=0.0),
+    "twice_late": Fault(duplicate_after_s=0.03),
+    "first_byte": Fault(corrupt_byte=0),
+    "a_byte": Fault(corrupt_byte=29_999),
+    "padding": Fault(corrupt_byte=60_001),
+    "trailer": Fault(corrupt_byte=60_040),
+    "hash": Fault(corrupt_byte=60_065),
+    "truncated": Fault(truncate_bytes=30_000),
+    "nothing": Fault(truncate_bytes=0),
+}
+
+
+@pytest.mark.parametrize("name", ONE_FAULT)
+@pytest.mark.parametrize("write_idx", [0, 2, 5])
+def test_one_fault_costs_a_pull_at_most(pair_of: MakePair, name: str, write_idx: int) -> None:
+    pair = pair_of(ScriptedFaults({write_idx: ONE_FAULT[name]}))
+    handle, spans = pair.offer(20)
+    assert len(spans) == 8
+    pair.push(handle, spans)
+    errors = pair.land((handle, spans))
+    harmless = name in ("delay", "padding" if write_idx == 0 else "", "silent", "early", "twice", "twice_late", "drop")
+    assert set(errors) <= ({"kv_corrupt"} if not harmless else set()), errors
+    if name in ("a_byte", "first_byte", "trailer", "hash", "truncated"):
+        assert errors == ["kv_corrupt"] and pair.consumer.counts().counters["messages_corrupt"] == 1
+    pair.producer.cancel(handle.handle_id).result(1)
+    pair.assert_idle()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_everything_at_once_gives_right_bytes(pair_of: MakePair, seed: int) -> None:
+    faults = SeededFaults(
+        seed=seed,
+        max_delay_s=0.01,
+        chance_drop=0.1,
+        chance_drop_notification=0.2,
+        chance_announce_early=0.2,
+        chance_duplicate=0.2,
+        chance_corrupt=0.1,
+    )
+    pair = pair_of(faults)
+    for num_blocks in (5, 21, 3):
+        handle, spans = pair.offer(num_blocks, want_slots=2)
+        pair.push(handle, spans)
+        pair.land((handle, spans), timeout_s=20)
+        pair.producer.cancel(handle.handle_id).result(1)
+    pair.assert_idle()
+
+
+def test_handles_interleave_and_a_full_ring_grants_later(pair_of: MakePair) -> None:
+    pair = pair_of(SeededFaults(seed=1, max_delay_s=0.003), num_slots=4)
+    first, second = pair.offer(20, want_slots=9), pair.offer(20, want_slots=9)
+    assert len(first[0].slots) == len(second[0].slots) == 2, "half a ring each"
+    assert pair.consumer.grant(pair.producer_boot_id, 1) is None
+    pair.push(*second)
+    pair.push(*first)
+    pair.land(first, second, pulls=False)
+    pair.assert_idle()
+
+
+def test_granted_slots_can_be_given_back(pair_of: MakePair) -> None:
+    pair = pair_of()
+    slots = pair.consumer.grant("p-boot", 4)
+    assert slots is not None and pair.consumer.counts().num_free_slots == 4
+    pair.consumer.give_back("p-boot", slots)
+    pair.assert_idle()
+    assert pair.consumer.grant("unknown", 1) is None
+
+
+def test_a_late_write_after_abort_lands_in_quarantine_only(pair_of: MakePair) -> None:
+    """The write of message 0 is on its way for 0.2 s; its handle is aborted meanwhile, another handle lands in other slots."""
+    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.2)}), num_slots=8)
+    late, spans = pair.offer(3, want_slots=1)
+    pair.push(late, spans[:1])
+    while pair.producer.counts().num_writes_in_flight == 0:
+        time.sleep(0.001)
+    assert pair.consumer.abort(late.handle_id) is None
+    fence = pair.producer.cancel(late.handle_id)
+    assert not fence.done() and pair.consumer.counts().num_quarantined_slots == 1
+    other, other_spans = pair.offer(10, want_slots=4)
+    assert not set(other.slots) & set(late.slots)
+    pair.push(other, other_spans)
+    pair.land((other, other_spans), pulls=False)
+    fence.result(2)
+    ring = pair.hub._regions[0]
+    assert bytes(ring.slice(late.slots[0] * (64 * 1024 + 64), spans[0].num_bytes)) == pair.content(late.handle_id, spans[0]), "it did land"
+    assert pair.consumer.counts().num_quarantined_slots == 1, "the fence is what frees"
+    pair.consumer.fence(late.handle_id)
+    pair.assert_idle()
+    assert pair.consumer.poll() == []
+
+
+def test_a_ring_with_many_slots_in_quarantine_is_replaced_and_used_again(pair_of: MakePair) -> None:
+    pair = pair_of(num_slots=8)
+    pair.hub.stop("kv-d")
+    stuck, spans = pair.offer(20, want_slots=3)
+    pushed = pair.push(stuck, spans)
+    with pytest.raises(TransferError, match="write_timeout"):
+        pushed[0].result(2)
+    offer = pair.consumer.abort(stuck.handle_id)
+    assert offer is not None and offer.ring_name == "kv-d.1"
+    pair.producer.attach_ring("d-boot", offer)
+    fence = pair.producer.cancel(stuck.handle_id)
+    handle, fresh = pair.offer(10)
+    assert handle.ring_name == "kv-d.1" and pair.consumer.counts().num_retired_rings == 1
+    pair.push(handle, fresh)
+    pair.land((handle, fresh), pulls=False)
+    assert not fence.done()
+    pair.hub.resume("kv-d")
+    fence.result(2)
+    pair.consumer.fence(stuck.handle_id)
+    assert pair.consumer.counts().num_retired_rings == 0
+    pair.assert_idle()
+
+
+def test_a_peer_that_keeps_rings_in_quarantine_gets_no_more(pair_of: MakePair) -> None:
+    pair = pair_of(num_slots=2)
+    for _ in range(4):
+        handle, _ = pair.offer(3, want_slots=1)
+        offer = pair.consumer.abort(handle.handle_id)
+        assert offer is not None
+    assert pair.consumer.counts().num_retired_rings == 4 and pair.consumer.grant("p-boot", 1) is None
+    assert len(pair.consumer.peer_dead("p-boot")) == 4
+    counts = pair.consumer.counts()
+    assert (counts.num_slots, counts.num_quarantined_slots, counts.num_retired_rings, counts.num_open_handles) == (0, 0, 0, 0)
+
+
+def test_the_producer_dies_in_a_write_and_comes_back_under_a_new_boot_id(pair_of: MakePair) -> None:
+    pair = pair_of(ScriptedFaults({2: Fault(kills_writer=True, truncate_bytes=1000)}))
+    handle, spans = pair.offer(20)
+    pushed = pair.push(handle, spans)
+    with pytest.raises(AssertionError, match="did not land"):
+        pair.land((handle, spans), timeout_s=0.5, pulls=False)
+    assert isinstance(pushed[2].exception(1), DuomoError)
+    pair.producer.close()
+    pair.consumer.abort(handle.handle_id)
+    assert pair.consumer.counts().num_quarantined_slots > 0
+    assert pair.consumer.peer_dead("p-boot") == (handle.handle_id,)
+    pair.start_producer("p-boot-2")
+    again, spans = pair.offer(20)
+    pair.push(again, spans)
+    pair.land((again, spans), pulls=False)
+    pair.assert_idle()
+
+
+def test_a_lost_socket_quarantines_until_the_process_is_known_dead(pair_of: MakePair) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(20)
+    pair.push(handle, spans[:1])
+    pair.consumer.peer_lost("p-boot")
+    assert pair.consumer.counts().num_retired_rings == 1 and pair.consumer.grant("p-boot", 1) is None
+    offer = pair.consumer.open_ring("p-boot", 8)
+    assert offer.ring_name == "kv-d.1", "an old write cannot reach the new ring"
+    pair.producer.attach_ring("d-boot", offer)
+    pair.producer.cancel(handle.handle_id).result(1)
+    pair.consumer.fence(handle.handle_id)
+    assert pair.consumer.counts().num_retired_rings == 0
+    pair.assert_idle()
+    assert pair.consumer.open_ring("p-boot", 8) == offer, "an idle ring is offered again as it is"
+
+
+def test_the_consumer_dies(pair_of: MakePair) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(20, want_slots=1)
+    pushed = pair.push(handle, spans)
+    pushed[0].result(1)
+    pair.hub.kill("kv-d")
+    pair.producer.credit(handle.handle_id, 0)
+    assert pushed[1].exception(1).code == "peer_gone"  # type: ignore[union-attr]  # an exception of ours, or the test fails
+    pair.producer.detach("d-boot")
+    assert {future.exception(1).code for future in pushed[2:]} == {"cancelled"}  # type: ignore[union-attr]  # as above
+    assert pair.producer.cancel(handle.handle_id).result(1) is None
+    refused = pair.producer.push(pair.job(handle, spans[2]))
+    assert refused.exception(1).code == "stale_handle"  # type: ignore[union-attr]  # as above
+
+
+@pytest.mark.parametrize("field", ["producer_boot_id", "consumer_boot_id", "ring_name"])
+def test_a_handle_of_another_life_is_refused(pair_of: MakePair, field: str) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(3)
+    other = msgspec.structs.replace(handle, **{field: "another"})
+    error = pair.producer.push(pair.job(other, spans[0])).exception(1)
+    assert isinstance(error, TransferError) and error.code == "stale_handle"
+
+
+def test_packing_that_fails_is_that_messages_error_alone(pair_of: MakePair) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(20)
+
+    def fill(_: memoryview) -> None:
+        raise ValueError("no such block")
+
+    error = pair.producer.push(PushJob(handle=handle, span=spans[0], fill=fill)).exception(1)
+    assert isinstance(error, TransferError) and error.code == "pack_failed" and "no such block" in error.detail
+    pair.push(handle, spans)
+    pair.land((handle, spans), pulls=False)
+
+
+def test_the_rate_cap_is_kept_and_the_push_is_seen_as_long(pair_of: MakePair) -> None:
+    section = TransferSection(slot_bytes=64 * 1024, max_bytes_per_s=1_000_000)
+    pair = pair_of(section=section)
+    handle, spans = pair.offer(20)
+    started_s = time.monotonic()
+    pushed = pair.push(handle, spans)
+    pair.land((handle, spans), pulls=False)
+    took_s, least_s = time.monotonic() - started_s, sum(span.num_bytes for span in spans) / 1e6
+    assert least_s <= took_s < 2 * least_s + 0.2
+    result = pushed[0].result(0)
+    assert result.ended_s - result.started_s >= spans[0].num_bytes / 1e6
+
+
+def test_cancel_stops_what_is_queued_and_resolves_once_nothing_is_in_flight(pair_of: MakePair) -> None:
+    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.15)}))
+    handle, spans = pair.offer(20, want_slots=1)
+    pushed = pair.push(handle, spans)
+    time.sleep(0.05)
+    started_s = time.monotonic()
+    fence = pair.producer.cancel(handle.handle_id)
+    assert {future.exception(1).code for future in pushed[1:]} == {"cancelled"}  # type: ignore[union-attr]  # ours, or it fails
+    fence.result(1)
+    assert time.monotonic() - started_s > 0.05 and pushed[0].exception(1) is None
+    assert pair.producer.counts().num_writes_in_flight == 0
+
+
+def test_poll_is_cheap(pair_of: MakePair) -> None:
+    pair = pair_of()
+    idle_s = min(_timed(pair) for _ in range(3))
+    pair.offer(20, want_slots=4)
+    waiting_s = min(_timed(pair) for _ in range(3))
+    assert idle_s < 50e-6 and waiting_s < 200e-6, (idle_s, waiting_s)
+
+
+def _timed(pair: Pair) -> float:
+    started_s = time.perf_counter()
+    for _ in range(200):
+        pair.consumer.poll()
+    return (time.perf_counter() - started_s) / 200
