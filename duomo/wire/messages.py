@@ -2,7 +2,7 @@
 
 WIRE_VERSION history:
     1  the first page
-    2  PrefillDone.expert_counts, ReplicaReport.progress_age_s (a version 1 peer neither sends nor gets them)
+    2  PrefillDone.expert_counts, ReplicaReport.{progress_age_s, pid, transport} (a version 1 peer neither sends nor gets them)
 
 Versions N and N-1 are spoken. Fields newer than version 1 are listed in SINCE and carry a default: the codec leaves them
 out for an older peer. Unknown types and unknown fields are refused (WireError). Times are seconds; no clock of another
@@ -32,6 +32,8 @@ FinishReason = Literal["stop", "length"]
 SINCE: dict[tuple[str, str], int] = {
     ("PrefillDone", "expert_counts"): 2,
     ("ReplicaReport", "progress_age_s"): 2,
+    ("ReplicaReport", "pid"): 2,
+    ("ReplicaReport", "transport"): 2,
 }
 
 
@@ -317,7 +319,7 @@ class Drain(_Message, frozen=True, kw_only=True):
 
 
 class ReplicaReport(_Message, frozen=True, kw_only=True):
-    """Ten a second: what the router's policy and the invariants read."""
+    """Ten a second: what the router's policy and the invariants read. transport: what moves KV here, "nixl/UCX" or "loopback"."""
 
     replica_id: str
     boot_id: str
@@ -339,6 +341,8 @@ class ReplicaReport(_Message, frozen=True, kw_only=True):
     prefix_digests: tuple[int, ...] = ()
     counters: dict[str, int] = {}
     progress_age_s: float = 0.0
+    pid: int = 0
+    transport: str = ""
 
 
 RequestMessage = (

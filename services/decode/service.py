@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import time
 from collections import Counter
 
@@ -179,6 +180,8 @@ class DecodeService:
             block_tokens=self.pool.limits.block_tokens,
             counters=dict(self.counters + Counter(slots.counters)),
             progress_age_s=self.progress.age_s(),
+            pid=os.getpid(),
+            transport=self._agent.transport_name,
         )
 
     # StepHost

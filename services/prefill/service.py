@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections import Counter
 
 from duomo.config import DuomoConfig
@@ -157,6 +158,8 @@ class PrefillService:
             block_tokens=blocks.block_tokens,
             counters=dict(self._book.counters + Counter(slots.counters)),
             progress_age_s=self.progress.age_s(),
+            pid=os.getpid(),
+            transport=self._agent.transport_name,
         )
 
 

@@ -21,9 +21,9 @@ from duomo.errors import CapacityError, DuomoError, RequestCancelled, RequestErr
 from duomo.telemetry.metrics import CONTENT_TYPE
 from services.router.answers import error_body, error_of, error_status
 from services.router.calls import Call
+from services.router.gateway import Gateway
 from services.router.openai import RequestParser
 from services.router.prompts import PromptMaker
-from services.router.gateway import Gateway
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +142,7 @@ def pool_report(gateway: Gateway) -> dict[str, object]:
     own = {
         "replica_id": gateway.replica_id,
         "boot_id": gateway.boot_id,
+        "pid": os.getpid(),
         "num_live_requests": gateway.num_live_requests,
         "num_open_answers": gateway.num_open_answers,
         "num_waiting_requests": gateway.num_waiting,

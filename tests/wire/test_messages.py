@@ -148,6 +148,8 @@ EXAMPLES: tuple[Message, ...] = (
         prefix_digests=(2**63, 7),
         counters={"kv_mismatch": 1},
         progress_age_s=0.5,
+        pid=4242,
+        transport="nixl/UCX",
     ),
 )
 CASES = [
