@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 import time
 from typing import Final
