@@ -66,7 +66,7 @@ def serve(config: DuomoConfig) -> int:
             system = _start(config, run_dir, say, signals, ends)
             signals.is_starting = False
             _announce(config, say)
-            return _watch(system, signals)
+            return _watch(system, signals, say)
         except KeyboardInterrupt:
             say("interrupted")
             return 130
@@ -90,13 +90,24 @@ def _start(config: DuomoConfig, run_dir: Path, say: _Phases, signals: StopSignal
     return system
 
 
-def _watch(system: RaySystem, signals: StopSignals) -> int:
-    """Wait for the end. Serve repairs what fails; only an application that it gave up ends us."""
+def _watch(system: RaySystem, signals: StopSignals, say: Callable[[str], None]) -> int:
+    """Wait for the end, saying which replicas come and go. Serve repairs what fails; only an application that it gave up ends us."""
+    seen = system.replicas()
     while not signals.stopped.wait(WATCH_PERIOD_S):
+        replicas = system.replicas()
+        for name in replicas:
+            if replicas[name] != seen.get(name):
+                say(f"{name}: {describe(replicas[name])}")
+        seen = replicas
         failure = system.failure()
         if failure is not None:
             raise EngineError(failure, phase="start")
     return 0
+
+
+def describe(states: dict[str, int]) -> str:
+    """{"RUNNING": 1, "STOPPING": 1} in words."""
+    return ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()) if count) or "none"
 
 
 class _Phases:
@@ -228,6 +239,7 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
     """One process of the system without Ray, until SIGINT or SIGTERM: it drains, unregisters and ends."""
     if not config.redis.url:
         raise ConfigError("redis.url (DUOMO_REDIS_URL): a replica on its own needs the Redis server of its system")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; why: services/app.py
     if role == "router":
         check_port(config)
         from services.router.service import serve_gateway as run
@@ -237,6 +249,9 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
         from services.decode.service import run_replica as run
     else:
         raise ConfigError(f"ROLE must be prefill, decode or router, not {role!r}")
+    from duomo.telemetry import logging as telemetry_logging
+
+    telemetry_logging.configure(role, replica_id)
 
     async def until_signalled() -> None:
         stop = asyncio.Event()
