@@ -1,0 +1,85 @@
+"""A process with a transfer agent on NIXL, the other end of test_transport_nixl.py: obeys JSON lines on stdin, answers each by one.
+
+{"do": name of a method of Peer, its arguments...}. The payload of message m of handle h is default_rng((h, m)).bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from concurrent.futures import Future
+
+import msgspec
+import numpy as np
+
+from duomo.config import TransferSection
+from duomo.errors import DuomoError
+from duomo.wire.messages import Handle, RingOffered
+from services.kv_transfer import layout
+from services.kv_transfer.agent import Landed, PushJob, PushResult, TransferAgent
+from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.transport_nixl import NixlTransport
+
+
+def content(handle_id: int, span: MessageSpan) -> bytes:
+    return np.random.default_rng((handle_id, span.message_idx)).bytes(span.num_bytes)
+
+
+class Peer:
+    """One agent and what was started on it."""
+
+    def __init__(self, boot_id: str, section: TransferSection) -> None:
+        transport = NixlTransport(f"kv-{boot_id}", section)
+        assert transport.transport_name == "nixl/UCX"
+        self.agent = TransferAgent(boot_id, transport, section, num_send_slots=4)
+        self.section = section
+        self.pushed: dict[tuple[int, int], Future[PushResult]] = {}
+        self.landed: dict[tuple[int, int], Landed] = {}
+
+    def open_ring(self, producer: str, num_slots: int) -> str:
+        offer = self.agent.open_ring(producer, num_slots)
+        return base64.b64encode(msgspec.msgpack.encode(offer)).decode()
+
+    def attach_ring(self, consumer: str, offer: str) -> None:
+        self.agent.attach_ring(consumer, msgspec.msgpack.decode(base64.b64decode(offer), type=RingOffered))
+
+    def push(self, handle: dict[str, object], bounds: list[int], block_bytes: int) -> None:
+        grant = msgspec.convert(handle, Handle)
+        for span in layout.messages(range(grant.num_blocks), bounds, block_bytes, self.section.slot_bytes):
+
+            def fill(place: memoryview, span: MessageSpan = span) -> None:
+                place[:] = content(grant.handle_id, span)
+
+            self.pushed[grant.handle_id, span.message_idx] = self.agent.push(PushJob(handle=grant, span=span, fill=fill))
+
+    def credit(self, handle_id: int, message_idx: int) -> None:
+        self.agent.credit(handle_id, message_idx)
+
+    def result(self, handle_id: int, message_idx: int, timeout_s: float) -> str:
+        try:
+            self.pushed[handle_id, message_idx].result(timeout_s)
+        except DuomoError as error:
+            return error.code
+        return "done"
+
+    def cancel(self, handle_id: int, timeout_s: float) -> None:
+        self.agent.cancel(handle_id).result(timeout_s)
+
+    def num_in_flight(self) -> int:
+        return self.agent.counts().num_writes_in_flight
+
+
+def main() -> None:
+    boot_id, section = sys.argv[1], TransferSection.model_validate_json(sys.argv[2])
+    peer = Peer(boot_id, section)
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer = getattr(peer, command.pop("do"))(**command)
+        print(json.dumps(answer), flush=True)
+    peer.agent.close()
+
+
+if __name__ == "__main__":
+    main()

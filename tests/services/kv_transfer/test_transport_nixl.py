@@ -1,0 +1,254 @@
+"""KV between real processes over NIXL: right bytes, death in a write, restart, a stopped peer on either side."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from duomo.config import TransferSection
+from duomo.errors import TransferError
+from duomo.wire.messages import Handle, RingOffered
+from services.kv_transfer import layout
+from services.kv_transfer.agent import PushJob, TransferAgent
+from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.memory import Region
+from services.kv_transfer.transport import Span, WriteState
+from services.kv_transfer.transport_nixl import NixlTransport
+
+ROOT = Path(__file__).parents[3]
+SECTION = TransferSection(slot_bytes=128 * 1024, ucx_net_devices="lo", write_timeout_s=0.5)
+BOUNDS, BLOCK_BYTES = (0, 3, 8), 8192
+
+
+class Process:
+    """nixl_peer.py in a process of its own."""
+
+    def __init__(self, boot_id: str, section: TransferSection = SECTION) -> None:
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "UCX_NET_DEVICES": "lo"}
+        program = [sys.executable, str(Path(__file__).with_name("nixl_peer.py")), boot_id, section.model_dump_json()]
+        self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, bufsize=1)
+        self._answers: queue.Queue[Any] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+        assert self._answer(60.0) == "ready"
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(("{", '"', "[", "n")) or line.strip().isdigit():
+                self._answers.put(json.loads(line))
+
+    def _answer(self, wait_s: float) -> Any:
+        return self._answers.get(timeout=wait_s)
+
+    def ask(self, what: str, **arguments: object) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": what} | arguments) + "\n")
+        return self._answer(20.0)
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+        if number is signal.SIGKILL:
+            self.process.wait(10)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            assert self.process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(5)
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.close()
+
+
+@pytest.fixture
+def agent() -> Iterator[TransferAgent]:
+    agent = TransferAgent(
+        f"here-{time.monotonic_ns()}", NixlTransport(f"kv-here-{time.monotonic_ns()}", SECTION), SECTION, num_send_slots=4
+    )
+    assert agent.transport_name == "nixl/UCX"
+    yield agent
+    agent.close()
+
+
+def content(handle_id: int, span: MessageSpan) -> bytes:
+    return np.random.default_rng((handle_id, span.message_idx)).bytes(span.num_bytes)
+
+
+def offer(agent: TransferAgent, producer: str, num_blocks: int, want_slots: int) -> tuple[Handle, tuple[MessageSpan, ...]]:
+    spans = layout.messages(range(num_blocks), BOUNDS, BLOCK_BYTES, SECTION.slot_bytes)
+    slots = agent.grant(producer, want_slots)
+    assert slots is not None
+    handle = Handle(
+        handle_id=agent.next_handle_id(),
+        producer_boot_id=producer,
+        consumer_boot_id=agent.boot_id,
+        model_fingerprint="f",
+        request_id="r",
+        attempt=0,
+        ring_name=agent.ring_name(producer),
+        slots=slots,
+        num_tokens=num_blocks * 16,
+        num_blocks=num_blocks,
+    )
+    agent.expect(handle, spans)
+    return handle, spans
+
+
+def land(agent: TransferAgent, peer: Process, handle: Handle, num_messages: int, timeout_s: float = 20.0) -> int:
+    """Land up to num_messages, verified byte by byte; how many came."""
+    deadline_s, num_landed = time.monotonic() + timeout_s, 0
+    while num_landed < num_messages and time.monotonic() < deadline_s:
+        for landed in agent.poll():
+            assert landed.error is None and bytes(landed.payload) == content(handle.handle_id, landed.span)
+            agent.release(handle.handle_id, landed.span.message_idx)
+            peer.ask("credit", handle_id=handle.handle_id, message_idx=landed.span.message_idx)
+            num_landed += 1
+        time.sleep(0.001)
+    return num_landed
+
+
+def start(processes: list[Process], agent: TransferAgent, boot_id: str, section: TransferSection = SECTION) -> Process:
+    """A producer process attached to our ring."""
+    peer = Process(boot_id, section)
+    processes.append(peer)
+    ring = base64.b64encode(msgspec.msgpack.encode(agent.open_ring(boot_id, 8))).decode()
+    peer.ask("attach_ring", consumer=agent.boot_id, offer=ring)
+    return peer
+
+
+def push(peer: Process, handle: Handle) -> None:
+    peer.ask("push", handle=msgspec.to_builtins(handle), bounds=BOUNDS, block_bytes=BLOCK_BYTES)
+
+
+def test_kv_moves_between_processes_and_a_killed_producer_is_followed_by_another(processes: list[Process], agent: TransferAgent) -> None:
+    slow = SECTION.model_copy(update={"max_bytes_per_s": 2e6})
+    peer = start(processes, agent, "p-one", slow)
+    handle, spans = offer(agent, "p-one", 40, want_slots=3)
+    assert peer.process.pid != os.getpid() and len(spans) > 10
+    push(peer, handle)
+    assert land(agent, peer, handle, 3) == 3
+    peer.send(signal.SIGKILL)
+    assert agent.abort(handle.handle_id) is not None
+    assert agent.counts().num_quarantined_slots == 3
+    assert agent.peer_dead("p-one") == (handle.handle_id,)
+    assert (agent.counts().num_slots, agent.counts().num_quarantined_slots) == (0, 0)
+
+    peer = start(processes, agent, "p-two")
+    for num_blocks, want_slots in ((1, 1), (7, 1), (63, 4)):
+        handle, spans = offer(agent, "p-two", num_blocks, want_slots)
+        push(peer, handle)
+        assert land(agent, peer, handle, len(spans)) == len(spans)
+        assert {peer.ask("result", handle_id=handle.handle_id, message_idx=m, timeout_s=5) for m in range(len(spans))} == {"done"}
+        peer.ask("cancel", handle_id=handle.handle_id, timeout_s=5)
+    counts = agent.counts()
+    assert (counts.num_free_slots, counts.num_open_handles) == (counts.num_slots, 0)
+
+
+def test_a_stopped_producer_keeps_its_slots_in_quarantine_until_its_fence(processes: list[Process], agent: TransferAgent) -> None:
+    peer = start(processes, agent, "p-slow", SECTION.model_copy(update={"max_bytes_per_s": 1e6}))
+    handle, spans = offer(agent, "p-slow", 40, want_slots=2)
+    push(peer, handle)
+    assert land(agent, peer, handle, 1) == 1
+    peer.send(signal.SIGSTOP)
+    land(agent, peer, handle, 0)
+    time.sleep(0.3)
+    while agent.poll():  # what was under way
+        pass
+    started_s = time.monotonic()
+    agent.abort(handle.handle_id)
+    assert time.monotonic() - started_s < 0.5, "giving up waits for nobody"
+    assert agent.counts().num_quarantined_slots == 2
+    peer.send(signal.SIGCONT)
+    peer.ask("cancel", handle_id=handle.handle_id, timeout_s=10)
+    assert agent.counts().num_quarantined_slots == 2, "only the fence frees"
+    agent.fence(handle.handle_id)
+    counts = agent.counts()
+    assert (counts.num_quarantined_slots, counts.num_free_slots) == (0, counts.num_slots) and agent.poll() == []
+
+
+def test_a_write_to_a_stopped_consumer_ends_at_our_deadline_and_is_fenced_by_its_death(
+    processes: list[Process], agent: TransferAgent
+) -> None:
+    peer = Process("d-stopped")
+    processes.append(peer)
+    ring = msgspec.msgpack.decode(base64.b64decode(peer.ask("open_ring", producer=agent.boot_id, num_slots=4)), type=RingOffered)
+    agent.attach_ring("d-stopped", ring)
+    peer.send(signal.SIGSTOP)
+    spans = layout.messages(range(8), BOUNDS, BLOCK_BYTES, SECTION.slot_bytes)
+    handle = Handle(
+        handle_id=77,
+        producer_boot_id=agent.boot_id,
+        consumer_boot_id="d-stopped",
+        model_fingerprint="f",
+        request_id="r",
+        attempt=0,
+        ring_name=ring.ring_name,
+        slots=(0, 1),
+        num_tokens=128,
+        num_blocks=8,
+    )
+    pushed = agent.push(PushJob(handle=handle, span=spans[0], fill=lambda place: None))
+    started_s = time.monotonic()
+    with pytest.raises(TransferError, match="write_timeout"):
+        pushed.result(5)
+    assert time.monotonic() - started_s < 2.0
+    fence = agent.cancel(77)
+    time.sleep(0.2)
+    assert not fence.done() and agent.counts().num_writes_in_flight == 1, "the stopped process may still take the bytes"
+    peer.send(signal.SIGKILL)
+    agent.detach("d-stopped")
+    fence.result(10)
+    assert agent.counts().num_writes_in_flight == 0
+
+
+def test_two_agents_write_and_a_finished_write_stays_finished() -> None:
+    left, right = NixlTransport("kv-left", SECTION), NixlTransport("kv-right", SECTION)
+    source, target = Region(4096), Region(4096)
+    left.register(source)
+    right.register(target)
+    assert left.add_peer(right.metadata()) == "kv-right" == left.add_peer(right.metadata())
+    source.view[:5] = b"hello"
+    write = left.write(Span(source.address, 65), "kv-right", Span(target.address + 7, 65), b"note\0\xff")
+    deadline_s = time.monotonic() + 10
+    while left.poll(write) is WriteState.IN_FLIGHT and time.monotonic() < deadline_s:
+        time.sleep(0.0005)
+    assert [left.poll(write) for _ in range(3)] == [WriteState.DONE] * 3 and write.detail == ""
+    notes: list[bytes] = []
+    while not notes and time.monotonic() < deadline_s:
+        notes = right.notifications()
+    assert notes == [b"note\0\xff"] and bytes(target.slice(5, 9)) == b"\0\0hello\0\0"
+    later = Region(8192)
+    right.register(later)
+    assert left.add_peer(right.metadata()) == "kv-right", "memory registered later is learned by adding the peer again"
+    write = left.write(Span(source.address, 64), "kv-right", Span(later.address, 64), b"x")
+    while left.poll(write) is WriteState.IN_FLIGHT and time.monotonic() < deadline_s:
+        time.sleep(0.0005)
+    assert bytes(later.slice(0, 5)) == b"hello"
+    for transport in (left, right):
+        transport.close()
