@@ -26,6 +26,7 @@ from duomo.wire.messages import (
     RequestFinished,
     TokensEmitted,
 )
+from services.router.tasks import end_tasks
 
 if TYPE_CHECKING:
     from services.kv_transfer.directory import Member
@@ -105,10 +106,7 @@ class Pools:
         self._spawn(self._watch())
 
     async def stop(self) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
         await asyncio.gather(*(link.connection.close() for link in self.links.values()), return_exceptions=True)
         self.links.clear()
 

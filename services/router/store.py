@@ -17,6 +17,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from duomo.config import RedisSection
+from services.router.tasks import end_tasks
 
 PREFIX: Final = "duomo:gateway:"
 _RENEWALS_PER_LEASE: Final = 3
@@ -42,9 +43,7 @@ class RouterPresence:
 
     async def stop(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end_tasks([self._task])
         with contextlib.suppress(RedisError, OSError):  # it expires by itself
             await self._client.delete(self.key)
         await self._client.aclose()

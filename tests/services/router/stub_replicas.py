@@ -130,7 +130,7 @@ class StubReplica:
         self.is_draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._legs: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._ended_choices: set[tuple[str, int]] = set()
+        self._ended_choices: set[tuple[str, int, int]] = set()
         address = f"unix:{pools.folder}/{replica_id}.sock"
         identity = Identity(
             replica_id=replica_id, boot_id=self.boot_id, role=role, model_fingerprint=pools.fingerprint, address=address
@@ -187,7 +187,7 @@ class StubReplica:
 
     def _cancel(self, message: Cancel) -> None:
         if message.choice is not None:
-            self._ended_choices.add((message.request_id, message.choice))
+            self._ended_choices.add((message.request_id, message.attempt, message.choice))
             return
         for (request_id, attempt), leg in self._legs.items():
             if request_id == message.request_id and attempt <= message.attempt:
@@ -249,17 +249,21 @@ class StubReplica:
         with self._holding(start, len(choices)):
             live = [choice for choice in choices if self._token(start, choice, first - 1, None).finish_reason is None]
             index = first
+            late: list[EmittedToken] = []
             while live:
+                if fault == "hold" and index - first == at:
+                    await asyncio.Event().wait()
                 if fault is not None and index - first == at:
                     if self._strike(connection, start, fault, live[0], index):
                         return
                     fault = None
                 await asyncio.sleep(script.step_s)
-                live = [choice for choice in live if (start.request_id, choice) not in self._ended_choices]
+                live = [choice for choice in live if (start.request_id, start.attempt, choice) not in self._ended_choices]
                 tokens = [self._token(start, choice, index, Timings(total_s=0.0) if index == first else None) for choice in live]
-                self._emit(connection, tokens)
+                late = self._emit(connection, tokens, late)
                 live = [token.choice for token in tokens if token.finish_reason is None]
                 index += 1
+            self._emit(connection, [], late)
         connection.post(RequestFinished(**_about(start), cached_tokens=0, timings=Timings(total_s=0.0)))
 
     def _strike(self, connection: Connection, start: StartDecode | Resume, fault: Fault, choice: int, index: int) -> bool:
@@ -268,23 +272,22 @@ class StubReplica:
             self._tasks.add(asyncio.create_task(self.die()))
         elif fault == "preempt":
             connection.post(Preempted(**_about(start), choice=choice, num_emitted=index, reason="blocks"))
-            self._ended_choices.add((start.request_id, choice))
+            self._ended_choices.add((start.request_id, start.attempt, choice))
             return isinstance(start, Resume) or len(start.choices) == 1
         else:
             connection.post(_failed(start, fault, "decode.stream"))
         return True
 
-    def _emit(self, connection: Connection, tokens: list[EmittedToken]) -> None:
+    def _emit(self, connection: Connection, tokens: list[EmittedToken], late: list[EmittedToken]) -> list[EmittedToken]:
+        """Post the step's tokens, then those held back before; returns what is held back now."""
         script = self.pools.script
         if script.reorders_frames and tokens and tokens[0].index % 3 == 1:
-            self._late = tokens
-            return
-        late, self._late = getattr(self, "_late", []), []
+            return tokens + late
         for frame in (tokens, late):
-            if frame:
-                connection.post(TokensEmitted(tokens=tuple(frame)))
-                if script.duplicates_frames:
+            for _ in range(2 if script.duplicates_frames else 1):
+                if frame:
                     connection.post(TokensEmitted(tokens=tuple(frame)))
+        return []
 
     def _token(self, start: StartPrefill | StartDecode | Resume, choice: int, index: int, timings: Timings | None) -> EmittedToken:
         sampling = start.sampling
