@@ -21,6 +21,7 @@ from services.decode.worker import DecodeWorker, LandedMessage
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.layout import messages
 
+PULL_AFTER = 0.3  # of write_timeout_s without a message, once everything is computed: a write that was lost is asked for again
 MAX_GRANTS_A_TURN = 32  # how far down the queue one planning looks; the queue is served in order, so nobody is passed over
 
 
@@ -226,7 +227,11 @@ class Handoffs:
         if message.message_idx in leg.pulled:
             self._ends.fail(leg, TransferError(f"message {message.message_idx} landed wrong twice: {error.detail}", code="kv_corrupt"))
             return
-        leg.pulled.add(message.message_idx)
+        self._pull(leg, message.group, message.message_idx, now_s)
+
+    def _pull(self, leg: Leg, group: int, message_idx: int, now_s: float) -> None:
+        assert leg.handle is not None
+        leg.pulled.add(message_idx)
         self._ends.post(
             leg.prefill.boot_id,
             PullKv(
@@ -234,9 +239,9 @@ class Handoffs:
                 attempt=leg.attempt,
                 traceparent=leg.traceparent,
                 remaining_s=leg.deadline_s - now_s,
-                handle_id=message.handle_id,
-                group=message.group,
-                message_idx=message.message_idx,
+                handle_id=leg.handle.handle_id,
+                group=group,
+                message_idx=message_idx,
             ),
         )
 
@@ -300,15 +305,25 @@ class Handoffs:
         for key in [key for key, early in self._early.items() if now_s > early.deadline_s]:
             del self._early[key]
         for leg in list(self._landing.values()):
-            times = leg.times
-            assert times.offered_s is not None
-            if times.prefill_done_s is not None:
-                moved_s, limit_s = max(times.prefill_done_s, times.last_landed_s or 0.0), self._terms.write_timeout_s
-            else:
-                moved_s, limit_s = max(times.offered_s, times.last_landed_s or 0.0), self._terms.stall_timeout_s
-            if now_s - moved_s > limit_s:
-                detail = f"{len(leg.landed)} of {len(leg.spans)} messages landed, none for {limit_s:g} s"
-                self._ends.fail(leg, TransferError(detail, code="transfer_timeout"))
+            self._watch(leg, now_s)
+
+    def _watch(self, leg: Leg, now_s: float) -> None:
+        """Once P has computed everything, what still does not come is pulled once, then given up."""
+        times = leg.times
+        assert times.offered_s is not None
+        last_s = times.last_landed_s if times.last_landed_s is not None else times.offered_s
+        silent_s = now_s - max(last_s, times.prefill_done_s if times.prefill_done_s is not None else 0.0)
+        limit_s = self._terms.stall_timeout_s if times.prefill_done_s is None else self._terms.write_timeout_s
+        if silent_s > limit_s:
+            detail = f"{len(leg.landed)} of {len(leg.spans)} messages landed, none for {limit_s:g} s"
+            self._ends.fail(leg, TransferError(detail, code="transfer_timeout"))
+        elif times.prefill_done_s is not None and silent_s > PULL_AFTER * limit_s:
+            assert leg.handle is not None
+            window = len(leg.handle.slots)
+            for message_idx in self._agent.missing(leg.handle.handle_id):
+                is_its_turn = message_idx < window or message_idx - window in leg.landed
+                if is_its_turn and message_idx not in leg.pulled:
+                    self._pull(leg, leg.spans[message_idx].group, message_idx, now_s)
 
 
 def producer_lost(leg: Leg) -> PeerError:

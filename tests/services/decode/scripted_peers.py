@@ -1,0 +1,463 @@
+"""A prefill replica and a gateway that do as told: real sockets, a real transfer agent, the real engine. Know no decode internals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from duomo.config import DuomoConfig
+from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.blocks import BlockManager
+from duomo.engine.kv_cache import KvCache, kv_spec
+from duomo.engine.monolith import GenerateRequest, generate
+from duomo.engine.runner import ModelRunner
+from duomo.engine.sampler import RowSampling, Sampler, ending_ids
+from duomo.errors import PeerError
+from duomo.models.qwen3_moe import Model, load_model
+from duomo.telemetry.tracing import Tracing, configure
+from duomo.wire.connection import Connection, Identity, connect, new_boot_id
+from duomo.wire.messages import (
+    Cancel,
+    EmittedToken,
+    GroupLanded,
+    Handle,
+    HandleOffered,
+    Message,
+    PeerAddress,
+    Preempted,
+    PrefillDone,
+    PullKv,
+    Refused,
+    ReplicaReport,
+    RequestFailed,
+    RequestFinished,
+    Resume,
+    RingOffered,
+    Role,
+    Sampling,
+    StartDecode,
+    TokensEmitted,
+    TransferFenced,
+    WaveAnnounced,
+)
+from services.decode.service import DecodeService
+from services.decode.worker import DecodeWorker
+from services.kv_transfer.agent import PushJob, TransferAgent
+from services.kv_transfer.faults import FaultPlan
+from services.kv_transfer.layout import MessageSpan, messages
+from services.kv_transfer.membership import ReplicaCard
+from services.kv_transfer.transport_loopback import LoopbackHub
+
+MODEL_DIR = Path(__file__).parents[3] / "models" / "tiny-moe"
+BLOCK_TOKENS = 16
+WAIT_S = 30.0
+GREEDY = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+GROUP_BOUNDS = (0, 2, 4, 6, 8)
+
+
+@functools.cache
+def model() -> Model:
+    return load_model(MODEL_DIR)
+
+
+def ids(num_tokens: int, seed: int = 1) -> tuple[int, ...]:
+    """A made-up prompt."""
+    return tuple((seed * 7919 + place * 31 + place * place) % 8000 + 10 for place in range(num_tokens))
+
+
+def expected(prompt_ids: tuple[int, ...], sampling: Sampling = GREEDY, choice: int = 0) -> list[int]:
+    """What the monolith generates."""
+    request = GenerateRequest(prompt_ids=prompt_ids, sampling=sampling, choice=choice)
+    return [token.token_id for token in generate(model(), [request])[0]]
+
+
+async def until(check: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not check():
+            await asyncio.sleep(0.003)
+
+
+class Peer:
+    """One end of a socket to D: everything that came, in order."""
+
+    def __init__(self, role: Role, config: DuomoConfig) -> None:
+        boot_id = new_boot_id()
+        self.config = config
+        self.identity = Identity(
+            replica_id=f"{role}-{boot_id[:4]}",
+            boot_id=boot_id,
+            role=role,
+            model_fingerprint=model().config.fingerprint,
+            address="",
+            secret="",
+        )
+        self.connection: Connection | None = None
+        self.inbox: list[Message] = []
+        self._reader: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> PeerAddress:
+        return PeerAddress(replica_id=self.identity.replica_id, boot_id=self.identity.boot_id, address="unix:/nowhere")
+
+    async def connect(self, address: str) -> None:
+        self.connection = await connect(address, self.identity, self.config.wire)
+        self._reader = asyncio.create_task(self._read(self.connection))
+
+    async def close(self) -> None:
+        if self.connection is not None:
+            await self.connection.close()
+        if self._reader is not None:
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    def post(self, message: Message) -> None:
+        assert self.connection is not None
+        self.connection.post(message)
+
+    def of(self, kind: type[Message], request_id: str | None = None) -> list[Message]:
+        return [
+            one for one in self.inbox if isinstance(one, kind) and (request_id is None or getattr(one, "request_id", None) == request_id)
+        ]
+
+    async def one(self, kind: type[Message], request_id: str | None = None) -> Message:
+        await until(lambda: bool(self.of(kind, request_id)))
+        return self.of(kind, request_id)[0]
+
+    async def _read(self, connection: Connection) -> None:
+        with contextlib.suppress(PeerError):
+            while True:
+                message = await connection.receive()
+                self.inbox.append(message)
+                self.take(message)
+
+    def take(self, message: Message) -> None:
+        """What a subclass does with a message."""
+
+
+@dataclass
+class Prompt:
+    """A prompt that the scripted prefill serves. token_ids: prompt and emitted."""
+
+    request_id: str
+    attempt: int
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    choices: tuple[int, ...] = (0,)
+    emitted_ids: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.prompt_ids + self.emitted_ids
+
+
+@dataclass
+class Computed:
+    """KV in the scripted prefill's cache, and the first token of every choice."""
+
+    blocks: list[int]
+    first_token_ids: tuple[int, ...]
+    expert_counts: tuple[tuple[int, ...], ...]
+
+
+class ScriptedPrefill(Peer):
+    """Computes a prompt by the engine and pushes its KV through a real agent."""
+
+    def __init__(self, config: DuomoConfig, hub: LoopbackHub) -> None:
+        super().__init__("prefill", config)
+        self.agent = TransferAgent(self.identity.boot_id, hub.agent(self.identity.boot_id), config.kv_transfer, num_send_slots=8)
+        self.cache = KvCache(kv_spec(model().config, BLOCK_TOKENS), 256)
+        self.blocks = BlockManager(256, BLOCK_TOKENS, max_cached_blocks=0)
+        self.runner = ModelRunner(model(), self.cache)
+        self.ring = asyncio.Event()
+        self.handles: dict[tuple[str, int], Handle] = {}
+        self.consumer = ""
+        self.spans: dict[int, tuple[MessageSpan, ...]] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.answers_pulls = True
+
+    def take(self, message: Message) -> None:
+        assert self.connection is not None
+        self.consumer = self.connection.peer.boot_id
+        match message:
+            case RingOffered():
+                self.agent.attach_ring(self.consumer, message)
+                self.ring.set()
+            case HandleOffered():
+                self.handles[message.request_id, message.attempt] = message.handle
+            case GroupLanded():
+                self.agent.credit(message.handle_id, message.message_idx)
+            case PullKv() if self.answers_pulls:
+                self.push(message.handle_id, message.message_idx)
+            case Cancel() | RequestFailed():
+                handle = self.handles.get((message.request_id, message.attempt))
+                if handle is not None:
+                    asyncio.get_running_loop().create_task(self.fence(handle))
+
+    async def fence(self, handle: Handle) -> None:
+        await asyncio.wrap_future(self.agent.cancel(handle.handle_id))
+        self.post(
+            TransferFenced(
+                request_id=handle.request_id, attempt=handle.attempt, traceparent="", remaining_s=0.0, handle_id=handle.handle_id
+            )
+        )
+
+    def announce(self, prompt: Prompt, num_tokens: int | None = None) -> None:
+        self.post(
+            WaveAnnounced(
+                request_id=prompt.request_id,
+                attempt=prompt.attempt,
+                traceparent="",
+                remaining_s=60.0,
+                wave_id=1,
+                num_tokens=len(prompt.token_ids) if num_tokens is None else num_tokens,
+                group_bounds=GROUP_BOUNDS,
+            )
+        )
+
+    async def granted(self, prompt: Prompt) -> Handle:
+        await until(lambda: (prompt.request_id, prompt.attempt) in self.handles)
+        return self.handles[prompt.request_id, prompt.attempt]
+
+    def compute(self, prompt: Prompt) -> Computed:
+        table = self.blocks.allocate(-(-len(prompt.token_ids) // BLOCK_TOKENS))
+        assert table is not None
+        batch = StepBatch(slices=(PromptSlice(token_ids=prompt.token_ids, start=0, block_table=table),))
+        state, logits_SV = self.runner.run(batch)
+        ends = ending_ids(prompt.sampling, model().config.eos_ids)
+        rows = [
+            RowSampling(
+                sampling=prompt.sampling,
+                choice=choice,
+                prompt_ids=prompt.prompt_ids,
+                output_ids=list(prompt.emitted_ids),
+                ending_ids=ends,
+            )
+            for choice in prompt.choices
+        ]
+        sampled = Sampler().sample(logits_SV.expand(len(rows), -1), rows)
+        counts = tuple(tuple(layer) for layer in state.expert_counts[0].tolist())
+        return Computed(table, tuple(token.token_id for token in sampled), counts)
+
+    def open(self, handle: Handle, computed: Computed) -> tuple[MessageSpan, ...]:
+        spans = messages(range(handle.num_blocks), GROUP_BOUNDS, self.cache.spec.block_bytes, self.config.kv_transfer.slot_bytes)
+        self.spans[handle.handle_id], self.tables[handle.handle_id] = spans, computed.blocks
+        return spans
+
+    def push(self, handle_id: int, message_idx: int) -> None:
+        span = self.spans[handle_id][message_idx]
+        handle = next(handle for handle in self.handles.values() if handle.handle_id == handle_id)
+        table = self.tables[handle_id][span.block_lo : span.block_hi]
+
+        def fill(out: memoryview) -> None:
+            self.cache.pack(span.layers, table, out)
+
+        future = self.agent.push(PushJob(handle=handle, span=span, fill=fill))
+        future.add_done_callback(lambda done: done.exception())
+
+    def done(self, prompt: Prompt, handle: Handle, computed: Computed, ended: tuple[int, ...] = ()) -> None:
+        self.post(
+            PrefillDone(
+                request_id=prompt.request_id,
+                attempt=prompt.attempt,
+                traceparent="",
+                remaining_s=60.0,
+                handle_id=handle.handle_id,
+                num_messages=len(self.spans[handle.handle_id]),
+                first_token_ids=computed.first_token_ids,
+                ended_choices=ended,
+                cached_tokens=0,
+                expert_counts=computed.expert_counts,
+            )
+        )
+
+    async def prefill(self, prompt: Prompt) -> Computed:
+        """The whole of P's part: announce, compute, push, done. Returns once D released every message."""
+        self.announce(prompt)
+        handle = await self.granted(prompt)
+        computed = self.compute(prompt)
+        for span in self.open(handle, computed):
+            self.push(handle.handle_id, span.message_idx)
+        self.done(prompt, handle, computed)
+        await until(
+            lambda: (
+                len([one for one in self.of(GroupLanded, prompt.request_id) if one.handle_id == handle.handle_id])  # type: ignore[attr-defined]  # of() filtered by kind
+                == len(self.spans[handle.handle_id])
+                or bool(self.of(Cancel, prompt.request_id) or self.of(RequestFailed, prompt.request_id))
+            )
+        )
+        self.blocks.free(computed.blocks)
+        return computed
+
+    async def close(self) -> None:
+        await super().close()
+        self.agent.close()
+
+
+@dataclass
+class Answer:
+    """What a gateway has seen of one request: tokens by choice and index, in the order they came."""
+
+    tokens: dict[int, dict[int, EmittedToken]] = field(default_factory=lambda: defaultdict(dict))
+    finish: dict[int, str] = field(default_factory=dict)
+    num_twice: int = 0
+
+    def ids(self, choice: int = 0) -> list[int]:
+        return [self.tokens[choice][index].token_id for index in sorted(self.tokens[choice])]
+
+
+class ScriptedGateway(Peer):
+    """Starts and cancels requests on D, and keeps what comes."""
+
+    def __init__(self, config: DuomoConfig) -> None:
+        super().__init__("gateway", config)
+        self.answers: dict[str, Answer] = defaultdict(Answer)
+        self.frames = 0
+        self.report: ReplicaReport | None = None
+        self.on_preempted: Callable[[Preempted], None] | None = None
+
+    def take(self, message: Message) -> None:
+        match message:
+            case TokensEmitted():
+                self.frames += 1
+                for token in message.tokens:
+                    answer = self.answers[token.request_id]
+                    answer.num_twice += token.index in answer.tokens[token.choice]
+                    answer.tokens[token.choice][token.index] = token
+                    if token.finish_reason is not None:
+                        answer.finish[token.choice] = token.finish_reason
+            case ReplicaReport():
+                self.report = message
+            case Preempted() if self.on_preempted is not None:
+                self.on_preempted(message)
+
+    def start(self, prompt: Prompt, prefill: ScriptedPrefill, *, remaining_s: float = 60.0, traceparent: str = "") -> None:
+        if prompt.emitted_ids:
+            self.post(
+                Resume(
+                    request_id=prompt.request_id,
+                    attempt=prompt.attempt,
+                    traceparent=traceparent,
+                    remaining_s=remaining_s,
+                    prompt_ids=prompt.prompt_ids,
+                    emitted_ids=prompt.emitted_ids,
+                    sampling=prompt.sampling,
+                    choice=prompt.choices[0],
+                    prefill=prefill.address,
+                )
+            )
+            return
+        self.post(
+            StartDecode(
+                request_id=prompt.request_id,
+                attempt=prompt.attempt,
+                traceparent=traceparent,
+                remaining_s=remaining_s,
+                prompt_ids=prompt.prompt_ids,
+                sampling=prompt.sampling,
+                choices=prompt.choices,
+                prefill=prefill.address,
+            )
+        )
+
+    def cancel(self, request_id: str, attempt: int = 0, choice: int | None = None) -> None:
+        self.post(Cancel(request_id=request_id, attempt=attempt, traceparent="", remaining_s=0.0, reason="test", choice=choice))
+
+    async def finished(self, request_id: str) -> RequestFinished:
+        await until(lambda: bool(self.of(RequestFinished, request_id) or self.of(RequestFailed, request_id)))
+        failures = self.of(RequestFailed, request_id)
+        assert not failures, failures
+        message = self.of(RequestFinished, request_id)[0]
+        assert isinstance(message, RequestFinished)
+        return message
+
+    async def failed(self, request_id: str) -> RequestFailed:
+        message = await self.one(RequestFailed, request_id)
+        assert isinstance(message, RequestFailed)
+        return message
+
+    def refusals(self) -> list[Message]:
+        return self.of(Refused)
+
+
+@dataclass
+class Rig:
+    """One D, one P, one gateway, one hub."""
+
+    service: DecodeService
+    worker: DecodeWorker
+    agent: TransferAgent
+    prefill: ScriptedPrefill
+    gateway: ScriptedGateway
+    hub: LoopbackHub
+    config: DuomoConfig
+    tracing: Tracing
+
+    async def at_rest(self, *, quarantined: int = 0) -> None:
+        """Every block and slot is back, seen from the report."""
+
+        def rests() -> bool:
+            report = self.service.report()
+            slots = report.num_free_slots + report.num_quarantined_slots
+            return (
+                report.num_free_blocks + report.num_cached_blocks == report.num_blocks
+                and report.num_quarantined_slots == quarantined
+                and (slots == report.num_slots or quarantined > 0)
+                and report.num_queued == report.num_running == report.num_open_spans == 0
+            )
+
+        try:
+            await until(rests, 5.0)
+        except TimeoutError as error:
+            raise AssertionError(f"not at rest: {self.service.report()}") from error
+        self.service.pool.check_integrity()
+        self.service.check_health()
+
+
+def configuration(tmp_path: Path, changes: dict[str, dict[str, object]] | None = None) -> DuomoConfig:
+    raw: dict[str, dict[str, object]] = {
+        "model": {"path": str(MODEL_DIR)},
+        "decode": {"num_blocks": 96, "watermark_blocks": 2, "torch_threads": 1},
+        "prefill": {"torch_threads": 1},
+        "kv_transfer": {"transport": "loopback", "slot_bytes": 64 * 1024, "write_timeout_s": 1.0},
+    }
+    for section, options in (changes or {}).items():
+        raw.setdefault(section, {}).update(options)
+    return DuomoConfig.model_validate(raw | {"run_dir": str(tmp_path)})
+
+
+@asynccontextmanager
+async def running(config: DuomoConfig, faults: FaultPlan | None = None) -> AsyncIterator[Rig]:
+    """A served, connected rig; closed in reverse."""
+    hub = LoopbackHub(faults)
+    card = ReplicaCard.of(config, "decode", "decode-0", model().config.fingerprint)
+    agent = TransferAgent(card.boot_id, hub.agent(card.boot_id), config.kv_transfer, num_send_slots=1)
+    tracing = configure(config.tracing, "duomo-decode", "decode", "decode-0")
+    worker = DecodeWorker(
+        model(), num_blocks=config.decode.num_blocks, block_tokens=BLOCK_TOKENS, torch_threads=config.decode.torch_threads, agent=agent
+    )
+    service = DecodeService(card, worker, agent, tracing)
+    prefill, gateway = ScriptedPrefill(config, hub), ScriptedGateway(config)
+    try:
+        await service.start()
+        address = service.membership.identity.address
+        await prefill.connect(address)
+        await gateway.connect(address)
+        async with asyncio.timeout(WAIT_S):
+            await prefill.ring.wait()
+        yield Rig(service, worker, agent, prefill, gateway, hub, config, tracing)
+    finally:
+        await gateway.close()
+        await prefill.close()
+        await service.stop()
+        agent.close()
+        tracing.shutdown()
+
+
+def resumed(prompt: Prompt, emitted_ids: list[int], choice: int = 0) -> Prompt:
+    """The next attempt of one choice."""
+    return replace(prompt, attempt=prompt.attempt + 1, emitted_ids=tuple(emitted_ids), choices=(choice,))

@@ -1,0 +1,486 @@
+"""The decode service with a scripted prefill replica and gateway: real sockets, real agents over loopback, the real model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duomo.wire.messages import (
+    Cancel,
+    Drain,
+    HandleOffered,
+    Preempted,
+    PullKv,
+    Refused,
+    RequestFailed,
+    RequestFinished,
+    Sampling,
+)
+from services.kv_transfer.faults import Fault, FaultPlan, ScriptedFaults, SeededFaults
+from tests.services.decode.scripted_peers import GREEDY, Prompt, Rig, configuration, expected, ids, resumed, running, until
+
+
+def play(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+async def serve(rig: Rig, prompt: Prompt) -> list[int]:
+    """The whole request; all tokens of its first choice, P's first one included."""
+    rig.gateway.start(prompt, rig.prefill)
+    computed = await rig.prefill.prefill(prompt)
+    await rig.gateway.finished(prompt.request_id)
+    return [computed.first_token_ids[0], *rig.gateway.answers[prompt.request_id].ids(prompt.choices[0])]
+
+
+def test_tokens_equal_the_monolith(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompts = [Prompt(f"r{size}", 0, ids(size, size), GREEDY) for size in (1, 15, 16, 17, 63, 257)]
+            for prompt in prompts:
+                assert await serve(rig, prompt) == expected(prompt.prompt_ids)
+                answer = rig.gateway.answers[prompt.request_id]
+                assert sorted(answer.tokens[0]) == list(range(1, GREEDY.max_tokens))
+                assert answer.finish == {0: "length"}
+                timings = answer.tokens[0][1].timings
+                assert timings is not None and 0 <= timings.admit_s < 5 and 0 < timings.first_step_s < timings.total_s
+                assert all(token.timings is None for index, token in answer.tokens[0].items() if index > 1)
+            await rig.at_rest()
+            num_computed = sum(len(prompt.prompt_ids) + GREEDY.max_tokens - 1 for prompt in prompts)
+            assert rig.service.expert_tokens_LE.sum() == num_computed * 8 * 4  # layers, experts a token
+
+    play(go())
+
+
+def test_one_frame_a_step_serves_all_streams(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            sampling = replace_max(GREEDY, 24)
+            prompts = [Prompt(f"r{number}", 0, ids(5 + number, number), sampling) for number in range(6)]
+            for prompt in prompts:
+                rig.gateway.start(prompt, rig.prefill)
+            await asyncio.gather(*(rig.prefill.prefill(prompt) for prompt in prompts))
+            for prompt in prompts:
+                await rig.gateway.finished(prompt.request_id)
+            assert rig.gateway.frames == rig.service.progress.num_steps
+            assert rig.gateway.frames < 6 * 23
+            for prompt in prompts:
+                assert rig.gateway.answers[prompt.request_id].ids() == expected(prompt.prompt_ids, sampling)[1:]
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_three_choices_fork_one_prompt(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            sampling = Sampling(max_tokens=20, temperature=0.9, seed=11, ignore_eos=True, logprobs=2)
+            for size in (21, 32):  # a partial last block, and none
+                prompt = Prompt(f"n{size}", 0, ids(size), sampling, choices=(0, 1, 2))
+                await serve(rig, prompt)
+                answer = rig.gateway.answers[prompt.request_id]
+                for choice in prompt.choices:
+                    assert answer.ids(choice) == expected(prompt.prompt_ids, sampling, choice)[1:]
+                    logprob = answer.tokens[choice][1].logprob
+                    assert logprob is not None and len(logprob.top) == 2
+                assert len(rig.gateway.of(RequestFinished, prompt.request_id)) == 1
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_eos_and_stop_ids_end_a_choice(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            tokens = expected(ids(9))
+            sampling = replace_max(GREEDY, 12, stop_token_ids=(tokens[4],))
+            first = tokens.index(tokens[4])
+            assert first > 0, "choose another prompt: its first token is the stop token"
+            assert await serve(rig, Prompt("s", 0, ids(9), sampling)) == tokens[: first + 1]
+            assert rig.gateway.answers["s"].finish == {0: "stop"}
+            await rig.at_rest()
+
+    play(go())
+
+
+def replace_max(sampling: Sampling, max_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> Sampling:
+    return Sampling(max_tokens=max_tokens, temperature=sampling.temperature, ignore_eos=sampling.ignore_eos, stop_token_ids=stop_token_ids)
+
+
+def test_choices_that_ended_on_prefill_are_not_decoded(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            for ended in ((0, 1), (0,)):
+                prompt = Prompt(f"e{len(ended)}", 0, ids(20), GREEDY, choices=(0, 1))
+                rig.gateway.start(prompt, rig.prefill)
+                rig.prefill.announce(prompt)
+                handle = await rig.prefill.granted(prompt)
+                computed = rig.prefill.compute(prompt)
+                for span in rig.prefill.open(handle, computed):
+                    rig.prefill.push(handle.handle_id, span.message_idx)
+                rig.prefill.done(prompt, handle, computed, ended)
+                await rig.gateway.finished(prompt.request_id)
+                answer = rig.gateway.answers[prompt.request_id]
+                assert answer.ids(0) == []
+                assert answer.ids(1) == ([] if len(ended) == 2 else expected(prompt.prompt_ids, GREEDY, 1)[1:])
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_an_announcement_may_come_before_its_request(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("early", 0, ids(30), GREEDY)
+            serving = asyncio.create_task(rig.prefill.prefill(prompt))
+            await asyncio.sleep(0.1)
+            assert not rig.prefill.of(HandleOffered)
+            rig.gateway.start(prompt, rig.prefill)
+            await serving
+            await rig.gateway.finished("early")
+            assert rig.gateway.answers["early"].ids() == expected(prompt.prompt_ids)[1:]
+            await rig.at_rest()
+
+    play(go())
+
+
+@pytest.mark.parametrize(
+    ("faults", "num_pulled"),
+    [
+        (ScriptedFaults({1: Fault(corrupt_byte=77)}), 1),
+        (ScriptedFaults({2: Fault(truncate_bytes=4096)}), 1),
+        (ScriptedFaults({0: Fault(duplicate_after_s=0.02), 3: Fault(duplicate_after_s=0.0)}), 0),
+        (ScriptedFaults({0: Fault(delay_s=0.15), 1: Fault(delay_s=0.05), 2: Fault(announces_early=True, delay_s=0.03)}), 0),
+        (ScriptedFaults({1: Fault(drops_notification=True)}), 0),
+        (ScriptedFaults({1: Fault(drops_data=True)}), 1),
+        (SeededFaults(seed=5, max_delay_s=0.02, chance_duplicate=0.3, chance_corrupt=0.1, chance_announce_early=0.3), None),
+    ],
+    ids=["corrupt", "truncated", "duplicate", "reordered", "silent", "dropped", "seeded"],
+)
+def test_faulty_messages_never_give_wrong_tokens(tmp_path: Path, faults: FaultPlan, num_pulled: int | None) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path), faults) as rig:
+            prompt = Prompt("f", 0, ids(70), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            serving = asyncio.create_task(rig.prefill.prefill(prompt))
+            await until(lambda: bool(rig.gateway.of(RequestFinished) or rig.gateway.of(RequestFailed)))
+            await serving
+            if num_pulled is not None:
+                assert not rig.gateway.of(RequestFailed)
+                assert len(rig.prefill.of(PullKv)) == num_pulled
+            if rig.gateway.of(RequestFinished):
+                assert rig.gateway.answers["f"].ids() == expected(prompt.prompt_ids)[1:]
+            else:
+                assert rig.gateway.of(RequestFailed)[0].code == "kv_corrupt"  # type: ignore[attr-defined]  # filtered by kind
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_twice_corrupt_is_a_typed_failure(tmp_path: Path) -> None:
+    async def go() -> None:
+        faults = ScriptedFaults({write: Fault(corrupt_byte=9) for write in range(40)})
+        async with running(configuration(tmp_path), faults) as rig:
+            prompt = Prompt("c", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            serving = asyncio.create_task(rig.prefill.prefill(prompt))
+            failure = await rig.gateway.failed("c")
+            assert (failure.code, failure.phase, failure.retryable) == ("kv_corrupt", "kv.handoff", True)
+            await serving
+            assert rig.prefill.of(RequestFailed, "c")
+            assert rig.gateway.answers["c"].ids() == []
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_kv_that_never_comes_is_a_typed_failure(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path, {"kv_transfer": {"write_timeout_s": 0.4}})) as rig:
+            rig.prefill.answers_pulls = False
+            prompt = Prompt("t", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            handle = await rig.prefill.granted(prompt)
+            computed = rig.prefill.compute(prompt)
+            rig.prefill.open(handle, computed)
+            rig.prefill.done(prompt, handle, computed)  # nothing was pushed
+            failure = await rig.gateway.failed("t")
+            assert (failure.code, failure.retryable) == ("transfer_timeout", True)
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_the_death_of_prefill_fails_what_has_not_landed_and_nothing_else(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            long = Prompt("long", 0, ids(20), replace_max(GREEDY, 300))
+            rig.gateway.start(long, rig.prefill)
+            await rig.prefill.prefill(long)
+            half = Prompt("half", 0, ids(40), GREEDY)
+            rig.gateway.start(half, rig.prefill)
+            rig.prefill.announce(half)
+            handle = await rig.prefill.granted(half)
+            rig.prefill.open(handle, rig.prefill.compute(half))
+            rig.prefill.push(handle.handle_id, 0)
+            await asyncio.sleep(0.05)
+            assert rig.prefill.connection is not None
+            await rig.prefill.connection.close()
+            failure = await rig.gateway.failed("half")
+            assert (failure.code, failure.phase, failure.retryable) == ("peer_gone", "kv.handoff", True)
+            await rig.gateway.finished("long")
+            assert rig.gateway.answers["long"].ids() == expected(long.prompt_ids, long.sampling)[1:]
+            await rig.at_rest()  # the ended socket is taken for the process' end after a second
+
+    play(go())
+
+
+def test_the_death_of_a_gateway_ends_its_requests_within_a_second(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompts = [Prompt(f"r{number}", 0, ids(20, number), replace_max(GREEDY, 2000)) for number in range(3)]
+            waiting = Prompt("waiting", 0, ids(20), GREEDY)
+            rig.gateway.start(prompts[0], rig.prefill)
+            await rig.prefill.prefill(prompts[0])
+            rig.gateway.start(waiting, rig.prefill)
+            rig.prefill.announce(waiting)
+            await rig.prefill.granted(waiting)
+            await rig.gateway.close()
+            started_s = time.monotonic()
+            await until(lambda: rig.service.num_live_requests() == 0)
+            assert time.monotonic() - started_s < 1
+            assert (await rig.prefill.one(Cancel, "waiting")).reason == "gateway_gone"  # type: ignore[attr-defined]  # filtered by kind
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_cancel_returns_everything_at_every_stage(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            sampling = replace_max(GREEDY, 2000)
+            expected_only = Prompt("expected", 0, ids(33), sampling)
+            rig.gateway.start(expected_only, rig.prefill)
+            granted = Prompt("granted", 0, ids(34), sampling)
+            rig.gateway.start(granted, rig.prefill)
+            rig.prefill.announce(granted)
+            handle = await rig.prefill.granted(granted)
+            rig.prefill.open(handle, rig.prefill.compute(granted))
+            rig.prefill.push(handle.handle_id, 0)
+            streaming = Prompt("streaming", 0, ids(35), sampling)
+            rig.gateway.start(streaming, rig.prefill)
+            await rig.prefill.prefill(streaming)
+            await until(lambda: len(rig.gateway.answers["streaming"].tokens[0]) > 3)
+            for prompt in (expected_only, granted, streaming):
+                rig.gateway.cancel(prompt.request_id)
+            await until(lambda: rig.service.num_live_requests() == 0, 1.0)
+            await rig.at_rest()
+            late = Prompt("granted", 0, ids(34), sampling)
+            rig.prefill.announce(late)  # void by now: the producer is told
+            await until(lambda: len(rig.prefill.of(Cancel, "granted")) == 2)
+
+    play(go())
+
+
+def test_one_choice_can_be_cancelled(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            sampling = replace_max(GREEDY, 60)
+            prompt = Prompt("c", 0, ids(21), sampling, choices=(0, 1))
+            rig.gateway.start(prompt, rig.prefill)
+            await rig.prefill.prefill(prompt)
+            await until(lambda: len(rig.gateway.answers["c"].tokens[0]) > 3)
+            rig.gateway.cancel("c", choice=0)
+            await rig.gateway.finished("c")
+            answer = rig.gateway.answers["c"]
+            assert answer.ids(1) == expected(prompt.prompt_ids, sampling, 1)[1:]
+            assert len(answer.ids(0)) < 59
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_a_producer_may_take_its_announcement_back_and_come_again(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("again", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            handle = await rig.prefill.granted(prompt)
+            rig.prefill.post(Cancel(request_id="again", attempt=0, traceparent="", remaining_s=0.0, reason="no_grant"))
+            await rig.prefill.fence(handle)
+            await until(lambda: rig.service.pool.num_free_blocks == rig.service.pool.limits.num_blocks)
+            del rig.prefill.handles["again", 0]
+            await rig.prefill.prefill(prompt)
+            await rig.gateway.finished("again")
+            assert rig.gateway.answers["again"].ids() == expected(prompt.prompt_ids)[1:]
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_deadlines_end_requests(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            rig.gateway.start(Prompt("d", 0, ids(5), GREEDY), rig.prefill, remaining_s=0.1)
+            failure = await rig.gateway.failed("d")
+            assert (failure.code, failure.retryable) == ("deadline_exceeded", False)
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_preempted_choices_resume_with_equal_tokens(tmp_path: Path) -> None:
+    async def go() -> None:
+        changes: dict[str, dict[str, object]] = {"decode": {"num_blocks": 12, "watermark_blocks": 0, "admit_ahead_tokens": 4}}
+        async with running(configuration(tmp_path, changes)) as rig:
+            sampling = replace_max(GREEDY, 60)
+            prompts = {f"p{number}": Prompt(f"p{number}", 0, ids(30, number), sampling) for number in range(4)}
+            tasks: list[asyncio.Task[object]] = []
+
+            def resume(message: Preempted) -> None:
+                prompt = prompts[message.request_id]
+                answer = rig.gateway.answers[message.request_id]
+                emitted = [firsts[message.request_id], *answer.ids()]
+                assert message.num_emitted == len(emitted)
+                prompts[message.request_id] = prompt = resumed(prompt, emitted)
+                tasks.append(asyncio.create_task(carry_on(prompt)))
+
+            async def carry_on(prompt: Prompt) -> None:
+                rig.gateway.start(prompt, rig.prefill)
+                computed = await rig.prefill.prefill(prompt)
+                answer = rig.gateway.answers[prompt.request_id]
+                answer.tokens[0].setdefault(len(prompt.emitted_ids), first_of(prompt, computed.first_token_ids[0]))
+
+            rig.gateway.on_preempted = resume
+            firsts = {request_id: expected(prompt.prompt_ids, sampling)[0] for request_id, prompt in prompts.items()}
+            for prompt in prompts.values():
+                rig.gateway.start(prompt, rig.prefill)
+            await asyncio.gather(*(rig.prefill.prefill(prompt) for prompt in prompts.values()))
+            for request_id in prompts:
+                await rig.gateway.finished(request_id)
+                assert [firsts[request_id], *rig.gateway.answers[request_id].ids()] == expected(ids(30, int(request_id[1])), sampling)
+            assert tasks, "nothing was preempted: the test shows nothing"
+            await asyncio.gather(*tasks)
+            assert max(prompt.attempt for prompt in prompts.values()) <= rig.config.decode.max_preemptions
+            await rig.at_rest()
+
+    play(go())
+
+
+def first_of(prompt: Prompt, token_id: int) -> Any:
+    from duomo.wire.messages import EmittedToken
+
+    return EmittedToken(request_id=prompt.request_id, choice=0, attempt=prompt.attempt, index=len(prompt.emitted_ids), token_id=token_id)
+
+
+def test_64_requests_wait_their_turn_in_a_pool_for_16(tmp_path: Path) -> None:
+    async def go() -> None:
+        # 20 prompt tokens and 12 more are 2 blocks.
+        changes: dict[str, dict[str, object]] = {"decode": {"num_blocks": 34, "watermark_blocks": 2}}
+        async with running(configuration(tmp_path, changes)) as rig:
+            prompts = [Prompt(f"r{number}", 0, ids(20, number % 8), GREEDY) for number in range(64)]
+            for prompt in prompts:
+                rig.gateway.start(prompt, rig.prefill)
+            await asyncio.gather(*(rig.prefill.prefill(prompt) for prompt in prompts))
+            answers = {number: expected(ids(20, number)) for number in range(8)}
+            for number, prompt in enumerate(prompts):
+                await rig.gateway.finished(prompt.request_id)
+                assert rig.gateway.answers[prompt.request_id].ids() == answers[number % 8][1:]
+            assert not rig.gateway.of(Preempted)
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_what_never_fits_is_refused_with_the_limit(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path, {"decode": {"num_blocks": 8}})) as rig:
+            prompt = Prompt("big", 0, ids(200), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            failure = await rig.gateway.failed("big")
+            assert (failure.code, failure.retryable) == ("no_capacity", False)
+            assert "decode.num_blocks is 8" in failure.detail
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_wrong_messages_are_refused_and_the_connection_lives(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("w", 0, ids(20), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.gateway.start(prompt, rig.prefill)
+            refused = await rig.gateway.one(Refused)
+            assert refused.code == "started_twice"  # type: ignore[attr-defined]  # filtered by kind
+            rig.prefill.announce(replace(prompt, prompt_ids=ids(21)))
+            failure = await rig.gateway.failed("w")
+            assert failure.code == "kv_mismatch"
+            bad = Prompt("v", 0, (8192 * 4,), GREEDY)
+            rig.gateway.start(bad, rig.prefill)
+            assert (await rig.gateway.failed("v")).code == "bad_field"
+            assert await serve(rig, Prompt("ok", 0, ids(20), GREEDY)) == expected(ids(20))
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_drain_finishes_streams_and_takes_no_new(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("d", 0, ids(20), replace_max(GREEDY, 80))
+            rig.gateway.start(prompt, rig.prefill)
+            await rig.prefill.prefill(prompt)
+            serving = asyncio.create_task(rig.service.membership.serve(asyncio.Event()))
+            rig.gateway.post(Drain(deadline_s=20.0))
+            await until(lambda: rig.gateway.report is not None and rig.gateway.report.is_draining)
+            rig.gateway.start(Prompt("new", 0, ids(5), GREEDY), rig.prefill)
+            failure = await rig.gateway.failed("new")
+            assert (failure.code, failure.retryable) == ("draining", True)
+            await serving
+            assert rig.gateway.answers["d"].ids() == expected(prompt.prompt_ids, prompt.sampling)[1:]
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_spans_tell_the_leg(tmp_path: Path) -> None:
+    async def go() -> None:
+        parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+        async with running(configuration(tmp_path, {"tracing": {"directory": str(tmp_path / "spans")}})) as rig:
+            prompt = Prompt("s", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill, traceparent=parent)
+            await rig.prefill.prefill(prompt)
+            await rig.gateway.finished("s")
+            await rig.at_rest()
+        lines = [json.loads(line) for file in (tmp_path / "spans").iterdir() for line in file.read_text().splitlines()]
+        spans = {line["name"]: line for line in lines if "name" in line}
+        assert {"kv.handoff", "decode.admit", "decode.first_step", "decode.stream"} <= set(spans)
+        assert "0af7651916cd43dd8448eb211c80319c" in json.dumps(spans["kv.handoff"])
+
+    play(go())
+
+
+def test_a_broken_step_answers_every_request(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("b", 0, ids(20), replace_max(GREEDY, 1000))
+            rig.gateway.start(prompt, rig.prefill)
+            await rig.prefill.prefill(prompt)
+            rig.worker.runner.cache = None  # type: ignore[assignment]  # a step that raises
+            failure = await rig.gateway.failed("b")
+            assert (failure.code, failure.retryable) == ("engine_failed", True)
+            with pytest.raises(Exception, match="decode step failed"):
+                rig.service.check_health()
+            assert rig.service.pool.num_free_blocks == rig.service.pool.limits.num_blocks
+
+    play(go())
