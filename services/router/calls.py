@@ -20,9 +20,9 @@ from duomo.errors import DuomoError, RequestCancelled
 from duomo.wire.messages import Sampling
 from services.router.answers import AnswerHead, AnswerShape, ChatShape, CompletionShape
 from services.router.flight import Flight
+from services.router.gateway import Gateway
 from services.router.generation import GenerationRequest
 from services.router.openai import CommonFields
-from services.router.gateway import Gateway
 from services.router.streams import TRANSPORT_EXTENSION, ClientTransport, Sink, StreamResponse, StreamSink, WholeSink, watch_client
 
 log = logging.getLogger(__name__)

@@ -132,9 +132,7 @@ class StubReplica:
         self._legs: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._ended_choices: set[tuple[str, int, int]] = set()
         address = f"unix:{pools.folder}/{replica_id}.sock"
-        identity = Identity(
-            replica_id=replica_id, boot_id=self.boot_id, role=role, model_fingerprint=pools.fingerprint, address=address
-        )
+        identity = Identity(replica_id=replica_id, boot_id=self.boot_id, role=role, model_fingerprint=pools.fingerprint, address=address)
         self._listener = Listener(address, identity, DuomoConfig.model_validate({"model": {"path": "."}}).wire, self._serve)
 
     @property

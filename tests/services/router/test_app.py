@@ -32,7 +32,12 @@ BAD_REQUESTS: list[tuple[str, dict, int, str]] = [
     ("chat", CHAT | {"messages": [{"content": "hi"}]}, 400, "messages[0].role"),
     ("chat", CHAT | {"messages": [{"role": "wizard", "content": "hi"}]}, 400, "messages[0].role"),
     ("chat", CHAT | {"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content"),
-    ("chat", CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]}, 400, "messages[0].content[0]"),
+    (
+        "chat",
+        CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
+        400,
+        "messages[0].content[0]",
+    ),
     ("chat", CHAT | {"messages": [{"role": "user", "content": "hi", "mood": 1}]}, 400, "messages[0].mood"),
     ("chat", CHAT | {"messages": [{"role": "user", "content": "word " * 3000}]}, 400, "messages"),
     ("chat", CHAT | {"messages": [{"role": "user", "content": "x" * 700_000}]}, 400, "messages"),
@@ -201,7 +206,15 @@ def test_completion_takes_texts_and_ids_and_several_of_them(tmp_path: Path) -> N
 def test_sampling_travels_to_both_legs(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path) as system:
-            asked = {"temperature": 0.5, "top_k": 9, "top_p": 0.9, "min_p": 0.1, "seed": -1, "presence_penalty": 1, "frequency_penalty": 0.5}
+            asked = {
+                "temperature": 0.5,
+                "top_k": 9,
+                "top_p": 0.9,
+                "min_p": 0.1,
+                "seed": -1,
+                "presence_penalty": 1,
+                "frequency_penalty": 0.5,
+            }
             more = {"repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True, "stop_token_ids": [7], "max_completion_tokens": 4}
             answer = await system.client.post("/v1/chat/completions", json=CHAT | asked | more)
             assert answer.status_code == 200
