@@ -68,7 +68,8 @@ class KvCache:
         if not num_bytes:
             return
         ids = torch.tensor(blocks, dtype=torch.int64)
-        words_LW = self._words(data, num_bytes).view(len(layers), -1)
+        writable = memoryview(bytearray(data)) if data.readonly else data  # torch wraps no read-only memory
+        words_LW = self._words(writable, num_bytes).view(len(layers), -1)
         for place, layer_idx in enumerate(layers):
             kv_unpack(self._rows_LBW[layer_idx], ids, words_LW[place])
 

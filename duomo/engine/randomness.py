@@ -19,5 +19,5 @@ def _mix(value: int) -> int:
 def uniform(seed: int, choice: int, position: int) -> float:
     """In [0, 1), 53 bits. seed: any integer, its low 64 bits count; position: the sampled token's place in prompt + output."""
     state = _mix(seed & _MASK)
-    state = _mix(state ^ _mix(choice & _MASK))
-    return (_mix(state ^ _mix((position + (1 << 32)) & _MASK)) >> 11) * 2.0**-53
+    state = _mix((state + choice) & _MASK)
+    return (_mix((state + position) & _MASK) >> 11) * 2.0**-53

@@ -1,0 +1,132 @@
+"""The sampler: each knob against its definition, and each row free of the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from duomo.engine.sampler import RowSampling, Sampler, ending_ids
+from duomo.wire.messages import Sampling
+
+VOCAB = 63
+
+
+def row(
+    *, choice: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), ends: tuple[int, ...] = (), **knobs: object
+) -> RowSampling:
+    sampling = Sampling(max_tokens=99, **knobs)  # type: ignore[arg-type]  # knobs by name
+    return RowSampling(sampling=sampling, choice=choice, prompt_ids=prompt, output_ids=output, ending_ids=ends)
+
+
+def draw(logits: torch.Tensor, one: RowSampling) -> int:
+    return Sampler().sample(logits[None], [one])[0].token_id
+
+
+def drawn(logits: torch.Tensor, num: int = 400, **knobs: object) -> Counter[int]:
+    rows = [row(seed=seed, **knobs) for seed in range(num)]
+    return Counter(token.token_id for token in Sampler().sample(logits.expand(num, -1), rows))
+
+
+def test_greedy_is_the_first_maximum() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[7, 40]] = 3.0
+    assert draw(logits, row(temperature=0.0)) == 7
+
+
+def test_nothing_to_sample() -> None:
+    assert Sampler().sample(torch.empty(0, VOCAB), []) == []
+
+
+def test_logits_are_left_as_they_are() -> None:
+    logits = torch.randn(1, VOCAB)
+    before = logits.clone()
+    Sampler().sample(logits, [row(temperature=0.7, presence_penalty=1.0, min_tokens=3, ends=(5,), output=(1,), logprobs=2)])
+    assert torch.equal(logits, before)
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    logits = torch.full((VOCAB,), -torch.inf)
+    logits[[3, 9, 20]] = torch.log(torch.tensor([0.5, 0.3, 0.2]))
+    counts = drawn(logits, num=3000, temperature=1.0)
+    for token, share in ((3, 0.5), (9, 0.3), (20, 0.2)):
+        assert abs(counts[token] - 3000 * share) < 5 * (3000 * share * (1 - share)) ** 0.5
+    sharp = drawn(logits, num=3000, temperature=0.5)
+    assert abs(sharp[3] - 3000 * 0.25 / 0.38) < 5 * (3000 * 0.66 * 0.34) ** 0.5
+
+
+def test_top_k_min_p_top_p_cut_the_tail() -> None:
+    logits = torch.full((VOCAB,), -torch.inf)
+    logits[[5, 6, 7, 8]] = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    assert set(drawn(logits, top_k=2)) == {5, 6}
+    assert set(drawn(logits, top_k=VOCAB + 5)) == {5, 6, 7, 8}
+    assert set(drawn(logits, min_p=0.45)) == {5, 6, 7}
+    assert set(drawn(logits, top_p=0.6)) == {5, 6}
+    assert set(drawn(logits, top_p=1e-9)) == {5}
+    assert set(drawn(logits, top_k=3, top_p=0.75)) == {5, 6}  # of the renormalised 0.44, 0.33, 0.22
+
+
+def test_penalties_are_those_of_vllm() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[3, 4, 5]] = torch.tensor([2.0, 1.9, -1.0])
+    assert draw(logits, row(temperature=0.0, output=(3,), presence_penalty=0.2)) == 4
+    assert draw(logits, row(temperature=0.0, prompt=(3,), presence_penalty=0.2)) == 3  # presence counts the output alone
+    assert draw(logits, row(temperature=0.0, output=(3,), frequency_penalty=0.06)) == 3
+    assert draw(logits, row(temperature=0.0, output=(3, 3), frequency_penalty=0.06)) == 4
+    assert draw(logits, row(temperature=0.0, prompt=(3,), repetition_penalty=1.2)) == 4  # repetition counts the prompt too
+    negative = torch.full((VOCAB,), -2.0)
+    negative[9] = -1.5
+    assert draw(negative, row(temperature=0.0, prompt=(9,), repetition_penalty=1.5)) == 0  # -1.5 * 1.5 < -2
+
+
+def test_min_tokens_masks_the_endings() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[2, 11]] = torch.tensor([9.0, 5.0])
+    masked = {"temperature": 0.0, "min_tokens": 2, "ends": (2,)}
+    assert draw(logits, row(**masked)) == 11  # type: ignore[arg-type]  # knobs by name
+    assert draw(logits, row(output=(11,), **masked)) == 11  # type: ignore[arg-type]
+    assert draw(logits, row(output=(11, 11), **masked)) == 2  # type: ignore[arg-type]
+
+
+def test_logprobs_are_of_the_raw_distribution() -> None:
+    logits = torch.randn(2, VOCAB)
+    penalised = row(temperature=0.3, top_k=1, logprobs=5, presence_penalty=1.5, output=(4,))
+    plain, full = Sampler().sample(logits, [row(temperature=0.0), penalised])
+    assert plain.logprob is None and plain.top == ()
+    expected = torch.log_softmax(logits[1].double(), -1)
+    assert full.logprob == pytest.approx(float(expected[full.token_id]), abs=1e-9)
+    assert [token for token, _ in full.top] == expected.topk(5).indices.tolist()
+    none = Sampler().sample(logits[:1], [row(temperature=0.0, logprobs=0)])[0]
+    assert none.logprob is not None and none.top == ()
+
+
+def test_a_row_is_decided_alone() -> None:
+    logits = torch.randn(17, VOCAB)
+    rows = [
+        row(
+            seed=at,
+            choice=at % 3,
+            temperature=0.0 if at % 4 == 0 else 1.3,
+            top_p=0.9,
+            top_k=at,
+            presence_penalty=at % 2,
+            output=(at,) * (at % 5),
+        )
+        for at in range(17)
+    ]
+    together = Sampler().sample(logits, rows)
+    assert [Sampler().sample(logits[at : at + 1], [rows[at]])[0] for at in range(17)] == together
+    assert Sampler().sample(logits.flip(0), rows[::-1]) == together[::-1]
+
+
+def test_choice_and_position_change_the_draw() -> None:
+    logits = torch.zeros(VOCAB)
+    assert len({draw(logits, row(choice=choice)) for choice in range(20)}) > 10
+    assert len({draw(logits, row(output=(1,) * position)) for position in range(20)}) > 10
+    assert draw(logits, row(prompt=(1, 2, 3), output=())) == draw(logits, row(prompt=(1, 2), output=(3,)))  # a resume draws alike
+
+
+def test_ending_ids() -> None:
+    assert ending_ids(Sampling(max_tokens=1, stop_token_ids=(9,)), (2,)) == (9, 2)
+    assert ending_ids(Sampling(max_tokens=1, stop_token_ids=(9,), ignore_eos=True), (2,)) == (9,)
