@@ -44,6 +44,7 @@ from services.router.waiting import PendingLeg, WaitingLine
 log = logging.getLogger(__name__)
 
 _DRAIN_POLL_S: Final = 0.02
+_FOUND_NO_ROOM: Final = ("no_grant", "draining")
 
 
 class Gateway:
@@ -215,6 +216,7 @@ class Gateway:
             leg.prefill_is_over = True
         else:
             leg.decode_is_over = True
+        link.has_refused_drain = link.has_refused_drain or message.code == "draining"
         error = DuomoError(message.detail, code=message.code, phase=message.phase, retryable=message.retryable)
         other = leg.decode if link is leg.prefill else leg.prefill
         # What fails in the handoff is the fault of the side that does not report it.
@@ -324,15 +326,18 @@ class Gateway:
         self._pump_soon()
 
     def _may_begin_again(self, flight: Flight, group: Sequence[Choice], is_resume: bool, error: DuomoError) -> bool:
+        """Each attempt that ran counts against its limit; one that found no room never began, and is bounded by the deadline alone."""
         limits = self.config.gateway
+        num = 0 if error.code in _FOUND_NO_ROOM else 1
         if is_resume:
-            group[0].num_resumes += 1
+            group[0].num_resumes += num
             flight.milestones.num_resumes += 1
             self.metrics.resumes.labels(error.code).inc()
             return group[0].num_resumes <= limits.max_resumes
+        flight.num_failed += num
         flight.milestones.num_retries += 1
         self.metrics.retries.labels(error.code).inc()
-        return flight.milestones.num_retries <= limits.max_prefill_retries
+        return flight.num_failed <= limits.max_prefill_retries
 
     def _end_leg(self, leg: Leg, cancel_reason: str | None) -> None:
         if self._legs.get(leg.wire_id) is leg:

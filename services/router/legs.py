@@ -21,11 +21,14 @@ _WAVES_AHEAD = 8
 def need_of(pending: PendingLeg, config: DuomoConfig) -> Need:
     request = pending.flight.request
     num_emitted = len(pending.choices[0].emitted) if pending.is_resume else 0
+    new_tokens = request.sampling.max_tokens - num_emitted
+    # D protects a leg from this attempt on, and promises it everything it may ever need.
+    is_protected = pending.is_resume and pending.flight.next_attempt >= config.decode.max_preemptions
     return Need(
         num_tokens=len(request.prompt_ids) + num_emitted,
-        new_tokens=request.sampling.max_tokens - num_emitted,
+        new_tokens=new_tokens,
         num_choices=len(pending.choices),
-        ahead_tokens=config.decode.admit_ahead_tokens,
+        ahead_tokens=new_tokens if is_protected else config.decode.admit_ahead_tokens,
     )
 
 

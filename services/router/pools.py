@@ -64,11 +64,14 @@ class ReplicaLink:
         self.reserved_blocks = 0
         self.unlanded_blocks = 0
         self.num_choices = 0
+        self.has_refused_drain = False
 
     @property
     def is_usable(self) -> bool:
-        """Connected, reporting, and taking new requests."""
-        return not self.connection.closed and self.report is not None and not self.report.is_draining
+        """Connected, reporting, and taking new requests. A drain is not taken back: a refusal says it before the next report does."""
+        if self.connection.closed or self.report is None:
+            return False
+        return not self.report.is_draining and not self.has_refused_drain
 
 
 class PoolListener(Protocol):

@@ -261,6 +261,18 @@ def test_a_replica_that_redis_forgot_stays_and_a_draining_one_gets_nothing_new(t
     asyncio.run(scenario())
 
 
+def test_a_drain_refused_before_its_report_sends_the_request_elsewhere(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script(prefill_faults=deque(["draining"]))
+        async with stub_system(tmp_path, script, num_prefills=2, overrides={"gateway": {"max_prefill_retries": 0}}) as system:
+            answers = [await _chat(system) for _ in range(3)]
+            assert all(_texts(answer) == [system.story.text(0, 24)] for answer in answers)
+            counts = sorted(len(prefill.of_type(StartPrefill)) for prefill in system.pools.of_role("prefill"))
+            assert counts == [1, 3], "who drains is asked once, and that costs no retry"
+
+    asyncio.run(scenario())
+
+
 def test_requests_spread_over_both_pools(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(prefill_s=0.02, step_s=0.002), num_prefills=2, num_decodes=2) as system:
