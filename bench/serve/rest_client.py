@@ -1,0 +1,117 @@
+"""A light HTTP client for load: one connection a request, server-sent events as they come. Owns bytes and times; knows no service.
+
+General HTTP libraries cost more CPU an event than the gateway does; on two cores that would measure the client. Loopback only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass(slots=True)
+class StreamResult:
+    """What one streamed request brought: token ids by choice, text by choice, and when each event came (monotonic seconds)."""
+
+    status: int
+    body: bytes = b""
+    token_ids: dict[int, list[int]] = field(default_factory=dict)
+    text: dict[int, str] = field(default_factory=dict)
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    event_times_s: list[float] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+    usage: dict[str, Any] | None = None
+    is_done: bool = False
+    started_s: float = 0.0
+    request_id: str = ""
+
+    @property
+    def ttft_s(self) -> float:
+        return self.event_times_s[0] - self.started_s
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(ids) for ids in self.token_ids.values())
+
+
+def _take_event(result: StreamResult, payload: bytes) -> None:
+    if payload == b"[DONE]":
+        result.is_done = True
+        return
+    event = json.loads(payload)
+    if "error" in event:
+        result.error = event["error"]
+        return
+    result.request_id = event.get("id", result.request_id)
+    if event.get("usage"):
+        result.usage = event["usage"]
+    for choice in event.get("choices", ()):
+        idx = choice["index"]
+        piece = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content") or ""
+        result.text[idx] = result.text.get(idx, "") + piece
+        result.token_ids.setdefault(idx, []).extend(choice.get("token_ids") or ())
+        if choice.get("finish_reason"):
+            result.finish_reasons[idx] = choice["finish_reason"]
+        if choice.get("token_ids") or piece:
+            result.event_times_s.append(time.monotonic())
+
+
+async def _chunks(reader: asyncio.StreamReader, headers: dict[str, str]) -> Any:
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
+            yield await reader.readexactly(size)
+            await reader.readexactly(2)
+    elif "content-length" in headers:
+        yield await reader.readexactly(int(headers["content-length"]))
+    else:
+        while data := await reader.read(65536):
+            yield data
+
+
+async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    status = int((await reader.readline()).split()[1])
+    headers: dict[str, str] = {}
+    while (line := await reader.readline()) not in (b"\r\n", b""):
+        name, _, value = line.decode("latin-1").partition(":")
+        headers[name.strip().lower()] = value.strip()
+    return status, headers
+
+
+async def post(url: str, path: str, body: dict[str, Any], *, stop_after: int | None = None, timeout_s: float = 300.0) -> StreamResult:
+    """POST `body` to a loopback `url`; reads events if the answer streams, else the body. Closes the socket after `stop_after` tokens."""
+    parts = urlsplit(url)
+    assert parts.hostname in ("127.0.0.1", "localhost"), "load goes to this machine only"
+    raw = json.dumps(body).encode()
+    result = StreamResult(status=0, started_s=time.monotonic())
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        try:
+            head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\nConnection: close\r\n\r\n"
+            writer.write(head.encode() + raw)
+            result.status, headers = await _head(reader)
+            is_stream = headers.get("content-type", "").startswith("text/event-stream")
+            pending = b""
+            async for chunk in _chunks(reader, headers):
+                if not is_stream:
+                    result.body += chunk
+                    continue
+                *events, pending = (pending + chunk).split(b"\n\n")
+                for event in events:
+                    _take_event(result, event.removeprefix(b"data: ").strip())
+                if stop_after is not None and result.num_tokens >= stop_after:
+                    return result
+        finally:
+            writer.close()
+    return result
+
+
+def completion_body(prompt: list[int] | str, max_tokens: int, **extra: Any) -> dict[str, Any]:
+    """A greedy streamed completion that ignores EOS and reports token ids."""
+    return {
+        "model": "tiny-moe", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+        "ignore_eos": True, "stream": True, "return_token_ids": True,
+    } | extra  # fmt: skip

@@ -1,0 +1,150 @@
+"""Processes killed at named moments of a request. Owns the moments and what the client must see; the systems are conftest's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.reference.monolith import monolithic_tokens
+from bench.serve.rest_client import StreamResult, completion_body, post
+
+MODEL = Path(__file__).parents[2] / "models" / "tiny-moe"
+PROMPT = [10 + (37 * column) % 8000 for column in range(40)]
+GROUP_S = 0.8
+
+
+def _landed(system: Any) -> int:
+    return sum(report["counters"].get("messages_landed", 0) for report in system.reports("decode"))
+
+
+def _busy_prefill(system: Any) -> str:
+    """Which prefill replica holds the request's KV."""
+    return next(report["replica_id"] for report in system.reports("prefill") if report["num_free_blocks"] < report["num_blocks"])
+
+
+async def _until(fact: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    end_s = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(fact):
+        assert time.monotonic() < end_s, "the moment never came"
+        await asyncio.sleep(0.02)
+
+
+async def _between_groups(system: Any, kill: Callable[[], None]) -> StreamResult:
+    """Send one request; once group 1 has landed, and two groups before PrefillDone, kill."""
+    before = _landed(system)
+    request = asyncio.create_task(post(system.url, "/v1/completions", completion_body(PROMPT, 24), timeout_s=60))
+    await _until(lambda: _landed(system) - before >= 2)
+    assert _landed(system) - before < 4, "too late: PrefillDone may have been sent"
+    await asyncio.to_thread(kill)
+    return await request
+
+
+def test_prefill_killed_between_group_1_and_prefill_done_is_retried(replica_system: Any) -> None:
+    system = replica_system(num_prefill=2, num_decode=1, **{"delays.prefill_group_s": GROUP_S})
+    killed: list[str] = []
+
+    def kill() -> None:
+        killed.append(_busy_prefill(system))
+        system.kill(killed[0])
+
+    result = asyncio.run(_between_groups(system, kill))
+    assert result.is_done and result.error is None
+    assert result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 24)[0]
+    system.wait_for_pools(1, 1)
+    system.assert_quiet()
+    system.start("prefill", killed[0])
+    system.wait_for_pools(2, 1)
+
+
+def test_decode_killed_between_group_1_and_prefill_done_is_a_typed_error(replica_system: Any) -> None:
+    system = replica_system(num_prefill=1, num_decode=1, **{"delays.prefill_group_s": GROUP_S})
+    result = asyncio.run(_between_groups(system, lambda: system.kill("decode-0")))
+    _assert_typed_loss(result)
+    system.start("decode", "decode-0")
+    system.wait_for_pools(1, 1)
+    again = asyncio.run(post(system.url, "/v1/completions", completion_body(PROMPT, 8), timeout_s=60))
+    assert again.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 8)[0]
+    system.assert_quiet()
+
+
+def test_decode_killed_in_step_10_is_a_typed_error(replica_system: Any) -> None:
+    system = replica_system(num_prefill=1, num_decode=1, **{"delays.decode_step_s": 0.05})
+
+    async def run() -> StreamResult:
+        request = asyncio.create_task(post(system.url, "/v1/completions", completion_body(PROMPT, 400), timeout_s=60))
+        await _until(lambda: any(report["num_running"] for report in system.reports("decode")))
+        steps = system.reports("decode")[0]["num_steps"]
+        await _until(lambda: system.reports("decode")[0]["num_steps"] >= steps + 10)
+        system.kill("decode-0")
+        return await request
+
+    result = asyncio.run(run())
+    assert 10 <= result.num_tokens < 400
+    assert result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 400)[0][: result.num_tokens]
+    _assert_typed_loss(result)
+
+
+def _assert_typed_loss(result: StreamResult) -> None:
+    assert result.error is not None, (result.status, result.body, result.token_ids)
+    assert result.error["code"] == "replica_lost", result.error
+    assert result.error["message"] and result.error["type"]
+
+
+def test_stopped_decode_never_hangs_a_request(replica_system: Any) -> None:
+    """A D that is alive but silent is as good as dead: the client gets a typed error when its socket falls silent."""
+    system = replica_system(num_prefill=1, num_decode=1, **{"wire.silence_timeout_s": 3.0, "delays.decode_step_s": 0.05})
+
+    async def run() -> StreamResult:
+        request = asyncio.create_task(post(system.url, "/v1/completions", completion_body(PROMPT, 400), timeout_s=60))
+        await _until(lambda: any(report["num_running"] for report in system.reports("decode")))
+        system.kill("decode-0", signal.SIGSTOP)
+        return await request
+
+    _assert_typed_loss(asyncio.run(run()))
+
+
+def test_gateway_killed_frees_everything_within_a_second(replica_system: Any) -> None:
+    system = replica_system(num_prefill=1, num_decode=1, **{"delays.decode_step_s": 0.02})
+
+    async def run() -> None:
+        bodies = [completion_body(PROMPT[row:], 600) for row in range(4)]
+        requests = [asyncio.create_task(post(system.url, "/v1/completions", body, timeout_s=30)) for body in bodies]
+        await _until(lambda: any(report["num_running"] == 4 for report in system.reports("decode")))
+        system.kill("router-0")
+        for request in requests:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                await request
+        killed_s = time.monotonic()
+        await asyncio.sleep(max(0.0, killed_s + 1.0 - time.monotonic()))
+
+    asyncio.run(run())
+    system.start("router", "router-0")
+    system.wait_for_pools(1, 1)
+    report = system.reports("decode")[0]
+    assert report["num_running"] == 0 and report["counters"].get("cancelled", 0) >= 4
+    system.assert_quiet()
+
+
+@pytest.mark.slow
+def test_prefill_killed_under_ray_is_replaced(one_system: Any) -> None:
+    """Ray starts another process in its place; the request that it held answers."""
+    pid = one_system.pids("prefill")[0]
+
+    async def run() -> StreamResult:
+        request = asyncio.create_task(post(one_system.url, "/v1/completions", completion_body(PROMPT * 30, 24), timeout_s=90))
+        await _until(lambda: any(report["num_free_blocks"] < report["num_blocks"] for report in one_system.reports("prefill")))
+        one_system.kill_pid(pid)
+        return await request
+
+    result = asyncio.run(run())
+    assert result.is_done and result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT * 30], 24)[0]
+    one_system.wait_for_pools(1, 1)
+    assert one_system.pids("prefill") != [pid]
+    one_system.assert_quiet()

@@ -1,0 +1,60 @@
+"""What runs where: process ids, the transport's name, and a push in flight while the next group computes. Reads reports and spans only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from bench.serve.rest_client import StreamResult, completion_body, post
+
+NUM_GROUPS = 4
+
+
+def _spans(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in sorted(directory.glob("*.jsonl")) for line in file.read_text().splitlines()]
+
+
+def test_router_prefill_and_decode_are_processes_of_their_own(one_system: Any) -> None:
+    asyncio.run(post(one_system.url, "/v1/completions", completion_body([5, 6, 7], 4)))
+    pools = one_system.pool_report()
+    pids = [pools["gateway"]["pid"], *(one["report"]["pid"] for one in pools["replicas"])]
+    assert len(pids) == 3 and len(set(pids)) == 3 and os.getpid() not in pids
+    for one in pools["replicas"]:
+        assert one["report"]["transport"] == "nixl/UCX", one
+    for pid in pids:
+        assert b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes(), "each service runs in a Ray worker process"
+
+
+def test_a_group_is_pushed_while_the_next_computes(replica_system: Any) -> None:
+    """A slowed transport, a wave of three prompts behind a long one, four groups: push g overlaps compute g + 1 in the spans."""
+    system = replica_system(num_prefill=1, num_decode=1, **{"kv_transfer.max_bytes_per_s": 8e6})
+
+    async def run() -> list[StreamResult]:
+        long = asyncio.create_task(post(system.url, "/v1/completions", completion_body([9 + i % 7000 for i in range(1500)], 2)))
+        while not any(report["num_running"] for report in system.reports("prefill")):
+            await asyncio.sleep(0.02)
+        wave = [post(system.url, "/v1/completions", completion_body([20 + row + i % 6000 for i in range(600)], 2)) for row in range(3)]
+        return [*(await asyncio.gather(*wave)), await long]
+
+    assert all(result.is_done and result.error is None for result in asyncio.run(run()))
+    system.assert_quiet()
+    waves = defaultdict(list)
+    spans = _spans(system.trace_dir)
+    for span in spans:
+        if span["name"] == "prefill.compute":
+            waves[span["attributes"]["duomo.wave"]].append(span)
+    shared = [members for members in waves.values() if len(members) >= 3]
+    assert shared, f"no wave of three prompts: {[len(members) for members in waves.values()]}"
+    for member in shared[0]:
+        started = {e["attributes"]["duomo.group"]: e["at_ns"] for e in member["events"] if e["name"] == "group_started"}
+        computed = {e["attributes"]["duomo.group"]: e["at_ns"] for e in member["events"] if e["name"] == "group_computed"}
+        pushes = {s["attributes"]["duomo.group"]: s for s in spans if s["name"] == "kv.push" and s["parent_id"] == member["span_id"]}
+        assert sorted(pushes) == sorted(computed) == list(range(NUM_GROUPS))
+        for group in range(NUM_GROUPS - 1):
+            push = pushes[group]
+            assert push["start_ns"] < computed[group + 1] and started[group + 1] < push["end_ns"], (group, push, started, computed)

@@ -1,0 +1,103 @@
+"""Streams as client apps use them: the openai client, many at once, cancelled, more than fit. Owns the traffic, not the systems."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from bench.reference.monolith import monolithic_tokens
+from bench.serve.rest_client import StreamResult, completion_body, post
+
+MODEL = Path(__file__).parents[2] / "models" / "tiny-moe"
+
+
+def _prompt(row: int, length: int = 12) -> list[int]:
+    return [10 + (131 * row + 17 * column) % 8000 for column in range(length)]
+
+
+def test_the_openai_client_streams_a_chat(one_system: Any) -> None:
+    client = openai.OpenAI(base_url=f"{one_system.url}/v1", api_key="none")
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny-moe",
+            messages=[{"role": "user", "content": "Tell me about a red ball."}],
+            max_tokens=32,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    whole = client.chat.completions.create(
+        model="tiny-moe", messages=[{"role": "user", "content": "Tell me about a red ball."}], max_tokens=32, temperature=0
+    )
+    assert text and text == whole.choices[0].message.content
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    one_system.assert_quiet()
+
+
+def test_thirty_two_streams_of_128_tokens_finish(one_system: Any) -> None:
+    async def run() -> list[StreamResult]:
+        return list(
+            await asyncio.gather(*(post(one_system.url, "/v1/completions", completion_body(_prompt(row), 128)) for row in range(32)))
+        )
+
+    results = asyncio.run(run())
+    assert all(result.is_done and result.error is None for result in results)
+    expected = monolithic_tokens(MODEL, [tuple(_prompt(row)) for row in range(32)], 128)
+    assert [result.token_ids[0] for result in results] == expected
+    one_system.assert_quiet()
+
+
+def test_half_of_a_hundred_streams_cancelled(one_system: Any) -> None:
+    async def one(row: int) -> StreamResult:
+        return await post(one_system.url, "/v1/completions", completion_body(_prompt(row), 64), stop_after=20 if row % 2 else None)
+
+    async def run() -> list[StreamResult]:
+        return list(await asyncio.gather(*(one(row) for row in range(100))))
+
+    results = asyncio.run(run())
+    kept = [result for row, result in enumerate(results) if not row % 2]
+    assert all(result.is_done and result.num_tokens == 64 for result in kept)
+    assert all(not result.is_done for row, result in enumerate(results) if row % 2)
+    one_system.assert_quiet(within_s=1.0)
+
+
+def test_sixty_four_requests_on_a_pool_for_sixteen(small_pool_system: Any) -> None:
+    prompts = [_prompt(row, 20) for row in range(64)]
+
+    async def run() -> list[StreamResult]:
+        bodies = [completion_body(prompt, 60, stream=False) for prompt in prompts]
+        return list(await asyncio.gather(*(post(small_pool_system.url, "/v1/completions", body) for body in bodies)))
+
+    results = asyncio.run(run())
+    assert [result.status for result in results] == [200] * 64
+    tokens = [json.loads(result.body)["choices"][0]["token_ids"] for result in results]
+    assert tokens == monolithic_tokens(MODEL, [tuple(prompt) for prompt in prompts], 60)
+    small_pool_system.assert_quiet()
+
+
+def test_scaling_decode_down_under_live_streams(scaled_system: Any) -> None:
+    """Decode 2 -> 1 while 20 streams run: all complete, and the pool really has one replica afterwards."""
+
+    async def run() -> list[StreamResult]:
+        streams = [asyncio.create_task(post(scaled_system.url, "/v1/completions", completion_body(_prompt(row), 200))) for row in range(20)]
+        await asyncio.sleep(1.0)
+        running = [report["num_running"] for report in scaled_system.reports("decode")]
+        assert len(running) == 2 and all(running), f"both decode replicas must be at work before scaling: {running}"
+        await asyncio.to_thread(scaled_system.scale, "decode", 1)
+        return list(await asyncio.gather(*streams))
+
+    results = asyncio.run(run())
+    assert all(result.is_done and result.error is None and result.num_tokens == 200 for result in results)
+    assert [result.token_ids[0] for result in results] == monolithic_tokens(MODEL, [tuple(_prompt(row)) for row in range(20)], 200)
+    deadline = time.monotonic() + 30
+    while len(scaled_system.reports("decode")) != 1 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(scaled_system.reports("decode")) == 1
+    scaled_system.assert_quiet()
