@@ -41,6 +41,7 @@ from services.prefill.waves import WaveLoop
 from services.prefill.worker import PrefillWorker, WaveOutput
 
 LEASE_S = 10.0  # after the last push: D lands, verifies or pulls within this, or the handoff has failed
+ENDED_LEASE_S = 1.0  # where every choice ended here, D needs no KV: what it has not released by then nobody misses
 
 
 class LegBook:
@@ -69,7 +70,7 @@ class LegBook:
             num_blocks=section.num_blocks,
             grant_timeout_s=section.grant_timeout_s,
         )
-        self.waves = WaveLoop(worker, limits, progress, lambda: self.blocks.num_available, self)
+        self.waves = WaveLoop(worker, limits, progress, lambda: self.blocks.num_available, self, card.config.delays.prefill_queue_s)
         self._worker = worker
         self._tracing = tracing
         self._progress = progress
@@ -304,19 +305,26 @@ class LegBook:
         self.fail(leg, DeadlineError("the request's deadline passed on the prefill replica", phase=phase))
 
     def _lease_ended(self, leg: Leg) -> None:
+        if leg.has_only_ended_choices:
+            self._finish(leg)
+            return
         self.fail(leg, TransferError(f"not all KV was released within {LEASE_S:g} s of its last write", code="transfer_timeout"))
 
     def _moved(self, leg: Leg) -> None:
         """The leg's handoff or wave changed: finish it, or give back what it held, if that can be done now."""
         handoff = leg.handoff
         if not leg.is_over and leg.stage is Stage.HANDING_OFF and not leg.is_in_wave and handoff is not None and handoff.num_in_flight == 0:
-            if not handoff.unlanded or leg.has_only_ended_choices:
-                leg.is_finished = True
-                self._end(leg, "finished")
+            if not handoff.unlanded:
+                self._finish(leg)
                 return
             if leg.lease_timer is None:
-                leg.lease_timer = asyncio.get_running_loop().call_later(LEASE_S, self._lease_ended, leg)
+                lease_s = ENDED_LEASE_S if leg.has_only_ended_choices else LEASE_S
+                leg.lease_timer = asyncio.get_running_loop().call_later(lease_s, self._lease_ended, leg)
         self._release(leg)
+
+    def _finish(self, leg: Leg) -> None:
+        leg.is_finished = True
+        self._end(leg, "finished")
 
     def _end(self, leg: Leg, how: str) -> None:
         """The leg is over: out of the queue, its handoff closed, then released."""

@@ -165,23 +165,25 @@ class PrefillService:
 
 async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
     """One prefill replica from its model folder to its end: load, warm, register, serve until `stop`, drain, unregister."""
+    if not config.redis.url:
+        raise ConfigError("redis.url (DUOMO_REDIS_URL) is empty: a replica that runs by itself must be told where its directory is")
+    if config.kv_transfer.transport != "nixl":
+        raise ConfigError("kv_transfer.transport is 'loopback', which works within one process only; a replica needs 'nixl'")
     model = await asyncio.to_thread(load_model, config.model.path)
     card = ReplicaCard.of(config, "prefill", replica_id, model.config.fingerprint)
-    worker = PrefillWorker(model, WorkerSizes.of(config))
-    if config.kv_transfer.transport != "nixl":
-        raise ConfigError("kv_transfer.transport is loopback, which joins services of one process only: a replica process needs nixl")
+    worker = PrefillWorker(model, WorkerSizes.of(config), config.delays)
     transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer)
     agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=config.prefill.send_slots)
     tracing = configure_tracing(config.tracing, "duomo-prefill", "prefill", replica_id)
-    directory = Directory(config.redis.url, config.redis.lease_s) if config.redis.url else None
+    directory = Directory(config.redis.url, config.redis.lease_s)
     service = PrefillService(card, worker, agent, tracing, directory)
     tasks: list[asyncio.Future[None]] = []
     try:
         await service.start()
         log.info("prefill replica %s serves at %s over %s", replica_id, service.membership.identity.address, agent.transport_name)
-        tasks = [asyncio.ensure_future(service.membership.serve(stop)), asyncio.ensure_future(service.ended())]
-        if directory is not None:
-            tasks.append(asyncio.ensure_future(_connect_ahead(service, directory)))
+        tasks = [
+            asyncio.ensure_future(work) for work in (service.membership.serve(stop), service.ended(), _connect_ahead(service, directory))
+        ]
         await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
         for task in tasks[:2]:
             if task.done():
@@ -192,9 +194,8 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
         await asyncio.gather(*tasks, return_exceptions=True)
         await service.stop()
         await asyncio.to_thread(agent.close)
-        tracing.shutdown()
-        if directory is not None:
-            await directory.close()
+        await asyncio.to_thread(tracing.shutdown)
+        await directory.close()
 
 
 async def _connect_ahead(service: PrefillService, directory: Directory) -> None:

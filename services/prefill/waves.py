@@ -65,11 +65,17 @@ class WaveLoop:
     """Drives the waves of one replica.
 
     waiting: legs that are not in a wave, by key; the service adds and removes them and calls wake(). num_free_blocks: how many blocks
-    could be allocated now.
+    could be allocated now. delay_s: slept before a wave's first group (config.DelaySection).
     """
 
     def __init__(
-        self, worker: PrefillWorker, limits: Limits, progress: Progress, num_free_blocks: Callable[[], int], events: WaveEvents
+        self,
+        worker: PrefillWorker,
+        limits: Limits,
+        progress: Progress,
+        num_free_blocks: Callable[[], int],
+        events: WaveEvents,
+        delay_s: float = 0.0,
     ) -> None:
         self.waiting: dict[Key, Leg] = {}
         self.num_groups_run = 0
@@ -79,6 +85,7 @@ class WaveLoop:
         self._progress = progress
         self._num_free_blocks = num_free_blocks
         self._events = events
+        self._delay_s = delay_s
         self._waves: dict[int, Wave] = {}
         self._running: RunningGroup | None = None
         self._woken = asyncio.Event()
@@ -103,6 +110,8 @@ class WaveLoop:
             if self._running is not None and self._running.done.done():
                 self._apply_group()
             decision = plan(self._snapshot(), time.monotonic())
+            if self._delay_s and isinstance(decision.run, NewWave):
+                await asyncio.sleep(self._delay_s)
             self._apply(decision)
             if decision.run is None or self._running is not None:
                 await self._wait(decision.wake_s)
@@ -140,7 +149,9 @@ class WaveLoop:
 
     def _apply(self, decision: Plan) -> None:
         for failure in decision.failures:
-            self._events.fail(self.waiting[failure.key], _error(failure))
+            late = self.waiting.get(failure.key)
+            if late is not None:
+                self._events.fail(late, _error(failure))
         if isinstance(decision.run, NewWave):
             self._form(decision.run.keys)
         elif isinstance(decision.run, NextGroup):
@@ -153,7 +164,9 @@ class WaveLoop:
     def _form(self, keys: Sequence[Key]) -> None:
         legs = []
         for key in keys:
-            leg = self.waiting[key]
+            leg = self.waiting.get(key)
+            if leg is None:
+                continue  # cancelled meanwhile
             if not self._events.allocate(leg):
                 break
             del self.waiting[key]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from duomo.config import DuomoConfig
+from duomo.config import DelaySection, DuomoConfig
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.runner import BoundaryState, ModelRunner
@@ -83,9 +83,11 @@ def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int
 
 
 class PrefillWorker:
-    """One rank."""
+    """One rank. delays: slept on purpose, for tests (config.DelaySection)."""
 
-    def __init__(self, model: Model, sizes: WorkerSizes) -> None:
+    def __init__(self, model: Model, sizes: WorkerSizes, delays: DelaySection | None = None) -> None:
+        self._group_delay_s = delays.prefill_group_s if delays is not None else 0.0
+        self._message_delay_s = delays.kv_handoff_s if delays is not None else 0.0
         self.config = model.config
         self.sizes = sizes
         self.cache = KvCache(kv_spec(model.config, sizes.block_tokens), sizes.num_blocks)
@@ -125,6 +127,8 @@ class PrefillWorker:
 
     def run_group(self, computation: Computation, group: int) -> None:
         """Compute the layers of one group for the whole wave; their KV is in the cache afterwards."""
+        if self._group_delay_s:
+            time.sleep(self._group_delay_s)
         computation.state = self._runner.run_layers(self.group_bounds[group], self.group_bounds[group + 1], computation.state)
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
@@ -149,5 +153,7 @@ class PrefillWorker:
 
     def pack(self, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
         """A message's bytes, from the blocks of a prompt's whole table. In the writer thread."""
+        if self._message_delay_s:
+            time.sleep(self._message_delay_s)
         num_bytes = self.cache.pack(span.layers, blocks[span.block_lo : span.block_hi], out)
         assert num_bytes == span.num_bytes, (num_bytes, span)
