@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ VOCAB = 63
 
 
 def row(
-    *, choice: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), ends: tuple[int, ...] = (), **knobs: object
+    *, choice: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), ends: tuple[int, ...] = (), **knobs: Any
 ) -> RowSampling:
-    sampling = Sampling(max_tokens=99, **knobs)  # type: ignore[arg-type]  # knobs by name
+    sampling = Sampling(max_tokens=99, **knobs)
     return RowSampling(sampling=sampling, choice=choice, prompt_ids=prompt, output_ids=output, ending_ids=ends)
 
 
@@ -24,7 +25,7 @@ def draw(logits: torch.Tensor, one: RowSampling) -> int:
     return Sampler().sample(logits[None], [one])[0].token_id
 
 
-def drawn(logits: torch.Tensor, num: int = 400, **knobs: object) -> Counter[int]:
+def drawn(logits: torch.Tensor, num: int = 400, **knobs: Any) -> Counter[int]:
     rows = [row(seed=seed, **knobs) for seed in range(num)]
     return Counter(token.token_id for token in Sampler().sample(logits.expand(num, -1), rows))
 
@@ -83,10 +84,10 @@ def test_penalties_are_those_of_vllm() -> None:
 def test_min_tokens_masks_the_endings() -> None:
     logits = torch.zeros(VOCAB)
     logits[[2, 11]] = torch.tensor([9.0, 5.0])
-    masked = {"temperature": 0.0, "min_tokens": 2, "ends": (2,)}
-    assert draw(logits, row(**masked)) == 11  # type: ignore[arg-type]  # knobs by name
-    assert draw(logits, row(output=(11,), **masked)) == 11  # type: ignore[arg-type]
-    assert draw(logits, row(output=(11, 11), **masked)) == 2  # type: ignore[arg-type]
+    masked: dict[str, Any] = {"temperature": 0.0, "min_tokens": 2, "ends": (2,)}
+    assert draw(logits, row(**masked)) == 11
+    assert draw(logits, row(output=(11,), **masked)) == 11
+    assert draw(logits, row(output=(11, 11), **masked)) == 2
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
