@@ -361,7 +361,7 @@ def test_a_cancel_at_any_stage_gives_everything_back_and_harms_no_other(tmp_path
             decode.is_draining = stage != "handing_off"
             fillers = {"queued": ("f0", "f1"), "granted": ("f0",)}.get(stage, ())
             for name in fillers:
-                gateway.start(name, ids(300, seed=9), decode.address)
+                gateway.start(name, ids(30 if stage == "queued" else 300, seed=9), decode.address)
             if stage == "queued":
                 await decode.inbox.until(lambda: len(decode.inbox.of(WaveAnnounced)) == 2)
             gateway.start("gone", ids(290), decode.address)
