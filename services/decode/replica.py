@@ -56,6 +56,7 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaP
             block_tokens=config.model.block_tokens,
             torch_threads=section.torch_threads,
             agent=agent,
+            step_delay_s=config.delays.decode_step_s,
         )
         log.info("decode: %d blocks of %d tokens, transport %s", section.num_blocks, config.model.block_tokens, agent.transport_name)
         yield ReplicaParts(card=card, worker=worker, agent=agent, tracing=spans, directory=directory)

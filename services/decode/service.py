@@ -187,8 +187,8 @@ class DecodeService:
     # StepHost
 
     def before_step(self, now_s: float) -> None:
-        ready, self._ready[:] = list(self._ready), []
-        for leg in ready:
+        for leg in [leg for leg in self._ready if now_s >= leg.times.ready_s() + self.card.config.delays.decode_admit_s]:
+            self._ready.remove(leg)
             record_handoff(self._tracing, leg)
             self.counters["landed_bytes"] += leg.landed_bytes
             self._batch.join(leg)
@@ -197,7 +197,7 @@ class DecodeService:
             self._handoffs.pump(now_s)
 
     def is_landing(self) -> bool:
-        return self._handoffs.num_landing > 0
+        return self._handoffs.num_landing > 0 or bool(self._ready)
 
     def landed(self, messages: tuple[LandedMessage, ...], now_s: float) -> None:
         for message in messages:

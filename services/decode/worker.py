@@ -68,15 +68,25 @@ class StepOutput:
 
 
 class DecodeWorker:
-    """One rank. The agent is its creator's to close."""
+    """One rank. The agent is its creator's to close. step_delay_s: slept in each step on purpose, for tests (config.DelaySection)."""
 
-    def __init__(self, model: Model, *, num_blocks: int, block_tokens: int, torch_threads: int, agent: TransferAgent) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        torch_threads: int,
+        agent: TransferAgent,
+        step_delay_s: float = 0.0,
+    ) -> None:
         self.config = model.config
         self.cache = KvCache(kv_spec(model.config, block_tokens), num_blocks)
         self.runner = ModelRunner(model, self.cache)
         self._sampler = Sampler()
         self._agent = agent
         self._torch_threads = torch_threads
+        self._step_delay_s = step_delay_s
         self._tables: dict[int, Sequence[int]] = {}
 
     @property
@@ -135,6 +145,8 @@ class DecodeWorker:
             self.cache.copy_block(source, target)
         if not step.rows:
             return StepOutput(landed=landed, tokens=[], routed_RE=np.empty((0, 0), np.int16), started_s=started_s, ended_s=started_s)
+        if self._step_delay_s:
+            time.sleep(self._step_delay_s)
         slices = tuple(PromptSlice(token_ids=(row.token_id,), start=row.position, block_table=row.table) for row in step.rows)
         state, logits_RV = self.runner.run(StepBatch(slices=slices))
         tokens = self._sampler.sample(logits_RV, [row.sampling for row in step.rows])

@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from duomo.config import DuomoConfig
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.blocks import BlockManager
@@ -63,6 +65,7 @@ GROUP_BOUNDS = (0, 2, 4, 6, 8)
 
 @functools.cache
 def model() -> Model:
+    torch.set_num_threads(1)  # two threads that spin for each other stand still on a busy machine
     return load_model(MODEL_DIR)
 
 
@@ -71,6 +74,7 @@ def ids(num_tokens: int, seed: int = 1) -> tuple[int, ...]:
     return tuple((seed * 7919 + place * 31 + place * place) % 8000 + 10 for place in range(num_tokens))
 
 
+@functools.cache
 def expected(prompt_ids: tuple[int, ...], sampling: Sampling = GREEDY, choice: int = 0) -> list[int]:
     """What the monolith generates."""
     request = GenerateRequest(prompt_ids=prompt_ids, sampling=sampling, choice=choice)

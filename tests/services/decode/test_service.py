@@ -221,7 +221,7 @@ def test_kv_that_never_comes_is_a_typed_failure(tmp_path: Path) -> None:
 def test_the_death_of_prefill_fails_what_has_not_landed_and_nothing_else(tmp_path: Path) -> None:
     async def go() -> None:
         async with running(configuration(tmp_path)) as rig:
-            long = Prompt("long", 0, ids(20), replace_max(GREEDY, 300))
+            long = Prompt("long", 0, ids(20), replace_max(GREEDY, 120))
             rig.gateway.start(long, rig.prefill)
             await rig.prefill.prefill(long)
             half = Prompt("half", 0, ids(40), GREEDY)
