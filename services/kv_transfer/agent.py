@@ -105,6 +105,10 @@ class TransferAgent:
         """Quarantine the slots of a live handle. An offer returned must be posted to the handle's producer before any further handle."""
         return self._landing.abort(handle_id)
 
+    def replace_stuck_rings(self) -> list[tuple[str, RingOffered]]:
+        """Offers to post, by producer boot id, for rings whose quarantine does not end. Call every second or so; may take 0.3 s each."""
+        return self._landing.replace_stuck_rings()
+
     def fence(self, handle_id: int) -> None:
         """TransferFenced came."""
         self._landing.fence(handle_id)

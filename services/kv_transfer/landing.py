@@ -9,15 +9,15 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from duomo.errors import TransferError
 from duomo.wire.messages import Handle, RingOffered
 from services.kv_transfer import layout, lifetime, policy
-from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.lifetime import SlotPhase
 from services.kv_transfer.memory import Region
+from services.kv_transfer.ring import Awaited, RingMemory
 from services.kv_transfer.transport import Transport
 
 _IDLE_DRAIN_S = 0.1
@@ -36,77 +36,6 @@ class Landed:
     error: TransferError | None
 
 
-@dataclass(slots=True, eq=False)
-class _Awaited:
-    """A message that may land now; `start` is how its trailer begins."""
-
-    handle_id: int
-    span: MessageSpan
-    start: bytes
-    payload: memoryview
-    trailer: memoryview
-    announced_s: float | None = None
-    look: policy.Look | None = None
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.handle_id, self.span.message_idx
-
-    def has_trailer(self) -> bool:
-        return self.trailer[: len(self.start)] == self.start
-
-    def is_due(self, now_s: float) -> bool:
-        """Whether something may lie there, and it is time to look (again)."""
-        if self.look is not None and now_s < self.look.next_s:
-            return False
-        return self.announced_s is not None or self.has_trailer()
-
-    def is_right(self) -> bool:
-        """Whether the message lies there whole."""
-        if not self.has_trailer():
-            return False
-        digest = message_hash(self.payload, self.handle_id, self.span.group, self.span.message_idx)
-        return digest == layout.read_hash(self.trailer)
-
-
-@dataclass(slots=True, eq=False)
-class _RingMemory:
-    """A ring's memory, its agent, its state."""
-
-    producer_boot_id: str
-    region: Region
-    transport: Transport
-    offer: RingOffered
-    state: lifetime.Ring
-    spans: dict[int, tuple[MessageSpan, ...]] = field(default_factory=dict)
-    awaited: dict[tuple[int, int], _Awaited] = field(default_factory=dict)
-
-    def apply(self, event: lifetime.RingEvent) -> tuple[lifetime.RingEffect, ...]:
-        self.state, effects = lifetime.step(self.state, event)
-        return effects
-
-    def await_turns(self, handle_id: int) -> None:
-        """Look for every message of the handle whose turn has come."""
-        handle = self.state.handles[handle_id]
-        for message_idx in handle.awaited():
-            if (handle_id, message_idx) not in self.awaited:
-                span = self.spans[handle_id][message_idx]
-                base = layout.slot_of(handle.slots, message_idx) * layout.slot_stride(self.offer.slot_bytes)
-                self.awaited[handle_id, message_idx] = _Awaited(
-                    handle_id,
-                    span,
-                    layout.trailer_start(handle_id, span),
-                    self.region.slice(base, span.num_bytes),
-                    self.region.slice(base + layout.trailer_offset(span.num_bytes), layout.TRAILER_BYTES),
-                )
-
-    def drop(self, handle_id: int) -> None:
-        """Forget what was expected of the handle."""
-        self.spans.pop(handle_id, None)
-        for key in [key for key in self.awaited if key[0] == handle_id]:
-            del self.awaited[key]
-
-
 class LandingRings:
     """The rings of one consumer process, for all its producers."""
 
@@ -115,8 +44,8 @@ class LandingRings:
         self._slot_bytes = slot_bytes
         self._now_s = now_s
         self._lock = threading.RLock()
-        self._current: dict[str, _RingMemory] = {}
-        self._retired: list[_RingMemory] = []
+        self._current: dict[str, RingMemory] = {}
+        self._retired: list[RingMemory] = []
         self._num_agents = 0
         self._drained_s = 0.0
         self.counters: Counter[str] = Counter()
@@ -127,11 +56,8 @@ class LandingRings:
             ring = self._current.get(producer_boot_id)
             if ring is not None and ring.state.is_empty and not ring.state.handles and ring.offer.num_slots == num_slots:
                 return ring.offer
-            if ring is None and not self._retired_of(producer_boot_id):
-                return self._new_ring(producer_boot_id, num_slots, self._transport).offer
-            if ring is not None:
-                self._give_up(ring)
-            return self._new_ring(producer_boot_id, num_slots, self._fresh_agent()).offer
+            is_first = ring is None and not self._retired_of(producer_boot_id)
+        return self._replace(producer_boot_id, num_slots, None if is_first else self._next_agent_name())
 
     def ring_name(self, producer_boot_id: str) -> str:
         """The name that a handle for this producer carries now."""
@@ -220,13 +146,23 @@ class LandingRings:
                 return None
             ring.apply(lifetime.Abort(handle_id))
             ring.drop(handle_id)
-            num_slots = ring.offer.num_slots
-            if ring.state.is_retired or not policy.must_replace_ring(ring.state.count(SlotPhase.QUARANTINED), num_slots):
-                return None
-            ring.apply(lifetime.Retire())
-            self._retired.append(self._current.pop(ring.producer_boot_id))
-            self.counters["rings_replaced"] += 1
-            return self._new_ring(ring.producer_boot_id, num_slots, self._fresh_agent()).offer
+            ring.note_crowding(self._now_s())
+            self._drop_if_empty(ring)
+        return next((offer for producer, offer in self.replace_stuck_rings() if producer == ring.producer_boot_id), None)
+
+    def replace_stuck_rings(self) -> list[tuple[str, RingOffered]]:
+        """Replace every ring that has been crowded with quarantined slots too long; (producer boot id, offer to post) of each."""
+        with self._lock:
+            now_s = self._now_s()
+            stuck = [ring for ring in self._current.values() if policy.must_replace_ring(ring.crowded_since_s, now_s)]
+            chosen = [ring for ring in stuck if policy.may_open_ring(len(self._retired_of(ring.producer_boot_id)))]
+            for ring in chosen:
+                ring.apply(lifetime.Retire())
+                self._retired.append(self._current.pop(ring.producer_boot_id))
+                self.counters["rings_replaced"] += 1
+        return [
+            (ring.producer_boot_id, self._replace(ring.producer_boot_id, ring.offer.num_slots, self._next_agent_name())) for ring in chosen
+        ]
 
     def fence(self, handle_id: int) -> None:
         """TransferFenced came: the handle's writer is done with it."""
@@ -234,6 +170,7 @@ class LandingRings:
             ring = self._ring_of(handle_id)
             if ring is not None:
                 ring.apply(lifetime.Fence(handle_id))
+                ring.note_crowding(self._now_s())
                 self._drop_if_empty(ring)
 
     def peer_lost(self, producer_boot_id: str) -> None:
@@ -282,7 +219,7 @@ class LandingRings:
             for producer_boot_id in {ring.producer_boot_id for ring in self._rings()}:
                 self.peer_dead(producer_boot_id)
 
-    def _apply_look(self, ring: _RingMemory, awaited: _Awaited, is_right: bool, now_s: float, landed: list[Landed]) -> None:
+    def _apply_look(self, ring: RingMemory, awaited: Awaited, is_right: bool, now_s: float, landed: list[Landed]) -> None:
         handle_id, span = awaited.handle_id, awaited.span
         if is_right:
             del ring.awaited[awaited.key]
@@ -319,7 +256,9 @@ class LandingRings:
         elif awaited.announced_s is None:
             awaited.announced_s, awaited.look = now_s, None
 
-    def _new_ring(self, producer_boot_id: str, num_slots: int, transport: Transport) -> _RingMemory:
+    def _replace(self, producer_boot_id: str, num_slots: int, agent_name: str | None) -> RingOffered:
+        """A new ring, in the memory of our own agent or of a new one. Making it takes up to 0.3 s with NIXL, so it holds no lock."""
+        transport = self._transport if agent_name is None else self._transport.sibling(agent_name)
         region = Region(num_slots * layout.slot_stride(self._slot_bytes))
         transport.register(region)
         offer = RingOffered(
@@ -329,15 +268,19 @@ class LandingRings:
             slot_bytes=self._slot_bytes,
             num_slots=num_slots,
         )
-        ring = _RingMemory(producer_boot_id, region, transport, offer, lifetime.new_ring(num_slots))
-        self._current[producer_boot_id] = ring
-        return ring
+        with self._lock:
+            was = self._current.get(producer_boot_id)
+            if was is not None:
+                self._give_up(was)
+            self._current[producer_boot_id] = RingMemory(producer_boot_id, region, transport, offer, lifetime.new_ring(num_slots))
+        return offer
 
-    def _fresh_agent(self) -> Transport:
-        self._num_agents += 1
-        return self._transport.sibling(f"{self._transport.name}.{self._num_agents}")
+    def _next_agent_name(self) -> str:
+        with self._lock:
+            self._num_agents += 1
+            return f"{self._transport.name}.{self._num_agents}"
 
-    def _give_up(self, ring: _RingMemory) -> None:
+    def _give_up(self, ring: RingMemory) -> None:
         for handle_id in list(ring.state.handles):
             ring.apply(lifetime.Abort(handle_id))
             ring.drop(handle_id)
@@ -346,29 +289,29 @@ class LandingRings:
         self._retired.append(self._current.pop(ring.producer_boot_id))
         self._drop_if_empty(ring)
 
-    def _drop_if_empty(self, ring: _RingMemory) -> None:
+    def _drop_if_empty(self, ring: RingMemory) -> None:
         if ring.state.is_retired and ring.state.is_empty and ring in self._retired:
             self._retired.remove(ring)
             self._free(ring)
 
-    def _free(self, ring: _RingMemory) -> None:
+    def _free(self, ring: RingMemory) -> None:
         ring.awaited.clear()
         ring.spans.clear()
         ring.transport.deregister(ring.region)
         if ring.transport is not self._transport:
             ring.transport.close()
 
-    def _retired_of(self, producer_boot_id: str) -> list[_RingMemory]:
+    def _retired_of(self, producer_boot_id: str) -> list[RingMemory]:
         return [ring for ring in self._retired if ring.producer_boot_id == producer_boot_id]
 
-    def _rings(self) -> Iterator[_RingMemory]:
+    def _rings(self) -> Iterator[RingMemory]:
         yield from self._current.values()
         yield from self._retired
 
-    def _ring_of(self, handle_id: int) -> _RingMemory | None:
+    def _ring_of(self, handle_id: int) -> RingMemory | None:
         return next((ring for ring in self._rings() if handle_id in ring.state.handles), None)
 
-    def _find(self, handle: Handle) -> _RingMemory:
+    def _find(self, handle: Handle) -> RingMemory:
         for ring in self._rings():
             if ring.producer_boot_id == handle.producer_boot_id and ring.offer.ring_name == handle.ring_name:
                 return ring

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # A ring whose writer is stopped keeps its memory until the writer is known dead; more of them than this and the peer gets no grants.
 MAX_RETIRED_RINGS = 4
+# A fence follows an abort within milliseconds while the writer lives; only slots that wait longer than this make a ring stuck.
+RING_PATIENCE_S = 2.0
 # A message that was announced but does not verify is looked at again, at doubling intervals, for this long, before it counts as corrupt:
 # a notification may overtake the bytes it speaks of.
 CORRUPT_AFTER_S = 0.05
@@ -36,9 +38,14 @@ def slots_to_grant(num_free: int, want_slots: int, num_slots: int) -> int:
     return min(want_slots, num_free, max(1, num_slots // 2))
 
 
-def must_replace_ring(num_quarantined: int, num_slots: int) -> bool:
-    """Whether more than a quarter of the ring waits for a writer that does not answer."""
+def is_crowded(num_quarantined: int, num_slots: int) -> bool:
+    """Whether more than a quarter of the ring is in quarantine."""
     return num_quarantined * 4 > num_slots
+
+
+def must_replace_ring(crowded_since_s: float | None, now_s: float) -> bool:
+    """Whether a ring has been crowded with quarantined slots for so long that its writer does not answer."""
+    return crowded_since_s is not None and now_s - crowded_since_s >= RING_PATIENCE_S
 
 
 def may_open_ring(num_retired: int) -> bool:

@@ -34,10 +34,11 @@ class Pair:
     num_slots: int = 8
     section: TransferSection = field(default_factory=lambda: TransferSection(slot_bytes=SLOT_BYTES, write_timeout_s=0.3))
     producer_boot_id: str = "p-boot"
+    ahead_s: float = 0.0  # how far the consumer's clock is ahead of the real one
 
     def __post_init__(self) -> None:
         self.hub = LoopbackHub(self.faults)
-        self.consumer = TransferAgent("d-boot", self.hub.agent("kv-d"), self.section)
+        self.consumer = TransferAgent("d-boot", self.hub.agent("kv-d"), self.section, now_s=lambda: time.monotonic() + self.ahead_s)
         self.start_producer(self.producer_boot_id)
 
     def start_producer(self, boot_id: str) -> None:

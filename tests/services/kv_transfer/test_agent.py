@@ -147,8 +147,10 @@ def test_a_ring_with_many_slots_in_quarantine_is_replaced_and_used_again(pair_of
     pushed = pair.push(stuck, spans)
     with pytest.raises(TransferError, match="write_timeout"):
         pushed[0].result(2)
-    offer = pair.consumer.abort(stuck.handle_id)
-    assert offer is not None and offer.ring_name == "kv-d.1"
+    assert pair.consumer.abort(stuck.handle_id) is None and pair.consumer.replace_stuck_rings() == [], "a fence may be on its way"
+    pair.ahead_s += 2.0
+    ((producer, offer),) = pair.consumer.replace_stuck_rings()
+    assert producer == "p-boot" and offer.ring_name == "kv-d.1" and pair.consumer.replace_stuck_rings() == []
     pair.producer.attach_ring("d-boot", offer)
     fence = pair.producer.cancel(stuck.handle_id)
     handle, fresh = pair.offer(10)
@@ -163,12 +165,35 @@ def test_a_ring_with_many_slots_in_quarantine_is_replaced_and_used_again(pair_of
     pair.assert_idle()
 
 
+def test_an_abort_in_a_ring_that_is_stuck_already_replaces_it(pair_of: MakePair) -> None:
+    pair = pair_of(num_slots=8)
+    (stuck, _), (next_one, _) = pair.offer(20, want_slots=3), pair.offer(3, want_slots=1)
+    pair.consumer.abort(stuck.handle_id)
+    pair.ahead_s += 2.0
+    offer = pair.consumer.abort(next_one.handle_id)
+    assert offer is not None and offer.ring_name == pair.consumer.ring_name("p-boot") == "kv-d.1"
+
+
+def test_a_fence_in_time_keeps_the_ring(pair_of: MakePair) -> None:
+    pair = pair_of(num_slots=8)
+    for _ in range(3):
+        handle, spans = pair.offer(20, want_slots=4)
+        pair.push(handle, spans)
+        pair.consumer.abort(handle.handle_id)
+        pair.producer.cancel(handle.handle_id).result(1)
+        pair.consumer.fence(handle.handle_id)
+        pair.ahead_s += 2.0
+        assert pair.consumer.replace_stuck_rings() == []
+    pair.assert_idle()
+
+
 def test_a_peer_that_keeps_rings_in_quarantine_gets_no_more(pair_of: MakePair) -> None:
     pair = pair_of(num_slots=2)
     for _ in range(4):
         handle, _ = pair.offer(3, want_slots=1)
-        offer = pair.consumer.abort(handle.handle_id)
-        assert offer is not None
+        assert pair.consumer.abort(handle.handle_id) is None
+        pair.ahead_s += 2.0
+        assert len(pair.consumer.replace_stuck_rings()) == 1
     assert pair.consumer.counts().num_retired_rings == 4 and pair.consumer.grant("p-boot", 1) is None
     assert len(pair.consumer.peer_dead("p-boot")) == 4
     counts = pair.consumer.counts()

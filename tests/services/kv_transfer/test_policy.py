@@ -15,9 +15,11 @@ def test_slots_to_grant(num_free: int, want: int, num_slots: int, granted: int) 
     assert policy.slots_to_grant(num_free, want, num_slots) == granted
 
 
-def test_a_ring_is_replaced_above_a_quarter() -> None:
-    assert not policy.must_replace_ring(8, 32) and policy.must_replace_ring(9, 32)
-    assert not policy.must_replace_ring(0, 1) and policy.must_replace_ring(1, 1)
+def test_a_ring_is_replaced_when_over_a_quarter_stays_in_quarantine() -> None:
+    assert not policy.is_crowded(8, 32) and policy.is_crowded(9, 32)
+    assert not policy.is_crowded(0, 1) and policy.is_crowded(1, 1)
+    assert not policy.must_replace_ring(None, 99.0)
+    assert not policy.must_replace_ring(10.0, 11.9) and policy.must_replace_ring(10.0, 12.0)
     assert policy.may_open_ring(policy.MAX_RETIRED_RINGS - 1) and not policy.may_open_ring(policy.MAX_RETIRED_RINGS)
 
 
