@@ -83,6 +83,7 @@ class RaySystem:
         self._run_dir = run_dir
         self._say = say
         self._is_local = config.ray.address == "local"
+        self._not_ours = set(psutil.Process().children(recursive=True))  # the embedded Redis: others end it, later
 
     def start(self) -> None:
         """Start Ray and deploy; returns when all replicas run. Raises EngineError or ConfigError with the replica's own words."""
@@ -119,9 +120,10 @@ class RaySystem:
 
     def stop(self, urgent: threading.Event) -> None:
         """Drain for up to DRAIN_ON_STOP_S or until `urgent`, stop Serve and Ray, and end what is left of their processes."""
-        processes = psutil.Process().children(recursive=True) if self._is_local else []
+        processes = [one for one in psutil.Process().children(recursive=True) if one not in self._not_ours] if self._is_local else []
         if ray.is_initialized():
-            self._stop_serve(urgent)
+            if not urgent.is_set():
+                self._stop_serve(urgent)
             with contextlib.suppress(OSError, RuntimeError):  # a node half started when it was interrupted
                 ray.shutdown()
         _end_all(processes)

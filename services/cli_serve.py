@@ -63,7 +63,11 @@ def serve(config: DuomoConfig) -> int:
             run_dir = ends.enter_context(claimed_run_dir(config))
             config = config.model_copy(update={"run_dir": run_dir})
             config = ends.enter_context(with_redis(config, run_dir, say))
-            system = _start(config, run_dir, say, signals, ends)
+            try:
+                system = _start(config, run_dir, say, signals, ends)
+            except BaseException:  # raised again: nothing was served yet, so nothing needs to drain
+                signals.urgent.set()
+                raise
             signals.is_starting = False
             _announce(config, say)
             return _watch(system, signals, say)

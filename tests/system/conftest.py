@@ -192,7 +192,15 @@ class ServeSystem(System):
         for key, value in SETTINGS.items():
             arguments += ["--set", f"{key}={value}"]
         self.process = launch(arguments, self.log)
-        self.wait_for_pools(num_prefill, num_decode, start_s)
+        try:
+            self.wait_for_pools(num_prefill, num_decode, start_s)
+            while "Try:" not in self.logs():
+                self.check_alive()
+                time.sleep(0.05)
+        except BaseException:
+            os.killpg(self.process.pid, signal.SIGINT)
+            self.process.wait(STOP_S)
+            raise
         self.redis_url = f"unix://{next(self.run_dir.glob('redis-*/redis.sock'))}"
 
     def check_alive(self) -> None:
