@@ -1,0 +1,183 @@
+"""What a prefill hands over: the right KV, pushed group by group, once or again; the right first tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from duomo.telemetry.span_file import read_spans
+from duomo.wire.messages import PrefillDone, Sampling, TransferFenced, WaveAnnounced
+from services.kv_transfer.faults import Fault
+from tests.services.prefill.prefill_rig import expected_kv, first_token, ids, model, monolith_tokens, rig, run
+
+
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 63, 257])
+def test_landed_kv_and_first_token_are_those_of_the_engine_alone(tmp_path: Path, num_tokens: int) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            prompt = ids(num_tokens)
+            parts.gateway.start("r", prompt, parts.decode.address)
+            finished = await parts.gateway.finished("r")
+            (token,) = parts.gateway.tokens("r")
+            assert (token.token_id, token.index, token.finish_reason) == (first_token(prompt), 0, None)
+            assert parts.decode.kv("r", num_tokens) == expected_kv(prompt)
+            done = await parts.decode.inbox.one(PrefillDone, "r")
+            assert isinstance(done, PrefillDone)
+            assert done.first_token_ids == (token.token_id,) and done.ended_choices == ()
+            assert all(sum(layer) == num_tokens * model().config.top_k for layer in done.expert_counts)
+            assert len(done.expert_counts) == model().config.num_layers
+            assert token.timings is not None and 0 < token.timings.compute_s <= token.timings.total_s <= finished.timings.total_s
+            assert not parts.decode.inbox.of(TransferFenced), "a good end needs no fence"
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+def test_a_wave_of_prompts_has_every_prompt_right(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            prompts = {f"r{length}": ids(length, seed=length) for length in (3, 40, 129, 200)}
+            for name, prompt in prompts.items():
+                parts.gateway.start(name, prompt, parts.decode.address)
+            for name, prompt in prompts.items():
+                await parts.gateway.finished(name)
+                assert parts.gateway.tokens(name)[0].token_id == first_token(prompt), name
+                assert parts.decode.kv(name, len(prompt)) == expected_kv(prompt), name
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_more_messages_than_slots_wait_for_credits(tmp_path: Path, slots: int) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            parts.decode.num_ring_slots = slots
+            prompt = ids(257)
+            parts.gateway.start("r", prompt, parts.decode.address)
+            await parts.gateway.finished("r")
+            assert parts.decode.kv("r", 257) == expected_kv(prompt)
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+def test_a_groups_push_is_in_flight_while_the_next_group_computes(tmp_path: Path) -> None:
+    """A wave of three prompts over four groups, the transport slowed: seen from the spans alone."""
+
+    async def scenario(run_dir: Path) -> None:
+        slow = {write: Fault(delay_s=0.005) for write in range(100)}
+        async with rig(run_dir, faults=slow) as parts:
+            parts.decode.is_granting, parts.decode.num_ring_slots = False, 48
+            prompts = {name: ids(90, seed=seed) for seed, name in enumerate("abc", start=1)}
+            for name, prompt in prompts.items():
+                parts.gateway.start(name, prompt, parts.decode.address)
+            await parts.decode.inbox.until(lambda: len(parts.decode.inbox.of(WaveAnnounced)) == 3)
+            parts.decode.is_granting = True
+            for name in prompts:
+                await parts.gateway.finished(name)
+                assert parts.decode.kv(name, 90) == expected_kv(prompts[name])
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+    spans = read_spans(tmp_path / "spans")
+    computes = [span for span in spans if span.name == "prefill.compute"]
+    starts = [{event.attributes["duomo.group"]: event.at_ns for event in span.events if event.name == "group_started"} for span in computes]
+    assert len(computes) == 3 and all(set(times) == {0, 1, 2, 3} for times in starts)
+    assert all(abs(times[1] - starts[0][1]) < 1_000_000 for times in starts), "the three prompts are one wave"
+    pushes = {(span.parent_id, span.attributes["duomo.group"]): (span.start_ns, span.end_ns) for span in spans if span.name == "kv.push"}
+    assert len(pushes) == 12
+    overlapping = []
+    for compute, times in zip(computes, starts, strict=True):
+        ends = {event.attributes["duomo.group"]: event.at_ns for event in compute.events if event.name == "group_computed"}
+        for group in range(3):
+            push_start, push_end = pushes[compute.span_id, group]
+            assert push_start >= ends[group] - 1_000_000, "nothing is pushed before it is computed"
+            if push_start < ends[group + 1] and push_end > times[group + 1]:
+                overlapping.append(group)
+    assert set(overlapping) == {0, 1, 2} and len(overlapping) >= 6, f"pushes that overlap the next group: {overlapping}"
+
+
+def test_choices_share_one_prefill_and_sample_apart(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            sampling = Sampling(max_tokens=8, temperature=1.5, seed=77, ignore_eos=True, logprobs=2)
+            prompt = ids(33)
+            parts.gateway.start("r", prompt, parts.decode.address, sampling=sampling, choices=(0, 1, 2))
+            await parts.gateway.finished("r")
+            tokens = parts.gateway.tokens("r")
+            assert [token.choice for token in tokens] == [0, 1, 2]
+            assert [token.token_id for token in tokens] == [first_token(prompt, sampling, choice) for choice in range(3)]
+            assert len({token.token_id for token in tokens}) > 1
+            assert all(token.logprob is not None and len(token.logprob.top) == 2 for token in tokens)
+            (done,) = parts.decode.inbox.of(PrefillDone, "r")
+            assert isinstance(done, PrefillDone) and done.first_token_ids == tuple(token.token_id for token in tokens)
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+def test_a_resume_prefills_prompt_and_emitted_tokens(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            prompt, sampling = ids(21), Sampling(max_tokens=8, temperature=0.9, seed=5, ignore_eos=True, frequency_penalty=1.0)
+            tokens = monolith_tokens(prompt, msgspec.structs.replace(sampling, max_tokens=6), 2)
+            parts.gateway.start(
+                "r", prompt, parts.decode.address, sampling=sampling, choices=(2,), emitted_ids=tuple(tokens[:5]), attempt=0
+            )
+            await parts.gateway.finished("r")
+            (token,) = parts.gateway.tokens("r")
+            assert (token.index, token.choice, token.token_id) == (5, 2, tokens[5])
+            assert parts.decode.kv("r", 26) == expected_kv((*prompt, *tokens[:5]))
+
+    run(scenario, tmp_path)
+
+
+def test_a_prefix_seen_before_is_not_computed_again_and_changes_nothing(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir, prefix_cache_blocks=64) as parts:
+            first, second = ids(80), (*ids(80)[:70], *ids(50, seed=3))
+            cached = {}
+            for name, prompt, salt in (("a", first, ""), ("b", second, ""), ("c", first, ""), ("d", first, "other key")):
+                parts.gateway.start(name, prompt, parts.decode.address, cache_salt=salt)
+                cached[name] = (await parts.gateway.finished(name)).cached_tokens
+                assert parts.gateway.tokens(name)[0].token_id == first_token(prompt), name
+                assert parts.decode.kv(name, len(prompt)) == expected_kv(prompt), name
+            assert cached == {"a": 0, "b": 64, "c": 64, "d": 0}, "full blocks only, one token left to compute, no other key's"
+            await parts.is_clean()
+            assert parts.service.report().num_cached_blocks > 0
+
+    run(scenario, tmp_path)
+
+
+def test_only_blocks_that_decode_lacks_are_sent(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            parts.decode.first_block = 3
+            prompt = ids(100)
+            parts.gateway.start("r", prompt, parts.decode.address)
+            await parts.gateway.finished("r")
+            block_bytes, sent = 16 * 1024, parts.service.report().counters["messages_pushed"]
+            (spans,) = parts.decode.spans.values()
+            assert sent == len(spans) and sum(span.num_bytes for span in spans) == 4 * 8 * block_bytes
+            got, want = parts.decode.cache.tensor[:, parts.decode.tables["r"][3:6]], expected_kv(prompt)
+            num_layers, num_blocks = 8, 7
+            rows = [want[(layer * num_blocks + 3) * block_bytes : (layer * num_blocks + 6) * block_bytes] for layer in range(num_layers)]
+            assert got.contiguous().numpy().tobytes() == b"".join(rows)
+
+    run(scenario, tmp_path)
+
+
+def test_a_corrupt_message_is_pulled_again(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir, faults={1: Fault(corrupt_byte=100)}) as parts:
+            prompt = ids(50)
+            parts.gateway.start("r", prompt, parts.decode.address)
+            await parts.gateway.finished("r")
+            assert parts.decode.pulls == 1 and parts.service.report().counters["kv_pulls"] == 1
+            assert parts.decode.kv("r", 50) == expected_kv(prompt)
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
