@@ -84,6 +84,7 @@ class Pusher:
         self._rings: dict[str, tuple[str, RingOffered]] = {}
         self._leaving: set[str] = set()
         self._pending: list[_Pending] = []
+        self._sending: _Pending | None = None
         self._in_flight: list[_InFlight] = []
         self._free_send_slots: list[Region] = []
         self._all_send_slots: list[Region] = []
@@ -187,7 +188,8 @@ class Pusher:
         with self._changed:
             self._is_closing = True
             self.counters["writer_failed"] += 1
-            waiting = [pending.future for pending in self._pending] + [flight.pending.future for flight in self._in_flight]
+            sending = [self._sending] if self._sending is not None else []
+            waiting = [pending.future for pending in (*sending, *self._pending, *(flight.pending for flight in self._in_flight))]
             self._pending = []
         for future in waiting:
             if not future.done():
@@ -209,7 +211,9 @@ class Pusher:
                     self._changed.wait(self._sleep_s())
                     continue
                 send_slot = self._free_send_slots.pop()
+                self._sending = pending
             self._send(pending, send_slot)
+            self._sending = None
 
     def _sleep_s(self) -> float | None:
         if not self._in_flight:

@@ -1,0 +1,101 @@
+"""The writer thread: what it does with a broken transport, lost send slots, waiters that give up, and its own end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import msgspec
+import pytest
+
+from duomo.errors import TransferError
+from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.faults import Fault, ScriptedFaults
+from services.kv_transfer.transport import Span, Write
+from services.kv_transfer.transport_loopback import LoopbackTransport
+
+if TYPE_CHECKING:
+    from tests.services.kv_transfer.conftest import Pair
+
+MakePair = Callable[..., "Pair"]
+
+
+def test_a_waiter_cannot_cancel_what_is_under_way(pair_of: MakePair) -> None:
+    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.05)}))
+    handle, spans = pair.offer(3)
+    (future, *_) = pair.push(handle, spans)
+    assert not future.cancel()
+    pair.land((handle, spans), pulls=False)
+    assert future.result(1).num_bytes == spans[0].num_bytes
+
+
+def test_writes_to_a_stopped_peer_do_not_hold_up_another(pair_of: MakePair) -> None:
+    """All four send slots are stuck in writes to a stopped consumer; after the deadline new ones serve a second consumer."""
+    pair = pair_of(num_slots=16)
+    stuck, spans = pair.offer(20, want_slots=8)
+    pair.hub.stop("kv-d")
+    pushed = pair.push(stuck, spans)
+    assert {type(future.exception(3)) for future in pushed[:4]} == {TransferError}
+    fence = pair.producer.cancel(stuck.handle_id)
+    assert pair.producer.counts().num_writes_in_flight >= 4 and not fence.done()
+
+    stopped, pair.consumer = pair.consumer, TransferAgent("e-boot", pair.hub.agent("kv-e"), pair.section)
+    pair.producer.attach_ring("e-boot", pair.consumer.open_ring("p-boot", 4))
+    handle, few = pair.offer(3)
+    handle = msgspec.structs.replace(handle, consumer_boot_id="e-boot")
+    pair.push(handle, few)
+    pair.land((handle, few), pulls=False)
+    assert not fence.done()
+    stopped.close()
+    fence.result(2)
+
+
+def test_a_transport_that_breaks_its_promises_fails_every_waiter(pair_of: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(20, want_slots=1)
+
+    def write(self: LoopbackTransport, local: Span, peer: str, remote: Span, notification: bytes) -> Write:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(LoopbackTransport, "write", write)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    pushed = pair.push(handle, spans)
+    for future in pushed:
+        error = future.exception(2)
+        assert isinstance(error, TransferError) and error.code in ("writer_failed", "stale_handle")
+    assert pair.producer.counts().counters["writer_failed"] == 1
+    (late,) = pair.push(handle, spans[:1])
+    assert isinstance(late.exception(1), TransferError)
+
+
+def test_close_fails_what_is_queued_and_waits_shortly(pair_of: MakePair) -> None:
+    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.1)}))
+    handle, spans = pair.offer(20, want_slots=1)
+    pushed = pair.push(handle, spans)
+    time.sleep(0.03)
+    started_s = time.monotonic()
+    pair.producer.close()
+    assert time.monotonic() - started_s < 1.5 and all(future.done() for future in pushed)
+    assert pushed[0].exception() is None and isinstance(pushed[1].exception(), TransferError)
+
+
+def test_handles_that_nobody_closes_are_forgotten_in_time(pair_of: MakePair) -> None:
+    pair = pair_of()
+    for _ in range(300):
+        handle, spans = pair.offer(1, want_slots=1)
+        pair.push(handle, spans)
+        pair.land((handle, spans), pulls=False)
+    assert len(pair.producer._pusher._writer.handles) <= 257
+    pair.assert_idle()
+
+
+def test_an_idle_writer_sleeps(pair_of: MakePair) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(3)
+    pair.push(handle, spans)
+    pair.land((handle, spans), pulls=False)
+    time.sleep(0.05)
+    before_s = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before_s < 0.05
