@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from duomo.wire.messages import Cancel, StartDecode, StartPrefill
-from tests.services.router.stub_replicas import MODEL, Script, StubSystem, stub_system
+from tests.services.router.stub_replicas import MODEL, Script
+from tests.services.router.stub_system import StubSystem, stub_system
 
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "tiny-moe", "prompt": "hi"}

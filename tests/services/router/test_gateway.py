@@ -13,7 +13,8 @@ import pytest
 
 from duomo.telemetry.span_file import read_spans
 from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
-from tests.services.router.stub_replicas import Fault, Script, StubSystem, stub_system
+from tests.services.router.stub_replicas import Fault, Script
+from tests.services.router.stub_system import StubSystem, stub_system
 
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
 

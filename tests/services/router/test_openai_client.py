@@ -9,7 +9,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.services.router.stub_replicas import Script, stub_system
+from tests.services.router.stub_replicas import Script
+from tests.services.router.stub_system import stub_system
 
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
 

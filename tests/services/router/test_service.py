@@ -15,7 +15,8 @@ from duomo.errors import ConfigError, ModelError
 from services.kv_transfer.embedded_redis import EmbeddedRedis
 from services.router.service import serve_gateway
 from services.router.store import PREFIX
-from tests.services.router.stub_replicas import MODEL, free_port
+from tests.services.router.stub_replicas import MODEL
+from tests.services.router.stub_system import free_port
 
 
 def _config(port: int, url: str, model: Path = MODEL) -> DuomoConfig:

@@ -1,0 +1,112 @@
+"""A whole gateway for a test: real uvicorn, real directory on a real Redis, stub replicas behind it; its books are checked at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from duomo.config import DuomoConfig
+from duomo.telemetry.metrics import Metrics
+from duomo.telemetry.tracing import Tracing, configure
+from services.kv_transfer.directory import Directory
+from services.kv_transfer.embedded_redis import EmbeddedRedis
+from services.router.app import build_app
+from services.router.edge import bind_port, serving
+from services.router.gateway import Gateway
+from services.router.model_card import read_model_card
+from services.router.text import ModelText
+from tests.services.router.stub_replicas import MODEL, Script, Story, StubPools
+
+
+@dataclass
+class StubSystem:
+    """A real gateway under a real uvicorn, connected to stub replicas through a real directory."""
+
+    gateway: Gateway
+    pools: StubPools
+    directory: Directory
+    redis: EmbeddedRedis
+    client: httpx.AsyncClient
+    base_url: str
+    story: Story
+
+    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        until_s = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < until_s, "the condition did not come true in time"
+            await asyncio.sleep(0.005)
+
+    def check_nothing_is_held(self) -> None:
+        """Every book of the gateway is empty."""
+        gateway = self.gateway
+        assert (gateway.num_live_requests, gateway.num_open_answers, gateway.num_waiting, gateway.num_live_legs) == (0, 0, 0, 0)
+        assert gateway.tracing.num_open_spans() == 0
+        for link in gateway.pools.links.values():
+            assert not link.legs
+            assert (link.queued_tokens, link.reserved_blocks, link.unlanded_blocks, link.num_choices) == (0, 0, 0, 0)
+
+
+@asynccontextmanager
+async def stub_system(
+    folder: Path,
+    script: Script | None = None,
+    *,
+    num_prefills: int = 1,
+    num_decodes: int = 1,
+    num_blocks: int = 4096,
+    overrides: dict | None = None,
+) -> AsyncIterator[StubSystem]:
+    """Everything up and ready; torn down in order, with the gateway's books checked."""
+    raw: dict = {"model": {"path": str(MODEL)}, "gateway": {"port": free_port()}}
+    for section, values in (overrides or {}).items():
+        raw[section] = raw.get(section, {}) | values
+    config = DuomoConfig.model_validate(raw)
+    card, text = read_model_card(config.model), loaded_text()
+    tracing: Tracing = configure(config.tracing, "duomo-gateway", "gateway", "gateway-0")
+    redis = EmbeddedRedis(folder)
+    redis.start()
+    directory = Directory(redis.url, 30.0)
+    story = Story(text)
+    pools = StubPools(script or Script(), story, card.fingerprint, folder, num_blocks)
+    gateway = Gateway(config, "gateway-0", card, text, directory, tracing=tracing, metrics=Metrics())
+    base_url = f"http://127.0.0.1:{config.gateway.port}"
+    try:
+        for _ in range(num_prefills):
+            await pools.add("prefill", directory)
+        for _ in range(num_decodes):
+            await pools.add("decode", directory)
+        await gateway.start()
+        async with serving(build_app(gateway), bind_port(config.gateway)), httpx.AsyncClient(base_url=base_url, timeout=20) as client:
+            system = StubSystem(gateway, pools, directory, redis, client, base_url, story)
+            if num_prefills and num_decodes:
+                await system.until(lambda: gateway.why_not_ready() is None)
+                await system.until(lambda: len(gateway.pools.links) == num_prefills + num_decodes)
+            yield system
+            await system.until(lambda: gateway.num_open_answers == 0)
+            system.check_nothing_is_held()
+    finally:
+        await gateway.stop()
+        await pools.close()
+        await directory.close()
+        redis.stop()
+        tracing.shutdown()
+
+
+@functools.cache
+def loaded_text() -> ModelText:
+    """Read once for all tests of a process: it is immutable."""
+    return ModelText.load(MODEL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,109 @@
+"""Sinks: bytes when events happen, an error before the first of them raised, a client behind cut off."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from duomo.errors import EngineError, RequestCancelled
+from services.router.answers import AnswerHead, ChatShape
+from services.router.generation import GenerationEnded, GenerationFailed, TextEmitted, Usage
+from services.router.streams import StreamSink, WholeSink
+from tests.services.router.stub_system import loaded_text
+
+HEAD = AnswerHead(answer_id="a", model="m", text=loaded_text(), shows_logprobs=False, shows_token_ids=False, includes_usage=False)
+
+
+class Buffer:
+    """A client's transport with so many bytes unsent."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_bytes
+
+    def abort(self) -> None:
+        self.num_bytes = 0
+
+
+def _sink(num_requests: int = 1, most: int = 10_000, transport: Buffer | None = None, behind: list | None = None) -> StreamSink:
+    told = behind if behind is not None else []
+    return StreamSink(
+        num_requests,
+        False,
+        ChatShape(HEAD),
+        includes_usage=True,
+        max_behind_bytes=most,
+        transport=transport,
+        on_behind=lambda: told.append("behind"),
+    )
+
+
+def test_events_of_one_wake_up_go_in_one_piece_and_several_requests_end_together() -> None:
+    async def scenario() -> None:
+        sink = _sink(2)
+        for choice in (0, 1):
+            sink.deliver(TextEmitted(choice, "hi", (), None))
+        await sink.first()
+        piece = await sink.next()
+        assert piece is not None and piece.count(b"data: ") == 4, "two openings and two tokens"
+        sink.deliver(GenerationEnded(Usage(3, 1, 1)))
+        waiting = asyncio.create_task(sink.next())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        sink.deliver(GenerationEnded(Usage(4, 1, None)))
+        last = await waiting
+        assert last is not None and b'"total_tokens":9' in last and b'"cached_tokens":1' in last and last.endswith(b"data: [DONE]\n\n")
+        assert await sink.next() is None
+
+    asyncio.run(scenario())
+
+
+def test_a_failure_before_the_first_event_is_raised_and_after_it_is_an_event() -> None:
+    async def scenario() -> None:
+        early = _sink()
+        early.deliver(GenerationFailed(EngineError("broken")))
+        with pytest.raises(EngineError):
+            await early.first()
+        late = _sink()
+        late.deliver(TextEmitted(0, "hi", (), None))
+        late.deliver(GenerationFailed(EngineError("broken")))
+        late.deliver(TextEmitted(0, "more", (), None))
+        await late.first()
+        piece = await late.next()
+        assert piece is not None and b'"code":"engine_failed"' in piece and piece.endswith(b"[DONE]\n\n") and b"more" not in piece
+        assert await late.next() is None
+        whole = WholeSink(2, False)
+        whole.deliver(GenerationFailed(EngineError("broken")))
+        with pytest.raises(EngineError):
+            await whole.gather(ChatShape(HEAD))
+
+    asyncio.run(scenario())
+
+
+def test_what_a_client_is_behind_counts_what_its_transport_holds() -> None:
+    async def scenario() -> None:
+        behind: list[str] = []
+        transport = Buffer(0)
+        sink = _sink(most=5000, transport=transport, behind=behind)
+        sink.deliver(TextEmitted(0, "hi", (), None))
+        assert behind == []
+        transport.num_bytes = 4900
+        sink.deliver(TextEmitted(0, "hi", (), None))
+        assert behind == ["behind"]
+        sink.deliver(TextEmitted(0, "hi", (), None))
+        assert behind == ["behind"] and isinstance(sink.error, RequestCancelled) and await sink.next() is None
+
+    asyncio.run(scenario())
+
+
+def test_a_client_that_leaves_ends_the_waiting() -> None:
+    async def scenario() -> None:
+        sink = WholeSink(1, False)
+        asyncio.get_running_loop().call_later(0.01, sink.leave, "gone")
+        with pytest.raises(RequestCancelled):
+            await sink.gather(ChatShape(HEAD))
+
+    asyncio.run(scenario())
