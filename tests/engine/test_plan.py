@@ -31,7 +31,13 @@ def test_decode_rows_are_grouped_by_length_and_chunks_stand_alone() -> None:
     chunks = [group for group in plan.groups if isinstance(group.rows, ChunkRows)]
     assert [(group.lo, group.hi) for group in chunks] == [(2, 5)]
     buckets = [group for group in plan.groups if isinstance(group.rows, DecodeRows)]
-    assert [group.index.tolist() for group in buckets if group.index is not None] == [[0, 1, 5], [6], [7], [8]]
+    rows = [(group.lo, group.hi) if group.index is None else group.index.tolist() for group in buckets]
+    assert rows == [
+        [0, 1, 5],
+        (6, 7),
+        (7, 8),
+        (8, 9),
+    ]
 
 
 def test_one_bucket_of_decode_rows_needs_no_index() -> None:
@@ -40,3 +46,10 @@ def test_one_bucket_of_decode_rows_needs_no_index() -> None:
     assert group.index is None and isinstance(group.rows, DecodeRows)
     mask = group.rows.mask_S1L
     assert mask.shape == (2, 1, 96) and (mask[0, 0] == 0).sum() == 4 and (mask[1, 0] == 0).sum() == 91
+
+
+def test_a_call_gathers_a_bounded_number_of_bytes() -> None:
+    shape = KvShape(4, 2, 64, 16)
+    parts = tuple(PromptSlice(token_ids=[1], start=150, block_table=list(range(10))) for _ in range(10))
+    groups = plan_attention(StepBatch(slices=parts), shape, *rope_tables(200, 64, 1e4)).groups
+    assert [(group.lo, group.hi) for group in groups] == [(0, 4), (4, 8), (8, 10)] and all(group.index is None for group in groups)

@@ -57,7 +57,7 @@ def attention_layer(
 
 
 def _attend(gemm: RowGemm, q_THC: Tensor, pool: Tensor, groups: tuple[RowGroup, ...], shape: KvShape) -> Tensor:
-    if len(groups) == 1 and groups[0].index is None:
+    if len(groups) == 1:
         return paged_attention(gemm, q_THC, pool, groups[0].rows, shape)
     out_TH = q_THC.new_empty(q_THC.shape[0], shape.num_heads * shape.head_dim)
     for group in groups:
