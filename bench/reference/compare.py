@@ -1,7 +1,7 @@
 """The rule for greedy tokens against the float32 reference. Knows torch and a transformers model; no service.
 
-A differing token passes only where the reference's two best logits lie within LOGIT_GAP, or where, at some position that the token attends to,
-the router's k-th and (k+1)-th scores lie within ROUTER_GAP; at most one token in ALLOWED_PER_TOKENS, and each is listed.
+A differing token passes only where the reference's two best logits lie within LOGIT_GAP, or where, at some position that the token
+attends to, the router's k-th and (k+1)-th scores lie within ROUTER_GAP; at most one token in ALLOWED_PER_TOKENS, and each is listed.
 """
 
 from __future__ import annotations

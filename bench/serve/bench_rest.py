@@ -2,9 +2,9 @@
 
     python bench/serve/bench_rest.py --out bench/results/rest_cpu.json
 
-One run does, in this order: generate at batch 1 and 16 (the peer, alone on the machine), `duomo serve` started (time to the first answer),
-correctness (every stream's tokens equal generate's; the run refuses to report otherwise), one and 16 concurrent streams, memory (PSS of every
-process of the system), the peer once more. Ratios use the better of the peer's two measurements.
+One run does, in this order: generate at batch 1 and 16 (the peer, alone on the machine), `duomo serve` started (time to the first
+answer), one and 16 concurrent streams (every stream's tokens must equal generate's, or the run refuses to report), memory (PSS of
+every process of the system), the peer once more. Ratios use the better of the peer's two measurements.
 """
 
 from __future__ import annotations
@@ -49,6 +49,31 @@ class Rate:
         return statistics.median(self.tokens_per_s)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number of streams: medians over the repeats, and every repeat. The peer was measured before and after; the better counts."""
+
+    streams: int
+    duomo_tokens_per_s: float
+    peer_tokens_per_s: float
+    ttft_p50_s: float
+    duomo_repeats: list[float]
+    peer_repeats: list[list[float]]
+
+    @property
+    def ratio(self) -> float:
+        return self.duomo_tokens_per_s / self.peer_tokens_per_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A whole run."""
+
+    rows: list[Row]
+    ready_s: float
+    pss_bytes: dict[str, int]
+
+
 def prompts(count: int) -> list[list[int]]:
     """`count` different prompts of PROMPT_TOKENS token ids each (ids above the special ones)."""
     return [[5 + (37 * row + 11 * column * (row + 1)) % 8000 for column in range(PROMPT_TOKENS)] for row in range(count)]
@@ -77,7 +102,8 @@ def ours(url: str, streams: int, repeats: int, expected: list[list[int]]) -> tup
         bodies = [completion_body(prompt, NEW_TOKENS) for prompt in prompts(streams)]
         return list(await asyncio.gather(*(post(url, "/v1/completions", body) for body in bodies)))
 
-    rates, ttfts = [], []
+    rates: list[float] = []
+    ttfts: list[float] = []
     for _ in range(repeats):
         started = time.monotonic()
         results = asyncio.run(once())
@@ -137,7 +163,7 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def run(repeats: int) -> dict[str, object]:
+def run(repeats: int) -> Report:
     torch.set_num_threads(os.cpu_count() or 1)
     model = build_reference(MODEL)
     peer(model, 1, 1)
@@ -157,15 +183,18 @@ def run(repeats: int) -> dict[str, object]:
         process.wait(60)
     for streams in (1, 16):
         peers[streams].append(peer(model, streams, repeats)[0])
-    rows = []
-    for streams, (rate, ttfts) in measured.items():
-        best = max(one.median for one in peers[streams])
-        row = {"streams": streams, "duomo_tokens_per_s": rate.median, "peer_tokens_per_s": best, "ratio": rate.median / best}
-        rows.append(
-            row
-            | {"duomo_repeats": rate.tokens_per_s, "peer": [asdict(one) for one in peers[streams]], "ttft_p50_s": statistics.median(ttfts)}
+    rows = [
+        Row(
+            streams=streams,
+            duomo_tokens_per_s=rate.median,
+            peer_tokens_per_s=max(one.median for one in peers[streams]),
+            ttft_p50_s=statistics.median(ttfts),
+            duomo_repeats=rate.tokens_per_s,
+            peer_repeats=[one.tokens_per_s for one in peers[streams]],
         )
-    return {"rows": rows, "ready_s": ready_s, "pss_bytes": memory, "pss_total_bytes": sum(memory.values())}
+        for streams, (rate, ttfts) in measured.items()
+    ]
+    return Report(rows=rows, ready_s=ready_s, pss_bytes=memory)
 
 
 def main() -> None:
@@ -173,8 +202,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    result = run(options.repeats)
-    result |= {
+    report = run(options.repeats)
+    pss_total = sum(report.pss_bytes.values())
+    facts = {
         "benchmark": "rest",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -183,16 +213,17 @@ def main() -> None:
         "torch": torch.__version__,
         "new_tokens": NEW_TOKENS,
         "repeats": options.repeats,
+        "pss_total_bytes": pss_total,
+        "ratios": {row.streams: row.ratio for row in report.rows},
     }
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        options.out.write_text(json.dumps(facts | asdict(report), indent=2) + "\n")
     print(f"{'streams':>8} {'duomo tok/s':>12} {'generate tok/s':>15} {'ratio':>6} {'TTFT p50 ms':>12}")
-    for row in result["rows"]:  # type: ignore[attr-defined]  # a list of rows, built above
-        print(
-            f"{row['streams']:>8} {row['duomo_tokens_per_s']:>12.0f} {row['peer_tokens_per_s']:>15.0f} {row['ratio']:>6.2f} {1000 * row['ttft_p50_s']:>12.1f}"
-        )
-    print(f"ready after {result['ready_s']:.1f} s; PSS {result['pss_total_bytes'] / 1e9:.2f} GB")  # type: ignore[operator]  # int
+    for row in report.rows:
+        ours_text = f"{row.streams:>8} {row.duomo_tokens_per_s:>12.0f} {row.peer_tokens_per_s:>15.0f}"
+        print(f"{ours_text} {row.ratio:>6.2f} {1000 * row.ttft_p50_s:>12.1f}")
+    print(f"ready after {report.ready_s:.1f} s; PSS {pss_total / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,9 @@ async def post(url: str, path: str, body: dict[str, Any], *, stop_after: int | N
     async with asyncio.timeout(timeout_s):
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         try:
-            head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\nConnection: close\r\n\r\n"
-            writer.write(head.encode() + raw)
+            fields = {"Host": parts.netloc, "Content-Type": "application/json", "Content-Length": len(raw), "Connection": "close"}
+            head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+            writer.write(head.encode() + b"\r\n" + raw)
             result.status, headers = await _head(reader)
             is_stream = headers.get("content-type", "").startswith("text/event-stream")
             pending = b""

@@ -67,7 +67,7 @@ async def bind(address: Address) -> socket.socket:
             target: str | tuple[object, ...] = found[0][4]
         else:
             target = str(address.path)
-            _clear_stale(address.path)
+            clear_stale(address.path)
         bound = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
         raise _cannot_listen(address, error) from error
@@ -100,7 +100,7 @@ def file_id(address: Address) -> tuple[int, int] | None:
     return None
 
 
-def _clear_stale(path: Path) -> None:
+def clear_stale(path: Path) -> None:
     """Remove a socket file that nobody listens on; raises OSError(EADDRINUSE) where somebody does, or it is no socket."""
     try:
         mode = path.lstat().st_mode

@@ -29,6 +29,7 @@ from typing import Protocol
 
 from duomo.config import DuomoConfig, PoolSection
 from duomo.errors import ConfigError, DuomoError, EngineError, PeerError, WireError
+from duomo.wire.address import clear_stale
 from duomo.wire.connection import Connection, Identity, Listener, connect, new_boot_id
 from duomo.wire.messages import Drain, Message, Refused, ReplicaReport, Role
 from services.kv_transfer.directory import Directory, Member
@@ -239,6 +240,7 @@ class Membership:
             self._connections.discard(connection)
             if self.gateways.get(connection.peer.boot_id) is connection:
                 del self.gateways[connection.peer.boot_id]
+            connection.end("closed", "this replica closed the connection")  # no effect where the peer ended it
             self._logic.left(connection)
             await connection.close()
 
@@ -286,6 +288,9 @@ class Membership:
         if folder is None:
             folder = self._own_dir = Path(tempfile.mkdtemp(prefix="duomo-"))
         folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{self.card.replica_id}.*.sock"):  # of an earlier start that was killed
+            with contextlib.suppress(OSError):
+                clear_stale(old)
         path = folder.resolve() / f"{self.card.replica_id}.{self.card.boot_id[:8]}.sock"
         if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
             raise ConfigError(f"run_dir is too long for Unix sockets: {path} is over {MAX_UNIX_PATH_BYTES} bytes; name a shorter folder")
