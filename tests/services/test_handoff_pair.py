@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from duomo.config import DuomoConfig
 from duomo.telemetry.tracing import configure
-from duomo.wire.messages import PeerAddress, RequestFailed, RequestFinished, Sampling, StartDecode, StartPrefill
+from duomo.wire.messages import PeerAddress, RequestFailed, Sampling, StartDecode, StartPrefill
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker
 from services.kv_transfer.agent import TransferAgent
@@ -53,9 +53,7 @@ class System:
     async def ended(self, request_id: str, *, p: int, d: int) -> None:
         to_prefill, to_decode = self.prefills[p][1], self.decodes[d][1]
         for gateway in (to_prefill, to_decode):
-            await until(
-                lambda gateway=gateway: bool(gateway.of(RequestFinished, request_id) or gateway.of(RequestFailed, request_id)), 90.0
-            )  # type: ignore[misc]  # bound now
+            await gateway.ended(request_id)
             assert not gateway.of(RequestFailed, request_id), gateway.of(RequestFailed, request_id)
 
     def tokens(self, request_id: str, *, p: int, d: int, choice: int = 0) -> list[int]:
@@ -109,10 +107,12 @@ async def system(config: DuomoConfig, num_p: int, num_d: int, faults: FaultPlan 
             card = ReplicaCard.of(config, "prefill", f"p{number}", fingerprint)
             agent = TransferAgent(card.boot_id, hub.agent(card.boot_id), config.kv_transfer, num_send_slots=config.prefill.send_slots)
             stack.callback(agent.close)
-            prefill = PrefillService(card, PrefillWorker(model(), WorkerSizes.of(config)), agent, tracing)
-            made.prefills.append((await _serve(stack, prefill), await _gateway(stack, config)))
-        for service, gateway in [*made.prefills, *made.decodes]:
-            await gateway.connect(service.membership.identity.address)
+            service = PrefillService(card, PrefillWorker(model(), WorkerSizes.of(config)), agent, tracing)
+            made.prefills.append((await _serve(stack, service), await _gateway(stack, config)))
+        for prefill, gateway in made.prefills:
+            await gateway.connect(prefill.membership.identity.address)
+        for decode, gateway in made.decodes:
+            await gateway.connect(decode.membership.identity.address)
         yield made
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -55,6 +56,8 @@ from services.kv_transfer.faults import FaultPlan
 from services.kv_transfer.layout import MessageSpan, messages
 from services.kv_transfer.membership import ReplicaCard
 from services.kv_transfer.transport_loopback import LoopbackHub
+
+Kind = TypeVar("Kind", bound=Message)
 
 MODEL_DIR = Path(__file__).parents[3] / "models" / "tiny-moe"
 BLOCK_TOKENS = 16
@@ -123,12 +126,12 @@ class Peer:
         assert self.connection is not None
         self.connection.post(message)
 
-    def of(self, kind: type[Message], request_id: str | None = None) -> list[Message]:
+    def of(self, kind: type[Kind], request_id: str | None = None) -> list[Kind]:
         return [
             one for one in self.inbox if isinstance(one, kind) and (request_id is None or getattr(one, "request_id", None) == request_id)
         ]
 
-    async def one(self, kind: type[Message], request_id: str | None = None) -> Message:
+    async def one(self, kind: type[Kind], request_id: str | None = None) -> Kind:
         await until(lambda: bool(self.of(kind, request_id)))
         return self.of(kind, request_id)[0]
 
@@ -289,7 +292,7 @@ class ScriptedPrefill(Peer):
         self.done(prompt, handle, computed)
         await until(
             lambda: (
-                len([one for one in self.of(GroupLanded, prompt.request_id) if one.handle_id == handle.handle_id])  # type: ignore[attr-defined]  # of() filtered by kind
+                len([one for one in self.of(GroupLanded, prompt.request_id) if one.handle_id == handle.handle_id])
                 == len(self.spans[handle.handle_id])
                 or bool(self.of(Cancel, prompt.request_id) or self.of(RequestFailed, prompt.request_id))
             )
@@ -371,20 +374,20 @@ class ScriptedGateway(Peer):
     def cancel(self, request_id: str, attempt: int = 0, choice: int | None = None) -> None:
         self.post(Cancel(request_id=request_id, attempt=attempt, traceparent="", remaining_s=0.0, reason="test", choice=choice))
 
+    async def ended(self, request_id: str) -> None:
+        """Either way."""
+        await until(lambda: bool(self.of(RequestFinished, request_id) or self.of(RequestFailed, request_id)), 90.0)
+
     async def finished(self, request_id: str) -> RequestFinished:
         await until(lambda: bool(self.of(RequestFinished, request_id) or self.of(RequestFailed, request_id)))
         failures = self.of(RequestFailed, request_id)
         assert not failures, failures
-        message = self.of(RequestFinished, request_id)[0]
-        assert isinstance(message, RequestFinished)
-        return message
+        return self.of(RequestFinished, request_id)[0]
 
     async def failed(self, request_id: str) -> RequestFailed:
-        message = await self.one(RequestFailed, request_id)
-        assert isinstance(message, RequestFailed)
-        return message
+        return await self.one(RequestFailed, request_id)
 
-    def refusals(self) -> list[Message]:
+    def refusals(self) -> list[Refused]:
         return self.of(Refused)
 
 

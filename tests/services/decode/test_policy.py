@@ -40,18 +40,17 @@ def pool(num_free_blocks: int = 64, open_promise_blocks: int = 0, num_live_legs:
     )
 
 
-def running(sequence_id: int, num_tokens: int, num_blocks: int, promised: int = 0, **changes: int) -> RunningSequence:
-    sequence = RunningSequence(
+def running(sequence_id: int, num_tokens: int, num_blocks: int, promised: int = 0, *, priority: int = 0, order: int = 0) -> RunningSequence:
+    return RunningSequence(
         sequence_id=sequence_id,
-        order=sequence_id,
-        priority=0,
+        order=order or sequence_id,
+        priority=priority,
         num_tokens=num_tokens,
         num_blocks=num_blocks,
         own_blocks=num_blocks,
         promised_blocks=promised,
         is_protected=False,
     )
-    return replace(sequence, **changes)
 
 
 @pytest.mark.parametrize(("num_tokens", "expected"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (257, 17)])
@@ -112,7 +111,7 @@ def test_the_newest_of_the_lowest_priority_gives_way() -> None:
         running(1, 33, 2, 2),
         running(2, 20, 2, 2, priority=1),
         running(3, 20, 2, 2),
-        running(4, 20, 2, 2, is_protected=True),
+        replace(running(4, 20, 2, 2), is_protected=True),
     ]
     plan = plan_step(LIMITS, 0, sequences)
     assert plan.preempt == (3,)
@@ -206,7 +205,7 @@ class SimulatedPool:
         self.live.append(leg)
 
     def step(self, rng: random.Random) -> None:
-        keys = {}
+        keys: dict[int, tuple[SimulatedLeg, int]] = {}
         sequences = []
         for leg in self.live:
             for choice, own in leg.tables.items():

@@ -177,7 +177,7 @@ def test_faulty_messages_never_give_wrong_tokens(tmp_path: Path, faults: FaultPl
             if rig.gateway.of(RequestFinished):
                 assert rig.gateway.answers["f"].ids() == expected(prompt.prompt_ids)[1:]
             else:
-                assert rig.gateway.of(RequestFailed)[0].code == "kv_corrupt"  # type: ignore[attr-defined]  # filtered by kind
+                assert rig.gateway.of(RequestFailed)[0].code == "kv_corrupt"
             await rig.at_rest()
 
     play(go())
@@ -256,7 +256,7 @@ def test_the_death_of_a_gateway_ends_its_requests_within_a_second(tmp_path: Path
             started_s = time.monotonic()
             await until(lambda: rig.service.num_live_requests() == 0)
             assert time.monotonic() - started_s < 1
-            assert (await rig.prefill.one(Cancel, "waiting")).reason == "gateway_gone"  # type: ignore[attr-defined]  # filtered by kind
+            assert (await rig.prefill.one(Cancel, "waiting")).reason == "gateway_gone"
             await rig.at_rest()
 
     play(go())
@@ -421,7 +421,7 @@ def test_wrong_messages_are_refused_and_the_connection_lives(tmp_path: Path) -> 
             rig.gateway.start(prompt, rig.prefill)
             rig.gateway.start(prompt, rig.prefill)
             refused = await rig.gateway.one(Refused)
-            assert refused.code == "started_twice"  # type: ignore[attr-defined]  # filtered by kind
+            assert refused.code == "started_twice"
             rig.prefill.announce(replace(prompt, prompt_ids=ids(21)))
             failure = await rig.gateway.failed("w")
             assert failure.code == "kv_mismatch"
