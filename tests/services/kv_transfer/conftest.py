@@ -81,6 +81,13 @@ class Pair:
     def push(self, handle: Handle, spans: Sequence[MessageSpan]) -> list[Future[PushResult]]:
         return [self.producer.push(self.job(handle, span)) for span in spans]
 
+    def until_in_flight(self) -> None:
+        """Wait for the writer thread to have posted a write."""
+        deadline_s = time.monotonic() + 5
+        while self.producer.counts().num_writes_in_flight == 0:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+
     def land(self, *offers: Offer, timeout_s: float = 5.0, pulls: bool = True) -> list[str]:
         """Poll, verify against content(), release, credit until all is here; missing or corrupt messages are pulled.
 

@@ -122,8 +122,7 @@ def test_a_late_write_after_abort_lands_in_quarantine_only(pair_of: MakePair) ->
     pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.2)}), num_slots=8)
     late, spans = pair.offer(3, want_slots=1)
     pair.push(late, spans[:1])
-    while pair.producer.counts().num_writes_in_flight == 0:
-        time.sleep(0.001)
+    pair.until_in_flight()
     assert pair.consumer.abort(late.handle_id) is None
     fence = pair.producer.cancel(late.handle_id)
     assert not fence.done() and pair.consumer.counts().num_quarantined_slots == 1
@@ -285,15 +284,15 @@ def test_the_rate_cap_is_kept_and_the_push_is_seen_as_long(pair_of: MakePair) ->
 
 
 def test_cancel_stops_what_is_queued_and_resolves_once_nothing_is_in_flight(pair_of: MakePair) -> None:
-    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.15)}))
+    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.3)}))
     handle, spans = pair.offer(20, want_slots=1)
     pushed = pair.push(handle, spans)
-    time.sleep(0.05)
+    pair.until_in_flight()
     started_s = time.monotonic()
     fence = pair.producer.cancel(handle.handle_id)
     assert {code_of(future) for future in pushed[1:]} == {"cancelled"}
     fence.result(1)
-    assert time.monotonic() - started_s > 0.05 and pushed[0].exception(1) is None
+    assert time.monotonic() - started_s > 0.1 and pushed[0].exception(1) is None
     assert pair.producer.counts().num_writes_in_flight == 0
 
 

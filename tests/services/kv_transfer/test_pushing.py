@@ -73,7 +73,7 @@ def test_close_fails_what_is_queued_and_waits_shortly(pair_of: MakePair) -> None
     pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.1)}))
     handle, spans = pair.offer(20, want_slots=1)
     pushed = pair.push(handle, spans)
-    time.sleep(0.03)
+    pair.until_in_flight()
     started_s = time.monotonic()
     pair.producer.close()
     assert time.monotonic() - started_s < 1.5 and all(future.done() for future in pushed)
