@@ -130,11 +130,12 @@ class Leg:
             for choice in request.choices
         ]
 
-    def start_computing(self, now_s: float, tracing: Tracing) -> None:
+    def start_computing(self, wave_id: int, now_s: float, tracing: Tracing) -> None:
         """The leg's wave runs its first group now."""
         self.stage, self.is_in_wave, self.started_s = Stage.COMPUTING, True, now_s
+        self.queue_span.set({"duomo.wave": wave_id})
         self.queue_span.end(at_s=now_s)
-        attributes = {"duomo.prompt_tokens": len(self.token_ids), "duomo.cached_tokens": self.cached_tokens}
+        attributes = {"duomo.wave": wave_id, "duomo.prompt_tokens": len(self.token_ids), "duomo.cached_tokens": self.cached_tokens}
         self.compute_span = tracing.start_span("prefill.compute", self.request.traceparent, attributes, start_s=now_s)
 
     def end_spans(self, at_s: float) -> None:

@@ -165,7 +165,7 @@ class LegBook:
 
     # WaveEvents
 
-    def allocate(self, leg: Leg) -> bool:
+    def allocate(self, leg: Leg, wave_id: int) -> bool:
         """See WaveEvents."""
         table = self.blocks.allocate(leg.token_ids, leg.request.cache_salt)
         if table is None:
@@ -173,7 +173,7 @@ class LegBook:
         leg.blocks, leg.cached_tokens = table.blocks, table.cached_tokens
         self.counters["prefill_tokens_cached"] += table.cached_tokens
         self.counters["prefill_tokens_computed"] += len(leg.token_ids) - table.cached_tokens
-        leg.start_computing(time.monotonic(), self._tracing)
+        leg.start_computing(wave_id, time.monotonic(), self._tracing)
         return True
 
     def announce(self, leg: Leg) -> None:

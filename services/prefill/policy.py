@@ -7,7 +7,7 @@ together, group by group; the turn is decided anew at every group boundary, so t
                while a wave has more to go, only prompts short enough to overtake it
     start      granted prompts, by priority and age, as many as fit the wave limits and the free blocks, without bypassing:
                a prompt that does not fit waits at the head and nobody behind it starts
-    overtake   a new wave of at most half the tokens of the smallest live one starts before that one's next group
+    overtake   prompts of at most a quarter of the smallest live wave's tokens, together at most half of them, start before its next group
     resume     the smallest live wave, unless another was passed over MAX_PASSES times
 
 Bounds: between two groups of a wave at most MAX_PASSES + (live waves) others run; live waves halve in size, so there are at
@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MAX_PASSES = 8  # two short waves of four groups go first; the third waits
+OVERTAKING_SHARE = 4  # a prompt this many times smaller overtakes; larger ones gain more from sharing a wave with each other
 PRIORITY_AGE_S = 2.0  # a prompt gains one level of priority for each such span of waiting
 GATHER_S = 0.003  # grants of prompts announced together arrive within a few socket round trips: wait for them before starting
 
@@ -171,7 +172,7 @@ def _next_run(prompts: Iterable[PromptView], snapshot: Snapshot) -> NewWave | Ne
 
 
 def _overtakes(prompt: PromptView, wave: WaveView) -> bool:
-    return 2 * prompt.num_tokens <= wave.num_tokens
+    return OVERTAKING_SHARE * prompt.num_tokens <= wave.num_tokens
 
 
 def _fill(prompts: Iterable[PromptView], max_tokens: int, snapshot: Snapshot) -> tuple[Key, ...]:

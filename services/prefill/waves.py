@@ -23,8 +23,8 @@ from services.prefill.worker import Computation, PrefillWorker, WaveOutput
 class WaveEvents(Protocol):
     """What the loop asks of, and tells to, the service. All on the event loop."""
 
-    def allocate(self, leg: Leg) -> bool:
-        """Give the leg its blocks; False when there are not enough."""
+    def allocate(self, leg: Leg, wave_id: int) -> bool:
+        """Give the leg its blocks: it starts in this wave. False when there are not enough."""
 
     def announce(self, leg: Leg) -> None: ...
 
@@ -167,7 +167,7 @@ class WaveLoop:
             leg = self.waiting.get(key)
             if leg is None:
                 continue  # cancelled meanwhile
-            if not self._events.allocate(leg):
+            if not self._events.allocate(leg, self.num_waves_formed + 1):
                 break
             del self.waiting[key]
             legs.append(leg)

@@ -76,6 +76,7 @@ class Rig:
     config: DuomoConfig
     tracing: Tracing
     agent: TransferAgent
+    worker: PrefillWorker
 
     async def is_clean(self) -> None:
         """Everything is back: read from the report, as the router sees it, and from D's agent."""
@@ -91,7 +92,7 @@ class Rig:
         await until(check, "something is still held", 1.5)
 
 
-def config_for(run_dir: Path, **prefill: object) -> DuomoConfig:
+def config_for(run_dir: Path, **prefill: Any) -> DuomoConfig:
     transfer = prefill.pop("transfer", {})
     units = prefill.pop("units", 4)
     raw = {
@@ -105,7 +106,7 @@ def config_for(run_dir: Path, **prefill: object) -> DuomoConfig:
 
 
 @contextlib.asynccontextmanager
-async def rig(run_dir: Path, faults: dict[int, Fault] | None = None, **prefill: object) -> AsyncIterator[Rig]:
+async def rig(run_dir: Path, faults: dict[int, Fault] | None = None, **prefill: Any) -> AsyncIterator[Rig]:
     config = config_for(run_dir, **prefill)
     hub = LoopbackHub(ScriptedFaults(faults or {}))
     card = ReplicaCard.of(config, "prefill", "prefill-0", model().config.fingerprint)
@@ -118,7 +119,7 @@ async def rig(run_dir: Path, faults: dict[int, Fault] | None = None, **prefill: 
     await service.start()
     gateway = await ScriptedGateway.dial(service.membership.identity.address, model().config, config)
     try:
-        yield Rig(service, decode, gateway, hub, config, tracing, agent)
+        yield Rig(service, decode, gateway, hub, config, tracing, agent, worker)
     finally:
         await gateway.close()
         await service.stop()

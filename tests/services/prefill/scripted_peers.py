@@ -61,7 +61,9 @@ class Inbox:
         self.changed.set()
 
     def of(self, kind: type[Message], request_id: str | None = None) -> list[Message]:
-        return [one for one in self.messages if isinstance(one, kind) and (request_id is None or one.request_id == request_id)]
+        return [
+            one for one in self.messages if isinstance(one, kind) and (request_id is None or getattr(one, "request_id", None) == request_id)
+        ]
 
     async def until(self, check: Callable[[], bool], timeout_s: float = WAIT_S) -> None:
         async with asyncio.timeout(timeout_s):
@@ -202,16 +204,36 @@ class ScriptedDecode:
                 request_id = self.open.get(landed.handle_id)
                 if request_id is None:
                     continue
-                span, about = landed.span, {"request_id": request_id, "attempt": 0, "traceparent": "", "remaining_s": 9.0}
+                span = landed.span
                 if landed.error is not None:
                     self.pulls += 1
-                    self._post(PullKv(handle_id=landed.handle_id, group=span.group, message_idx=span.message_idx, **about))
+                    self._post(
+                        PullKv(
+                            request_id=request_id,
+                            attempt=0,
+                            traceparent="",
+                            remaining_s=9.0,
+                            handle_id=landed.handle_id,
+                            group=span.group,
+                            message_idx=span.message_idx,
+                        )
+                    )
                     continue
                 table = self.tables[request_id]
                 self.cache.scatter(span.layers, table[span.block_lo : span.block_hi], landed.payload)
                 self.agent.release(landed.handle_id, span.message_idx)
                 self.landed[landed.handle_id].append(span.message_idx)
-                self._post(GroupLanded(handle_id=landed.handle_id, group=span.group, message_idx=span.message_idx, **about))
+                self._post(
+                    GroupLanded(
+                        request_id=request_id,
+                        attempt=0,
+                        traceparent="",
+                        remaining_s=9.0,
+                        handle_id=landed.handle_id,
+                        group=span.group,
+                        message_idx=span.message_idx,
+                    )
+                )
                 self.inbox.changed.set()
             self.pump()
 

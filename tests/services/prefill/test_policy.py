@@ -80,8 +80,13 @@ def test_a_prompt_beyond_the_wave_limit_goes_alone() -> None:
 
 
 def test_a_short_prompt_overtakes_before_the_next_group_and_a_long_one_does_not() -> None:
-    assert decide(granted("s", 100), waves=(wave(200),)).run == NewWave(keys=(("s", 0),))
-    assert decide(granted("l", 101), waves=(wave(200),)).run == NextGroup(wave_id=0)
+    assert decide(granted("s", 50), waves=(wave(200),)).run == NewWave(keys=(("s", 0),))
+    assert decide(granted("l", 51), waves=(wave(200),)).run == NextGroup(wave_id=0)
+
+
+def test_short_prompts_overtake_together_up_to_half_of_the_wave() -> None:
+    shorts = [granted(f"s{row}", 50) for row in range(3)]
+    assert decide(*shorts, waves=(wave(200),)).run == NewWave(keys=(("s0", 0), ("s1", 0)))
 
 
 def test_a_wave_passed_over_too_often_runs_next() -> None:
@@ -275,7 +280,7 @@ def test_every_prompt_of_any_trace_ends_and_no_wave_starves(
 
 
 @settings(max_examples=60, deadline=None)
-@given(at_s=st.floats(0.01, 0.7), num_tokens=st.integers(1, 100))
+@given(at_s=st.floats(0.01, 0.7), num_tokens=st.integers(1, 62))
 def test_a_short_prompt_waits_at_most_one_group_of_a_long_wave(at_s: float, num_tokens: int) -> None:
     long, short = Arrival("long", 0.0, 250, 0, "d0", 0.0), Arrival("short", at_s, num_tokens, 0, "d0", 0.0005)
     simulation = Simulation(LIMITS, [long, short])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from duomo.wire.messages import Cancel, PrefillDone, Refused, RequestFailed, Sampling, TransferFenced, WaveAnnounced
+from services.prefill.worker import Computation
 from tests.services.prefill.prefill_rig import Rig, expected_kv, first_token, ids, model, rig, run
 from tests.services.prefill.scripted_peers import ScriptedGateway, until
 
@@ -194,6 +195,32 @@ def test_what_cannot_be_prefilled_is_refused_by_name(tmp_path: Path) -> None:
             await parts.gateway.finished("twice")
             (refused,) = parts.gateway.inbox.of(Refused)
             assert isinstance(refused, Refused) and refused.code == "duplicate_request"
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+def test_a_step_that_fails_fails_its_wave_alone(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            worker = parts.worker
+            healthy, num_runs = worker.run_group, 0
+
+            def fails_once(computation: Computation, group: int) -> None:
+                nonlocal num_runs
+                num_runs += 1
+                if num_runs == 2:
+                    raise RuntimeError("out of memory")
+                healthy(computation, group)
+
+            worker.run_group = fails_once  # type: ignore[method-assign]  # the fault is planted here
+            parts.gateway.start("fails", ids(60), parts.decode.address)
+            failed = await parts.gateway.failed("fails")
+            assert (failed.code, failed.phase, failed.retryable) == ("engine_failed", "prefill.compute", True)
+            await parts.decode.inbox.one(TransferFenced, "fails")
+            parts.gateway.start("works", ids(61), parts.decode.address)
+            await parts.gateway.finished("works")
+            parts.service.check_health()
             await parts.is_clean()
 
     run(scenario, tmp_path)
