@@ -65,9 +65,10 @@ class Run:
         return alive
 
     def clear(self) -> None:
-        for process in [*self.left(), self.process]:
-            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        for process in self.left():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        self.process.kill()
         self.process.wait(10)
 
 

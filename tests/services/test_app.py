@@ -1,0 +1,106 @@
+"""Owns the checks of the Serve application: what is bound, what a failed start says, and that an unplaceable replica is an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from duomo.config import DuomoConfig, load_config
+from services.app import APP_NAME, _import_roots, _last_words, build_application
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "models" / "tiny-moe"
+
+SERVE_SAYS = """The deployment failed to start 1 times in a row. See controller logs for details. Error:
+\x1b[36mray::ServeReplica:duomo:prefill.initialize_and_get_metadata()\x1b[39m (pid=1, repr=<ray.serve.ServeReplica object at 0x7f>)
+  File "replica.py", line 1928, in initialize
+    raise RuntimeError(traceback.format_exc()) from None
+RuntimeError: Traceback (most recent call last):
+  File "services/prefill/service.py", line 5, in run_replica
+    raise ModelError("tensor is missing")
+duomo.errors.ModelError: bad_model (start): model.layers.3.mlp.gate.weight is missing
+"""
+
+
+def config(**overrides: object) -> DuomoConfig:
+    return load_config(None, {"model.path": str(MODEL)} | overrides)
+
+
+def test_four_deployments_are_bound_with_their_counts() -> None:
+    application = build_application(config(**{"prefill.replicas": 2, "decode.replicas": 3}))
+    router = application._bound_deployment
+    bound = {router.name: router} | {pool._bound_deployment.name: pool._bound_deployment for pool in router.init_args[1:]}
+    assert {name: one.num_replicas for name, one in bound.items()} == {"router": 1, "prefill": 2, "decode": 3, "directory": 1}
+    for deployment in bound.values():
+        assert deployment.ray_actor_options["num_cpus"] == 0.01, "Serve's default of one CPU never starts four on two cores"
+        assert DuomoConfig.model_validate_json(deployment.init_args[0]).decode.replicas == 3
+        assert deployment._deployment_config.graceful_shutdown_timeout_s > 300, "a draining replica finishes its streams"
+
+
+def test_pools_are_pinned_by_resource_only_when_asked() -> None:
+    def resources(one: DuomoConfig) -> dict[str, object]:
+        return dict(build_application(one)._bound_deployment.ray_actor_options.get("resources") or {})
+
+    assert resources(config()) == {}
+    assert set(resources(config(**{"ray.pin_by_resource": True}))) == {"duomo_router"}
+
+
+def test_a_failed_start_is_told_by_the_replicas_own_exception() -> None:
+    assert _last_words(SERVE_SAYS) == "ModelError: bad_model (start): model.layers.3.mlp.gate.weight is missing"
+    waiting = "Deployment 'prefill' has 1 replicas\nthat have taken more than 8s to be scheduled."
+    assert _last_words(waiting) == "Deployment 'prefill' has 1 replicas that have taken more than 8s to be scheduled."
+
+
+def test_workers_find_the_three_import_roots() -> None:
+    roots = _import_roots()
+    assert roots[:2] == [str(ROOT), str(ROOT / "kernels")]
+    assert len(roots) == len(set(roots))
+
+
+def test_binding_the_application_needs_no_torch() -> None:
+    code = f"""
+import sys
+from services.app import build_application
+from duomo.config import load_config
+build_application(load_config(None, {{"model.path": {str(MODEL)!r}}}))
+print([name for name in ("torch", "nixl", "tokenizers", "transformers") if name in sys.modules])
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip().splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (("ray.pin_by_resource=true",), "duomo_directory"),
+        (("ray.start_timeout_s=1",), "ray.start_timeout_s"),
+    ],
+)
+def test_an_unplaceable_or_late_replica_is_a_clear_error(settings: tuple[str, ...], named: str) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = Path(tempfile.mkdtemp(prefix="duomo-t-"))
+    command = [sys.executable, "-m", "services.cli", "serve", str(MODEL), "--port", str(port), "--run-dir", str(folder)]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    began_s = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 2 and named in done.stderr.splitlines()[-1], done.stderr
+    assert time.monotonic() - began_s < 100
+    assert not list(folder.iterdir())
+    folder.rmdir()
+
+
+def test_the_application_has_one_name() -> None:
+    assert APP_NAME == "duomo"
