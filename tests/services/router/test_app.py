@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from duomo.wire.messages import Cancel, StartDecode, StartPrefill
 from tests.services.router.stub_replicas import MODEL, Script
@@ -290,7 +291,11 @@ async def _read_some(system: StubSystem, num_chunks: int) -> None:
                 return
 
 
-def test_a_client_that_leaves_cancels_both_legs(tmp_path: Path) -> None:
+LOOPS = pytest.mark.parametrize("run", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+
+
+@LOOPS
+def test_a_client_that_leaves_cancels_both_legs(tmp_path: Path, run: Callable[[Coroutine[None, None, None]], None]) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(step_s=0.002, prefill_finishes=False)) as system:
             await _read_some(system, 5)
@@ -302,10 +307,11 @@ def test_a_client_that_leaves_cancels_both_legs(tmp_path: Path) -> None:
             whole.cancel()
             await system.until(lambda: decode.used_blocks == 0 and system.gateway.num_live_legs == 0, 1.0)
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
-def test_a_client_that_reads_too_slowly_is_cut_off(tmp_path: Path) -> None:
+@LOOPS
+def test_a_client_that_reads_too_slowly_is_cut_off(tmp_path: Path, run: Callable[[Coroutine[None, None, None]], None]) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, overrides={"gateway": {"slow_client_bytes": 20_000}}) as system:
             port = system.gateway.config.gateway.port
@@ -323,7 +329,7 @@ def test_a_client_that_reads_too_slowly_is_cut_off(tmp_path: Path) -> None:
                         raise ConnectionResetError
             writer.close()
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_health_models_metrics_and_pools(tmp_path: Path) -> None:
