@@ -132,6 +132,8 @@ class Pusher:
                 refusal = f"the handle is not for this process or for no ring that is attached ({handle.ring_name})"
             elif not handle.slots or max(handle.slots) >= offer.num_slots or job.span.num_bytes > offer.slot_bytes:
                 refusal = "the handle's slots do not fit the ring"
+            elif layout.message_bytes(job.span.num_bytes) > self._all_send_slots[0].num_bytes:
+                refusal = "the message does not fit a send slot: kv_transfer.slot_bytes differs between the replicas"
             if refusal:
                 future.set_exception(TransferError(f"handle {handle.handle_id}: {refusal}", code="stale_handle"))
                 return future
@@ -256,7 +258,7 @@ class Pusher:
             verdict = writing.may_write(self._writer, *pending.key)
             if verdict is Verdict.GO:
                 self._writer = writing.start_write(self._writer, *pending.key)
-            offer = self._rings[job.handle.ring_name][1]
+                offer = self._rings[job.handle.ring_name][1]
         if verdict is not Verdict.GO:
             self._abandon(pending, send_slot, _cancelled(pending))
             return

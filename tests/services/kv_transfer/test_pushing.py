@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -9,8 +10,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import pytest
 
+from duomo.config import TransferSection
 from duomo.errors import TransferError
-from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer import layout
+from services.kv_transfer.agent import PushJob, TransferAgent
 from services.kv_transfer.faults import Fault, ScriptedFaults
 from services.kv_transfer.transport import Span, Write
 from services.kv_transfer.transport_loopback import LoopbackTransport
@@ -49,6 +52,40 @@ def test_writes_to_a_stopped_peer_do_not_hold_up_another(pair_of: MakePair) -> N
     assert not fence.done()
     stopped.close()
     fence.result(2)
+
+
+def test_a_consumer_may_leave_while_a_message_for_it_is_packed(pair_of: MakePair) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(3)
+    is_packing, may_go_on = threading.Event(), threading.Event()
+
+    def fill(place: memoryview) -> None:
+        is_packing.set()
+        assert may_go_on.wait(5)
+
+    packing = pair.producer.push(PushJob(handle=handle, span=spans[0], fill=fill))
+    assert is_packing.wait(5)
+    pair.producer.detach("d-boot")
+    assert pair.producer.cancel(handle.handle_id).result(1) is None, "nothing was written"
+    may_go_on.set()
+    with pytest.raises(TransferError, match="cancelled"):
+        packing.result(1)
+    pair.producer.attach_ring("d-boot", pair.consumer.open_ring("p-boot", 8))
+    again, spans = pair.offer(3)
+    pair.push(again, spans)
+    pair.land((again, spans), pulls=False)
+
+
+def test_messages_too_large_for_a_send_slot_are_refused(pair_of: MakePair) -> None:
+    pair = pair_of()
+    large = TransferAgent("large", pair.hub.agent("kv-large"), TransferSection(slot_bytes=256 * 1024))
+    pair.producer.attach_ring("large", large.open_ring("p-boot", 2))
+    handle, _ = pair.offer(3)
+    (span,) = layout.messages(range(70), (0, 1), 3000, 256 * 1024)
+    handle = msgspec.structs.replace(handle, consumer_boot_id="large", ring_name="kv-large", slots=(0,))
+    with pytest.raises(TransferError, match="slot_bytes differs"):
+        pair.producer.push(pair.job(handle, span)).result(1)
+    large.close()
 
 
 def test_a_transport_that_breaks_its_promises_fails_every_waiter(pair_of: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
