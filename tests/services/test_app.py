@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,8 @@ def config(**overrides: object) -> DuomoConfig:
 def test_four_deployments_are_bound_with_their_counts() -> None:
     application = build_application(config(**{"prefill.replicas": 2, "decode.replicas": 3}))
     router = application._bound_deployment
-    bound = {router.name: router} | {pool._bound_deployment.name: pool._bound_deployment for pool in router.init_args[1:]}
+    pools: list[Any] = [pool._bound_deployment for pool in router.init_args[1:]]
+    bound: dict[str, Any] = {one.name: one for one in [router, *pools]}
     assert {name: one.num_replicas for name, one in bound.items()} == {"router": 1, "prefill": 2, "decode": 3, "directory": 1}
     for deployment in bound.values():
         assert deployment.ray_actor_options["num_cpus"] == 0.01, "Serve's default of one CPU never starts four on two cores"
@@ -45,7 +47,8 @@ def test_four_deployments_are_bound_with_their_counts() -> None:
 
 def test_pools_are_pinned_by_resource_only_when_asked() -> None:
     def resources(one: DuomoConfig) -> dict[str, object]:
-        return dict(build_application(one)._bound_deployment.ray_actor_options.get("resources") or {})
+        actor: dict[str, Any] = build_application(one)._bound_deployment.ray_actor_options or {}
+        return dict(actor.get("resources") or {})
 
     assert resources(config()) == {}
     assert set(resources(config(**{"ray.pin_by_resource": True}))) == {"duomo_router"}
