@@ -17,7 +17,7 @@ from duomo.models.config import ModelConfig, load_config
 from duomo.models.layers.attention import AttentionPlan, AttentionWeights, attention_layer
 from duomo.models.layers.experts import ExpertWeights, expert_layer
 from duomo.models.weights import WeightFolder
-from duomo_kernels.norm_rope import rms_norm, rope_tables
+from duomo_kernels.norm_rope import RmsWeight, rms_norm, rms_weight, rope_tables
 from duomo_kernels.paged_attention import KvShape, prove_tail
 from duomo_kernels.row_gemm import RowGemm, row_gemm_for
 
@@ -26,16 +26,16 @@ from duomo_kernels.row_gemm import RowGemm, row_gemm_for
 class LayerWeights:
     """One decoder layer."""
 
-    input_norm_D: Tensor
+    input_norm_D: RmsWeight
     attention: AttentionWeights
-    post_norm_D: Tensor
+    post_norm_D: RmsWeight
     experts: ExpertWeights
 
 
 class Model:
     """Weights and the forward of one layer; the runner owns the order of layers."""
 
-    def __init__(self, config: ModelConfig, embed_VD: Tensor, layers: list[LayerWeights], norm_D: Tensor, lm_head_DV: Tensor) -> None:
+    def __init__(self, config: ModelConfig, embed_VD: Tensor, layers: list[LayerWeights], norm_D: RmsWeight, lm_head_DV: Tensor) -> None:
         self.config = config
         self.embed_VD = embed_VD
         self.layers = layers
@@ -55,16 +55,16 @@ class Model:
 
     def layer(self, layer_idx: int, x_TD: Tensor, pool: Tensor, plan: AttentionPlan, shape: KvShape) -> tuple[Tensor, Tensor]:
         """One layer over the rows; x is changed in place. Returns (x [T, D], expert ids [T, K])."""
-        weights, eps = self.layers[layer_idx], self.config.norm_eps
-        x_TD += attention_layer(self.gemm, rms_norm(x_TD, weights.input_norm_D, eps), weights.attention, pool, plan, shape, eps)
-        normed_TD = rms_norm(x_TD, weights.post_norm_D, eps)
+        weights = self.layers[layer_idx]
+        x_TD += attention_layer(self.gemm, rms_norm(x_TD, weights.input_norm_D), weights.attention, pool, plan, shape)
+        normed_TD = rms_norm(x_TD, weights.post_norm_D)
         mixed_TD, ids_TK = expert_layer(self.gemm, normed_TD, weights.experts, self.config.top_k, self.config.normalises_topk)
         x_TD += mixed_TD
         return x_TD, ids_TK
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Rows after the last layer [T, D] -> float32 [T, V]."""
-        return self.gemm.mm(rms_norm(x_TD, self.norm_D, self.config.norm_eps), self.lm_head_DV)
+        return self.gemm.mm(rms_norm(x_TD, self.norm_D), self.lm_head_DV)
 
 
 def _gemm_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
@@ -92,7 +92,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     ) as weights:
         embed_VD = weights.take("model.embed_tokens.weight", (config.vocab, config.hidden))
         layers = [_load_layer(weights, config, index) for index in range(config.num_layers)]
-        norm_D = weights.take("model.norm.weight", (config.hidden,))
+        norm_D = rms_weight(weights.take("model.norm.weight", (config.hidden,)), config.norm_eps)
         head_VD = embed_VD if config.ties_embeddings else weights.take("lm_head.weight", (config.vocab, config.hidden))
     return Model(config, embed_VD, layers, norm_D, head_VD.t().contiguous())
 
@@ -104,9 +104,10 @@ def _load_layer(weights: WeightFolder, config: ModelConfig, index: int) -> Layer
     qkv = torch.cat([weights.take(f"{prefix}self_attn.{side}_proj.weight", (rows, hidden)) for side, rows in sizes])
     q_norm_C = weights.take(f"{prefix}self_attn.q_norm.weight", (dim,)) * dim**-0.5
     k_norm_C = weights.take(f"{prefix}self_attn.k_norm.weight", (dim,))
+    qk_norm_HC = torch.cat((q_norm_C.expand(config.num_heads, dim), k_norm_C.expand(config.num_kv_heads, dim)))
     attention = AttentionWeights(
         qkv_DP=qkv.t().contiguous(),
-        qk_norm_HC=torch.cat((q_norm_C.expand(config.num_heads, dim), k_norm_C.expand(config.num_kv_heads, dim))).contiguous(),
+        qk_norm_HC=rms_weight(qk_norm_HC, config.norm_eps),
         out_HD=weights.take(f"{prefix}self_attn.o_proj.weight", (hidden, num_q)).t().contiguous(),
     )
     gate_up, down = [], []
@@ -117,8 +118,8 @@ def _load_layer(weights: WeightFolder, config: ModelConfig, index: int) -> Layer
         down.append(weights.take(f"{at}down_proj.weight", (hidden, config.expert_hidden)).t().contiguous())
     gate_ED = weights.take(f"{prefix}mlp.gate.weight", (config.num_experts, hidden))
     return LayerWeights(
-        input_norm_D=weights.take(f"{prefix}input_layernorm.weight", (hidden,)),
+        input_norm_D=rms_weight(weights.take(f"{prefix}input_layernorm.weight", (hidden,)), config.norm_eps),
         attention=attention,
-        post_norm_D=weights.take(f"{prefix}post_attention_layernorm.weight", (hidden,)),
+        post_norm_D=rms_weight(weights.take(f"{prefix}post_attention_layernorm.weight", (hidden,)), config.norm_eps),
         experts=ExpertWeights(gate_ED.t().contiguous(), gate_up, down),
     )

@@ -24,7 +24,7 @@ def combine(rows_RD: Tensor, routed_R: Tensor, weights_TK: Tensor) -> Tensor:
     """Sorted rows [>= R, D] back in token order, weighted and summed -> [T, D]."""
     num_tokens, top_k = weights_TK.shape
     num_routed = num_tokens * top_k
-    by_token_RD = rows_RD.new_empty(num_routed, rows_RD.shape[1])
-    by_token_RD.index_copy_(0, routed_R, rows_RD[:num_routed])
+    place_R = torch.empty_like(routed_R).scatter_(0, routed_R, torch.arange(num_routed))  # a gather takes half the time of a scatter
+    by_token_RD = rows_RD.index_select(0, place_R)
     # one product of fixed shape [1, K] x [K, D] for each token: the same bits in every batch
     return torch.bmm(weights_TK.unsqueeze(1), by_token_RD.view(num_tokens, top_k, -1)).squeeze(1)

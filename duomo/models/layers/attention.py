@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duomo_kernels.norm_rope import rms_norm, rope
+from duomo_kernels.norm_rope import RmsWeight, rms_norm, rope
 from duomo_kernels.paged_attention import ChunkRows, DecodeRows, KvShape, paged_attention
 from duomo_kernels.row_gemm import RowGemm
 
@@ -40,17 +40,15 @@ class AttentionWeights:
     """qkv [D, P * C]; qk_norm [H + N, C], the query rows already times 1 / sqrt(C); out [H * C, D]."""
 
     qkv_DP: Tensor
-    qk_norm_HC: Tensor
+    qk_norm_HC: RmsWeight
     out_HD: Tensor
 
 
-def attention_layer(
-    gemm: RowGemm, x_TD: Tensor, weights: AttentionWeights, pool: Tensor, plan: AttentionPlan, shape: KvShape, eps: float
-) -> Tensor:
+def attention_layer(gemm: RowGemm, x_TD: Tensor, weights: AttentionWeights, pool: Tensor, plan: AttentionPlan, shape: KvShape) -> Tensor:
     """Normed input [T, D] -> output [T, D], before the residual. Writes the rows' KV into pool [blocks, 2, N, block tokens, C]."""
     num_rows, num_h, num_n, dim = x_TD.shape[0], shape.num_heads, shape.num_kv_heads, shape.head_dim
     qkv_TPC = gemm.mm(x_TD, weights.qkv_DP).view(num_rows, -1, dim)
-    qk_TPC = rope(rms_norm(qkv_TPC[:, : num_h + num_n], weights.qk_norm_HC, eps), plan.cos_T1C, plan.sin_T1C)
+    qk_TPC = rope(rms_norm(qkv_TPC[:, : num_h + num_n], weights.qk_norm_HC), plan.cos_T1C, plan.sin_T1C)
     qkv_TPC[:, num_h : num_h + num_n] = qk_TPC[:, num_h:]
     pool.view(-1, dim).index_copy_(0, plan.write, qkv_TPC[:, num_h:].reshape(-1, dim))
     return gemm.mm(_attend(gemm, qk_TPC[:, :num_h], pool, plan.groups, shape), weights.out_HD)

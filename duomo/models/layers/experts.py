@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from duomo_kernels.combine import combine
@@ -29,8 +30,6 @@ def expert_layer(gemm: RowGemm, x_TD: Tensor, weights: ExpertWeights, top_k: int
     """Normed input [T, D] -> (output [T, D] before the residual, expert ids [T, K])."""
     weights_TK, ids_TK = topk_gate(gemm.mm(x_TD, weights.gate_DE), top_k, normalise)
     order = sort_by_expert(ids_TK, len(weights.gate_up_EDF))
-    num_routed = order.token_R.numel()
-    x_RD = x_TD.new_zeros(num_routed + TILE_ROWS, x_TD.shape[1])
-    x_RD[:num_routed] = x_TD.index_select(0, order.token_R)
+    x_RD = x_TD.index_select(0, torch.cat((order.token_R, order.token_R[:1].expand(TILE_ROWS))))  # spare rows: any token, never read
     rows_RD = grouped_gemm(gemm, x_RD, order.counts, weights.gate_up_EDF, weights.down_EFD)
     return combine(rows_RD, order.routed_R, weights_TK), ids_TK

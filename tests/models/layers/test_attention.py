@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from duomo.models.layers.attention import AttentionPlan, AttentionWeights, RowGroup, attention_layer, write_index
-from duomo_kernels.norm_rope import rms_norm_reference, rope_reference, rope_tables
+from duomo_kernels.norm_rope import rms_norm_reference, rms_weight, rope_reference, rope_tables
 from duomo_kernels.paged_attention import ChunkRows, KvShape, gather_index
 from duomo_kernels.row_gemm import RowGemm
 
@@ -14,7 +14,8 @@ SHAPE = KvShape(4, 2, 32, 16)
 
 def test_against_a_plain_computation() -> None:
     x, table, num_rows = torch.randn(37, 48), [5, 1, 3], 37
-    weights = AttentionWeights(torch.randn(48, 8 * 32) / 7, torch.rand(6, 32), torch.randn(4 * 32, 48) / 11)
+    qk_norm = torch.rand(6, 32)
+    weights = AttentionWeights(torch.randn(48, 8 * 32) / 7, rms_weight(qk_norm, 1e-6), torch.randn(4 * 32, 48) / 11)
     cos, sin = rope_tables(num_rows, 32, 10000.0)
     positions = torch.arange(num_rows)
     plan = AttentionPlan(
@@ -24,10 +25,10 @@ def test_against_a_plain_computation() -> None:
         (RowGroup(0, num_rows, None, ChunkRows(gather_index(torch.tensor([table]), 2), 0, num_rows)),),
     )
     pool = torch.zeros(7, 2, 2, 16, 32)
-    out = attention_layer(RowGemm(is_chain=False), x, weights, pool, plan, SHAPE, 1e-6)
+    out = attention_layer(RowGemm(is_chain=False), x, weights, pool, plan, SHAPE)
 
     qkv = (x @ weights.qkv_DP).view(num_rows, 8, 32)
-    qk = rope_reference(rms_norm_reference(qkv[:, :6], weights.qk_norm_HC, 1e-6), cos, sin)
+    qk = rope_reference(rms_norm_reference(qkv[:, :6], qk_norm, 1e-6), cos, sin)
     for position in (0, 15, 16, 36):
         landed = pool[table[position // 16], :, :, position % 16]
         assert torch.allclose(landed[0], qk[position, 4:], atol=1e-5) and torch.allclose(landed[1], qkv[position, 6:], atol=1e-5)
