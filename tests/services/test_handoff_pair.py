@@ -27,7 +27,8 @@ from services.kv_transfer.membership import ReplicaCard
 from services.kv_transfer.transport_loopback import LoopbackHub
 from services.prefill.service import PrefillService
 from services.prefill.worker import PrefillWorker, WorkerSizes
-from tests.services.decode.scripted_peers import GREEDY, ScriptedGateway, configuration, expected, ids, model, until
+from tests.services.decode.rig import configuration
+from tests.services.decode.scripted_peers import GREEDY, ScriptedGateway, expected, ids, model, until
 
 
 @dataclass

@@ -1,0 +1,186 @@
+"""The handoff seen from decode: grants, faults, deaths, timeouts. Real sockets, real agents over loopback, the real model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duomo.wire.messages import (
+    Cancel,
+    HandleOffered,
+    Preempted,
+    PullKv,
+    RequestFailed,
+    RequestFinished,
+)
+from services.kv_transfer.faults import Fault, FaultPlan, ScriptedFaults, SeededFaults
+from tests.services.decode.rig import configuration, running
+from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, until, with_max
+
+
+def play(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(work)
+
+
+def test_an_announcement_may_come_before_its_request(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("early", 0, ids(30), GREEDY)
+            serving = asyncio.create_task(rig.prefill.prefill(prompt))
+            await asyncio.sleep(0.1)
+            assert not rig.prefill.of(HandleOffered)
+            rig.gateway.start(prompt, rig.prefill)
+            await serving
+            await rig.gateway.finished("early")
+            assert rig.gateway.answers["early"].ids() == expected(prompt.prompt_ids)[1:]
+            await rig.at_rest()
+
+    play(go())
+
+
+@pytest.mark.parametrize(
+    ("faults", "num_pulled"),
+    [
+        (ScriptedFaults({1: Fault(corrupt_byte=77)}), 1),
+        (ScriptedFaults({2: Fault(truncate_bytes=4096)}), 1),
+        (ScriptedFaults({0: Fault(duplicate_after_s=0.02), 3: Fault(duplicate_after_s=0.0)}), 0),
+        (ScriptedFaults({0: Fault(delay_s=0.15), 1: Fault(delay_s=0.05), 2: Fault(announces_early=True, delay_s=0.03)}), 0),
+        (ScriptedFaults({1: Fault(drops_notification=True)}), 0),
+        (ScriptedFaults({1: Fault(drops_data=True)}), 1),
+        (SeededFaults(seed=5, max_delay_s=0.02, chance_duplicate=0.3, chance_corrupt=0.1, chance_announce_early=0.3), None),
+    ],
+    ids=["corrupt", "truncated", "duplicate", "reordered", "silent", "dropped", "seeded"],
+)
+def test_faulty_messages_never_give_wrong_tokens(tmp_path: Path, faults: FaultPlan, num_pulled: int | None) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path), faults) as rig:
+            prompt = Prompt("f", 0, ids(70), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            serving = asyncio.create_task(rig.prefill.prefill(prompt))
+            await until(lambda: bool(rig.gateway.of(RequestFinished) or rig.gateway.of(RequestFailed)))
+            await serving
+            if num_pulled is not None:
+                assert not rig.gateway.of(RequestFailed)
+                assert len(rig.prefill.of(PullKv)) == num_pulled
+            if rig.gateway.of(RequestFinished):
+                assert rig.gateway.answers["f"].ids() == expected(prompt.prompt_ids)[1:]
+            else:
+                assert rig.gateway.of(RequestFailed)[0].code == "kv_corrupt"
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_twice_corrupt_is_a_typed_failure(tmp_path: Path) -> None:
+    async def go() -> None:
+        faults = ScriptedFaults({write: Fault(corrupt_byte=9) for write in range(40)})
+        async with running(configuration(tmp_path), faults) as rig:
+            prompt = Prompt("c", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            serving = asyncio.create_task(rig.prefill.prefill(prompt))
+            failure = await rig.gateway.failed("c")
+            assert (failure.code, failure.phase, failure.retryable) == ("kv_corrupt", "kv.handoff", True)
+            await serving
+            assert rig.prefill.of(RequestFailed, "c")
+            assert rig.gateway.answers["c"].ids() == []
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_kv_that_never_comes_is_a_typed_failure(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path, {"kv_transfer": {"write_timeout_s": 0.4}})) as rig:
+            rig.prefill.answers_pulls = False
+            prompt = Prompt("t", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            handle = await rig.prefill.granted(prompt)
+            computed = rig.prefill.compute(prompt)
+            rig.prefill.open(handle, computed)
+            rig.prefill.done(prompt, handle, computed)  # nothing was pushed
+            failure = await rig.gateway.failed("t")
+            assert (failure.code, failure.retryable) == ("transfer_timeout", True)
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_the_death_of_prefill_fails_what_has_not_landed_and_nothing_else(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            long = Prompt("long", 0, ids(20), with_max(GREEDY, 120))
+            rig.gateway.start(long, rig.prefill)
+            await rig.prefill.prefill(long)
+            half = Prompt("half", 0, ids(40), GREEDY)
+            rig.gateway.start(half, rig.prefill)
+            rig.prefill.announce(half)
+            handle = await rig.prefill.granted(half)
+            rig.prefill.open(handle, rig.prefill.compute(half))
+            rig.prefill.push(handle.handle_id, 0)
+            await asyncio.sleep(0.05)
+            assert rig.prefill.connection is not None
+            await rig.prefill.connection.close()
+            failure = await rig.gateway.failed("half")
+            assert (failure.code, failure.phase, failure.retryable) == ("peer_gone", "kv.handoff", True)
+            await rig.gateway.finished("long")
+            assert rig.gateway.answers["long"].ids() == expected(long.prompt_ids, long.sampling)[1:]
+            await rig.at_rest()  # the ended socket is taken for the process' end after a second
+
+    play(go())
+
+
+def test_a_producer_may_take_its_announcement_back_and_come_again(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("again", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            handle = await rig.prefill.granted(prompt)
+            rig.prefill.post(Cancel(request_id="again", attempt=0, traceparent="", remaining_s=0.0, reason="no_grant"))
+            await rig.prefill.fence(handle)
+            await until(lambda: rig.service.pool.num_free_blocks == rig.service.pool.limits.num_blocks)
+            del rig.prefill.handles["again", 0]
+            await rig.prefill.prefill(prompt)
+            await rig.gateway.finished("again")
+            assert rig.gateway.answers["again"].ids() == expected(prompt.prompt_ids)[1:]
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_64_requests_wait_their_turn_in_a_pool_for_16(tmp_path: Path) -> None:
+    async def go() -> None:
+        # 20 prompt tokens and 12 more are 2 blocks.
+        changes: dict[str, dict[str, object]] = {"decode": {"num_blocks": 34, "watermark_blocks": 2}}
+        async with running(configuration(tmp_path, changes)) as rig:
+            prompts = [Prompt(f"r{number}", 0, ids(20, number % 8), GREEDY) for number in range(64)]
+            for prompt in prompts:
+                rig.gateway.start(prompt, rig.prefill)
+            await asyncio.gather(*(rig.prefill.prefill(prompt) for prompt in prompts))
+            answers = {number: expected(ids(20, number)) for number in range(8)}
+            for number, prompt in enumerate(prompts):
+                await rig.gateway.finished(prompt.request_id)
+                assert rig.gateway.answers[prompt.request_id].ids() == answers[number % 8][1:]
+            assert not rig.gateway.of(Preempted)
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_what_never_fits_is_refused_with_the_limit(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path, {"decode": {"num_blocks": 8}})) as rig:
+            prompt = Prompt("big", 0, ids(200), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            failure = await rig.gateway.failed("big")
+            assert (failure.code, failure.retryable) == ("no_capacity", False)
+            assert "decode.num_blocks is 8" in failure.detail
+            await rig.at_rest()
+
+    play(go())
