@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from duomo.config import DuomoConfig, GatewaySection, ModelSection
+from duomo.config import DuomoConfig, GatewaySection, ModelSection, TransferSection
 from duomo.errors import ConfigError, DuomoError
 
 NEEDED_BYTES = 2_500_000_000
@@ -58,8 +58,11 @@ def _nixl() -> str:
     """A real agent, so that a plugin that does not load is seen here and not in the first request."""
     from services.kv_transfer.transport_nixl import NixlTransport
 
-    version = importlib.metadata.version("nixl-cu13")
-    return f"{version}, {NixlTransport.__name__}"
+    transport = NixlTransport(f"doctor-{os.getpid()}", TransferSection())
+    try:
+        return f"{transport.version}, transport {transport.transport_name}"
+    finally:
+        transport.close()
 
 
 def _redis() -> str:

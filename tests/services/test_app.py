@@ -35,8 +35,8 @@ def config(**overrides: object) -> DuomoConfig:
 
 def test_four_deployments_are_bound_with_their_counts() -> None:
     application = build_application(config(**{"prefill.replicas": 2, "decode.replicas": 3}))
-    router = application._bound_deployment
-    pools: list[Any] = [pool._bound_deployment for pool in router.init_args[1:]]
+    router: Any = application._bound_deployment
+    pools = [pool._bound_deployment for pool in router.init_args[1:]]
     bound: dict[str, Any] = {one.name: one for one in [router, *pools]}
     assert {name: one.num_replicas for name, one in bound.items()} == {"router": 1, "prefill": 2, "decode": 3, "directory": 1}
     for deployment in bound.values():

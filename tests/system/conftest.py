@@ -14,6 +14,7 @@ What each of them offers:
     redis()                      a redis-py client of the system's Redis
     assert_quiet(within_s)       every invariant of style.md rule 11, read from outside; raises with all that is wrong
     scale(pool, n)               one_system and scaled_system: `duomo scale`
+    pids(role), kill_pid(pid)    one_system and scaled_system: the replicas' processes
     pid(replica_id), kill(id, signal), start(role, id)      pair_system and replica_system: for fault tests
     trace_dir                    where the system writes its spans
 
@@ -208,6 +209,16 @@ class ServeSystem(System):
 
     def logs(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def pids(self, role: str) -> list[int]:
+        """Process ids of a deployment's replicas, by Ray's names of its workers."""
+        members = family(self.process)
+        return [member.pid for member in members if f"duomo:{role}" in " ".join(member.cmdline())]
+
+    def kill_pid(self, pid: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to one replica; Serve puts another in its place."""
+        assert pid in {member.pid for member in family(self.process)}, pid
+        os.kill(pid, number)
 
     def scale(self, pool: str, replicas: int) -> None:
         """`duomo scale`; returns when the pool has that many replicas and none drains any more."""
