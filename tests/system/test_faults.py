@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Callable
@@ -92,9 +93,13 @@ def test_decode_killed_in_step_10_is_a_typed_error(replica_system: Any) -> None:
 
 
 def _assert_typed_loss(result: StreamResult) -> None:
-    assert result.error is not None, (result.status, result.body, result.token_ids)
-    assert result.error["code"] == "replica_lost", result.error
-    assert result.error["message"] and result.error["type"]
+    """In the stream once it has begun; before that as the status and the body."""
+    error = result.error
+    if error is None:
+        assert result.status == 503, (result.status, result.body, result.token_ids)
+        error = json.loads(result.body)["error"]
+    assert error["code"] == "replica_lost", error
+    assert error["message"] and error["type"]
 
 
 def test_stopped_decode_never_hangs_a_request(replica_system: Any) -> None:

@@ -30,15 +30,18 @@ def test_router_prefill_and_decode_are_processes_of_their_own(one_system: Any) -
 
 
 def test_a_group_is_pushed_while_the_next_computes(replica_system: Any) -> None:
-    """A slowed transport, a wave of three prompts behind a long one, four groups: push g overlaps compute g + 1 in the spans."""
-    system = replica_system(num_prefill=1, num_decode=1, **{"kv_transfer.max_bytes_per_s": 8e6})
+    """A slowed transport, a wave of three prompts behind another, four groups: push g overlaps compute g + 1 in the spans.
+
+    A prompt of 40 tokens is 96 KiB a group, 0.12 s at this rate; a group takes half a second.
+    """
+    system = replica_system(num_prefill=1, num_decode=1, **{"kv_transfer.max_bytes_per_s": 8e5, "delays.prefill_group_s": 0.5})
 
     async def run() -> list[StreamResult]:
-        long = asyncio.create_task(post(system.url, "/v1/completions", completion_body([9 + i % 7000 for i in range(1500)], 2)))
+        first = asyncio.create_task(post(system.url, "/v1/completions", completion_body(list(range(10, 50)), 2)))
         while not any(report["num_running"] for report in system.reports("prefill")):
             await asyncio.sleep(0.02)
-        wave = [post(system.url, "/v1/completions", completion_body([20 + row + i % 6000 for i in range(600)], 2)) for row in range(3)]
-        return [*(await asyncio.gather(*wave)), await long]
+        wave = [post(system.url, "/v1/completions", completion_body(list(range(20 + row, 60 + row)), 2)) for row in range(3)]
+        return [*(await asyncio.gather(*wave)), await first]
 
     assert all(result.is_done and result.error is None for result in asyncio.run(run()))
     system.assert_quiet()
