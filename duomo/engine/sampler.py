@@ -19,6 +19,7 @@ from duomo.engine.randomness import uniform
 from duomo.wire.messages import Sampling
 
 GREEDY_TEMPERATURE = 1e-5  # below, dividing by it overflows float32: treated as greedy (vLLM's _SAMPLING_EPS)
+FEW = 256  # most limits of real requests lie within: top_k 50, top_p 0.95 of a trained model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,16 +127,30 @@ def _draw(logits_V: Tensor, row: RowSampling) -> int:
 def _limit(probs_V: Tensor, top_k: int, top_p: float) -> Tensor:
     """Zero outside the top_k most likely, then outside the smallest set of those whose share reaches top_p (never empty).
 
-    Ties at the edge fall to the lower id, as a stable sort has them.
+    Ties at the edge fall to the lower ids. The most likely FEW are looked at first: a full sort of the vocabulary takes five times as long.
     """
-    sorted_probs, order = torch.sort(probs_V, descending=True, stable=True)
-    keep = torch.arange(probs_V.shape[0]) < top_k
-    if top_p < 1:
-        kept_probs = sorted_probs * keep
-        before = kept_probs.cumsum(-1) - kept_probs
-        keep &= before < top_p * kept_probs.sum()
-        keep[0] = True
-    return torch.zeros_like(probs_V).index_copy_(0, order, sorted_probs * keep)
+    kept = _kept_values(probs_V, top_k, top_p, min(FEW, probs_V.shape[0]))
+    if kept is None:
+        kept = _kept_values(probs_V, top_k, top_p, probs_V.shape[0])
+        assert kept is not None, "the whole vocabulary holds every limit"
+    edge = kept[-1]
+    keep_V = probs_V > edge
+    num_ties = kept.numel() - int(keep_V.sum())
+    keep_V[(probs_V == edge).nonzero().flatten()[:num_ties]] = True
+    return torch.where(keep_V, probs_V, 0.0)
+
+
+def _kept_values(probs_V: Tensor, top_k: int, top_p: float, width: int) -> Tensor | None:
+    """The kept probabilities, best first, found among the `width` best; None where they may reach further."""
+    vocab = probs_V.shape[0]
+    if width < top_k < vocab:
+        return None
+    best = torch.topk(probs_V, min(width, top_k)).values
+    if top_p >= 1:
+        return best if top_k <= width else None
+    total = best.sum() if top_k < vocab else probs_V.sum()
+    num_kept = max(1, int((best.cumsum(-1) - best < top_p * total).sum()))
+    return None if num_kept == width < top_k else best[:num_kept]
 
 
 def _with_logprobs(logits_V: Tensor, row: RowSampling, token: int) -> SampledToken:

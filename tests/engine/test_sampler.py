@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from duomo.engine.sampler import RowSampling, Sampler, ending_ids
+from duomo.engine.sampler import RowSampling, Sampler, _limit, ending_ids
 from duomo.wire.messages import Sampling
 
 VOCAB = 63
@@ -66,6 +66,28 @@ def test_top_k_min_p_top_p_cut_the_tail() -> None:
     assert set(drawn(logits, top_p=0.6)) == {5, 6}
     assert set(drawn(logits, top_p=1e-9)) == {5}
     assert set(drawn(logits, top_k=3, top_p=0.75)) == {5, 6}  # of the renormalised 0.44, 0.33, 0.22
+
+
+@pytest.mark.parametrize("few", [1, 4, 30])
+@pytest.mark.parametrize("spread", [0.0, 0.3, 5.0])
+def test_limits_do_not_depend_on_how_far_one_looks_first(monkeypatch: pytest.MonkeyPatch, few: int, spread: float) -> None:
+    probs = torch.softmax((torch.randn(VOCAB) * spread).round(decimals=1).double(), -1)  # rounded: ties
+    for top_k in (1, 3, 4, 5, 40, VOCAB):
+        for top_p in (1e-9, 0.3, 0.9, 0.999, 1.0):
+            values, order = probs.sort(descending=True, stable=True)
+            keep = torch.arange(VOCAB) < top_k
+            shares = values * keep
+            if top_p < 1:
+                keep &= (shares.cumsum(-1) - shares) < top_p * (shares.sum() if top_k < VOCAB else probs.sum())
+                keep[0] = True
+            monkeypatch.setattr("duomo.engine.sampler.FEW", few)
+            limited = _limit(probs, top_k, top_p)
+            edge = top_p < 1  # a sum in another order may move the edge by one
+            assert abs(int((limited > 0).sum()) - int(keep.sum())) <= edge
+            if int((limited > 0).sum()) == int(keep.sum()):
+                assert set(limited.nonzero().flatten().tolist()) == set(order[keep].tolist())
+            monkeypatch.setattr("duomo.engine.sampler.FEW", VOCAB)
+            assert torch.equal(_limit(probs, top_k, top_p), limited)
 
 
 def test_penalties_are_those_of_vllm() -> None:
