@@ -203,6 +203,7 @@ class Handoffs:
         if message.error is not None:
             self._repair(leg, message, message.error, now_s)
             return
+        leg.silent_s = 0.0
         leg.landed.add(message.message_idx)
         leg.landed_bytes += message.num_bytes
         leg.times.last_landed_s = message.landed_s
@@ -254,7 +255,7 @@ class Handoffs:
             )
         if message.handle_id != handle.handle_id or producer != handle.producer_boot_id:
             raise WireError(f"PrefillDone names handle {message.handle_id}, which is not the request's", code="stale")
-        leg.done = message
+        leg.done, leg.silent_s = message, 0.0
         leg.times.prefill_done_s = now_s
         counts = (message.num_messages, len(message.first_token_ids))
         if counts != (len(leg.spans), len(leg.choice_numbers)):
@@ -300,24 +301,25 @@ class Handoffs:
         self._for_slots.pop(producer, None)
         self._early = {key: early for key, early in self._early.items() if early.producer != producer}
 
-    def tick(self, now_s: float) -> None:
-        """Bound every wait: a producer that neither sends nor finishes fails its legs."""
+    def tick(self, now_s: float, looked_s: float) -> None:
+        """Bound every wait: a producer that neither sends nor finishes fails its legs.
+
+        looked_s: how much of the time since the last tick this process was looking; its own stall is not the producer's silence.
+        """
         for key in [key for key, early in self._early.items() if now_s > early.deadline_s]:
             del self._early[key]
         for leg in list(self._landing.values()):
-            self._watch(leg, now_s)
+            self._watch(leg, now_s, looked_s)
 
-    def _watch(self, leg: Leg, now_s: float) -> None:
+    def _watch(self, leg: Leg, now_s: float, looked_s: float) -> None:
         """Once P has computed everything, what still does not come is pulled once, then given up."""
-        times = leg.times
-        assert times.offered_s is not None
-        last_s = times.last_landed_s if times.last_landed_s is not None else times.offered_s
-        silent_s = now_s - max(last_s, times.prefill_done_s if times.prefill_done_s is not None else 0.0)
-        limit_s = self._terms.stall_timeout_s if times.prefill_done_s is None else self._terms.write_timeout_s
+        leg.silent_s += looked_s
+        silent_s, is_computed = leg.silent_s, leg.done is not None
+        limit_s = self._terms.write_timeout_s if is_computed else self._terms.stall_timeout_s
         if silent_s > limit_s:
             detail = f"{len(leg.landed)} of {len(leg.spans)} messages landed, none for {limit_s:g} s"
             self._ends.fail(leg, TransferError(detail, code="transfer_timeout"))
-        elif times.prefill_done_s is not None and silent_s > PULL_AFTER * limit_s:
+        elif is_computed and silent_s > PULL_AFTER * limit_s:
             assert leg.handle is not None
             window = len(leg.handle.slots)
             for message_idx in self._agent.missing(leg.handle.handle_id):

@@ -90,7 +90,8 @@ class Choice:
 class Leg:
     """One attempt of one request. `gateway` is the boot id of who gets its tokens, `prefill` who sends its KV.
 
-    blocks: held while the KV lands; they pass to the choices when the leg joins. promise_blocks: the whole promise while it lands.
+    silent_s: for how long we have looked and nothing of its KV came. blocks: held while the KV lands; they pass to the choices when the leg
+    joins. promise_blocks: the whole promise while it lands.
     """
 
     leg_id: int
@@ -117,6 +118,7 @@ class Leg:
     num_landing_blocks: int = 0
     landed: set[int] = field(default_factory=set)
     pulled: set[int] = field(default_factory=set)
+    silent_s: float = 0.0
     landed_bytes: int = 0
     done: PrefillDone | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
@@ -190,7 +192,7 @@ class Leg:
         """Back to EXPECTED: the producer took its announcement back. Nothing is held any more."""
         assert not self.blocks and not self.choices
         self.state, self.announced, self.handle, self.done = LegState.EXPECTED, None, None, None
-        self.spans, self.landed, self.pulled, self.landed_bytes = (), set(), set(), 0
+        self.spans, self.landed, self.pulled, self.landed_bytes, self.silent_s = (), set(), set(), 0, 0.0
         self.times = LegTimes(started_s=self.times.started_s)
 
     def open_promise(self) -> int:

@@ -276,10 +276,9 @@ class DecodeService:
             self._cancel_choice(message, message.choice)
             return
         self._intake.take_back(message.request_id, message.attempt)
-        for attempt in range(message.attempt + 1):
-            leg = self._legs.get((message.request_id, attempt))
-            if leg is not None:
-                self._abandon(leg, message.reason)
+        void = [leg for leg in self._legs.values() if leg.request_id == message.request_id and leg.attempt <= message.attempt]
+        for leg in void:
+            self._abandon(leg, message.reason)
 
     def _cancel_choice(self, message: Cancel, number: int) -> None:
         leg = self._legs.get((message.request_id, message.attempt))
@@ -374,10 +373,12 @@ class DecodeService:
     # time
 
     async def _tick_forever(self) -> None:
+        ticked_s = time.monotonic()
         while True:
             await asyncio.sleep(TICK_S)
             now_s = time.monotonic()
-            self._handoffs.tick(now_s)
+            self._handoffs.tick(now_s, min(now_s - ticked_s, 2 * TICK_S))
+            ticked_s = now_s
             for leg in [leg for leg in self._legs.values() if now_s > leg.deadline_s]:
                 phase = "decode.stream" if leg.state is LegState.RUNNING else "decode.admit"
                 self._fail(leg, DeadlineError(f"the request's time was over in state {leg.state.value}", phase=phase))

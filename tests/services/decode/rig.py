@@ -67,7 +67,7 @@ def configuration(tmp_path: Path, changes: dict[str, dict[str, object]] | None =
         "model": {"path": str(MODEL_DIR)},
         "decode": {"num_blocks": 96, "watermark_blocks": 2, "torch_threads": 1},
         "prefill": {"torch_threads": 1},
-        "kv_transfer": {"transport": "loopback", "slot_bytes": 64 * 1024, "write_timeout_s": 1.0},
+        "kv_transfer": {"transport": "loopback", "slot_bytes": 64 * 1024, "write_timeout_s": 3.0},
     }
     for section, options in (changes or {}).items():
         raw.setdefault(section, {}).update(options)
