@@ -133,7 +133,8 @@ class Directory:
 
     async def _answer(self, asked: Awaitable[object]) -> object:
         try:
-            return await asyncio.wait_for(asked, 3 * TIMEOUT_S)
+            async with asyncio.timeout(3 * TIMEOUT_S):
+                return await asked
         except (RedisError, OSError, TimeoutError) as error:
             raise PeerError(f"the directory (Redis) does not answer: {error!r}", code="directory_unavailable", phase="start") from error
 
