@@ -212,7 +212,8 @@ class DecodeService:
         for choice, token in emitted:
             leg = choice.leg
             if leg.times.first_token_s is None:
-                token = msgspec.structs.replace(token, timings=leg.times.first_token(output.started_s, now_s))
+                peer_rtt_s = self._producers.rtt_s(leg.prefill.boot_id)
+                token = msgspec.structs.replace(token, timings=leg.times.first_token(output.started_s, now_s, peer_rtt_s))
                 record_first_step(self._tracing, leg, len(step.rows))
             frame.append((leg.gateway, token))
         self._outbox.emit(frame)
@@ -388,12 +389,13 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
     """Build one replica, serve until `stop` (or an operator's Drain, or its steps break), drain, unregister. Raises what broke it."""
     async with opened(config, replica_id) as parts:
         service = DecodeService(parts.card, parts.worker, parts.agent, parts.tracing, parts.directory)
+        over = asyncio.create_task(service.broken.wait())
+        over.add_done_callback(lambda _: stop.set())
         try:
             await service.start()
-            over = asyncio.create_task(service.broken.wait())
-            over.add_done_callback(lambda _: stop.set())
             await service.membership.serve(stop)
-            over.cancel()
         finally:
+            over.cancel()
             await service.stop()
-        service.check_health()
+        if service.broken.is_set():
+            service.check_health()
