@@ -52,7 +52,7 @@ class LegTimes:
         assert self.prefill_done_s is not None
         return max(self.prefill_done_s, self.last_landed_s if self.last_landed_s is not None else self.prefill_done_s)
 
-    def first_token(self, step_started_s: float, now_s: float) -> Timings:
+    def first_token(self, step_started_s: float, now_s: float, peer_rtt_s: float) -> Timings:
         """The leg's first token from here is written now: the parts of the time that led to it."""
         assert self.prefill_done_s is not None
         self.first_step_s, self.first_token_s = step_started_s, now_s
@@ -61,6 +61,7 @@ class LegTimes:
             handoff_exposed_s=self.ready_s() - self.prefill_done_s,
             admit_s=step_started_s - self.ready_s(),
             first_step_s=now_s - step_started_s,
+            peer_rtt_s=peer_rtt_s,
         )
 
 

@@ -76,6 +76,11 @@ class Producers:
             with contextlib.suppress(PeerError):
                 connection.post(message)
 
+    def rtt_s(self, boot_id: str) -> float:
+        """Round trip to a producer; 0 before its first heartbeat, and once it is gone."""
+        connection = self._connections.get(boot_id)
+        return (connection.rtt_s if connection is not None else None) or 0.0
+
     def joined(self, connection: Connection) -> None:
         """A producer connected: it gets a landing ring before any handle."""
         boot_id = connection.peer.boot_id

@@ -39,6 +39,7 @@ class Call:
         self._answer_id = answer_id
         self._endpoint = endpoint
         self._received_s = received_s
+        self._tokenized_s = received_s
         self._traceparent = traceparent
         self._flights: list[Flight] = []
         self._watcher: asyncio.Task[None] | None = None
@@ -68,6 +69,12 @@ class Call:
 
     async def answer(self, request: Request, requests: list[GenerationRequest], common: CommonFields) -> Response:
         """Submit everything and answer. Raises the DuomoError of whatever failed before the first byte."""
+        delays = self._gateway.config.delays
+        if delays.gateway_tokenize_s:
+            await asyncio.sleep(delays.gateway_tokenize_s)
+        self._tokenized_s = time.monotonic()
+        if delays.gateway_route_s:
+            await asyncio.sleep(delays.gateway_route_s)
         if common.answer.stream:
             return await self._stream(request, requests, common)
         sink = WholeSink(len(requests), _wants_pieces(common))
@@ -96,13 +103,14 @@ class Call:
             self._submit(request, requests, sink)
             await sink.first()
             is_handed_over = True
-            return StreamResponse(sink, {"x-request-id": self._answer_id}, lambda: self._close(sink))
+            delay_s = self._gateway.config.delays.gateway_emit_s
+            return StreamResponse(sink, {"x-request-id": self._answer_id}, lambda: self._close(sink), delay_s)
         finally:
             if not is_handed_over:
                 self._close(sink)
 
     def _submit(self, request: Request, requests: list[GenerationRequest], sink: WholeSink | StreamSink) -> None:
-        tokenize_s = time.monotonic() - self._received_s
+        tokenize_s = self._tokenized_s - self._received_s
         for made in requests:
             span = self._gateway.accounting.start_span(self._traceparent, self._endpoint, self._received_s)
             try:

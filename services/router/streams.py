@@ -177,15 +177,19 @@ class StreamSink(Sink):
 
 
 class StreamResponse(Response):
-    """Sends a StreamSink's bytes, one write for each wake-up, until it ends or its client is gone; then calls on_end once."""
+    """Sends a StreamSink's bytes, one write for each wake-up, until it ends or its client is gone; then calls on_end once.
+
+    delay_s: slept before each write (config.DelaySection).
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, sink: StreamSink, headers: dict[str, str], on_end: Callable[[], None]) -> None:
+    def __init__(self, sink: StreamSink, headers: dict[str, str], on_end: Callable[[], None], delay_s: float = 0.0) -> None:
         self.status_code = 200
         self.background = None
         self._sink = sink
         self._on_end = on_end
+        self._delay_s = delay_s
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -193,6 +197,8 @@ class StreamResponse(Response):
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             while (chunk := await sink.next()) is not None:
+                if self._delay_s:
+                    await asyncio.sleep(self._delay_s)
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 sink.sent()
             if not isinstance(sink.error, RequestCancelled):
