@@ -13,8 +13,8 @@ import os
 import time
 from collections import Counter
 
-import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from duomo.config import DuomoConfig
 from duomo.errors import DeadlineError, DuomoError, EngineError, WireError
@@ -212,8 +212,7 @@ class DecodeService:
         for choice, token in emitted:
             leg = choice.leg
             if leg.times.first_token_s is None:
-                peer_rtt_s = self._producers.rtt_s(leg.prefill.boot_id)
-                token = msgspec.structs.replace(token, timings=leg.times.first_token(output.started_s, now_s, peer_rtt_s))
+                token = replace(token, timings=leg.times.first_token(output.started_s, now_s, self._producers.rtt_s(leg.prefill.boot_id)))
                 record_first_step(self._tracing, leg, len(step.rows))
             frame.append((leg.gateway, token))
         self._outbox.emit(frame)
