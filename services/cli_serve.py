@@ -183,6 +183,8 @@ def claimed_run_dir(config: DuomoConfig) -> Iterator[Path]:
         left = list(path.iterdir())
         if left and not (path / MARKER).exists():
             raise ConfigError(f"run_dir {path} holds files of something else; name an empty folder by --run-dir")
+        if left:
+            end_processes_of(path.resolve())
         _empty(path)
         (path / MARKER).write_text(json.dumps({"pid": os.getpid(), "port": config.gateway.port}))
     except OSError as error:
@@ -194,6 +196,16 @@ def claimed_run_dir(config: DuomoConfig) -> Iterator[Path]:
         if is_new:
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+
+def end_processes_of(run_dir: Path) -> None:
+    """Kill what a killed run left: Ray's agents outlive a driver that gets SIGKILL. Their open log files tell them."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # not ours to look at, or gone meanwhile
+            if any(Path(file.path).is_relative_to(run_dir) for file in process.open_files()):
+                process.kill()
 
 
 def _empty(folder: Path) -> None:
