@@ -59,7 +59,7 @@ class PoolSection(Section):
 
     replicas: int = Field(default=1, ge=1)
     num_blocks: int = Field(ge=8)
-    torch_threads: int = Field(default=2, ge=1)
+    torch_threads: int = Field(default=1, ge=1, description="more than one stalls wherever the cores are shared: see docs/operations.md")
     listen: Literal["unix", "tcp"] = "unix"
     host: str = "127.0.0.1"
     hang_timeout_s: float = Field(default=30.0, gt=0, description="a step without progress for this long kills the replica")
