@@ -75,6 +75,7 @@ def ttft_parts(times: GatewayTimes, prefill: Timings, rtts: Rtts) -> Parts:
             ("wire", rtts.prefill_s),
             ("prefill.queue", prefill.queue_s),
             ("prefill.compute", prefill.compute_s + prefill.sample_s),
+            ("prefill.emit", prefill.total_s - prefill.queue_s - prefill.compute_s - prefill.sample_s),
             ("gateway.emit", times.first_emitted_s - times.first_read_s),
         ),
     )

@@ -22,6 +22,7 @@ from duomo.wire.messages import Heartbeat, Hello, Message, Refused
 
 _HELLO_MAX_FRAME_BYTES: Final = 16 * 1024  # a stranger cannot make us store more
 _WRITE_NOW_BYTES: Final = 256 * 1024  # a burst is written while it is still being posted
+_WRITE_BUFFER_BYTES: Final = 4 * _WRITE_NOW_BYTES  # what the transport takes before it asks us to hold back
 _READ_PAUSE_BYTES: Final = 16 * 1024 * 1024  # unread messages beyond this stop the reading, and so the peer
 _CLOSE_WAIT_S: Final = 1.0  # how long a last write may take before the socket is cut
 _NUM_RTTS: Final = 5  # the median of the last few: one slow answer (a start-up, a long step) is not the wire
@@ -80,6 +81,14 @@ class Connection(asyncio.Protocol):
         self._send(message)
         if self._ending is not None:
             raise self._error()
+
+    def flush(self) -> None:
+        """Write what was posted now and not at the tick's end: for tokens, which must not wait for whatever this tick does next."""
+        if self._transport is not None and self._ending is None:
+            # uvloop defers every write to the tick's end, unless the buffer is above its limit.
+            self._transport.set_write_buffer_limits(high=0)
+            self._flush()
+            self._transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
 
     async def receive(self) -> Message:
         """The next message, in order. One caller at a time.
@@ -152,7 +161,7 @@ class Connection(asyncio.Protocol):
         if self._ending is not None:
             transport.abort()
             return
-        transport.set_write_buffer_limits(high=4 * _WRITE_NOW_BYTES)
+        transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         peer_socket = transport.get_extra_info("socket")
         if peer_socket is not None and peer_socket.family in (socket.AF_INET, socket.AF_INET6):
             peer_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

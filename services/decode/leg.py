@@ -46,16 +46,17 @@ class LegTimes:
     prefill_done_s: float | None = None
     first_step_s: float | None = None
     first_token_s: float | None = None
+    first_batch_size: int = 0
 
     def ready_s(self) -> float:
         """When the KV was here and the first token known."""
         assert self.prefill_done_s is not None
         return max(self.prefill_done_s, self.last_landed_s if self.last_landed_s is not None else self.prefill_done_s)
 
-    def first_token(self, step_started_s: float, now_s: float, peer_rtt_s: float) -> Timings:
+    def first_token(self, step_started_s: float, now_s: float, peer_rtt_s: float, batch_size: int) -> Timings:
         """The leg's first token from here is written now: the parts of the time that led to it."""
         assert self.prefill_done_s is not None
-        self.first_step_s, self.first_token_s = step_started_s, now_s
+        self.first_step_s, self.first_token_s, self.first_batch_size = step_started_s, now_s, batch_size
         return Timings(
             total_s=now_s - self.started_s,
             handoff_exposed_s=self.ready_s() - self.prefill_done_s,

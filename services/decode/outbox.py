@@ -34,12 +34,14 @@ class Outbox:
                 connection.post(message)
 
     def emit(self, tokens: Iterable[tuple[str, EmittedToken]]) -> None:
-        """One frame for each gateway, tokens in step order."""
+        """One frame for each gateway, tokens in step order; written at once, before the next step takes the interpreter."""
         frames: dict[str, list[EmittedToken]] = {}
         for gateway, token in tokens:
             frames.setdefault(gateway, []).append(token)
         for gateway, frame in frames.items():
             self.post(gateway, TokensEmitted(tokens=tuple(frame)))
+            if gateway in self._gateways:
+                self._gateways[gateway].flush()
 
     def finished(self, leg: Leg, now_s: float) -> None:
         self.post(

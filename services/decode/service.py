@@ -40,7 +40,7 @@ from services.decode.outbox import Outbox, cancel_of, failure_of
 from services.decode.pool import Pool
 from services.decode.producers import Producers
 from services.decode.replica import limits_of, max_model_tokens, opened, terms_of
-from services.decode.spans import record_first_step, record_handoff, record_stream
+from services.decode.spans import record_handoff, record_stream
 from services.decode.steps import StepLoop
 from services.decode.worker import DecodeWorker, LandedMessage, StepOutput
 from services.kv_transfer.agent import TransferAgent
@@ -212,8 +212,8 @@ class DecodeService:
         for choice, token in emitted:
             leg = choice.leg
             if leg.times.first_token_s is None:
-                token = replace(token, timings=leg.times.first_token(output.started_s, now_s, self._producers.rtt_s(leg.prefill.boot_id)))
-                record_first_step(self._tracing, leg, len(step.rows))
+                rtt_s = self._producers.rtt_s(leg.prefill.boot_id)
+                token = replace(token, timings=leg.times.first_token(output.started_s, now_s, rtt_s, len(step.rows)))
             frame.append((leg.gateway, token))
         self._outbox.emit(frame)
         self.counters["tokens"] += len(emitted)

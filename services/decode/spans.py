@@ -28,19 +28,21 @@ def record_handoff(tracing: Tracing, leg: Leg) -> None:
     tracing.record_span("kv.handoff", leg.traceparent, times.offered_s, ended_s, attributes)
 
 
-def record_first_step(tracing: Tracing, leg: Leg, batch_size: int) -> None:
-    """decode.admit and decode.first_step, once the leg's first token is written."""
+def _record_first_step(tracing: Tracing, leg: Leg) -> None:
     times = leg.times
-    if not tracing.is_on or times.first_step_s is None or times.first_token_s is None:
+    if times.first_step_s is None or times.first_token_s is None:
         return
     tracing.record_span("decode.admit", leg.traceparent, times.ready_s(), times.first_step_s, {"duomo.blocks": leg.num_landing_blocks})
-    tracing.record_span("decode.first_step", leg.traceparent, times.first_step_s, times.first_token_s, {"duomo.batch": batch_size})
+    tracing.record_span(
+        "decode.first_step", leg.traceparent, times.first_step_s, times.first_token_s, {"duomo.batch": times.first_batch_size}
+    )
 
 
 def record_stream(tracing: Tracing, leg: Leg, ended_s: float, expert_counts_LE: NDArray[np.int64]) -> None:
-    """decode.stream: from the leg's first token here until it ended."""
+    """decode.admit, decode.first_step and decode.stream, when the leg has ended: no token waits for a span to be written."""
     if not tracing.is_on or leg.times.first_token_s is None:
         return
+    _record_first_step(tracing, leg)
     tokens_L = expert_counts_LE.sum(axis=1)
     mean_L = np.maximum(tokens_L / expert_counts_LE.shape[1], 1e-9)
     attributes = {

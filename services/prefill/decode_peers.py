@@ -83,6 +83,12 @@ class DecodePeers:
         if isinstance(message, TransferFenced):
             peer.fences.append(message)  # the process may live on behind a broken socket, with slots in quarantine
 
+    def flush(self, boot_id: str) -> None:
+        """Write what was posted to a peer before this tick goes on."""
+        peer = self._peers.get(boot_id)
+        if peer is not None and peer.connection is not None:
+            peer.connection.flush()
+
     def ring_offered(self, connection: Connection, ring: RingOffered) -> None:
         """A peer's landing ring (a new one replaces the old one)."""
         peer = self._peers.get(connection.peer.boot_id)

@@ -211,8 +211,14 @@ class LegBook:
         for gateway, tokens in frames.items():
             if tokens:
                 _post(gateway, TokensEmitted(tokens=tuple(tokens)))
+                gateway.flush()
         for leg, output, first in zip(legs, outputs, decided, strict=True):
             self._prefill_done(leg, output, first)
+        for boot_id in {leg.request.decode.boot_id for leg in legs}:
+            self.peers.flush(boot_id)
+        for leg in legs:  # last: a span that ends may be written to a disk
+            if leg.compute_span is not None:
+                leg.compute_span.end(at_s=leg.sampled_s)
 
     def wave_left(self, leg: Leg) -> None:
         """See WaveEvents."""
@@ -273,8 +279,6 @@ class LegBook:
     def _prefill_done(self, leg: Leg, output: WaveOutput, first: first_tokens.FirstTokens) -> None:
         assert leg.handoff is not None
         request, handle = leg.request, leg.handoff.handle
-        if leg.compute_span is not None:
-            leg.compute_span.end(at_s=leg.sampled_s)
         leg.has_only_ended_choices = len(first.ended_choices) == len(request.choices)
         done = PrefillDone(
             request_id=request.request_id,

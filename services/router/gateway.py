@@ -264,11 +264,11 @@ class Gateway:
         self._legs[leg.wire_id] = leg
         milestones = pending.flight.milestones
         milestones.reason = route.reason
-        if not milestones.first_received_s:
-            milestones.sent_s = time.monotonic()
         self.metrics.route_reasons.labels(route.reason).inc()
         try:
-            post_start(leg, is_resume=pending.is_resume)
+            sent_s = post_start(leg, is_resume=pending.is_resume)
+            if not milestones.first_received_s:
+                milestones.sent_s = sent_s
         except PeerError:
             # The socket just ended: its reading task is about to say so. This leg never began; it looks for another pair.
             self._end_leg(leg, "peer_gone")

@@ -106,8 +106,8 @@ def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink]) 
     return leg
 
 
-def post_start(leg: Leg, *, is_resume: bool) -> None:
-    """Send both starts. Raises PeerError where a replica has just gone."""
+def post_start(leg: Leg, *, is_resume: bool) -> float:
+    """Send both starts; the moment at which prefill's goes to its socket. Raises PeerError where a replica has just gone."""
     flight = leg.flight
     request = flight.request
     remaining_s = _remaining_s(flight)
@@ -150,6 +150,10 @@ def post_start(leg: Leg, *, is_resume: bool) -> None:
         )
     leg.decode.connection.post(expect)
     leg.prefill.connection.post(start)
+    leg.decode.connection.flush()
+    sent_s = time.monotonic()  # before the write: it wakes the peer, which may run in our place
+    leg.prefill.connection.flush()
+    return sent_s
 
 
 def mark_first_token(leg: Leg) -> None:

@@ -24,6 +24,7 @@ class Request:
     queue_s: float = 0.0030
     compute_s: float = 0.0170
     sample_s: float = 0.0013
+    post_s: float = 0.0002
     emit_s: float = 0.0005
     handoff_s: float = 0.0021
     admit_s: float = 0.0017
@@ -36,7 +37,8 @@ class Request:
         received_s = 1000.0
         tokenized_s = received_s + self.tokenize_s
         routed_s = tokenized_s + self.route_s
-        sampled_s = routed_s + self.wire_to_p_s + self.queue_s + self.compute_s + self.sample_s + self.lost_at_p_s
+        sampled_s = routed_s + self.wire_to_p_s + self.queue_s + self.compute_s + self.sample_s
+        sampled_s += self.post_s + self.lost_at_p_s
         first_read_s = sampled_s + self.wire_to_p_s
         at_d_s = sampled_s + self.wire_between_s + self.handoff_s + self.admit_s + self.first_step_s + self.lost_at_d_s
         second_read_s = at_d_s + self.wire_to_d_s
@@ -49,7 +51,8 @@ class Request:
             second_read_s=second_read_s,
             second_emitted_s=second_read_s + self.second_emit_s,
         )
-        prefill = Timings(total_s=1.0, queue_s=self.queue_s, compute_s=self.compute_s, sample_s=self.sample_s)
+        total_s = self.queue_s + self.compute_s + self.sample_s + self.post_s
+        prefill = Timings(total_s=total_s, queue_s=self.queue_s, compute_s=self.compute_s, sample_s=self.sample_s)
         decode = Timings(
             total_s=1.0,
             handoff_exposed_s=self.handoff_s,
@@ -67,6 +70,7 @@ PLACES = [
     ("queue_s", "prefill.queue", None),
     ("compute_s", "prefill.compute", None),
     ("sample_s", "prefill.compute", None),
+    ("post_s", "prefill.emit", None),
     ("emit_s", "gateway.emit", "gateway.emit"),
     ("handoff_s", None, "kv.handoff"),
     ("admit_s", None, "decode.admit"),
