@@ -131,7 +131,7 @@ class DelaySection(Section):
 
     gateway_tokenize_s: float = Field(default=0.0, ge=0)
     gateway_route_s: float = Field(default=0.0, ge=0)
-    gateway_emit_s: float = Field(default=0.0, ge=0)
+    gateway_emit_s: float = Field(default=0.0, ge=0, description="before each write of a streamed answer")
     prefill_queue_s: float = Field(default=0.0, ge=0)
     prefill_group_s: float = Field(default=0.0, ge=0, description="before each layer group of a wave")
     kv_handoff_s: float = Field(default=0.0, ge=0, description="before each message of a handle is written")
@@ -194,7 +194,18 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> DuomoConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "configuration"
-        raise ConfigError(f"{where}: {first['msg']}" + (f" (in {file})" if file else "")) from error
+        said = _known_options(first["loc"]) if first["type"] == "extra_forbidden" else first["msg"]
+        raise ConfigError(f"{where}: {said}" + (f" (in {file})" if file else "")) from error
+
+
+def _known_options(where: tuple[int | str, ...]) -> str:
+    """For an option that does not exist: those that do, beside it."""
+    section: type[BaseModel] = DuomoConfig
+    for part in where[:-1]:
+        inner = section.model_fields[str(part)].annotation
+        assert isinstance(inner, type) and issubclass(inner, BaseModel), where
+        section = inner
+    return f"no such option; there are {', '.join(section.model_fields)}"
 
 
 def _environment() -> dict[str, object]:
