@@ -2,9 +2,9 @@
 
     python bench/serve/bench_rest.py --out bench/results/rest_cpu.json
 
-One run does, in this order: generate at batch 1 and 16 (the peer, alone on the machine), `duomo serve` started (time to the first
+One run does, in this order: generate at batch 1 and 16 (the peer, alone on the machine, with one thread and with all), `duomo serve` started (time to the first
 answer), one and 16 concurrent streams (every stream's tokens must equal generate's, or the run refuses to report), memory (PSS of
-every process of the system), the peer once more. Ratios use the better of the peer's two measurements.
+every process of the system), the peer once more. Ratios use the best of the peer's medians.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
 NEW_TOKENS = 128
 PROMPT_TOKENS = 24
+PEER_RUNS = tuple((streams, threads) for streams in (1, 16) for threads in sorted({1, os.cpu_count() or 1}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One number of streams: medians over the repeats, and every repeat. The peer was measured before and after; the better counts."""
+    """One number of streams: medians over the repeats, and every repeat. The peer was measured before and after, with one thread and with all; the best median counts."""
 
     streams: int
     duomo_tokens_per_s: float
@@ -79,8 +80,9 @@ def prompts(count: int) -> list[list[int]]:
     return [[5 + (37 * row + 11 * column * (row + 1)) % 8000 for column in range(PROMPT_TOKENS)] for row in range(count)]
 
 
-def peer(model: torch.nn.Module, streams: int, repeats: int) -> tuple[Rate, list[list[int]]]:
+def peer(model: torch.nn.Module, streams: int, repeats: int, threads: int) -> tuple[Rate, list[list[int]]]:
     """transformers.generate, greedy, NEW_TOKENS tokens, no EOS; prompts of one length, so that no padding is needed."""
+    torch.set_num_threads(threads)
     ids = torch.tensor(prompts(streams))
     rates, tokens = [], None
     for _ in range(repeats):
@@ -164,15 +166,14 @@ def cpu_name() -> str:
 
 
 def run(repeats: int) -> Report:
-    torch.set_num_threads(os.cpu_count() or 1)
     model = build_reference(MODEL)
     model.generation_config.eos_token_id = None  # min_new_tokens would forbid the EOS token instead of ignoring it
-    peer(model, 1, 1)
-    peers: dict[int, list[Rate]] = {}
+    peer(model, 1, 1, 1)
+    peers: dict[int, list[Rate]] = {1: [], 16: []}
     expected: dict[int, list[list[int]]] = {}
-    for streams in (1, 16):
-        rate, expected[streams] = peer(model, streams, repeats)
-        peers[streams] = [rate]
+    for streams, threads in PEER_RUNS:
+        rate, expected[streams] = peer(model, streams, repeats, threads)
+        peers[streams].append(rate)
     port = free_port()
     process, ready_s = start(port)
     try:
@@ -182,8 +183,8 @@ def run(repeats: int) -> Report:
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
-    for streams in (1, 16):
-        peers[streams].append(peer(model, streams, repeats)[0])
+    for streams, threads in PEER_RUNS:
+        peers[streams].append(peer(model, streams, repeats, threads)[0])
     rows = [
         Row(
             streams=streams,
