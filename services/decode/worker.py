@@ -1,10 +1,12 @@
 """Owns what one decode rank computes with: model, KV cache, sampler, the agent's landed messages. Knows no request, policy or socket.
 
-Everything but expect() and forget() runs in the step thread, one call at a time.
+Everything but expect() and forget() runs in the step thread, one call at a time. Blocks of a handle may be given to others once forget()
+has returned: no scatter into them is under way then, and none follows.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,6 +90,7 @@ class DecodeWorker:
         self._torch_threads = torch_threads
         self._step_delay_s = step_delay_s
         self._tables: dict[int, Sequence[int]] = {}
+        self._scattering = threading.Lock()
 
     @property
     def block_bytes(self) -> int:
@@ -99,8 +102,9 @@ class DecodeWorker:
         self._tables[handle_id] = table
 
     def forget(self, handle_id: int) -> None:
-        """Nothing of this handle is scattered by a later call. From any thread."""
-        self._tables.pop(handle_id, None)
+        """Nothing of this handle is, or will be, scattered once this returns. From any thread; waits for a message being scattered."""
+        with self._scattering:
+            self._tables.pop(handle_id, None)
 
     def warm(self) -> None:
         """Take one step at every size that is not the repetition of a smaller one. Nobody holds a block yet, so any may be written."""
@@ -120,10 +124,11 @@ class DecodeWorker:
         for landed in self._agent.poll():
             span = landed.span
             if landed.error is None:
-                table = self._tables.get(landed.handle_id)
-                if table is None:
-                    continue  # given up meanwhile: the agent has quarantined or freed the slot
-                self.cache.scatter(span.layers, table[span.block_lo : span.block_hi], landed.payload)
+                with self._scattering:
+                    table = self._tables.get(landed.handle_id)
+                    if table is None:
+                        continue  # given up meanwhile: the agent has quarantined or freed the slot
+                    self.cache.scatter(span.layers, table[span.block_lo : span.block_hi], landed.payload)
                 self._agent.release(landed.handle_id, span.message_idx)
             messages.append(
                 LandedMessage(
