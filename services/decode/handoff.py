@@ -50,9 +50,13 @@ class EarlyAnnouncement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HandoffEnds:
-    """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs."""
+    """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs.
+
+    may_offer: False while a landing ring is being replaced.
+    """
 
     post: Callable[[str, Message], None]
+    may_offer: Callable[[], bool]
     ready: Callable[[Leg], None]
     fail: Callable[[Leg, DuomoError], None]
 
@@ -156,7 +160,7 @@ class Handoffs:
     def _offer(self, producer: str, queue: deque[Leg], now_s: float) -> None:
         """Offer handles to one producer, in order, while its ring has slots."""
         terms = self._terms
-        while queue:
+        while queue and self._ends.may_offer():
             leg = queue[0]
             assert leg.announced is not None
             if not leg.spans:
@@ -192,7 +196,8 @@ class Handoffs:
                     handle=handle,
                 ),
             )
-        self._for_slots.pop(producer, None)
+        if not queue:
+            self._for_slots.pop(producer, None)
 
     def landed(self, message: LandedMessage, now_s: float) -> None:
         """The step thread verified and scattered a message, or found it wrong."""
@@ -286,9 +291,7 @@ class Handoffs:
                 queue.remove(leg)
         if leg.handle is not None and self._landing.pop(leg.handle.handle_id, None) is not None:
             self._worker.forget(leg.handle.handle_id)
-            new_ring = self._agent.abort(leg.handle.handle_id)
-            if new_ring is not None:
-                self._ends.post(leg.prefill.boot_id, new_ring)
+            self._agent.abort(leg.handle.handle_id)
 
     def retract(self, producer: str, key: LegKey) -> None:
         """A producer took back an announcement that no gateway has asked for yet."""

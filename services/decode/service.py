@@ -76,7 +76,7 @@ class DecodeService:
         self._outbox = Outbox()
         self._producers = Producers(agent, section.ring_slots, card.config.redis.lease_s, directory, self._changed)
         self.pool = Pool(limits_of(card))
-        ends = HandoffEnds(post=self._producers.post, ready=self._ready.append, fail=self._fail)
+        ends = HandoffEnds(post=self._producers.post, may_offer=self._producers.may_offer, ready=self._ready.append, fail=self._fail)
         self._handoffs = Handoffs(self.pool, worker, agent, terms_of(card, worker), ends)
         stops = Stops(eos_ids=worker.config.eos_ids, max_model_tokens=max_model_tokens(card, worker))
         self._batch = Batch(self.pool, stops, BatchEnds(preempted=self._preempted, finished=self._finish))

@@ -74,7 +74,7 @@ class TransferAgent:
         return self._landing.open_ring(producer_boot_id, num_slots)
 
     def ring_name(self, producer_boot_id: str) -> str:
-        """The ring_name for a handle made of slots granted now (a ring can be replaced by abort())."""
+        """The ring_name for a handle made of slots granted now (a ring can be replaced); "" where the producer has no ring."""
         return self._landing.ring_name(producer_boot_id)
 
     def grant(self, producer_boot_id: str, want_slots: int) -> tuple[int, ...] | None:
@@ -101,12 +101,19 @@ class TransferAgent:
         """Messages of a live handle that have not landed."""
         return self._landing.missing(handle_id)
 
-    def abort(self, handle_id: int) -> RingOffered | None:
-        """Quarantine the slots of a live handle. An offer returned must be posted to the handle's producer before any further handle."""
-        return self._landing.abort(handle_id)
+    def abort(self, handle_id: int) -> None:
+        """Quarantine the slots of a live handle, until its fence or its writer's death."""
+        self._landing.abort(handle_id)
+
+    def has_stuck_rings(self) -> bool:
+        """Whether the quarantine of a ring does not end: then replace_stuck_rings(). Cheap."""
+        return self._landing.has_stuck_rings()
 
     def replace_stuck_rings(self) -> list[tuple[str, RingOffered]]:
-        """Offers to post, by producer boot id, for rings whose quarantine does not end. Call every second or so; may take 0.3 s each."""
+        """Offers to post, by producer boot id, for rings whose quarantine does not end; may take 0.3 s each.
+
+        From its call until the offers are posted no handle may be granted: a producer learns of a ring before it learns of its slots.
+        """
         return self._landing.replace_stuck_rings()
 
     def fence(self, handle_id: int) -> None:
@@ -120,6 +127,10 @@ class TransferAgent:
     def peer_dead(self, producer_boot_id: str) -> tuple[int, ...]:
         """The producer's process is known dead: free its rings. Returns the handles that were open or in quarantine."""
         return self._landing.peer_dead(producer_boot_id)
+
+    def peer_given_up(self, producer_boot_id: str) -> tuple[int, ...]:
+        """A producer that fell silent is waited for no longer, though it may write yet. Returns the handles that were open."""
+        return self._landing.peer_given_up(producer_boot_id)
 
     # producer
 

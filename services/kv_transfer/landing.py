@@ -1,13 +1,14 @@
 """Owns the consumer's side of an agent: landing rings, what is expected in them, what has landed. Knows no wire, engine or writer.
 
 Memory of a ring is allocated by open_ring() and freed when its writer is known dead (peer_dead) or, once the ring is retired, when no
-slot waits for a writer any more. All methods may be called from any thread.
+slot waits for a writer any more; the rings of a writer that was given up are kept for a while, out of use. All methods may be called
+from any thread.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class LandingRings:
         self._lock = threading.RLock()
         self._current: dict[str, RingMemory] = {}
         self._retired: list[RingMemory] = []
+        self._kept: deque[RingMemory] = deque()
         self._num_agents = 0
         self._drained_s = 0.0
         self.counters: Counter[str] = Counter()
@@ -56,13 +58,14 @@ class LandingRings:
             ring = self._current.get(producer_boot_id)
             if ring is not None and ring.state.is_empty and not ring.state.handles and ring.offer.num_slots == num_slots:
                 return ring.offer
-            is_first = ring is None and not self._retired_of(producer_boot_id)
+            is_first = ring is None and all(old.producer_boot_id != producer_boot_id for old in (*self._retired, *self._kept))
         return self._replace(producer_boot_id, num_slots, None if is_first else self._next_agent_name())
 
     def ring_name(self, producer_boot_id: str) -> str:
-        """The name that a handle for this producer carries now."""
+        """The name that a handle for this producer carries now; "" where it has no ring."""
         with self._lock:
-            return self._current[producer_boot_id].offer.ring_name
+            ring = self._current.get(producer_boot_id)
+            return ring.offer.ring_name if ring is not None else ""
 
     def grant(self, producer_boot_id: str, want_slots: int) -> tuple[int, ...] | None:
         """Reserve slots for a handle; None when the ring has none free now, or the peer has none."""
@@ -138,24 +141,25 @@ class LandingRings:
             handle = ring.state.handles[handle_id]
             return tuple(m for m in range(handle.num_messages) if m not in handle.landed)
 
-    def abort(self, handle_id: int) -> RingOffered | None:
-        """Give a handle up: its slots wait for fence() or peer_dead(). Returns an offer for its producer where the ring was replaced."""
+    def abort(self, handle_id: int) -> None:
+        """Give a handle up: its slots wait for fence() or peer_dead()."""
         with self._lock:
             ring = self._ring_of(handle_id)
-            if ring is None:
-                return None
-            ring.apply(lifetime.Abort(handle_id))
-            ring.drop(handle_id)
-            ring.note_crowding(self._now_s())
-            self._drop_if_empty(ring)
-        return next((offer for producer, offer in self.replace_stuck_rings() if producer == ring.producer_boot_id), None)
+            if ring is not None:
+                ring.apply(lifetime.Abort(handle_id))
+                ring.drop(handle_id)
+                ring.note_crowding(self._now_s())
+                self._drop_if_empty(ring)
+
+    def has_stuck_rings(self) -> bool:
+        """Whether replace_stuck_rings() has something to do."""
+        with self._lock:
+            return bool(self._stuck())
 
     def replace_stuck_rings(self) -> list[tuple[str, RingOffered]]:
         """Replace every ring that has been crowded with quarantined slots too long; (producer boot id, offer to post) of each."""
         with self._lock:
-            now_s = self._now_s()
-            stuck = [ring for ring in self._current.values() if policy.must_replace_ring(ring.crowded_since_s, now_s)]
-            chosen = [ring for ring in stuck if policy.may_open_ring(len(self._retired_of(ring.producer_boot_id)))]
+            chosen = self._stuck()
             for ring in chosen:
                 ring.apply(lifetime.Retire())
                 self._retired.append(self._current.pop(ring.producer_boot_id))
@@ -193,6 +197,24 @@ class LandingRings:
                 self._free(ring)
             return tuple(ended)
 
+    def peer_given_up(self, producer_boot_id: str) -> tuple[int, ...]:
+        """A producer has been silent for so long that nobody waits for it, but it may be stopped rather than dead.
+
+        Its slots and handles are over at once. A write of it may still come: the newest policy.MAX_KEPT_RINGS rings of such producers
+        keep their memory, where nobody reads.
+        """
+        with self._lock:
+            self.peer_lost(producer_boot_id)
+            ended: list[int] = []
+            for ring in self._retired_of(producer_boot_id):
+                ended += ring.state.handles
+                ring.apply(lifetime.WriterDied())
+                self._retired.remove(ring)
+                self._kept.append(ring)
+            while len(self._kept) > policy.MAX_KEPT_RINGS:
+                self._free(self._kept.popleft())
+            return tuple(ended)
+
     def count_slots(self, phase: SlotPhase) -> int:
         """Slots in `phase`, over current and retired rings (free slots of retired rings do not count)."""
         with self._lock:
@@ -218,6 +240,8 @@ class LandingRings:
         with self._lock:
             for producer_boot_id in {ring.producer_boot_id for ring in self._rings()}:
                 self.peer_dead(producer_boot_id)
+            while self._kept:
+                self._free(self._kept.popleft())
 
     def _apply_look(self, ring: RingMemory, awaited: Awaited, is_right: bool, now_s: float, landed: list[Landed]) -> None:
         handle_id, span = awaited.handle_id, awaited.span
@@ -300,6 +324,11 @@ class LandingRings:
         ring.transport.deregister(ring.region)
         if ring.transport is not self._transport:
             ring.transport.close()
+
+    def _stuck(self) -> list[RingMemory]:
+        now_s = self._now_s()
+        stuck = [ring for ring in self._current.values() if policy.must_replace_ring(ring.crowded_since_s, now_s)]
+        return [ring for ring in stuck if policy.may_open_ring(len(self._retired_of(ring.producer_boot_id)))]
 
     def _retired_of(self, producer_boot_id: str) -> list[RingMemory]:
         return [ring for ring in self._retired if ring.producer_boot_id == producer_boot_id]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # A ring whose writer is stopped keeps its memory until the writer is known dead; more of them than this and the peer gets no grants.
 MAX_RETIRED_RINGS = 4
+# Rings of producers that were given up without proof of death: so many keep their memory, where a write that comes after all does no harm.
+MAX_KEPT_RINGS = 4
 # A fence follows an abort within milliseconds while the writer lives; only slots that wait longer than this make a ring stuck.
 RING_PATIENCE_S = 2.0
 # A message that was announced but does not verify is looked at again, at doubling intervals, for this long, before it counts as corrupt:

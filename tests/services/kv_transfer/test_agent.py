@@ -123,7 +123,7 @@ def test_a_late_write_after_abort_lands_in_quarantine_only(pair_of: MakePair) ->
     late, spans = pair.offer(3, want_slots=1)
     pair.push(late, spans[:1])
     pair.until_in_flight()
-    assert pair.consumer.abort(late.handle_id) is None
+    pair.consumer.abort(late.handle_id)
     fence = pair.producer.cancel(late.handle_id)
     assert not fence.done() and pair.consumer.counts().num_quarantined_slots == 1
     other, other_spans = pair.offer(10, want_slots=4)
@@ -146,8 +146,10 @@ def test_a_ring_with_many_slots_in_quarantine_is_replaced_and_used_again(pair_of
     pushed = pair.push(stuck, spans)
     with pytest.raises(TransferError, match="write_timeout"):
         pushed[0].result(2)
-    assert pair.consumer.abort(stuck.handle_id) is None and pair.consumer.replace_stuck_rings() == [], "a fence may be on its way"
+    pair.consumer.abort(stuck.handle_id)
+    assert pair.consumer.replace_stuck_rings() == [] and not pair.consumer.has_stuck_rings(), "a fence may be on its way"
     pair.ahead_s += 2.0
+    assert pair.consumer.has_stuck_rings()
     ((producer, offer),) = pair.consumer.replace_stuck_rings()
     assert producer == "p-boot" and offer.ring_name == "kv-d.1" and pair.consumer.replace_stuck_rings() == []
     pair.producer.attach_ring("d-boot", offer)
@@ -164,13 +166,38 @@ def test_a_ring_with_many_slots_in_quarantine_is_replaced_and_used_again(pair_of
     pair.assert_idle()
 
 
-def test_an_abort_in_a_ring_that_is_stuck_already_replaces_it(pair_of: MakePair) -> None:
+def test_every_stuck_ring_is_replaced_and_offered(pair_of: MakePair) -> None:
+    """Nothing but replace_stuck_rings() replaces: an abort that did would keep the offers to itself."""
     pair = pair_of(num_slots=8)
-    (stuck, _), (next_one, _) = pair.offer(20, want_slots=3), pair.offer(3, want_slots=1)
-    pair.consumer.abort(stuck.handle_id)
+    pair.offer(20, want_slots=3)
+    pair.start_producer("p-other")
+    pair.offer(20, want_slots=3)
+    for ring in list(pair.consumer._landing._rings()):
+        for handle_id in list(ring.state.handles):
+            pair.consumer.abort(handle_id)
     pair.ahead_s += 2.0
-    offer = pair.consumer.abort(next_one.handle_id)
-    assert offer is not None and offer.ring_name == pair.consumer.ring_name("p-boot") == "kv-d.1"
+    assert sorted(producer for producer, _ in pair.consumer.replace_stuck_rings()) == ["p-boot", "p-other"]
+    pair.consumer.peer_dead("p-boot")
+    assert pair.consumer.ring_name("p-boot") == "" and pair.consumer.ring_name("p-other")
+
+
+def test_producers_given_up_leave_no_slots_and_little_memory(pair_of: MakePair) -> None:
+    """Stopped producers: their slots and handles are over; the rings of the newest four stay where their writes may still land."""
+    pair = pair_of(num_slots=4)
+    for number in range(6):
+        pair.start_producer(f"p-{number}")
+        handle, _ = pair.offer(3, want_slots=1)
+        pair.consumer.peer_lost(f"p-{number}")
+        assert pair.consumer.counts().num_quarantined_slots == 1
+        assert pair.consumer.peer_given_up(f"p-{number}") == (handle.handle_id,)
+        counts = pair.consumer.counts()
+        assert (counts.num_quarantined_slots, counts.num_retired_rings, counts.num_open_handles) == (0, 0, 0)
+    assert [ring.producer_boot_id for ring in pair.consumer._landing._kept] == ["p-2", "p-3", "p-4", "p-5"]
+    offer = pair.consumer.open_ring("p-5", 4)
+    assert offer.ring_name not in (
+        "kv-d",
+        *(ring.offer.ring_name for ring in pair.consumer._landing._kept if ring.offer.ring_name != "kv-d"),
+    )
 
 
 def test_a_fence_in_time_keeps_the_ring(pair_of: MakePair) -> None:
@@ -190,7 +217,7 @@ def test_a_peer_that_keeps_rings_in_quarantine_gets_no_more(pair_of: MakePair) -
     pair = pair_of(num_slots=2)
     for _ in range(4):
         handle, _ = pair.offer(3, want_slots=1)
-        assert pair.consumer.abort(handle.handle_id) is None
+        pair.consumer.abort(handle.handle_id)
         pair.ahead_s += 2.0
         assert len(pair.consumer.replace_stuck_rings()) == 1
     assert pair.consumer.counts().num_retired_rings == 4 and pair.consumer.grant("p-boot", 1) is None

@@ -154,7 +154,7 @@ def test_kv_moves_between_processes_and_a_killed_producer_is_followed_by_another
     push(peer, handle)
     assert land(agent, peer, handle, 3) == 3
     peer.send(signal.SIGKILL)
-    assert agent.abort(handle.handle_id) is None
+    agent.abort(handle.handle_id)
     assert agent.counts().num_quarantined_slots == 3
     assert agent.peer_dead("p-one") == (handle.handle_id,)
     assert (agent.counts().num_slots, agent.counts().num_quarantined_slots) == (0, 0)

@@ -161,9 +161,7 @@ class ScriptedDecode:
     def abort(self, request_id: str) -> None:
         self._waiting = [(peer, one) for peer, one in self._waiting if one.request_id != request_id]
         for handle_id in [handle_id for handle_id, owner in self.open.items() if owner == request_id]:
-            replaced = self.agent.abort(handle_id)
-            if replaced is not None:
-                self._post(replaced)
+            self.agent.abort(handle_id)
             del self.open[handle_id]
 
     def _grant(self, connection: Connection, message: WaveAnnounced) -> bool:
