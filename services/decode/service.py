@@ -67,7 +67,6 @@ class DecodeService:
         self._worker = worker
         self._agent = agent
         self._tracing = tracing
-        self.broken = asyncio.Event()
         self._legs: dict[LegKey, Leg] = {}
         self._leg_ids = itertools.count(1)
         self._ready: list[Leg] = []
@@ -106,11 +105,11 @@ class DecodeService:
         await self._producers.close()
 
     def check_health(self) -> None:
-        """Raises EngineError when pending work does not move, or steps have ended."""
-        self._steps.check()
+        """Raises EngineError when pending work does not move, what failure() says where something has ended."""
         self.progress.check()
-        if self._ticker is not None and self._ticker.done():
-            raise EngineError("the deadline ticker has ended", phase="decode.stream")
+        failure = self.failure()
+        if failure is not None:
+            raise failure
 
     # ReplicaLogic
 
@@ -156,6 +155,11 @@ class DecodeService:
 
     def num_live_requests(self) -> int:
         return len(self._legs)
+
+    def failure(self) -> DuomoError | None:
+        has_ticker = self._ticker is None or not self._ticker.done()
+        ended = None if has_ticker else EngineError("the deadline ticker has ended", phase="decode.stream")
+        return self._steps.failure or self._agent.failure or ended
 
     def report(self) -> ReplicaReport:
         slots = self._agent.counts()
@@ -230,7 +234,6 @@ class DecodeService:
     def broke(self, error: EngineError) -> None:
         log.critical("%s", error)
         self._intake.failure = error
-        self.broken.set()
         for leg in list(self._legs.values()):
             self._fail(leg, error)
 
@@ -385,16 +388,11 @@ class DecodeService:
 
 
 async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
-    """Build one replica, serve until `stop` (or an operator's Drain, or its steps break), drain, unregister. Raises what broke it."""
+    """Build one replica, serve until `stop` (or an operator's Drain, or something breaks), drain, unregister. Raises what broke it."""
     async with opened(config, replica_id) as parts:
         service = DecodeService(parts.card, parts.worker, parts.agent, parts.tracing, parts.directory)
-        over = asyncio.create_task(service.broken.wait())
-        over.add_done_callback(lambda _: stop.set())
         try:
             await service.start()
             await service.membership.serve(stop)
         finally:
-            over.cancel()
             await service.stop()
-        if service.broken.is_set():
-            service.check_health()

@@ -53,7 +53,7 @@ class StepLoop:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode-step")
         self._awake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.failure: EngineError | None = None
+        self.failure: EngineError | None = None  # why no step runs any more
 
     async def start(self) -> None:
         """Warm the worker in its thread, then run."""
@@ -71,11 +71,6 @@ class StepLoop:
     def wake(self) -> None:
         """Something changed that the loop may be sleeping on."""
         self._awake.set()
-
-    def check(self) -> None:
-        """Raises EngineError when steps have ended."""
-        if self.failure is not None:
-            raise self.failure
 
     async def _guard(self) -> None:
         """Whatever ends the loop ends every request with a typed answer, and the replica's health with it."""

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from duomo.config import TransferSection
+from duomo.errors import TransferError
 from duomo.wire.messages import Handle, RingOffered
 from services.kv_transfer.landing import Landed, LandingRings
 from services.kv_transfer.layout import MessageSpan
@@ -153,6 +154,11 @@ class TransferAgent:
     def cancel(self, handle_id: int) -> Future[None]:
         """Stop a handle, or close a finished one. Resolves when no write of it is in flight: then send TransferFenced."""
         return self._pusher.cancel(handle_id)
+
+    @property
+    def failure(self) -> TransferError | None:
+        """Why nothing is written any more: the writer thread met something unforeseen. The process has to be replaced."""
+        return self._pusher.failure
 
     def counts(self) -> SlotCounts:
         """What is held now."""

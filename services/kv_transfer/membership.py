@@ -5,7 +5,7 @@ Prefill and decode give a `ReplicaLogic` (their service) and get the same skelet
     membership = Membership(card, logic, directory)        # card: who this replica is and which configuration it serves
     await membership.start()                               # listens, registers, reports ten a second to every gateway
     connection = await membership.connect(address)         # an outgoing peer (P -> D), read like an accepted one
-    await membership.serve(stop)                           # until `stop` or an operator's Drain; drains; then stop()
+    await membership.serve(stop)                           # until `stop` an operator's Drain or a failure; drains; then stop()
     await membership.stop()
 
 All callbacks run on the event loop, one at a time, and must not block.
@@ -36,6 +36,8 @@ from services.kv_transfer.directory import Directory, Member
 
 REPORT_PERIOD_S = 0.1
 MAX_UNIX_PATH_BYTES = 100  # sun_path holds 108 with its NUL; the rest is room for a suffix
+FAILURE_PERIOD_S = 0.25
+FAILED_DRAIN_S = 1.0  # for what a broken replica can still finish
 HANG_EXIT_CODE = 70  # EX_SOFTWARE: the watchdog ended this process
 
 log = logging.getLogger(__name__)
@@ -112,6 +114,9 @@ class ReplicaLogic(Protocol):
 
     def num_live_requests(self) -> int: ...
 
+    def failure(self) -> DuomoError | None:
+        """What has ended for good in this process, so that it must be replaced; None while all is well. Cheap."""
+
     def report(self) -> ReplicaReport: ...
 
 
@@ -183,15 +188,35 @@ class Membership:
         return self._logic.num_live_requests() == 0
 
     async def serve(self, stop: asyncio.Event) -> None:
-        """Serve until `stop` is set or an operator sends Drain, then finish the live requests. A hang ends the process."""
+        """Serve until `stop` is set or an operator sends Drain, then finish the live requests.
+
+        A hang ends the process. Raises what logic.failure() says, after FAILED_DRAIN_S for what can still finish.
+        """
         self._watchdog = Watchdog(self._logic.progress, self._unlink_socket)
         self._watchdog.start()
         waits = [asyncio.ensure_future(stop.wait()), asyncio.ensure_future(self._drain_asked.wait())]
+        failed = asyncio.create_task(self._until_failed())
+        drained: asyncio.Task[None] | None = None
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([*waits, failed], return_when=asyncio.FIRST_COMPLETED)
+            if not failed.done():
+                drained = asyncio.create_task(self._drain_to_the_end())
+                await asyncio.wait([drained, failed], return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                await self.drain(FAILED_DRAIN_S)
+                raise failed.result()
         finally:
-            for wait in waits:
-                wait.cancel()
+            for task in (*waits, failed, drained):
+                if task is not None:
+                    task.cancel()
+
+    async def _until_failed(self) -> DuomoError:
+        while (failure := self._logic.failure()) is None:
+            await asyncio.sleep(FAILURE_PERIOD_S)
+        log.critical("this replica is broken and ends: %s", failure)
+        return failure
+
+    async def _drain_to_the_end(self) -> None:
         if not await self.drain(self._drain_deadline_s):
             log.warning("drain ended at its deadline with %d live requests", self._logic.num_live_requests())
 

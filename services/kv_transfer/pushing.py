@@ -91,6 +91,7 @@ class Pusher:
         self._fences: dict[int, Future[None]] = {}
         self._closed: OrderedDict[int, None] = OrderedDict()
         self._free_at_s = 0.0
+        self.failure: TransferError | None = None
         self.counters: Counter[str] = Counter()
 
     def attach_ring(self, consumer_boot_id: str, offer: RingOffered) -> None:
@@ -189,6 +190,7 @@ class Pusher:
     def _fail_all(self, error: TransferError) -> None:
         with self._changed:
             self._is_closing = True
+            self.failure = error
             self.counters["writer_failed"] += 1
             sending = [self._sending] if self._sending is not None else []
             waiting = [pending.future for pending in (*sending, *self._pending, *(flight.pending for flight in self._in_flight))]

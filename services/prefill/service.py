@@ -13,7 +13,7 @@ import os
 from collections import Counter
 
 from duomo.config import DuomoConfig
-from duomo.errors import ConfigError, EngineError, PeerError, WireError
+from duomo.errors import ConfigError, DuomoError, EngineError, PeerError, WireError
 from duomo.models.qwen3_moe import load_model
 from duomo.telemetry.tracing import Tracing
 from duomo.telemetry.tracing import configure as configure_tracing
@@ -78,17 +78,12 @@ class PrefillService:
         self._book.waves.close()
         await self._book.peers.close()
 
-    async def ended(self) -> None:
-        """Return only by raising: when the planning task has ended, whose fault is raised."""
-        assert self._loop_task is not None
-        await asyncio.shield(self._loop_task)
-        raise EngineError("the wave loop has ended")
-
     def check_health(self) -> None:
-        """Raises EngineError when pending work does not move, or the planning task has ended."""
+        """Raises EngineError when pending work does not move, what failure() says where something has ended."""
         self.progress.check()
-        if self._loop_task is not None and self._loop_task.done():
-            raise EngineError("the wave loop has ended")
+        failure = self.failure()
+        if failure is not None:
+            raise failure
 
     def prepare(self, decode: PeerAddress) -> None:
         """Connect to a decode replica before the first request names it."""
@@ -132,6 +127,13 @@ class PrefillService:
 
     def num_live_requests(self) -> int:
         return self._book.num_live
+
+    def failure(self) -> DuomoError | None:
+        """The planning task has ended, or nothing is pushed any more."""
+        if self._loop_task is not None and self._loop_task.done():
+            error = None if self._loop_task.cancelled() else self._loop_task.exception()
+            return error if isinstance(error, DuomoError) else EngineError(f"the wave loop has ended: {error!r}")
+        return self._agent.failure
 
     def report(self) -> ReplicaReport:
         """What the router's policy and the invariants read."""
@@ -177,21 +179,16 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
     tracing = configure_tracing(config.tracing, "duomo-prefill", "prefill", replica_id)
     directory = Directory(config.redis.url, config.redis.lease_s)
     service = PrefillService(card, worker, agent, tracing, directory)
-    tasks: list[asyncio.Future[None]] = []
+    ahead: asyncio.Task[None] | None = None
     try:
         await service.start()
         log.info("prefill replica %s serves at %s over %s", replica_id, service.membership.identity.address, agent.transport_name)
-        tasks = [
-            asyncio.ensure_future(work) for work in (service.membership.serve(stop), service.ended(), _connect_ahead(service, directory))
-        ]
-        await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks[:2]:
-            if task.done():
-                task.result()
+        ahead = asyncio.create_task(_connect_ahead(service, directory))
+        await service.membership.serve(stop)
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if ahead is not None:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
         await service.stop()
         await asyncio.to_thread(agent.close)
         await asyncio.to_thread(tracing.shutdown)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from duomo.config import DuomoConfig
-from duomo.errors import ConfigError, EngineError, PeerError, WireError
+from duomo.errors import ConfigError, DuomoError, EngineError, PeerError, WireError
 from duomo.wire.connection import Connection, Identity, connect, new_boot_id
 from duomo.wire.messages import Cancel, Drain, Message, Refused, ReplicaReport
 from services.kv_transfer.directory import Directory
@@ -34,6 +34,7 @@ class Logic:
         self.events: list[str] = []
         self.live = 0
         self.is_draining = False
+        self.broken: DuomoError | None = None
         self.card: ReplicaCard | None = None
 
     def joined(self, peer: Connection) -> None:
@@ -54,6 +55,9 @@ class Logic:
 
     def num_live_requests(self) -> int:
         return self.live
+
+    def failure(self) -> DuomoError | None:
+        return self.broken
 
     def report(self) -> ReplicaReport:
         assert self.card is not None
@@ -105,6 +109,27 @@ def test_gateways_get_ten_reports_a_second(tmp_path: Path) -> None:
         assert not membership.gateways
         await membership.stop()
         assert list(tmp_path.glob("*.sock")) == []
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+def test_what_is_broken_for_good_ends_serve_though_a_request_hangs(tmp_path: Path, is_draining: bool) -> None:
+    async def go() -> None:
+        membership, logic = made(configuration(tmp_path))
+        await membership.start()
+        logic.live = 1
+        stop = asyncio.Event()
+        serving = asyncio.create_task(membership.serve(stop))
+        if is_draining:
+            stop.set()
+        await asyncio.sleep(0.1)
+        logic.broken = EngineError("the writer thread failed")
+        async with asyncio.timeout(5):
+            with pytest.raises(EngineError, match="the writer thread failed"):
+                await serving
+        assert logic.is_draining
+        await membership.stop()
 
     asyncio.run(go())
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from duomo.errors import TransferError
 from duomo.wire.messages import Cancel, PrefillDone, Refused, RequestFailed, Sampling, TransferFenced, WaveAnnounced
+from services.kv_transfer.transport import Span, Write
+from services.kv_transfer.transport_loopback import LoopbackTransport
 from services.prefill.worker import Computation
 from tests.services.prefill.prefill_rig import Rig, expected_kv, first_token, ids, model, rig, run
 from tests.services.prefill.scripted_peers import ScriptedGateway, until
@@ -46,6 +49,29 @@ def test_no_grant_is_a_retryable_failure_and_a_late_grant_is_fenced(tmp_path: Pa
             assert parts.service.num_live_requests() == 0
             await parts.is_clean()
 
+    run(scenario, tmp_path)
+
+
+def test_a_dead_writer_thread_ends_the_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be pushed any more: requests fail, retryable elsewhere, and serve() raises, so that the replica is replaced."""
+
+    def write(self: LoopbackTransport, local: Span, peer: str, remote: Span, notification: bytes) -> Write:
+        raise KeyError("no such thing")
+
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            serving = asyncio.create_task(parts.service.membership.serve(asyncio.Event()))
+            parts.service.check_health()
+            parts.gateway.start("r", ids(40), parts.decode.address)
+            failed = await parts.gateway.failed("r")
+            assert failed.retryable and failed.phase == "kv.handoff"
+            with pytest.raises(TransferError, match="writer thread"):
+                parts.service.check_health()
+            with pytest.raises(TransferError, match="writer thread"):
+                await serving
+
+    monkeypatch.setattr(LoopbackTransport, "write", write)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
     run(scenario, tmp_path)
 
 
