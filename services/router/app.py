@@ -1,4 +1,4 @@
-"""The REST edge: routes, bodies and their limit, and OpenAI's error body for every refusal. Knows no replica.
+"""The REST edge: routes, and OpenAI's error body for every refusal. Knows no replica.
 
 A refusal before the first token is an HTTP status; after it an error event ends the stream (calls.py).
 """
@@ -10,17 +10,19 @@ import math
 import os
 import secrets
 import time
+from dataclasses import asdict
 from typing import Final
 
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
-from duomo.errors import CapacityError, DuomoError, RequestCancelled, RequestError
+from duomo.errors import CapacityError, DuomoError, RequestError
 from duomo.telemetry.metrics import CONTENT_TYPE
 from services.router.answers import error_body, error_of, error_status
+from services.router.body import read_body
 from services.router.calls import Call
 from services.router.gateway import Gateway
 from services.router.openai import RequestParser
@@ -94,7 +96,10 @@ class Edge:
         return _json_response(200, b'{"status":"ready"}')
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._gateway.metrics.render(), media_type=CONTENT_TYPE)
+        metrics, desired = self._gateway.metrics, self._gateway.desired_replicas()
+        metrics.desired_replicas.labels("prefill").set(desired.prefill)
+        metrics.desired_replicas.labels("decode").set(desired.decode)
+        return Response(metrics.render(), media_type=CONTENT_TYPE)
 
     async def pools(self, request: Request) -> Response:
         return _json_response(200, msgspec.json.encode(pool_report(self._gateway)))
@@ -102,24 +107,6 @@ class Edge:
     def _call(self, request: Request, prefix: str, endpoint: str) -> Call:
         received_s = time.monotonic()
         return Call(self._gateway, prefix + secrets.token_hex(12), endpoint, received_s, request.headers.get("traceparent", ""))
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The body, refused with 413 as soon as its declared or its counted size exceeds the limit."""
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
-        raise _too_large(max_bytes)
-    parts: list[bytes] = []
-    num_bytes = 0
-    try:
-        async for part in request.stream():
-            num_bytes += len(part)
-            if num_bytes > max_bytes:
-                raise _too_large(max_bytes)
-            parts.append(part)
-    except ClientDisconnect as error:
-        raise RequestCancelled("The client left while sending its body.") from error
-    return b"".join(parts)
 
 
 def pool_report(gateway: Gateway) -> dict[str, object]:
@@ -153,11 +140,7 @@ def pool_report(gateway: Gateway) -> dict[str, object]:
         "is_draining": gateway.is_draining,
         "dropped_tokens": dict(gateway.dropped_tokens),
     }
-    return {"replicas": replicas, "gateway": own}
-
-
-def _too_large(max_bytes: int) -> RequestError:
-    return RequestError(f"The body is larger than {max_bytes} bytes.", param="body", status=413, code="body_too_large")
+    return {"replicas": replicas, "gateway": own, "desired_replicas": asdict(gateway.desired_replicas())}
 
 
 def _model_object(gateway: Gateway) -> dict[str, object]:

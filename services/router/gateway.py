@@ -23,6 +23,7 @@ from duomo.wire.connection import Identity, new_boot_id
 from duomo.wire.messages import EmittedToken, Preempted, RequestFailed, RequestFinished, TokensEmitted
 from services.router.accounting import Accounting
 from services.router.admission import Admit, Refuse, decide, never_fits
+from services.router.demand import DesiredReplicas, desired_replicas
 from services.router.flight import Choice, Flight, Leg
 from services.router.generation import EventSink, GenerationRequest
 from services.router.legs import (
@@ -89,8 +90,7 @@ class Gateway:
         self._num_open_answers = 0
 
     @property
-    def num_open_answers(self) -> int:
-        """Requests submitted and not closed: their client still reads."""
+    def num_open_answers(self) -> int:  # submitted and not closed: their client still reads
         return self._num_open_answers
 
     @property
@@ -100,6 +100,11 @@ class Gateway:
     @property
     def num_waiting(self) -> int:
         return len(self._line)
+
+    def desired_replicas(self) -> DesiredReplicas:
+        needs = [need_of(pending, self.config) for pending in self._line]
+        prefills, decodes = prefill_views(self.pools.prefills(), self.config), decode_views(self.pools.decodes(), self.config)
+        return desired_replicas(prefills, decodes, needs, self.config.prefill.max_wave_tokens)
 
     @property
     def num_live_legs(self) -> int:

@@ -1,8 +1,9 @@
-"""The line of legs that wait for room, in order. Knows no pool: whoever has room asks for the head. Every step costs O(1)."""
+"""The line of legs that wait for room, in order. Knows no pool: whoever has room asks for the head. Every step of a request costs O(1)."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from services.router.flight import Choice, Flight
@@ -28,6 +29,10 @@ class WaitingLine:
 
     def __len__(self) -> int:
         return len(self._line) - self._num_gone
+
+    def __iter__(self) -> Iterator[PendingLeg]:
+        """Those that still want to run, in order; the one step that is not O(1)."""
+        return (pending for pending in self._line if not pending.flight.is_over)
 
     def append(self, pending: PendingLeg) -> None:
         pending.flight.num_pending += 1

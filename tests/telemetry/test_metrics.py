@@ -55,6 +55,7 @@ def test_counters_and_histograms_are_scraped_under_their_names() -> None:
     assert seen["duomo_phase_seconds_sum", "prefill.compute"] == 0.0385
     assert seen["duomo_unaccounted_seconds_bucket", "0.0025", "ttft"] == 1
     assert ("process_resident_memory_bytes",) in seen
+    assert not [key for key in seen if key[0].endswith("_created")]
 
 
 def test_a_report_becomes_gauges_that_vanish_with_the_replica() -> None:

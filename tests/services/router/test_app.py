@@ -1,10 +1,10 @@
-"""The REST edge over a real uvicorn: answers of both endpoints, every refusal with OpenAI's body, limits of the body, cancellation."""
+"""The REST edge over a real uvicorn: answers of both endpoints, every refusal with OpenAI's body, cancellation."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
@@ -121,30 +121,14 @@ def test_every_bad_input_is_refused_by_a_4xx_that_names_the_field(tmp_path: Path
     asyncio.run(scenario())
 
 
-def test_bodies_that_are_no_request_name_the_body(tmp_path: Path) -> None:
-    async def chunks(num: int) -> AsyncIterator[bytes]:
-        for _ in range(num):
-            yield b"x" * 100_000
-
+def test_the_pools_desired_size_is_shown(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, overrides={"gateway": {"max_body_bytes": 1_000_000}}) as system:
-            post = system.client.post
-            refused = {
-                "invalid_utf8": await post("/v1/chat/completions", content=b'{"model":"\xff"}'),
-                "invalid_json": await post("/v1/chat/completions", content=b'{"model":'),
-                "invalid_type": await post("/v1/completions", content=b"[1]"),
-            }
-            surrogate = await post("/v1/completions", content=b'{"model":"tiny-moe","prompt":"\\ud800"}')
-            deep = await post("/v1/completions", content=b"[" * 100_000)
-            assert {surrogate.status_code, deep.status_code} == {400}
-            for code, answer in refused.items():
-                assert (answer.status_code, answer.json()["error"]["param"], answer.json()["error"]["code"]) == (400, "body", code)
-            declared = await post("/v1/chat/completions", content=b"x" * 20_000_000)
-            counted = await post("/v1/chat/completions", content=chunks(20))
-            for answer in (declared, counted):
-                assert (answer.status_code, answer.json()["error"]["param"]) == (413, "body"), answer.text
-            fine = await post("/v1/chat/completions", json=CHAT | {"max_tokens": 1})
-            assert fine.status_code == 200, "the connection outlives a refusal"
+        async with stub_system(tmp_path, num_decodes=2) as system:
+            await system.until(lambda: all(link.report is not None for link in system.gateway.pools.links.values()))
+            report = (await system.client.get("/admin/pools")).json()
+            assert report["desired_replicas"] == {"prefill": 1, "decode": 1}
+            page = (await system.client.get("/metrics")).text
+            assert 'duomo_desired_replicas{pool="prefill"} 1.0' in page and 'duomo_desired_replicas{pool="decode"} 1.0' in page
 
     asyncio.run(scenario())
 
