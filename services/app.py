@@ -120,12 +120,15 @@ class RaySystem:
 
     def stop(self, urgent: threading.Event) -> None:
         """Drain for up to DRAIN_ON_STOP_S or until `urgent`, stop Serve and Ray, and end what is left of their processes."""
-        processes = [one for one in psutil.Process().children(recursive=True) if one not in self._not_ours] if self._is_local else []
-        if ray.is_initialized():
-            if not urgent.is_set():
-                self._stop_serve(urgent)
-            with contextlib.suppress(OSError, RuntimeError):  # a node half started when it was interrupted
-                ray.shutdown()
+        if not ray.is_initialized():  # interrupted half started: nothing to drain, and a raylet that still starts its agents
+            if self._is_local:
+                _kill_tree(self._not_ours)
+            return
+        processes = _descendants(self._not_ours) if self._is_local else []
+        if not urgent.is_set():
+            self._stop_serve(urgent)
+        with contextlib.suppress(OSError, RuntimeError):  # a node half started when it was interrupted
+            ray.shutdown()
         _end_all(processes)
 
     def _start_ray(self) -> None:
@@ -229,6 +232,24 @@ def _import_roots() -> list[str]:
     kernels = root / "kernels"
     ours = [str(root), *([str(kernels)] if kernels.is_dir() else [])]
     return ours + [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry not in ours]
+
+
+def _descendants(not_ours: set[psutil.Process]) -> list[psutil.Process]:
+    return [one for one in psutil.Process().children(recursive=True) if one not in not_ours]
+
+
+def _kill_tree(not_ours: set[psutil.Process]) -> None:
+    """Kill everything below this process at once. Stopped first, so that none starts another between the look and the kill."""
+    stopped: set[psutil.Process] = set()
+    while new := [one for one in _descendants(not_ours) if one not in stopped]:
+        for process in new:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        stopped.update(new)
+    for process in stopped:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(stopped, timeout=3)
 
 
 def _end_all(processes: list[psutil.Process]) -> None:

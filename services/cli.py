@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="duomo",
-    help="Serve Mixture-of-Experts models with prefill and decode as two pools.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+EMBEDDED_MODEL = Path("models/tiny-moe")
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration, such as deploy/local.yaml")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="any option of the configuration; repeatable")
@@ -32,6 +32,21 @@ Settings = Annotated[
 Port = Annotated[int, typer.Option("--port", help="the port of the running system")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of this run's sockets and files")]
 Url = Annotated[str, typer.Option("--url", help="base address of a running gateway")]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"duomo {version('duomo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and end")] = False,
+) -> None:
+    """Serve Mixture-of-Experts models with prefill and decode as two pools."""
 
 
 @app.command()
@@ -139,11 +154,14 @@ def scale(
 
 
 @app.command()
-def doctor(port: Annotated[int, typer.Option(help="the port to be looked at")] = 8000) -> None:
+def doctor(
+    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="whose kernels are looked at")] = EMBEDDED_MODEL,
+    port: Annotated[int, typer.Option(help="the port to be looked at")] = 8000,
+) -> None:
     """Show what this machine offers: device, torch, NIXL and its transport, Redis, kernels, ports, memory."""
     from services.cli_doctor import examine
 
-    raise typer.Exit(examine(port))
+    raise typer.Exit(examine(port, model_dir))
 
 
 def main() -> None:
@@ -164,7 +182,10 @@ def _load(file: Path | None, named: dict[str, object], settings: list[str] | Non
         key, separator, value = setting.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {setting!r}: write SECTION.KEY=VALUE, such as decode.num_blocks=512")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting!r}: {value!r} is no YAML value ({str(error).splitlines()[0]})") from error
     overrides |= {key: value for key, value in named.items() if value is not None}
     if file is None and "model.path" not in overrides:
         raise ConfigError("MODEL_DIR is missing: name a Hugging Face folder, such as models/tiny-moe, or a --config with model.path")

@@ -16,7 +16,7 @@ Chat = list[dict[str, str]]
 
 def converse(url: str, model: str, message: str | None, sampling: dict[str, float]) -> int:
     """One question, or questions from stdin until it ends. Raises ConfigError (--url) and PeerError (a refusal)."""
-    url = url.rstrip("/")
+    url = url.rstrip("/").removesuffix("/v1")
     name = model or _first_model(url)
     chat: Chat = []
     for question in [message] if message is not None else _questions(name):
@@ -49,6 +49,8 @@ def _open(request: urllib.request.Request) -> Iterator[bytes]:
             yield from response
     except urllib.error.HTTPError as error:
         raise PeerError(_reason(error.read())) from error
+    except urllib.error.URLError as error:
+        raise ConfigError(f"--url {request.full_url}: no gateway answers there ({error.reason}); `duomo serve` starts one") from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--url {request.full_url}: {error}") from error
 

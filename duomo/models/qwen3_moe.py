@@ -7,6 +7,7 @@ Legend: T rows, D model, V vocabulary, E experts.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from duomo.models.weights import WeightFolder
 from duomo_kernels.norm_rope import RmsWeight, rms_norm, rms_weight, rope_tables
 from duomo_kernels.paged_attention import KvShape, prove_tail
 from duomo_kernels.row_gemm import RowGemm, row_gemm_for
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,15 @@ class Model:
         return self.gemm.mm(rms_norm(x_TD, self.norm_D), self.lm_head_DV)
 
 
+def implementation_of(config: ModelConfig) -> str:
+    """What this machine computes the model with, for logs and `duomo doctor` (the names: duomo_kernels/row_gemm.py)."""
+    gemm = row_gemm_for(_gemm_shapes(config), config.head_dim)
+    exactness = (
+        "rows are bit for bit free of their batch" if prove_tail() else "NOT proven free of the batch: results may differ in the last bits"
+    )
+    return f"products by {gemm.name}, {exactness}"
+
+
 def _gemm_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return (
@@ -94,7 +106,14 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
         layers = [_load_layer(weights, config, index) for index in range(config.num_layers)]
         norm_D = rms_weight(weights.take("model.norm.weight", (config.hidden,)), config.norm_eps)
         head_VD = embed_VD if config.ties_embeddings else weights.take("lm_head.weight", (config.vocab, config.hidden))
-    return Model(config, embed_VD, layers, norm_D, head_VD.t().contiguous())
+    model = Model(config, embed_VD, layers, norm_D, head_VD.t().contiguous())
+    log.log(
+        logging.INFO if model.is_row_exact else logging.WARNING,
+        "%s computes in float32, %s",
+        config.architecture,
+        implementation_of(config),
+    )
+    return model
 
 
 def _load_layer(weights: WeightFolder, config: ModelConfig, index: int) -> LayerWeights:

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from duomo.config import DuomoConfig, load_config
-from services.app import APP_NAME, _import_roots, _last_words, build_application
+from services.app import APP_NAME, _import_roots, _kill_tree, _last_words, build_application
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
@@ -64,6 +65,20 @@ def test_workers_find_the_three_import_roots() -> None:
     roots = _import_roots()
     assert roots[:2] == [str(ROOT), str(ROOT / "kernels")]
     assert len(roots) == len(set(roots))
+
+
+def test_a_tree_that_still_grows_is_killed_whole() -> None:
+    """A raylet that is interrupted half started goes on starting its agents."""
+    not_ours = set(psutil.Process().children(recursive=True))
+    grow = "import subprocess, time\nwhile True: subprocess.Popen(['sleep', '60'], start_new_session=True); time.sleep(0.002)"
+    root = subprocess.Popen([sys.executable, "-c", grow], start_new_session=True)
+    while len(psutil.Process(root.pid).children()) < 5:
+        time.sleep(0.01)
+    seen = psutil.Process(root.pid).children()
+    _kill_tree(not_ours)
+    root.wait(5)
+    assert not [one for one in seen if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert not set(psutil.Process().children(recursive=True)) - not_ours
 
 
 def test_binding_the_application_needs_no_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,7 +31,12 @@ def duomo(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess
         (("serve", str(ROOT / "deploy")), "config.json"),
         (("serve", str(MODEL), "--config", "/no/such.yaml"), "/no/such.yaml"),
         (("serve", str(MODEL), "--set", "decode.num_blocks"), "--set"),
-        (("serve", str(MODEL), "--set", "decode.no_such_option=1"), "decode.no_such_option"),
+        (
+            ("serve", str(MODEL), "--set", "decode.no_such_option=1"),
+            "decode.no_such_option: no such option; there are replicas, num_blocks",
+        ),
+        (("serve", str(MODEL), "--set", "decode.num_blocks={"), "--set 'decode.num_blocks={'"),
+        (("serve", str(MODEL), "--set", "model.max_model_tokens=4096"), "model.max_model_tokens"),
         (("serve", str(MODEL), "--decode-replicas", "0"), "decode.replicas"),
         (("serve", str(MODEL), "--port", "70000"), "gateway.port"),
         (("replica", "decode", "--set", f"model.path={MODEL}"), "redis.url"),
@@ -56,6 +62,31 @@ def test_a_taken_port_names_the_option_before_anything_starts() -> None:
         done = duomo("serve", str(MODEL), "--port", str(port))
     assert done.returncode == 2
     assert f"--port {port}" in done.stderr and "in use" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("config.json", '{"architectures": ["LlamaForCausalLM"]}', "supported: Qwen3MoeForCausalLM"),
+        ("config.json", "{", "config.json"),
+        ("tokenizer.json", None, "tokenizer.json"),
+    ],
+)
+def test_a_folder_that_cannot_be_served_is_refused_before_anything_starts(
+    tmp_path: Path, file: str, content: str | None, named: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    (folder / file).unlink() if content is None else (folder / file).write_text(content)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = duomo("serve", str(folder), "--port", str(port))
+    assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_version() -> None:
+    assert duomo("--version").stdout.startswith("duomo ")
 
 
 def test_help_imports_nothing_heavy() -> None:
