@@ -49,6 +49,7 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaP
     transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer)
     agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=1)
     try:
+        log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
         section = config.decode
         worker = DecodeWorker(
             model,

@@ -18,6 +18,7 @@ from duomo.wire.messages import Handle, RingOffered
 from services.kv_transfer.landing import Landed, LandingRings
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.lifetime import SlotPhase
+from services.kv_transfer.proving import prove
 from services.kv_transfer.pushing import Pusher, PushJob, PushResult
 from services.kv_transfer.transport import Transport
 
@@ -54,6 +55,7 @@ class TransferAgent:
     ) -> None:
         self.boot_id = boot_id
         self._transport = transport
+        self._section = section
         self._landing = LandingRings(transport, section.slot_bytes, now_s)
         self._pusher = Pusher(boot_id, transport, section, num_send_slots, now_s)
         self._handle_ids = secrets.randbits(31) << 32
@@ -62,6 +64,10 @@ class TransferAgent:
     def transport_name(self) -> str:
         """Which transport moves the bytes, for logs, spans and assertions: "nixl/UCX" or "loopback"."""
         return self._transport.transport_name
+
+    def prove(self) -> float:
+        """Move one message through this transport and verify it, before the first peer; the seconds it took. May take 0.3 s."""
+        return prove(self._transport, self._section)
 
     # consumer
 

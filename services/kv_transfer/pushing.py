@@ -170,7 +170,7 @@ class Pusher:
             return len(self._in_flight)
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Fail what is queued, wait shortly for what is in flight, end the thread."""
+        """Fail what is queued, wait shortly for what is in flight, end the thread, give the send slots back."""
         with self._changed:
             self._is_closing = True
             for name in self._rings:
@@ -179,6 +179,12 @@ class Pusher:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(timeout_s)
+        with self._changed:
+            read = {id(flight.send_slot) for flight in self._in_flight}  # a write that does not end still reads its slot
+            for region in self._all_send_slots:
+                if id(region) not in read:
+                    self._transport.deregister(region)
+            self._all_send_slots = [region for region in self._all_send_slots if id(region) in read]
 
     def _run(self) -> None:
         try:

@@ -181,6 +181,7 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
     service = PrefillService(card, worker, agent, tracing, directory)
     ahead: asyncio.Task[None] | None = None
     try:
+        log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
         await service.start()
         log.info("prefill replica %s serves at %s over %s", replica_id, service.membership.identity.address, agent.transport_name)
         ahead = asyncio.create_task(_connect_ahead(service, directory))

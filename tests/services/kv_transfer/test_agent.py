@@ -311,7 +311,7 @@ def test_the_rate_cap_is_kept_and_the_push_is_seen_as_long(pair_of: MakePair) ->
 
 
 def test_cancel_stops_what_is_queued_and_resolves_once_nothing_is_in_flight(pair_of: MakePair) -> None:
-    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.3)}))
+    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.2)}))
     handle, spans = pair.offer(20, want_slots=1)
     pushed = pair.push(handle, spans)
     pair.until_in_flight()

@@ -1,0 +1,81 @@
+"""Owns the proof that a transport moves bytes: one message from slot to slot at start, verified. Knows no peer, no wire and no engine.
+
+A replica runs it before it registers: a broken NIXL or UCX ends the start with a typed error, and not the first request.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from concurrent.futures import Future
+
+from duomo.config import TransferSection
+from duomo.errors import DuomoError, TransferError
+from duomo.wire.messages import Handle
+from services.kv_transfer import layout
+from services.kv_transfer.landing import LandingRings
+from services.kv_transfer.pushing import Pusher, PushJob, PushResult
+from services.kv_transfer.transport import Transport
+
+_PROOF_BYTES = 4096
+_TIMEOUT_S = 10.0
+_POLL_S = 0.0005
+
+
+def prove(transport: Transport, section: TransferSection) -> float:
+    """Move one message from this transport's memory into that of a second agent of its kind, and back out; the seconds it took.
+
+    The whole path runs: registration, metadata, write, notification, trailer and hash. Raises TransferError where any of it fails.
+    """
+    started_s = time.monotonic()
+    sibling = transport.sibling(f"{transport.name}.proof{secrets.token_hex(3)}")
+    small = section.model_copy(update={"slot_bytes": 64 * 1024, "max_bytes_per_s": 0.0})
+    landing = LandingRings(sibling, small.slot_bytes, time.monotonic)
+    pusher = Pusher("proof", transport, small, 1, time.monotonic)
+    try:
+        offer = landing.open_ring("proof", 1)
+        pusher.attach_ring("proof", offer)
+        (span,) = layout.messages(range(1), (0, 1), _PROOF_BYTES, small.slot_bytes)
+        slots = landing.grant("proof", 1)
+        assert slots is not None
+        handle = Handle(
+            handle_id=1,
+            producer_boot_id="proof",
+            consumer_boot_id="proof",
+            model_fingerprint="",
+            request_id="",
+            attempt=0,
+            ring_name=offer.ring_name,
+            slots=slots,
+            num_tokens=1,
+            num_blocks=1,
+        )
+        landing.expect(handle, (span,))
+        content = secrets.token_bytes(span.num_bytes)
+        pushed = pusher.push(PushJob(handle=handle, span=span, fill=lambda out: out.__setitem__(slice(None), content)))
+        _verify(landing, pushed, content, started_s + _TIMEOUT_S)
+        landing.release(handle.handle_id, span.message_idx)
+    except DuomoError as error:
+        raise _broken(transport, error.detail) from error
+    finally:
+        pusher.detach("proof")
+        pusher.close()
+        landing.close()
+        sibling.close()
+    return time.monotonic() - started_s
+
+
+def _verify(landing: LandingRings, pushed: Future[PushResult], content: bytes, deadline_s: float) -> None:
+    while not (landed := landing.poll()):
+        if pushed.done():
+            pushed.result()
+        if time.monotonic() > deadline_s:
+            raise TransferError(f"one message did not land within {_TIMEOUT_S:g} s")
+        time.sleep(_POLL_S)
+    if landed[0].error is not None or bytes(landed[0].payload) != content:
+        raise TransferError("one message landed with other bytes than were sent")
+    pushed.result(max(deadline_s - time.monotonic(), 0.0) + 1.0)
+
+
+def _broken(transport: Transport, detail: str) -> TransferError:
+    return TransferError(f"{transport.transport_name} does not move KV on this machine: {detail}", code="transport_broken", retryable=False)
