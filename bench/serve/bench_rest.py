@@ -2,9 +2,9 @@
 
     python bench/serve/bench_rest.py --out bench/results/rest_cpu.json
 
-One run does, in this order: generate at batch 1 and 16 (the peer, alone on the machine, with one thread and with all), `duomo serve` started (time to the first
-answer), one and 16 concurrent streams (every stream's tokens must equal generate's, or the run refuses to report), memory (PSS of
-every process of the system), the peer once more. Ratios use the best of the peer's medians.
+One run does, in this order: generate at batch 1 and 16 (the peer, alone on the machine, with one thread and with all), `duomo serve`
+started (time to the first answer), one and 16 concurrent streams (every stream's tokens must equal generate's, or the run refuses to
+report), memory (PSS of every process of the system), the peer once more. Ratios use the best of the peer's medians.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Rate:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One number of streams: medians over the repeats, and every repeat. The peer was measured before and after, with one thread and with all; the best median counts."""
+    """One number of streams: medians over the repeats, and every repeat; the best of the peer's medians counts."""
 
     streams: int
     duomo_tokens_per_s: float
