@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -137,19 +138,23 @@ def test_gateway_killed_frees_everything_within_a_second(replica_system: Any) ->
     system.assert_quiet()
 
 
+def _prefill_pid(system: Any) -> int:
+    return int(system.reports("prefill")[0]["pid"])
+
+
 @pytest.mark.slow
 def test_prefill_killed_under_ray_is_replaced(one_system: Any) -> None:
     """Ray starts another process in its place; the request that it held answers."""
-    pid = one_system.pids("prefill")[0]
+    pid = _prefill_pid(one_system)
 
     async def run() -> StreamResult:
         request = asyncio.create_task(post(one_system.url, "/v1/completions", completion_body(PROMPT * 30, 24), timeout_s=90))
         await _until(lambda: any(report["num_free_blocks"] < report["num_blocks"] for report in one_system.reports("prefill")))
-        one_system.kill_pid(pid)
+        os.kill(pid, signal.SIGKILL)
         return await request
 
     result = asyncio.run(run())
     assert result.is_done and result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT * 30], 24)[0]
     one_system.wait_for_pools(1, 1)
-    assert one_system.pids("prefill") != [pid]
+    assert _prefill_pid(one_system) != pid
     one_system.assert_quiet()
