@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 WATCH_PERIOD_S = 2.0
 MARKER = "run.json"
+INTERRUPTED = 130
 
 
 class StopSignals:
@@ -55,6 +56,15 @@ class StopSignals:
 
 def serve(config: DuomoConfig) -> int:
     """Start everything, print the URL once the system is ready, serve until SIGINT or SIGTERM, leave nothing behind."""
+    code = _serve(config)
+    if code == INTERRUPTED:  # a Ray half started may crash in its destructors; nothing of ours is left to end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _serve(config: DuomoConfig) -> int:
     check_port(config)
     check_model(config)
     signals = StopSignals()
@@ -74,7 +84,7 @@ def serve(config: DuomoConfig) -> int:
             return _watch(system, signals, say)
         except KeyboardInterrupt:
             say("interrupted")
-            return 130
+            return INTERRUPTED
         finally:
             signals.is_starting = False
             say("stopping")
@@ -219,7 +229,8 @@ def end_processes_of(run_dir: Path) -> None:
 
 
 def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
+    """The marker goes last: whoever is interrupted here leaves a folder that the next run still knows for its own."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name == MARKER):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry, ignore_errors=True)
         else:

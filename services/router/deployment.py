@@ -21,10 +21,12 @@ class RouterDeployment:
     def __init__(self, config_json: str, *pools: DeploymentHandle[object]) -> None:
         """pools: the other deployments; naming them here makes them parts of one application. They are never called."""
         # Here, not on top: whoever binds the application needs neither FastAPI nor tokenizers.
+        from duomo.telemetry import logging as telemetry_logging
         from services.router.service import serve_gateway
 
         config = DuomoConfig.model_validate_json(config_json)
         replica_id = f"router-{serve.get_replica_context().replica_tag[:8]}"
+        telemetry_logging.configure("router", replica_id)
 
         async def run(stop: asyncio.Event) -> None:
             await serve_gateway(config, replica_id, stop)

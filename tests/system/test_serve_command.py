@@ -157,7 +157,7 @@ def test_a_killed_replica_is_replaced(one_system: Any) -> None:
     one_system.assert_quiet()
 
 
-@pytest.mark.parametrize("words", ["redis is up", "serve is up"])
+@pytest.mark.parametrize("words", ["redis is up", "ray is imported", "serve is up"])
 def test_ctrl_c_during_the_start_leaves_nothing(folder: Path, port: int, words: str) -> None:
     run = Run(folder, port)
     try:
