@@ -49,4 +49,4 @@ def test_pacing_keeps_the_rate_and_forgives_no_idle_time_in_advance() -> None:
 
 
 def test_poll_delay_grows_with_the_wait() -> None:
-    assert policy.poll_delay_s(0.0) == 0.00005 and policy.poll_delay_s(0.005) == 0.0005 and policy.poll_delay_s(3.0) == 0.002
+    assert policy.poll_delay_s(0.0) == 0.0005 and policy.poll_delay_s(0.01) == 0.001 and policy.poll_delay_s(3.0) == 0.002
