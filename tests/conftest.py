@@ -1,6 +1,11 @@
-"""Owns what every test's process is told before torch is loaded. Knows no test."""
+"""Owns what every test's process and its children are told before torch is loaded. Knows no test."""
 
 import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Spinning OpenMP threads on shared cores make a step thirty times slower (services/app.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Processes that tests start find the three roots as the tests themselves do (pyproject.toml, pythonpath).
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))))

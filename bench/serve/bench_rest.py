@@ -120,7 +120,7 @@ def ours(url: str, streams: int, repeats: int, expected: list[list[int]]) -> tup
 def start(port: int) -> tuple[subprocess.Popen[bytes], float]:
     """`duomo serve` and the seconds until it answers a request."""
     command = [sys.executable, "-m", "services.cli", "serve", str(MODEL), "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     started = time.monotonic()
     process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
     while time.monotonic() - started < 120:

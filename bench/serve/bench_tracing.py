@@ -56,7 +56,7 @@ def system(span_dir: Path | None) -> Iterator[str]:
         }
         config = run_dir / "duomo.yaml"
         config.write_text(yaml.safe_dump(told))
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         processes: list[subprocess.Popen[bytes]] = []
         ends.callback(stop, processes)
         for role in ("router", "prefill", "decode"):

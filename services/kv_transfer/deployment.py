@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from duomo.config import DuomoConfig
+from duomo.telemetry import logging as telemetry_logging
 from services.kv_transfer.service import DirectoryService
 from services.kv_transfer.service_thread import ServiceThread
 
@@ -15,6 +16,7 @@ class DirectoryDeployment:
     """The directory's sweep and its watch over Redis, in a thread and loop of its own."""
 
     def __init__(self, config_json: str) -> None:
+        telemetry_logging.configure("directory", "directory")
         config = DuomoConfig.model_validate_json(config_json)
         self._service = DirectoryService(config.redis)
         started = asyncio.Event()

@@ -16,10 +16,12 @@ class PrefillDeployment:
 
     def __init__(self, config_json: str) -> None:
         # Here, not on top: whoever binds the application imports this file, and needs no torch.
+        from duomo.telemetry import logging as telemetry_logging
         from services.prefill.service import run_replica
 
         config = DuomoConfig.model_validate_json(config_json)
         replica_id = f"prefill-{serve.get_replica_context().replica_tag[:8]}"
+        telemetry_logging.configure("prefill", replica_id)
 
         async def run(stop: asyncio.Event) -> None:
             await run_replica(config, replica_id, stop)

@@ -18,7 +18,6 @@ MODEL = ROOT / "models" / "tiny-moe"
 
 def duomo(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DUOMO_")}
-    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'kernels'}"
     command = [sys.executable, "-m", "services.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
@@ -93,7 +92,7 @@ def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys, json, services.cli; print(json.dumps([m for m in ('torch', 'ray', 'fastapi', 'nixl', 'redis') if m in sys.modules]))"
     )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = os.environ
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout) == [], done.stderr
     assert "serve" in duomo("--help").stdout
@@ -102,7 +101,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_bench_runs_a_script_of_the_checkout(tmp_path: Path) -> None:
     (tmp_path / "bench" / "serve").mkdir(parents=True)
     (tmp_path / "bench" / "serve" / "bench_echo.py").write_text("import sys, services.cli; print('echo', sys.argv[1:])\n")
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = os.environ
     command = [sys.executable, "-m", "services.cli", "bench", "bench_echo", "--repeats", "3"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "echo ['--repeats', '3']", done.stderr

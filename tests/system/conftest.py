@@ -61,7 +61,7 @@ def free_port() -> int:
 
 def environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("DUOMO_", "OTEL_", "RAY_"))}
-    return kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    return kept
 
 
 def launch(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:

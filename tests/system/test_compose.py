@@ -89,7 +89,7 @@ def outside(compose: dict[str, Any], tmp_path: Path) -> Iterator[str]:
     told = tmp_path / "duomo.yaml"
     told.write_text(yaml.safe_dump(config))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DUOMO_", "OTEL_"))}
-    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "DUOMO_SECRET": "a shared secret"}
+    environment |= {"DUOMO_SECRET": "a shared secret"}
     processes: list[subprocess.Popen[bytes]] = []
     logs = tmp_path / "log"
     try:

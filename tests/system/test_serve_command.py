@@ -35,7 +35,7 @@ class Run:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=kept | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+                env=kept,
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -90,7 +90,7 @@ def port() -> int:
 
 
 def _duomo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    environment = os.environ
     command = [sys.executable, "-m", "services.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
 

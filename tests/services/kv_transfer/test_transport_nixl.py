@@ -39,7 +39,7 @@ class Process:
     """nixl_peer.py in a process of its own."""
 
     def __init__(self, boot_id: str, section: TransferSection = SECTION) -> None:
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "UCX_NET_DEVICES": "lo"}
+        environment = os.environ | {"UCX_NET_DEVICES": "lo"}
         program = [sys.executable, str(Path(__file__).with_name("nixl_peer.py")), boot_id, section.model_dump_json()]
         self.process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, bufsize=1)
         self._answers: queue.Queue[Any] = queue.Queue()

@@ -67,7 +67,7 @@ async def system(run_dir: Path, model: Model) -> AsyncIterator[System]:
     redis = EmbeddedRedis(run_dir)
     redis.start()
     config = config_for(run_dir, redis.url)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     program = [sys.executable, str(Path(__file__).with_name("prefill_process.py")), config.model_dump_json()]
     process = subprocess.Popen(program, env=environment, cwd=run_dir)
     directory = Directory(redis.url, config.redis.lease_s)
