@@ -2,9 +2,11 @@
 
     python bench/serve/bench_rest.py --out bench/results/rest_cpu.json
 
-One run does, in this order: generate at batch 1 and 16 (the peer, alone on the machine, with one thread and with all), `duomo serve`
-started (time to the first answer), one and 16 concurrent streams (every stream's tokens must equal generate's, or the run refuses to
-report), memory (PSS of every process of the system), the peer once more. Ratios use the best of the peer's medians.
+`duomo serve` is started (time to the first answer); then, in turn: generate with one thread and with all (the peer, alone on the
+machine: every process of the system is stopped by SIGSTOP meanwhile), and the same prompts through REST, whose tokens must equal
+generate's, or the run refuses to report. A repeat's ratio is ours over the better of the peer's two; the median of the ratios counts,
+since the speed of a shared machine drifts by more than the difference over minutes. Memory is the PSS of every process of the system,
+after the load.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,35 +39,35 @@ ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
 NEW_TOKENS = 128
 PROMPT_TOKENS = 24
-PEER_RUNS = tuple((streams, threads) for streams in (1, 16) for threads in sorted({1, os.cpu_count() or 1}))
+SETTLE_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rate:
-    """One measurement: tokens per second of every repeat, and the median."""
+class Repeat:
+    """One turn: tokens per second of the peer by its number of threads, and ours right after it."""
 
-    streams: int
-    tokens_per_s: list[float]
+    peer_tokens_per_s: dict[int, float]
+    duomo_tokens_per_s: float
+    ttft_p50_s: float
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.tokens_per_s)
+    def ratio(self) -> float:
+        return self.duomo_tokens_per_s / max(self.peer_tokens_per_s.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One number of streams: medians over the repeats, and every repeat; the best of the peer's medians counts."""
+    """One number of streams."""
 
     streams: int
-    duomo_tokens_per_s: float
-    peer_tokens_per_s: float
-    ttft_p50_s: float
-    duomo_repeats: list[float]
-    peer_repeats: list[list[float]]
+    repeats: list[Repeat]
+
+    def median(self, figure: Callable[[Repeat], float]) -> float:
+        return statistics.median(figure(repeat) for repeat in self.repeats)
 
     @property
     def ratio(self) -> float:
-        return self.duomo_tokens_per_s / self.peer_tokens_per_s
+        return self.median(lambda repeat: repeat.ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,41 +84,58 @@ def prompts(count: int) -> list[list[int]]:
     return [[5 + (37 * row + 11 * column * (row + 1)) % 8000 for column in range(PROMPT_TOKENS)] for row in range(count)]
 
 
-def peer(model: torch.nn.Module, streams: int, repeats: int, threads: int) -> tuple[Rate, list[list[int]]]:
-    """transformers.generate, greedy, NEW_TOKENS tokens, no EOS; prompts of one length, so that no padding is needed."""
+def peer(model: torch.nn.Module, streams: int, threads: int) -> tuple[float, list[list[int]]]:
+    """transformers.generate, greedy, NEW_TOKENS tokens, EOS ignored; prompts of one length, so that no padding is needed."""
     torch.set_num_threads(threads)
     ids = torch.tensor(prompts(streams))
-    rates, tokens = [], None
-    for _ in range(repeats):
-        started = time.monotonic()
-        with torch.inference_mode():
-            out = model.generate(  # type: ignore[operator]  # GenerationMixin is not typed
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
-            )
-        rates.append(streams * NEW_TOKENS / (time.monotonic() - started))
-        tokens = out[:, PROMPT_TOKENS:].tolist()
-    assert tokens is not None
-    return Rate(streams=streams, tokens_per_s=rates), tokens
+    started = time.monotonic()
+    with torch.inference_mode():
+        out = model.generate(  # type: ignore[operator]  # GenerationMixin is not typed
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False
+        )
+    return streams * NEW_TOKENS / (time.monotonic() - started), out[:, PROMPT_TOKENS:].tolist()
 
 
-def ours(url: str, streams: int, repeats: int, expected: list[list[int]]) -> tuple[Rate, list[float]]:
-    """`streams` concurrent REST streams; refuses to go on when a stream's tokens differ from the peer's."""
+def ours(url: str, streams: int, expected: list[list[int]]) -> tuple[float, float]:
+    """`streams` concurrent REST streams: tokens per second and the median TTFT. Refuses to go on when a token differs from the peer's."""
 
     async def once() -> list[StreamResult]:
         bodies = [completion_body(prompt, NEW_TOKENS) for prompt in prompts(streams)]
         return list(await asyncio.gather(*(post(url, "/v1/completions", body) for body in bodies)))
 
-    rates: list[float] = []
-    ttfts: list[float] = []
-    for _ in range(repeats):
-        started = time.monotonic()
-        results = asyncio.run(once())
-        rates.append(streams * NEW_TOKENS / (time.monotonic() - started))
-        ttfts.extend(result.ttft_s for result in results)
-        wrong = [row for row, result in enumerate(results) if result.token_ids.get(0) != expected[row]]
-        if wrong:
-            raise SystemExit(f"refusing to report: streams {wrong} differ from transformers' tokens")
-    return Rate(streams=streams, tokens_per_s=rates), ttfts
+    started = time.monotonic()
+    results = asyncio.run(once())
+    rate = streams * NEW_TOKENS / (time.monotonic() - started)
+    wrong = [row for row, result in enumerate(results) if result.token_ids.get(0) != expected[row]]
+    if wrong:
+        raise SystemExit(f"refusing to report: streams {wrong} differ from transformers' tokens")
+    return rate, statistics.median(result.ttft_s for result in results)
+
+
+@contextmanager
+def stopped(root_pid: int) -> Iterator[None]:
+    """Every process of the tree is stopped meanwhile, for a few seconds: less than any of the system's time limits."""
+    root = psutil.Process(root_pid)
+    tree = [root, *root.children(recursive=True)]
+    for process in tree:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in tree:
+            process.resume()
+        time.sleep(SETTLE_S)
+
+
+def one_repeat(model: torch.nn.Module, root_pid: int, url: str, streams: int) -> Repeat:
+    """The peer alone, then ours."""
+    rates: dict[int, float] = {}
+    expected: list[list[int]] = []
+    for threads in sorted({1, os.cpu_count() or 1}):
+        with stopped(root_pid):
+            rates[threads], expected = peer(model, streams, threads)
+    rate, ttft_s = ours(url, streams, expected)
+    return Repeat(peer_tokens_per_s=rates, duomo_tokens_per_s=rate, ttft_p50_s=ttft_s)
 
 
 def start(port: int) -> tuple[subprocess.Popen[bytes], float]:
@@ -165,37 +186,21 @@ def cpu_name() -> str:
     return platform.processor()
 
 
-def run(repeats: int) -> Report:
+def run(num_repeats: int) -> Report:
     model = build_reference(MODEL)
     model.generation_config.eos_token_id = None  # min_new_tokens would forbid the EOS token instead of ignoring it
-    peer(model, 1, 1, 1)
-    peers: dict[int, list[Rate]] = {1: [], 16: []}
-    expected: dict[int, list[list[int]]] = {}
-    for streams, threads in PEER_RUNS:
-        rate, expected[streams] = peer(model, streams, repeats, threads)
-        peers[streams].append(rate)
     port = free_port()
     process, ready_s = start(port)
     try:
-        url = f"http://127.0.0.1:{port}"
-        measured = {streams: ours(url, streams, repeats, expected[streams]) for streams in (1, 16)}
+        one_repeat(model, process.pid, f"http://127.0.0.1:{port}", 1)
+        rows = []
+        for streams in (1, 16):
+            repeats = [one_repeat(model, process.pid, f"http://127.0.0.1:{port}", streams) for _ in range(num_repeats)]
+            rows.append(Row(streams=streams, repeats=repeats))
         memory = pss_bytes(process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
-    for streams, threads in PEER_RUNS:
-        peers[streams].append(peer(model, streams, repeats, threads)[0])
-    rows = [
-        Row(
-            streams=streams,
-            duomo_tokens_per_s=rate.median,
-            peer_tokens_per_s=max(one.median for one in peers[streams]),
-            ttft_p50_s=statistics.median(ttfts),
-            duomo_repeats=rate.tokens_per_s,
-            peer_repeats=[one.tokens_per_s for one in peers[streams]],
-        )
-        for streams, (rate, ttfts) in measured.items()
-    ]
     return Report(rows=rows, ready_s=ready_s, pss_bytes=memory)
 
 
@@ -223,8 +228,9 @@ def main() -> None:
         options.out.write_text(json.dumps(facts | asdict(report), indent=2) + "\n")
     print(f"{'streams':>8} {'duomo tok/s':>12} {'generate tok/s':>15} {'ratio':>6} {'TTFT p50 ms':>12}")
     for row in report.rows:
-        ours_text = f"{row.streams:>8} {row.duomo_tokens_per_s:>12.0f} {row.peer_tokens_per_s:>15.0f}"
-        print(f"{ours_text} {row.ratio:>6.2f} {1000 * row.ttft_p50_s:>12.1f}")
+        best = row.median(lambda repeat: max(repeat.peer_tokens_per_s.values()))
+        rates = f"{row.streams:>8} {row.median(lambda repeat: repeat.duomo_tokens_per_s):>12.0f} {best:>15.0f}"
+        print(f"{rates} {row.ratio:>6.2f} {1000 * row.median(lambda repeat: repeat.ttft_p50_s):>12.1f}")
     print(f"ready after {report.ready_s:.1f} s; PSS {pss_total / 1e9:.2f} GB")
 
 
