@@ -36,9 +36,12 @@ Url = Annotated[str, typer.Option("--url", help="base address of a running gatew
 
 def _show_version(is_asked: bool) -> None:
     if is_asked:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"duomo {version('duomo')}")
+        try:
+            print(f"duomo {version('duomo')}")
+        except PackageNotFoundError:
+            print("duomo from a checkout that is not installed")
         raise typer.Exit
 
 

@@ -20,6 +20,8 @@ from services.kv_transfer.agent import TransferAgent
 
 log = logging.getLogger(__name__)
 
+MAX_GONE_PEERS = 64  # processes that left and whose fences may still have to be told
+
 
 @dataclass(slots=True, eq=False)
 class DecodePeer:
@@ -119,6 +121,9 @@ class DecodePeers:
         peer.connection, peer.is_reachable = None, False
         peer.deferred.clear()
         peer.slot_bytes.clear()
+        gone = [key for key, one in self._peers.items() if one.connection is None and one.connecting is None]
+        for key in gone[:-MAX_GONE_PEERS]:
+            del self._peers[key]
         self._spawn(self._detach(boot_id))
         self._on_lost(boot_id, PeerError(f"decode replica {connection.peer.replica_id} is gone", phase="kv.handoff"))
 
@@ -159,19 +164,23 @@ class DecodePeers:
             await asyncio.get_running_loop().run_in_executor(self._attach_thread, self._agent.attach_ring, boot_id, ring)
         except DuomoError as error:
             log.warning("cannot attach the ring of %s: %s", peer.address.replica_id, error)
-            peer.num_attaching -= 1
             self._on_lost(boot_id, PeerError(f"its ring cannot be attached: {error.detail}", code=error.code, phase="kv.handoff"))
+            self._attached(peer)  # grants that waited are for legs that are over now: each is fenced
             return
-        peer.num_attaching -= 1
         if connection.closed:
+            peer.num_attaching -= 1
             return
         peer.slot_bytes[ring.ring_name] = ring.slot_bytes
         peer.is_reachable = True
+        self._attached(peer)
+        self._on_change(boot_id)
+
+    def _attached(self, peer: DecodePeer) -> None:
+        peer.num_attaching -= 1
         if peer.num_attaching == 0:
             deferred, peer.deferred = peer.deferred, []
             for act in deferred:
                 act()
-        self._on_change(boot_id)
 
     async def _detach(self, boot_id: str) -> None:
         await asyncio.get_running_loop().run_in_executor(self._attach_thread, self._agent.detach, boot_id)

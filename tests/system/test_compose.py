@@ -82,7 +82,7 @@ def outside(compose: dict[str, Any], tmp_path: Path) -> Iterator[str]:
     config = yaml.safe_load((ROOT / "deploy" / "containers.yaml").read_text())
     config["model"]["path"] = str(ROOT / "models" / "tiny-moe")
     config["gateway"] |= {"host": "127.0.0.1", "port": http_port}
-    config["kv_transfer"] = {"ucx_net_devices": "lo", "ucx_tls": "tcp"}
+    config["kv_transfer"] = {"ucx_net_devices": "lo", "ucx_tls": "tcp,self"}
     for pool in ("prefill", "decode"):
         config[pool] |= {"host": "127.0.0.1", "torch_threads": 1}
     config["redis"]["url"] = config["redis"]["url"].replace("redis:6379", f"127.0.0.1:{redis_port}")

@@ -1,0 +1,88 @@
+"""Peers of prefill: a ring that cannot be attached, and processes that left. Real sockets, a real agent on the loopback transport."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from duomo.config import TransferSection, WireSection
+from duomo.errors import PeerError
+from duomo.wire.connection import Connection, Identity, Listener, connect, new_boot_id
+from duomo.wire.messages import PeerAddress, RingOffered, Role
+from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.transport_loopback import LoopbackHub
+from services.prefill.decode_peers import MAX_GONE_PEERS, DecodePeers
+
+WIRE = WireSection()
+
+
+def _identity(role: Role, address: str) -> Identity:
+    return Identity(replica_id=role, boot_id=new_boot_id(), role=role, model_fingerprint="f", address=address, secret="")
+
+
+class Rig:
+    """One prefill side; decode processes are listeners that end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lost: list[PeerError] = []
+        self.me = _identity("prefill", "")
+        self.agent = TransferAgent(
+            self.me.boot_id, LoopbackHub().agent("producer"), TransferSection(transport="loopback"), num_send_slots=1
+        )
+        self.peers = DecodePeers(self.agent, self.dial, lambda boot_id: None, lambda boot_id, error: self.lost.append(error))
+
+    async def dial(self, address: str) -> Connection:
+        return await connect(address, self.me, WIRE)
+
+    async def decode(self, number: int) -> tuple[Listener, Identity, Connection]:
+        address = f"unix:{self.folder / f'd{number}.sock'}"
+        identity = _identity("decode", address)
+        ended = asyncio.Event()
+
+        async def serve(connection: Connection) -> None:
+            await ended.wait()
+
+        listener = Listener(address, identity, WIRE, serve)
+        await listener.start()
+        peer = PeerAddress(replica_id="decode", boot_id=identity.boot_id, address=address)
+        self.peers.want(peer)
+        while (connection := self.peers._peers[identity.boot_id].connection) is None:
+            await asyncio.sleep(0.001)
+        return listener, identity, connection
+
+
+def test_grants_behind_a_ring_that_cannot_be_attached_are_not_forgotten(tmp_path: Path) -> None:
+    async def run() -> None:
+        rig = Rig(tmp_path)
+        listener, identity, connection = await rig.decode(0)
+        nobody = RingOffered(ring_name="nobody", agent_metadata=b"nobody", base_address=4096, slot_bytes=65536, num_slots=1)
+        acted: list[str] = []
+        rig.peers.ring_offered(connection, nobody)
+        rig.peers.when_attached(connection, lambda: acted.append("handle"))
+        assert not acted
+        async with asyncio.timeout(5):
+            while not acted:
+                await asyncio.sleep(0.001)
+        assert rig.lost and not rig.peers.is_reachable(identity.boot_id)
+        await rig.peers.close()
+        await connection.close()
+        await listener.close()
+        rig.agent.close()
+
+    asyncio.run(run())
+
+
+def test_peers_that_left_are_forgotten_in_the_end(tmp_path: Path) -> None:
+    async def run() -> None:
+        rig = Rig(tmp_path)
+        for number in range(MAX_GONE_PEERS + 5):
+            listener, _, connection = await rig.decode(number)
+            rig.peers.left(connection)
+            await connection.close()
+            await listener.close()
+        assert len(rig.peers._peers) <= MAX_GONE_PEERS
+        await rig.peers.close()
+        rig.agent.close()
+
+    asyncio.run(run())
