@@ -32,7 +32,11 @@ INTERRUPTED = 130
 
 
 class StopSignals:
-    """SIGINT and SIGTERM: during start-up they interrupt it; later they set `stopped`; a repeated one means: do not drain."""
+    """SIGINT and SIGTERM: during start-up they interrupt it; later they set `stopped`; a repeated one means: do not drain.
+
+    Python drops an exception raised inside a hook of its own (a callback at fork, a finaliser), so the interrupt alone may get lost:
+    every phase of a start calls check().
+    """
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -51,6 +55,11 @@ class StopSignals:
         self.stopped.set()
         if self.is_starting:
             self.is_starting = False
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt where a signal has asked for the end."""
+        if self.stopped.is_set():
             raise KeyboardInterrupt
 
 
@@ -93,15 +102,20 @@ def _serve(config: DuomoConfig) -> int:
 def _start(config: DuomoConfig, run_dir: Path, say: _Phases, signals: StopSignals, ends: contextlib.ExitStack) -> RaySystem:
     from services.app import RaySystem
 
-    say("ray is imported")
-    system = RaySystem(config, run_dir, say)
+    def next_phase(phase: str) -> None:
+        say(phase)
+        signals.check()
+
+    next_phase("ray is imported")
+    system = RaySystem(config, run_dir, next_phase)
     ends.callback(system.stop, signals.urgent)
     try:
         system.start()
     finally:
         signals.install()
     ends.enter_context(admin_socket(run_dir / SOCKET_NAME, system))
-    wait_until_ready(config, config.ray.start_timeout_s)
+    wait_until_ready(config, config.ray.start_timeout_s, signals.check)
+    signals.check()
     return system
 
 
@@ -171,13 +185,14 @@ def check_model(config: DuomoConfig) -> None:
     ModelText.load(config.model.path)
 
 
-def wait_until_ready(config: DuomoConfig, timeout_s: float) -> None:
-    """Wait for 200 on /health/ready: prefill and decode registered, connected and warm."""
+def wait_until_ready(config: DuomoConfig, timeout_s: float, check: Callable[[], None]) -> None:
+    """Wait for 200 on /health/ready: prefill and decode registered, connected and warm. `check` raises to end the wait."""
     url = base_url(config) + "/health/ready"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end_s = time.monotonic() + timeout_s
     answer = "no answer"
     while time.monotonic() < end_s:
+        check()
         try:
             with opener.open(url, timeout=5):
                 return
