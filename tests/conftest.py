@@ -9,3 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Processes that tests start find the three roots as the tests themselves do (pyproject.toml, pythonpath).
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", ""))))
+
+# Triton's kernels run in its interpreter where there is no GPU; read when a kernel is decorated, so before duomo_kernels is imported.
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"

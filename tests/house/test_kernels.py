@@ -34,6 +34,25 @@ def lacks(op: str, root: Path) -> list[str]:
     return found
 
 
+def unannotated(root: Path) -> list[str]:
+    """Functions of the room, Triton's kernels apart, that lack an annotation."""
+    found = []
+    for path in sorted((root / ROOM).glob("*.py")):
+        for node in ast.walk(parse(root, path).tree):
+            if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if node.returns is None or any(argument.annotation is None for argument in arguments if argument.arg != "self"):
+                found.append(f"{ROOM}/{path.name}: {node.name} is not annotated")
+    return found
+
+
+def test_what_is_not_a_kernel_is_annotated(tmp_path: Path) -> None:
+    assert not unannotated(ROOT), "\n".join(unannotated(ROOT))
+    plant(tmp_path, f"{ROOM}/combine.py", "@triton.jit\ndef body(x): ...\ndef combine(x) -> None: ...\n")
+    assert unannotated(tmp_path) == [f"{ROOM}/combine.py: combine is not annotated"]
+
+
 def _whole(root: Path) -> None:
     plant(root, f"{ROOM}/combine.py", "def combine_reference(): ...\ndef combine(): ...\n")
     plant(root, f"{ROOM}/_launch.py", "")

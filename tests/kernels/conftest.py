@@ -1,4 +1,7 @@
-"""One torch thread for this room's tests: a second one, on cores that others use, waits for a time slice at every product."""
+"""One torch thread for this room's tests: a second one, on cores that others use, waits for a time slice at every product.
+
+Triton's kernels run on the GPU where there is one, else in Triton's interpreter: the same tests, the `device` fixture says where.
+"""
 
 from __future__ import annotations
 
@@ -9,3 +12,8 @@ import torch
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
