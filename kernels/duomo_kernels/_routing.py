@@ -15,11 +15,35 @@ Legend: T tokens, K experts a token, R routed places, E experts, M tiles at most
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 GROUP_TILES = 16  # tiles of one expert that share its weights through L2 before the next 16: 2,048 rows of 128-row tiles
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateRule:
+    """How a model chooses experts from logits. Ties go to the lowest expert.
+
+    score = softmax(logits) or sigmoid(logits); choice by score + bias (a tensor passed beside the rule), weight from the score alone.
+    Groups (DeepSeek-V3): experts in num_groups equal runs, a group worth the sum of its two best choices, only the top_groups best stay.
+    normalise divides the chosen weights by their sum (Mixtral's softmax over the selected is the same); routed_scale multiplies them last.
+
+        Switch: softmax, top_k 1       OLMoE: softmax       Mixtral, Qwen3: softmax, normalise
+        DeepSeek-V3: sigmoid, normalise, num_groups 8, top_groups 4, routed_scale 2.5, bias
+    """
+
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = False
+    num_groups: int = 1
+    top_groups: int = 1
+    routed_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert self.top_k >= 1 and 1 <= self.top_groups <= self.num_groups, self
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
