@@ -249,7 +249,7 @@ class Row:
         """case | ours, its share of the floor and of the bandwidth | each peer and how many times as fast ours is."""
         ours = self.times["ours"]
         rates = f"{self.num_bytes / ours.median_us / 1e6:6.2f} TB/s {self.num_flop / ours.median_us / 1e6:6.1f} TFLOP/s"
-        floor = f"floor {self.floor_us:8.2f} ({self.floor_us / ours.median_us:4.0%})"
+        floor = f"floor {self.floor_us:8.2f} ({self.floor_us / ours.median_us:.0%})"
         peers = [f"{name} {t.median_us:.2f} us ({t.median_us / ours.median_us:.2f}x)" for name, t in self.times.items() if name != "ours"]
         head = f"{self.case:<44} {ours.median_us:9.2f} us  +{ours.spread:4.0%}"
         return "  ".join([head, floor, rates, *peers])
