@@ -17,3 +17,9 @@ def _one_thread() -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def half() -> torch.dtype:
+    """The 16-bit format of tests with matrix products: the interpreter multiplies bf16 by its bit patterns."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float16
