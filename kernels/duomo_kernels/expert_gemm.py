@@ -7,9 +7,9 @@ Rows of x are gathered in the load, the activation is computed in the first prod
 [R, 2F] product ever exists. Sums in float32, act and rows rounded to x's dtype.
 
 A program computes one tile: up to block_m places of one expert times block_n columns. Routing.tiles_M5 says which; within a group of
-tiles the columns run outer and the tiles inner, so that an expert's weights cross HBM once and are shared through L2. A tile of few rows
-takes a body of half or a quarter of the height: at 128 rows the padding of the last tiles alone would cost a quarter of the time at 256 rows an
-expert. Every row's sum runs over k in the same steps whatever its tile holds.
+tiles the columns run outer and the tiles inner, so that an expert's weights cross HBM once and are shared through L2. A tile of few
+rows takes a body of half or a quarter of the height: the padding of each expert's last tile would cost as much as the rows themselves
+where an expert has few. Every row's sum runs over k in the same steps whatever its tile holds.
 
 Legend: T tokens, K experts a token, R routed places, E experts, D model, F expert hidden, M tiles.
 """
@@ -33,8 +33,11 @@ TMA_BYTES = 16  # a descriptor's rows start at multiples of this
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GemmTile:
-    """The tile of one product. block_n counts columns of the output (up: as many of gate and of up are loaded). num_programs 0: one for each
-    tile; otherwise persistent, that many for each multiprocessor."""
+    """The tile of one product. block_n counts columns of the output (up loads as many of gate and of up).
+
+    num_programs: 0 for one program a tile; otherwise persistent, that many for each multiprocessor. shrinks: tiles of few rows take a lower
+    body. touch: columns of each weight row brought into L2 while the kernel before still runs (a multiple of 64).
+    """
 
     block_m: int
     block_n: int
@@ -44,6 +47,7 @@ class GemmTile:
     use_tma: bool = True
     num_programs: int = 0
     shrinks: bool = True
+    touch: int = 0
 
 
 def expert_gemm_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
@@ -74,18 +78,37 @@ def _find_tile(pid, tiles, num_columns, GROUPED: tl.constexpr):
 
 
 @triton.jit
-def _weight_tile(w, w_desc, row, last_row, k0, num_k, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """[BK, BN]: rows row .. row + BN of a row-major weight, transposed. Rows past last_row are anything finite or not: their columns are not stored."""
+def _up_weights(w, w_desc, expert, column, k0, num_k, num_f, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """[BK, 2 BN]: BN rows of the gate, then the same BN of up, transposed. One copy by TMA, so that one product computes both."""
     if w_desc is not None:
-        return w_desc.load([row, k0]).T
+        return w_desc.load([expert, 0, column * BN, k0]).reshape(2 * BN, BK).T
     else:
-        at_N = tl.minimum(row + tl.arange(0, BN), last_row).to(tl.int64)
-        k = k0 + tl.arange(0, BK)
-        at_KN = w + at_N[None, :] * num_k + k[:, None]
-        if EVEN_K:
-            return tl.load(at_KN)
-        else:
-            return tl.load(at_KN, mask=k[:, None] < num_k, other=0.0)
+        row_N = tl.arange(0, 2 * BN)
+        half_row_N = tl.minimum(column * BN + row_N % BN, num_f - 1)  # past the edge any row will do: its column is not stored
+        at_N = (expert * 2 + row_N // BN).to(tl.int64) * num_f + half_row_N
+        k_K = k0 + tl.arange(0, BK)
+        at_KN = w + at_N[None, :] * num_k + k_K[:, None]
+        return tl.load(at_KN) if EVEN_K else tl.load(at_KN, mask=k_K[:, None] < num_k, other=0.0)
+
+
+@triton.jit
+def _down_weights(w, w_desc, expert, column, k0, num_k, num_d, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """[BK, BN]: BN rows of down, transposed."""
+    if w_desc is not None:
+        return w_desc.load([expert, column * BN, k0]).reshape(BN, BK).T
+    else:
+        at_N = expert.to(tl.int64) * num_d + tl.minimum(column * BN + tl.arange(0, BN), num_d - 1)
+        k_K = k0 + tl.arange(0, BK)
+        at_KN = w + at_N[None, :] * num_k + k_K[:, None]
+        return tl.load(at_KN) if EVEN_K else tl.load(at_KN, mask=k_K[:, None] < num_k, other=0.0)
+
+
+@triton.jit
+def _touch(w, row, num_k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Bring the first COLUMNS columns of ROWS successive weight rows into L2: one load a line of 128 bytes, whose value nobody needs."""
+    row_N = (row + tl.arange(0, ROWS)).to(tl.int64)
+    line_K = tl.arange(0, COLUMNS // 64) * 64
+    tl.load(w + row_N[:, None] * num_k + line_K[None, :], volatile=True)  # volatile, or the compiler drops it
 
 
 @triton.jit
@@ -97,17 +120,11 @@ def _up_tile(
     is_row_M = row_M < rows
     token_M = tl.load(routed + first + row_M, mask=is_row_M, other=0) // TOP_K
     x_MK = x + token_M.to(tl.int64)[:, None] * num_k + tl.arange(0, BK)[None, :]
-    gate_row = expert * 2 * num_f + column * BN
-    last_row = expert * 2 * num_f + num_f - 1
-    gate_MN = tl.zeros((BM, BN), tl.float32)
-    up_MN = tl.zeros((BM, BN), tl.float32)
+    sum_MN = tl.zeros((BM, 2 * BN), tl.float32)
     for k0 in tl.range(0, num_k, BK, num_stages=STAGES):
-        if EVEN_K:
-            part_MK = tl.load(x_MK + k0)
-        else:
-            part_MK = tl.load(x_MK + k0, mask=(k0 + tl.arange(0, BK))[None, :] < num_k, other=0.0)
-        gate_MN = tl.dot(part_MK, _weight_tile(w, w_desc, gate_row, last_row, k0, num_k, BN, BK, EVEN_K), gate_MN)
-        up_MN = tl.dot(part_MK, _weight_tile(w, w_desc, gate_row + num_f, last_row + num_f, k0, num_k, BN, BK, EVEN_K), up_MN)
+        part_MK = tl.load(x_MK + k0) if EVEN_K else tl.load(x_MK + k0, mask=(k0 + tl.arange(0, BK))[None, :] < num_k, other=0.0)
+        sum_MN = tl.dot(part_MK, _up_weights(w, w_desc, expert, column, k0, num_k, num_f, BN, BK, EVEN_K), sum_MN)
+    gate_MN, up_MN = sum_MN.reshape(BM, 2, BN).permute(0, 2, 1).split()
     act_MN = gate_MN / (1.0 + tl.exp(-gate_MN)) * up_MN
     col_N = column * BN + tl.arange(0, BN)
     out_MN = act + (first + row_M).to(tl.int64)[:, None] * num_f + col_N[None, :]
@@ -116,36 +133,40 @@ def _up_tile(
 
 @triton.jit
 def _down_tile(
-    act, w, w_desc, out, expert, first, rows, column, num_k, num_d,
+    act, act_desc, w, w_desc, out, expert, first, rows, column, num_k, num_d,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     row_M = tl.arange(0, BM)
-    is_row_M = row_M < rows
     place_M = (first + tl.minimum(row_M, rows - 1)).to(tl.int64)
     act_MK = act + place_M[:, None] * num_k + tl.arange(0, BK)[None, :]
     sum_MN = tl.zeros((BM, BN), tl.float32)
     for k0 in tl.range(0, num_k, BK, num_stages=STAGES):
-        if EVEN_K:
+        if act_desc is not None:  # rows past the tile's are another expert's or nobody's: what they give is not stored
+            part_MK = act_desc.load([first, k0])
+        elif EVEN_K:
             part_MK = tl.load(act_MK + k0)
         else:
             part_MK = tl.load(act_MK + k0, mask=(k0 + tl.arange(0, BK))[None, :] < num_k, other=0.0)
-        row = expert * num_d + column * BN
-        sum_MN = tl.dot(part_MK, _weight_tile(w, w_desc, row, expert * num_d + num_d - 1, k0, num_k, BN, BK, EVEN_K), sum_MN)
+        sum_MN = tl.dot(part_MK, _down_weights(w, w_desc, expert, column, k0, num_k, num_d, BN, BK, EVEN_K), sum_MN)
     col_N = column * BN + tl.arange(0, BN)
     out_MN = out + (first + row_M).to(tl.int64)[:, None] * num_d + col_N[None, :]
-    tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=is_row_M[:, None] & (col_N < num_d)[None, :])
+    tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=(row_M < rows)[:, None] & (col_N < num_d)[None, :])
 
 
 @triton.jit
 def _up_kernel(
-    x, w, w_desc, act, routed, tiles, num_tiles, num_columns, num_k, num_f,
-    TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    x, w, w_desc, act, routed, tiles, num_tiles, num_columns, num_k, num_f, num_experts,
+    TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TOUCH: tl.constexpr,
     EVEN_K: tl.constexpr, GROUPED: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
+    pid = tl.program_id(0)
+    if TOUCH > 0 and USE_PDL:  # while the gate still runs: most experts will be asked for, whatever it says
+        row = (pid // num_columns) % num_experts * 2 * num_f + pid % num_columns * BN
+        _touch(w, row, num_k, BN, TOUCH)
+        _touch(w, row + num_f, num_k, BN, TOUCH)
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)  # after the wait: the next kernel may then read the routing at once
     num_pids = tl.load(num_tiles) * num_columns
-    pid = tl.program_id(0)
     while pid < num_pids:  # not a range: the interpreter of Triton 3.6 takes none from tensors
         expert, first, rows, column = _find_tile(pid, tiles, num_columns, GROUPED)
         if SHRINKS and rows <= BM // 4:
@@ -159,62 +180,81 @@ def _up_kernel(
 
 @triton.jit
 def _down_kernel(
-    act, w, w_desc, out, tiles, num_tiles, num_columns, num_k, num_d,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    act, act_desc, w, w_desc, out, tiles, num_tiles, num_columns, num_k, num_d,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TOUCH: tl.constexpr,
     EVEN_K: tl.constexpr, GROUPED: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(USE_PDL)
-    wait_for_previous(USE_PDL)
-    num_pids = tl.load(num_tiles) * num_columns
     pid = tl.program_id(0)
-    while pid < num_pids:  # not a range: the interpreter of Triton 3.6 takes none from tensors
+    num_pids = tl.load(num_tiles) * num_columns  # before the wait: expert_up let us start after its own, when the routing was whole
+    if TOUCH > 0 and USE_PDL and pid < num_pids:
+        expert, _, _, column = _find_tile(pid, tiles, num_columns, GROUPED)
+        _touch(w, expert * num_d + column * BN, num_k, BN, TOUCH)
+    wait_for_previous(USE_PDL)
+    while pid < num_pids:
         expert, first, rows, column = _find_tile(pid, tiles, num_columns, GROUPED)
         if SHRINKS and rows <= BM // 4:
-            _down_tile(act, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM // 4, BN, BK, STAGES, EVEN_K)
+            _down_tile(act, None, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM // 4, BN, BK, STAGES, EVEN_K)
         elif SHRINKS and rows <= BM // 2:
-            _down_tile(act, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM // 2, BN, BK, STAGES, EVEN_K)
+            _down_tile(act, None, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM // 2, BN, BK, STAGES, EVEN_K)
         else:
-            _down_tile(act, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM, BN, BK, STAGES, EVEN_K)
+            _down_tile(act, act_desc, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM, BN, BK, STAGES, EVEN_K)
         pid += tl.num_programs(0)
 
 
 def expert_up(x_TD: Tensor, routing: Routing, weights: ExpertWeights, tile: GemmTile, out: Tensor | None = None) -> Tensor:
-    """x [T, D] -> act [R, F] of x's dtype, at sorted places; places that hold nothing are not written. Weights as ExpertWeights says."""
-    num_k, num_f, num_routed = x_TD.shape[1], weights.down_EDF.shape[2], routing.routed_R.shape[0]
-    num_experts = routing.num_experts
-    check("x_TD", x_TD, weights.gate_up_EFD.dtype, None, num_k)
-    check("gate_up_EFD", weights.gate_up_EFD, x_TD.dtype, num_experts, 2 * num_f, num_k, device=x_TD.device)
-    assert tile.block_m == routing.tile_rows, f"tile.block_m {tile.block_m}: the routing was made for tiles of {routing.tile_rows} rows"
+    """x [T, D] -> act [R, F] of x's dtype, at sorted places; places that hold nothing are not written. Weights of x's dtype.
+
+    The kernel lets its successor start once the routing is whole: only a kernel launched after it may read the routing before it waits.
+    """
+    num_k, num_f, num_routed = x_TD.shape[1], weights.hidden, routing.routed_R.shape[0]
+    check("x_TD", x_TD, weights.gate_up_EFD.dtype, None, weights.dim, device=weights.gate_up_EFD.device)
+    _check_routing(routing, weights, tile)
     act_RF = x_TD.new_empty(num_routed, num_f) if out is None else out
     check("out", act_RF, x_TD.dtype, num_routed, num_f, device=x_TD.device)
     num_columns = triton.cdiv(num_f, tile.block_n)
+    w_desc = _descriptor(weights.gate_up_EFD.view(-1, 2, num_f, num_k), [1, 2, tile.block_n, tile.block_k], tile)
     _up_kernel[(_grid(routing, num_columns, tile, x_TD.device),)](
-        x_TD, weights.gate_up_EFD, _descriptor(weights.gate_up_EFD, tile), act_RF, routing.routed_R, routing.tiles_M5, routing.num_tiles,
-        num_columns, num_k, num_f,
+        x_TD, weights.gate_up_EFD, w_desc, act_RF, routing.routed_R, routing.tiles_M5, routing.num_tiles,
+        num_columns, num_k, num_f, weights.num_experts,
         TOP_K=routing.top_k, BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
-        EVEN_K=num_k % tile.block_k == 0, GROUPED=num_routed > num_experts * tile.block_m, SHRINKS=tile.shrinks and tile.block_m >= 64,
-        num_warps=tile.num_warps, **pdl_options(x_TD.device),
+        TOUCH=_touch_columns(num_k, num_f, tile), EVEN_K=num_k % tile.block_k == 0, GROUPED=num_routed > weights.num_experts * tile.block_m,
+        SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(x_TD.device),
     )  # fmt: skip
     return act_RF
 
 
 def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: GemmTile, out: Tensor | None = None) -> Tensor:
-    """act [R, F] -> rows [R, D] of act's dtype, at sorted places; places that hold nothing are not written."""
+    """act [R, F] -> rows [R, D] of act's dtype, at sorted places; places that hold nothing are not written.
+
+    Comes straight after the expert_up of the same routing (it reads the routing before it waits for the kernel before it).
+    """
     num_routed, num_k = act_RF.shape
-    num_d = weights.down_EDF.shape[1]
-    check("act_RF", act_RF, weights.down_EDF.dtype, routing.routed_R.shape[0], num_k)
-    check("down_EDF", weights.down_EDF, act_RF.dtype, routing.num_experts, num_d, num_k, device=act_RF.device)
-    assert tile.block_m == routing.tile_rows, f"tile.block_m {tile.block_m}: the routing was made for tiles of {routing.tile_rows} rows"
+    num_d = weights.dim
+    check("act_RF", act_RF, weights.down_EDF.dtype, routing.routed_R.shape[0], weights.hidden, device=weights.down_EDF.device)
+    _check_routing(routing, weights, tile)
     rows_RD = act_RF.new_empty(num_routed, num_d) if out is None else out
     check("out", rows_RD, act_RF.dtype, num_routed, num_d, device=act_RF.device)
     num_columns = triton.cdiv(num_d, tile.block_n)
+    w_desc = _descriptor(weights.down_EDF, [1, tile.block_n, tile.block_k], tile)
+    act_desc = _descriptor(act_RF, [tile.block_m, tile.block_k], tile)
     _down_kernel[(_grid(routing, num_columns, tile, act_RF.device),)](
-        act_RF, weights.down_EDF, _descriptor(weights.down_EDF, tile), rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
-        BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
-        EVEN_K=num_k % tile.block_k == 0, GROUPED=num_routed > routing.num_experts * tile.block_m, SHRINKS=tile.shrinks and tile.block_m >= 64,
-        num_warps=tile.num_warps, **pdl_options(act_RF.device),
+        act_RF, act_desc, weights.down_EDF, w_desc, rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
+        BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages, TOUCH=_touch_columns(num_k, num_d, tile),
+        EVEN_K=num_k % tile.block_k == 0, GROUPED=num_routed > weights.num_experts * tile.block_m,
+        SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(act_RF.device),
     )  # fmt: skip
     return rows_RD
+
+
+def _check_routing(routing: Routing, weights: ExpertWeights, tile: GemmTile) -> None:
+    assert routing.num_experts == weights.num_experts, f"routing over {routing.num_experts} experts, weights of {weights.num_experts}"
+    assert tile.block_m == routing.tile_rows, f"tile.block_m {tile.block_m}: the routing was made for tiles of {routing.tile_rows} rows"
+
+
+def _touch_columns(num_k: int, num_rows: int, tile: GemmTile) -> int:
+    """Columns that a program may touch before its turn: none where its rows or columns could reach past the weights."""
+    return tile.touch if tile.touch <= num_k and num_rows % tile.block_n == 0 and num_k % 64 == 0 else 0
 
 
 def _grid(routing: Routing, num_columns: int, tile: GemmTile, device: torch.device) -> int:
@@ -223,8 +263,7 @@ def _grid(routing: Routing, num_columns: int, tile: GemmTile, device: torch.devi
     return min(most, tile.num_programs * num_sms(device)) if tile.num_programs else most
 
 
-def _descriptor(weight: Tensor, tile: GemmTile) -> TensorDescriptor | None:
-    """The weights of all experts as rows [E * N, K], cut into [block_n, block_k]; None where TMA cannot address them."""
-    if not tile.use_tma or weight.shape[-1] * weight.element_size() % TMA_BYTES:
-        return None
-    return TensorDescriptor.from_tensor(weight.view(-1, weight.shape[-1]), [tile.block_n, tile.block_k])
+def _descriptor(tensor: Tensor, block: list[int], tile: GemmTile) -> TensorDescriptor | None:
+    """A tensor that TMA copies by blocks; None where it cannot address it."""
+    is_addressable = all(stride * tensor.element_size() % TMA_BYTES == 0 for stride in tensor.stride()[:-1])
+    return TensorDescriptor.from_tensor(tensor, block) if tile.use_tma and is_addressable else None

@@ -1,4 +1,4 @@
-"""The experts' products against float64, for odd sizes, empty experts, one expert that takes everything, and outputs poisoned beforehand."""
+"""The experts' products against float64, for odd sizes, empty experts, one expert that takes all, outputs poisoned beforehand."""
 
 from __future__ import annotations
 
@@ -91,7 +91,10 @@ def test_a_broken_product_is_caught(broken: str, device: torch.device, half: tor
 
 def test_a_row_is_the_same_in_any_company(device: torch.device, half: torch.dtype) -> None:
     """The same bits alone and among others, in whatever place of whatever tile, at one tile configuration."""
-    weights, tile = weights_of(4, 64, 32, device, half), GemmTile(block_m=64, block_n=32, block_k=32, num_warps=4, num_stages=2, shrinks=False)
+    weights, tile = (
+        weights_of(4, 64, 32, device, half),
+        GemmTile(block_m=64, block_n=32, block_k=32, num_warps=4, num_stages=2, shrinks=False),
+    )
     x, ids = torch.randn(70, 64, device=device).to(half), torch.randint(0, 4, (70, 1), device=device)
 
     def answer(rows: slice) -> torch.Tensor:
