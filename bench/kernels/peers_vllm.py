@@ -230,7 +230,7 @@ def torch_layer(logits_TE: Tensor, x_TD: Tensor, weights: ExpertWeights, rule: G
 def decode_attention(q_SHD: Tensor, pool: Tensor, table_SB: Tensor, lengths_S: Tensor, scale: float) -> Callable[[], Tensor] | str:
     """FlashAttention 3 as vLLM's captured decode step calls it, or why it cannot be called.
 
-    The schedule is made once a step and shared by the layers, so it is made here, outside the call. The pool [blocks, 2, N, block tokens, D]
+    The schedule is made once a step and shared by the layers, so it is made here, outside the call. The pool [blocks, 2, N, tokens, D]
     is copied into vLLM's pair of [blocks, block tokens, N, D].
     """
     found = _flash()
