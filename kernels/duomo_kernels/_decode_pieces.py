@@ -1,0 +1,202 @@
+"""Owns how decode attention is cut into pieces, the room that pieces take, and how they are added. Knows no keys.
+
+The work is a row of tiles: items (sequence, kv head) one after another. Program p of P takes tiles [p W / P, (p + 1) W / P) of the W there
+are. In an item, pieces are numbered along its tiles, by program or by chunk; slots of the workspace follow the items.
+
+Legend: S sequences, N kv heads, G query heads of one, D head dim, R query heads of a merge, U pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from duomo_kernels._launch import check, num_sms, start_next, wait_for_previous
+
+MERGE_ROWS = 64  # rows (piece, query head) of D float32 that a merge loads at one time: 32 KiB of 128, 64 registers a thread
+TICKET_PIECES = 8  # pieces an item, on average, up to which its last program adds them; beyond, a kernel of one program a query head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeConfig:
+    """Keys a tile, pipeline depth and warps of a program, programs a multiprocessor, and who adds the pieces."""
+
+    block_keys: int
+    num_stages: int
+    num_warps: int
+    programs_per_sm: int
+    merge: Literal["ticket", "kernel"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeWorkspace:
+    """Pieces of one call: allocated once by the caller, reused by every later call on the same stream. Tickets are zero between calls."""
+
+    acc_UGD: Tensor
+    max_UG: Tensor
+    sum_UG: Tensor
+    tickets: Tensor
+
+
+@triton.jit
+def item_ends(lengths_ptr, num_sequences, N: tl.constexpr, BLOCK: tl.constexpr, S_PAD: tl.constexpr):
+    """Tiles of each sequence's items, and the tile at which its last item ends."""
+    lane_S = tl.arange(0, S_PAD)
+    length_S = tl.load(lengths_ptr + lane_S, mask=lane_S < num_sequences, other=0)
+    tiles_S = (length_S + BLOCK - 1) // BLOCK
+    return tiles_S, tl.cumsum(tiles_S, 0) * N
+
+
+@triton.jit
+def locate(tile, tiles_S, ends_S, S_PAD: tl.constexpr, N: tl.constexpr):
+    """Sequence and kv head of the item that holds this tile, the item's first tile and its number of tiles."""
+    seq = tl.sum((ends_S <= tile).to(tl.int32), 0)
+    tiles = tl.sum(tl.where(tl.arange(0, S_PAD) == seq, tiles_S, 0), 0)
+    begin = tl.max(tl.where(ends_S <= tile, ends_S, 0), 0)
+    head = (tile - begin) // tiles
+    return seq, head, begin + head * tiles, tiles
+
+
+@triton.jit
+def pieces(item, begin, tiles, total, num_programs, CHUNK_TILES: tl.constexpr):
+    """First slot and number of an item's pieces. Each later piece or item takes the next slots, so that no two share one."""
+    if CHUNK_TILES > 0:
+        first = begin // CHUNK_TILES
+        count = (tiles + CHUNK_TILES - 1) // CHUNK_TILES
+    else:
+        first = owner(begin, total, num_programs)
+        count = owner(begin + tiles - 1, total, num_programs) - first + 1
+    return item + first, count
+
+
+@triton.jit
+def owner(tile, total, num_programs):
+    """The program whose run [p * total / P, (p + 1) * total / P) holds this tile."""
+    return (((tile + 1).to(tl.int64) * num_programs - 1) // total).to(tl.int32)
+
+
+@triton.jit
+def merge(acc_ptr, max_ptr, sum_ptr, slot, count, row_R, G: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr):
+    """Query heads row_R of an item [R, D]: its pieces in their order, PIECES at a time. L1 may hold an earlier call's: loads pass by it."""
+    lane_U = tl.arange(0, PIECES)
+    lane_D = tl.arange(0, D)
+    top_R = tl.full(row_R.shape, float("-inf"), tl.float32)
+    sum_R = tl.zeros(row_R.shape, tl.float32)
+    acc_RD = tl.zeros((row_R.shape[0], D), tl.float32)
+    for at in tl.range(0, count, PIECES, num_stages=1):  # not prefetched: copies of 4 bytes would go through L1
+        live_UR = (at + lane_U < count)[:, None] & (row_R < G)[None, :]
+        at_UR = (slot + at + lane_U).to(tl.int64)[:, None] * G + row_R[None, :]
+        max_UR = tl.load(max_ptr + at_UR, mask=live_UR, other=-1e30, cache_modifier=".cg")
+        part_UR = tl.load(sum_ptr + at_UR, mask=live_UR, other=0.0, cache_modifier=".cg")
+        part_URD = tl.load(
+            acc_ptr + at_UR[:, :, None] * D + lane_D[None, None, :], mask=live_UR[:, :, None], other=0.0, cache_modifier=".cg"
+        )
+        new_top_R = tl.maximum(top_R, tl.max(max_UR, 0))
+        shrink_R = tl.exp2(top_R - new_top_R)
+        share_UR = tl.exp2(max_UR - new_top_R[None, :])
+        sum_R = sum_R * shrink_R + tl.sum(share_UR * part_UR, 0)
+        acc_RD = acc_RD * shrink_R[:, None] + tl.sum(share_UR[:, :, None] * part_URD, 0)
+        top_R = new_top_R
+    return acc_RD / sum_R[:, None]
+
+
+@triton.jit
+def merge_kernel(
+    lengths_ptr,
+    out_ptr,
+    acc_ptr,
+    max_ptr,
+    sum_ptr,
+    num_sequences,
+    num_programs,
+    N: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    S_PAD: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+    PIECES: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Program (item, query head): adds the pieces of an item that has several."""
+    pid = tl.program_id(0)
+    item = pid // G
+    seq = item // N
+    wait_for_previous(USE_PDL)
+    tiles_S, ends_S = item_ends(lengths_ptr, num_sequences, N, BLOCK, S_PAD)
+    start_next(USE_PDL)
+    total = tl.max(ends_S, 0)
+    lane_S = tl.arange(0, S_PAD)
+    tiles = tl.sum(tl.where(lane_S == seq, tiles_S, 0), 0)
+    begin = tl.sum(tl.where(lane_S == seq, ends_S, 0), 0) - (N - item % N) * tiles
+    if tiles > 0:
+        slot, count = pieces(item, begin, tiles, total, tl.minimum(num_programs, total), CHUNK_TILES)
+        if count > 1:
+            row_R = pid % G + tl.arange(0, 1)
+            out_RD = merge(acc_ptr, max_ptr, sum_ptr, slot, count, row_R, G, D, PIECES)
+            at_RD = pid.to(tl.int64) * D + tl.arange(0, D)[None, :]
+            tl.store(out_ptr + at_RD, out_RD.to(out_ptr.dtype.element_ty))
+
+
+def _default_config(num_items: int, head_dim: int, device: torch.device) -> DecodeConfig:
+    """64 keys of 128 are 32 KiB of keys and values: three tiles in flight, two programs a multiprocessor fill its 227 KiB.
+
+    Where programs outnumber items by far, an item has many pieces and one program would add them alone: a second kernel is wider.
+    """
+    if device.type != "cuda":
+        return DecodeConfig(block_keys=16, num_stages=1, num_warps=4, programs_per_sm=2, merge="ticket")
+    programs = 2 * num_sms(device)
+    merge: Literal["ticket", "kernel"] = "ticket" if num_items * TICKET_PIECES >= programs else "kernel"
+    return DecodeConfig(block_keys=64 if head_dim > 64 else 128, num_stages=7, num_warps=4, programs_per_sm=2, merge=merge)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeShape:
+    """What fixes a launch: nothing in it comes from the device."""
+
+    num_sequences: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+    max_blocks: int
+    chunk_tokens: int | None = None
+
+    def config(self, device: torch.device) -> DecodeConfig:
+        return _default_config(self.num_sequences * self.num_kv_heads, self.head_dim, device)
+
+    def num_pieces(self, config: DecodeConfig, device: torch.device) -> int:
+        """The most slots that pieces of any lengths take (see pieces)."""
+        items = self.num_sequences * self.num_kv_heads
+        if self.chunk_tokens is None:
+            return items + config.programs_per_sm * num_sms(device)
+        return items + -(-items * -(-self.max_blocks * self.block_tokens // config.block_keys) // (self.chunk_tokens // config.block_keys))
+
+
+def decode_workspace(shape: DecodeShape, device: torch.device, config: DecodeConfig | None = None) -> DecodeWorkspace:
+    """Room for the pieces of any call of this shape, or of fewer sequences."""
+    group = shape.num_heads // shape.num_kv_heads
+    pieces = shape.num_pieces(config or shape.config(device), device)
+    return DecodeWorkspace(
+        acc_UGD=torch.empty(pieces, group, shape.head_dim, dtype=torch.float32, device=device),
+        max_UG=torch.empty(pieces, group, dtype=torch.float32, device=device),
+        sum_UG=torch.empty(pieces, group, dtype=torch.float32, device=device),
+        tickets=torch.zeros(shape.num_sequences * shape.num_kv_heads, dtype=torch.int32, device=device),
+    )
+
+
+def check_workspace(workspace: DecodeWorkspace, shape: DecodeShape, config: DecodeConfig, device: torch.device) -> None:
+    group, pieces = shape.num_heads // shape.num_kv_heads, shape.num_pieces(config, device)
+    check("workspace.acc", workspace.acc_UGD, torch.float32, None, group, shape.head_dim, device=device)
+    check("workspace.max", workspace.max_UG, torch.float32, None, group, device=device)
+    check("workspace.sum", workspace.sum_UG, torch.float32, None, group, device=device)
+    held = min(workspace.acc_UGD.shape[0], workspace.max_UG.shape[0], workspace.sum_UG.shape[0])
+    assert held >= pieces, f"workspace holds {held} pieces, this shape may need {pieces}"
+    assert workspace.tickets.numel() >= shape.num_sequences * shape.num_kv_heads, "workspace has too few tickets"
+    chunk = shape.chunk_tokens
+    assert chunk is None or (chunk > 0 and chunk % config.block_keys == 0), f"chunk_tokens {chunk}: a multiple of {config.block_keys}"

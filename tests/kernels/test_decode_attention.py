@@ -1,0 +1,212 @@
+"""Decode attention against its formula in float64: any lengths, any cut, nothing read beyond a length, bits that company cannot change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from duomo_kernels._bounds import bound, error
+from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape, DecodeWorkspace, decode_workspace
+from duomo_kernels.decode_attention import decode_attention, decode_attention_reference
+
+TILE = 16
+MERGES = pytest.mark.parametrize("merge", ["ticket", "kernel"])
+CHUNKS = pytest.mark.parametrize("chunk_tokens", [None, 2 * TILE])
+LENGTHS = [[1], [0], [0, 0, 0], [63], [257], [15, 16, 17, 0, 1], [0, 33, 0, 130, 1, 64], [300, 2, 2, 2]]
+OUT_OF_RANGE = 2**30  # a block that no pool has: reading it is a fault on the GPU and a wrong address on the CPU
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call. Every slot and table entry that must not be read is poisoned; `clean` is the pool with zeros there."""
+
+    q_SHD: Tensor
+    pool: Tensor
+    clean: Tensor
+    table_SB: Tensor
+    lengths_S: Tensor
+    scale: float
+
+    def reference(self) -> Tensor:
+        return decode_attention_reference(self.q_SHD, self.clean, self.table_SB, self.lengths_S, self.scale)
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """The interpreter of Triton 3.6 multiplies no bfloat16."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
+def make_case(device: torch.device, lengths: list[int], heads: tuple[int, int], dim: int, block_tokens: int, seed: int = 0) -> Case:
+    made = torch.Generator(device).manual_seed(seed)
+    dtype, (num_heads, num_n) = dtype_of(device), heads
+    width = max(1, -(-max(lengths) // block_tokens)) + 1
+    num_blocks = len(lengths) * width + 3
+    pool = torch.randn(num_blocks, 2, num_n, block_tokens, dim, generator=made, device=device).to(dtype)
+    clean = pool.clone()
+    order = torch.randperm(num_blocks, generator=made, device=device).to(torch.int32)
+    table_SB = order[: len(lengths) * width].view(len(lengths), width).contiguous()
+    for s, length in enumerate(lengths):
+        used = -(-length // block_tokens)
+        if length % block_tokens:
+            last = int(table_SB[s, used - 1])
+            pool[last, :, :, length % block_tokens :] = torch.nan
+            clean[last, :, :, length % block_tokens :] = 0
+        table_SB[s, used:] = OUT_OF_RANGE
+    q_SHD = torch.randn(len(lengths), num_heads, dim, generator=made, device=device).to(dtype)
+    return Case(q_SHD, pool, clean, table_SB, torch.tensor(lengths, dtype=torch.int32, device=device), dim**-0.5)
+
+
+def small_config(merge: str) -> DecodeConfig:
+    assert merge == "ticket" or merge == "kernel"
+    return DecodeConfig(block_keys=TILE, num_stages=2, num_warps=4, programs_per_sm=2, merge=merge)
+
+
+def room(case: Case, config: DecodeConfig | None, chunk_tokens: int | None) -> DecodeWorkspace:
+    (num_sequences, num_heads, dim), pool = case.q_SHD.shape, case.pool
+    shape = DecodeShape(
+        num_sequences=num_sequences,
+        num_heads=num_heads,
+        num_kv_heads=pool.shape[2],
+        head_dim=dim,
+        block_tokens=pool.shape[3],
+        max_blocks=case.table_SB.shape[1],
+        chunk_tokens=chunk_tokens,
+    )
+    workspace = decode_workspace(shape, pool.device, config)
+    for piece in (workspace.acc_UGD, workspace.max_UG, workspace.sum_UG):
+        piece.fill_(torch.nan)
+    return workspace
+
+
+def attend(
+    case: Case, config: DecodeConfig | None = None, chunk_tokens: int | None = None, workspace: DecodeWorkspace | None = None
+) -> Tensor:
+    workspace = workspace or room(case, config, chunk_tokens)
+    out = torch.full_like(case.q_SHD, torch.nan)
+    inputs = (case.q_SHD, case.pool, case.table_SB, case.lengths_S)
+    decode_attention(*inputs, scale=case.scale, workspace=workspace, chunk_tokens=chunk_tokens, config=config, out=out)
+    assert not workspace.tickets.any(), "tickets must be set back"
+    return out
+
+
+@MERGES
+@CHUNKS
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_any_lengths_any_cut(device: torch.device, lengths: list[int], chunk_tokens: int | None, merge: str) -> None:
+    case = make_case(device, lengths, (4, 2), 64, 16)
+    assert error(attend(case, small_config(merge), chunk_tokens), case.reference()) <= bound(case.pool.dtype)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [((32, 4), 128), ((32, 8), 64), ((3, 3), 128), ((6, 2), 64), ((16, 1), 16)], ids=str)
+@pytest.mark.parametrize("block_tokens", [16, 64])
+def test_heads_dims_and_blocks(device: torch.device, heads: tuple[int, int], dim: int, block_tokens: int) -> None:
+    case = make_case(device, [70, 0, 5], heads, dim, block_tokens)
+    assert error(attend(case, replace(small_config("ticket"), block_keys=32)), case.reference()) <= bound(case.pool.dtype)
+
+
+def test_blocks_smaller_and_larger_than_a_tile(device: torch.device) -> None:
+    for block_tokens in (16, 32, 128):
+        case = make_case(device, [129, 31], (2, 1), 64, block_tokens)
+        assert error(attend(case, replace(small_config("kernel"), block_keys=32)), case.reference()) <= bound(case.pool.dtype)
+
+
+@MERGES
+def test_chunks_make_bits_independent_of_company(device: torch.device, merge: str) -> None:
+    config, chunk = small_config(merge), 2 * TILE
+    long = make_case(device, [161], (4, 2), 64, 16, seed=5)
+    alone = attend(long, config, chunk)
+    for others in ([1], [300, 0, 17]):
+        beside = make_case(device, [*others, 161], (4, 2), 64, 16, seed=6)
+        together = _joined(beside, long)
+        assert torch.equal(attend(together, config, chunk)[-1], alone[0])
+
+
+def _joined(beside: Case, last: Case) -> Case:
+    """`beside` with its last sequence replaced by `last`'s only one."""
+    table_SB = torch.full_like(beside.table_SB, OUT_OF_RANGE)
+    table_SB[:-1] = beside.table_SB[:-1]
+    used = last.table_SB[0] < OUT_OF_RANGE
+    table_SB[-1, : int(used.sum())] = last.table_SB[0, used] + beside.pool.shape[0]
+    return replace(
+        beside,
+        q_SHD=torch.cat([beside.q_SHD[:-1], last.q_SHD]),
+        pool=torch.cat([beside.pool, last.pool]),
+        clean=torch.cat([beside.clean, last.clean]),
+        table_SB=table_SB,
+    )
+
+
+@MERGES
+@CHUNKS
+def test_a_workspace_serves_call_after_call_with_the_same_bits(device: torch.device, chunk_tokens: int | None, merge: str) -> None:
+    config = small_config(merge)
+    case, other = make_case(device, [200, 3, 0, 90], (4, 2), 64, 16), make_case(device, [5, 0, 180, 20], (4, 2), 64, 16, seed=1)
+    workspace = room(case, config, chunk_tokens)
+    first = attend(case, config, chunk_tokens, workspace)
+    assert error(attend(other, config, chunk_tokens, workspace), other.reference()) <= bound(case.pool.dtype)
+    assert torch.equal(attend(case, config, chunk_tokens, workspace), first)
+
+
+def test_a_broken_kernel_fails_the_bound(device: torch.device) -> None:
+    case = make_case(device, [40, 17], (4, 2), 64, 16)
+    out, limit = attend(case, small_config("ticket")), bound(case.pool.dtype)
+    expected = case.reference()
+    assert error(out, expected) <= limit
+    assert error(out, replace(case, lengths_S=case.lengths_S - 1).reference()) > limit, "one key less"
+    assert error(out, replace(case, scale=case.scale * 1.1).reference()) > limit, "another scale"
+    wrong_head = expected.clone()
+    wrong_head[0, 1] = expected[0, 2]
+    assert error(out, wrong_head) > limit, "one head in the other group"
+    assert error(torch.full_like(out, torch.nan), expected) > limit, "not written"
+
+
+def test_wrong_arguments_are_refused(device: torch.device) -> None:
+    case = make_case(device, [40], (4, 2), 64, 16)
+    with pytest.raises(AssertionError, match="lengths"):
+        attend(replace(case, lengths_S=case.lengths_S.long()))
+    with pytest.raises(AssertionError, match="workspace holds"):
+        small = room(case, None, None)
+        attend(case, workspace=replace(small, max_UG=small.max_UG[:1]))
+    with pytest.raises(AssertionError, match="chunk_tokens"):
+        attend(case, small_config("ticket"), TILE + 1, room(case, None, None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chunk_tokens", [None, 1024])
+@pytest.mark.parametrize("merge", ["ticket", "kernel", None])
+@pytest.mark.parametrize("block_tokens", [16, 64, 128])
+@pytest.mark.parametrize(("heads", "dim"), [((32, 4), 128), ((16, 16), 128), ((32, 8), 64)], ids=str)
+def test_real_shapes(heads: tuple[int, int], dim: int, block_tokens: int, merge: str | None, chunk_tokens: int | None) -> None:
+    device = torch.device("cuda")
+    case = make_case(device, [8191, *[1000 + 7 * i for i in range(14)], 0, 1], heads, dim, block_tokens)
+    config = None
+    if merge is not None:
+        config = replace(small_config(merge), block_keys=64 if dim == 128 else 128, num_stages=7)
+    workspace, expected = room(case, config, chunk_tokens), case.reference()
+    first = attend(case, config, chunk_tokens, workspace)
+    assert error(first, expected) <= bound(case.pool.dtype)
+    assert torch.equal(attend(case, config, chunk_tokens, workspace), first)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_follows_new_lengths() -> None:
+    case = make_case(torch.device("cuda"), [1500, 40, 0, 700], (32, 4), 128, 64)
+    workspace, out = room(case, None, None), torch.full_like(case.q_SHD, torch.nan)
+
+    def call() -> None:
+        inputs = (case.q_SHD, case.pool, case.table_SB, case.lengths_S)
+        decode_attention(*inputs, scale=case.scale, workspace=workspace, out=out)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for lengths in ([1500, 40, 0, 700], [3, 0, 0, 1], [1024, 33, 0, 699]):
+        case.lengths_S.copy_(torch.tensor(lengths, dtype=torch.int32))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert error(out, case.reference()) <= bound(case.pool.dtype)
