@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -94,12 +96,13 @@ def test_a_broken_norm_fails(device: torch.device) -> None:
 
 def test_wrong_arguments_are_refused(device: torch.device) -> None:
     x_TD, residual_TD, weight_D = _inputs(4, 64, torch.bfloat16, device)
-    for call in (
-        lambda: add_rms_norm(x_TD.t(), weight_D, EPS),
-        lambda: add_rms_norm(x_TD, weight_D[:63], EPS),
-        lambda: add_rms_norm(x_TD, weight_D, EPS, residual_TD.float()),
-        lambda: add_rms_norm(x_TD, weight_D, EPS, residual_TD, out_TD=residual_TD),
-    ):
+    wrong = [
+        partial(add_rms_norm, x_TD.t(), weight_D, EPS),
+        partial(add_rms_norm, x_TD, weight_D[:63], EPS),
+        partial(add_rms_norm, x_TD, weight_D, EPS, residual_TD.float()),
+        partial(add_rms_norm, x_TD, weight_D, EPS, residual_TD, out_TD=residual_TD),
+    ]
+    for call in wrong:
         with pytest.raises(AssertionError):
             call()
 
