@@ -22,6 +22,9 @@ MERGE_ROWS = 64  # rows (piece, query head) of D float32 that a merge loads at o
 TICKET_PIECES = 8  # pieces an item, on average, up to which its last program adds them; beyond, a kernel of one program a query head
 
 
+Merge = Literal["ticket", "kernel"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeConfig:
     """Keys a tile, pipeline depth and warps of a program, programs a multiprocessor, and who adds the pieces."""
@@ -30,7 +33,7 @@ class DecodeConfig:
     num_stages: int
     num_warps: int
     programs_per_sm: int
-    merge: Literal["ticket", "kernel"]
+    merge: Merge
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +154,7 @@ def _default_config(num_items: int, head_dim: int, device: torch.device) -> Deco
     if device.type != "cuda":
         return DecodeConfig(block_keys=16, num_stages=1, num_warps=4, programs_per_sm=2, merge="ticket")
     programs = 2 * num_sms(device)
-    merge: Literal["ticket", "kernel"] = "ticket" if num_items * TICKET_PIECES >= programs else "kernel"
+    merge: Merge = "ticket" if num_items * TICKET_PIECES >= programs else "kernel"
     return DecodeConfig(block_keys=64 if head_dim > 64 else 128, num_stages=7, num_warps=4, programs_per_sm=2, merge=merge)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duomo_kernels._bounds import bound, error
-from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape, DecodeWorkspace, decode_workspace
+from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape, DecodeWorkspace, Merge, decode_workspace
 from duomo_kernels.decode_attention import decode_attention, decode_attention_reference
 
 TILE = 16
@@ -59,8 +59,7 @@ def make_case(device: torch.device, lengths: list[int], heads: tuple[int, int], 
     return Case(q_SHD, pool, clean, table_SB, torch.tensor(lengths, dtype=torch.int32, device=device), dim**-0.5)
 
 
-def small_config(merge: str) -> DecodeConfig:
-    assert merge == "ticket" or merge == "kernel"
+def small_config(merge: Merge) -> DecodeConfig:
     return DecodeConfig(block_keys=TILE, num_stages=2, num_warps=4, programs_per_sm=2, merge=merge)
 
 
@@ -95,7 +94,7 @@ def attend(
 @MERGES
 @CHUNKS
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_any_lengths_any_cut(device: torch.device, lengths: list[int], chunk_tokens: int | None, merge: str) -> None:
+def test_any_lengths_any_cut(device: torch.device, lengths: list[int], chunk_tokens: int | None, merge: Merge) -> None:
     case = make_case(device, lengths, (4, 2), 64, 16)
     assert error(attend(case, small_config(merge), chunk_tokens), case.reference()) <= bound(case.pool.dtype)
 
@@ -114,7 +113,7 @@ def test_blocks_smaller_and_larger_than_a_tile(device: torch.device) -> None:
 
 
 @MERGES
-def test_chunks_make_bits_independent_of_company(device: torch.device, merge: str) -> None:
+def test_chunks_make_bits_independent_of_company(device: torch.device, merge: Merge) -> None:
     config, chunk = small_config(merge), 2 * TILE
     long = make_case(device, [161], (4, 2), 64, 16, seed=5)
     alone = attend(long, config, chunk)
@@ -141,7 +140,7 @@ def _joined(beside: Case, last: Case) -> Case:
 
 @MERGES
 @CHUNKS
-def test_a_workspace_serves_call_after_call_with_the_same_bits(device: torch.device, chunk_tokens: int | None, merge: str) -> None:
+def test_a_workspace_serves_call_after_call_with_the_same_bits(device: torch.device, chunk_tokens: int | None, merge: Merge) -> None:
     config = small_config(merge)
     case, other = make_case(device, [200, 3, 0, 90], (4, 2), 64, 16), make_case(device, [5, 0, 180, 20], (4, 2), 64, 16, seed=1)
     workspace = room(case, config, chunk_tokens)
@@ -179,7 +178,7 @@ def test_wrong_arguments_are_refused(device: torch.device) -> None:
 @pytest.mark.parametrize("merge", ["ticket", "kernel", None])
 @pytest.mark.parametrize("block_tokens", [16, 64, 128])
 @pytest.mark.parametrize(("heads", "dim"), [((32, 4), 128), ((16, 16), 128), ((32, 8), 64)], ids=str)
-def test_real_shapes(heads: tuple[int, int], dim: int, block_tokens: int, merge: str | None, chunk_tokens: int | None) -> None:
+def test_real_shapes(heads: tuple[int, int], dim: int, block_tokens: int, merge: Merge | None, chunk_tokens: int | None) -> None:
     device = torch.device("cuda")
     case = make_case(device, [8191, *[1000 + 7 * i for i in range(14)], 0, 1], heads, dim, block_tokens)
     config = None

@@ -1,0 +1,308 @@
+"""Owns causal attention of packed sequences over their own keys and over cached ones before them. Knows no batch and no cache's owner.
+
+    out[t, h] = sum over j <= position(t) of softmax_j(q[t, h] . k[j, h / G] * scale) v[j, h / G]
+
+Sequence s owns rows cu_seqlens[s] .. cu_seqlens[s + 1] of q, k and v. With a prefix, its keys 0 .. prefix_s lie in blocks of the paged pool
+(layout of decode_attention.py) and its packed rows follow at positions prefix_s + i. Rows past cu_seqlens[S] are padding: not read as keys,
+and not written.
+
+A program takes BLOCK_M rows of one query head: the prefix in tiles gathered from the pool, then the packed keys under the diagonal by
+TMA, then the diagonal tile. Where that tile is cut by the sequence's end, its keys and values are loaded under a mask: rows of the next
+sequence, or of nobody, never meet a product (a NaN there would pass through a weight of zero). Tiles above the diagonal are never visited.
+A row's bits depend on its own sequence alone: tiles start at the sequence's first row and first key.
+
+Who computes: see `Way`.
+
+Legend: T packed rows, S sequences, H query heads, N kv heads, G = H / N, D head dim, M rows of a program, L keys of a tile, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from duomo_kernels._launch import check, pdl_options, start_next, wait_for_previous
+from duomo_kernels._prefill_library import cudnn_attention
+
+LOG2_E = 1.4426950408889634
+MAX_SEQUENCES = 4096  # lengths that a program holds in registers
+
+Way = Literal["ours", "cudnn"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedPrefix:
+    """Keys and values before the packed rows: pool [blocks, 2, N, block tokens, D], block_table [S, B], lengths [S], both int32."""
+
+    pool: Tensor
+    block_table_SB: Tensor
+    lengths_S: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillConfig:
+    """Query rows and keys of a tile, pipeline depth, warps."""
+
+    block_rows: int
+    block_keys: int
+    num_stages: int
+    num_warps: int
+
+
+def prefill_attention_reference(
+    q_THD: Tensor, k_TND: Tensor, v_TND: Tensor, cu_seqlens_S1: Tensor, scale: float, prefix: CachedPrefix | None = None
+) -> Tensor:
+    """Sequence by sequence in float64: [T, H, D]; zeros in padding."""
+    group = q_THD.shape[1] // k_TND.shape[1]
+    out_THD = torch.zeros(q_THD.shape, dtype=torch.float64, device=q_THD.device)
+    bounds = cu_seqlens_S1.tolist()
+    for s, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        q_HTD = q_THD[begin:end].double().transpose(0, 1)
+        k_NLD, v_NLD = (x[begin:end].double().transpose(0, 1) for x in (k_TND, v_TND))
+        start = 0
+        if prefix is not None:
+            start, block_tokens = int(prefix.lengths_S[s]), prefix.pool.shape[3]
+            blocks = prefix.block_table_SB[s, : -(-start // block_tokens)].long()
+            cached = prefix.pool[blocks].double().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :start]
+            k_NLD, v_NLD = torch.cat([cached[0], k_NLD], 1), torch.cat([cached[1], v_NLD], 1)
+        hidden_TL = torch.ones(end - begin, start + end - begin, dtype=torch.bool, device=q_THD.device).triu_(start + 1)
+        for n in range(k_TND.shape[1]):
+            scores = q_HTD[n * group : (n + 1) * group] @ k_NLD[n].T * scale
+            weights = torch.softmax(scores.masked_fill_(hidden_TL, -torch.inf), -1)
+            out_THD[begin:end, n * group : (n + 1) * group] = (weights @ v_NLD[n]).transpose(0, 1)
+    return out_THD
+
+
+@triton.jit
+def _absorb(q_MD, k_LD, v_LD, top_M, sum_M, acc_MD, live_ML, scale_log2, MASKED: tl.constexpr):
+    """One tile of keys into running max, sum and weighted values."""
+    score_ML = tl.dot(q_MD, k_LD.T)
+    if MASKED:
+        score_ML = tl.where(live_ML, score_ML, float("-inf"))
+    return _weigh(score_ML, v_LD, top_M, sum_M, acc_MD, scale_log2)
+
+
+@triton.jit
+def _weigh(score_ML, v_LD, top_M, sum_M, acc_MD, scale_log2):
+    new_top_M = tl.maximum(top_M, tl.max(score_ML, 1) * scale_log2)  # finite: every row sees the first key of its first tile
+    weight_ML = tl.exp2(score_ML * scale_log2 - new_top_M[:, None])
+    shrink_M = tl.exp2(top_M - new_top_M)
+    sum_M = sum_M * shrink_M + tl.sum(weight_ML, 1)
+    acc_MD = tl.dot(weight_ML.to(v_LD.dtype), v_LD, acc_MD * shrink_M[:, None])
+    return new_top_M, sum_M, acc_MD
+
+
+@triton.jit
+def _absorb_prefix(
+    q_MD, pool_ptr, pool_desc, table_row_ptr, head, length, top_M, sum_M, acc_MD, scale_log2,
+    N: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Cached keys 0 .. length. Whole tiles that one block holds come by TMA, the rest by gathered pointers under a mask."""
+    D: tl.constexpr = q_MD.shape[1]
+    lane_L = tl.arange(0, BLOCK_N)
+    lane_D = tl.arange(0, D)
+    whole = 0
+    if pool_desc is not None:
+        whole = length // BLOCK_N
+        for tile in range(0, whole):
+            block = tl.load(table_row_ptr + tile * BLOCK_N // BLOCK_TOKENS)
+            row = (block * (2 * N) + head) * BLOCK_TOKENS + tile * BLOCK_N % BLOCK_TOKENS
+            k_LD = pool_desc.load([row, 0])
+            v_LD = pool_desc.load([row + N * BLOCK_TOKENS, 0])
+            top_M, sum_M, acc_MD = _absorb(q_MD, k_LD, v_LD, top_M, sum_M, acc_MD, None, scale_log2, False)
+    for tile in range(whole, tl.cdiv(length, BLOCK_N)):
+        key_L = tile * BLOCK_N + lane_L
+        live_L = key_L < length
+        block_L = tl.load(table_row_ptr + key_L // BLOCK_TOKENS, mask=live_L, other=0)
+        row_L = ((block_L.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_L % BLOCK_TOKENS) * D
+        k_LD = tl.load(pool_ptr + row_L[:, None] + lane_D[None, :], mask=live_L[:, None], other=0.0)
+        v_LD = tl.load(pool_ptr + N * BLOCK_TOKENS * D + row_L[:, None] + lane_D[None, :], mask=live_L[:, None], other=0.0)
+        top_M, sum_M, acc_MD = _absorb(q_MD, k_LD, v_LD, top_M, sum_M, acc_MD, live_L[None, :], scale_log2, True)
+    return top_M, sum_M, acc_MD
+
+
+@triton.jit
+def _locate(tile_rank, cu_ptr, num_sequences, BLOCK_M: tl.constexpr, S_PAD: tl.constexpr):
+    """Sequence, its tile, its first row and its rows; the last tiles come first, since they see most keys. No such tile: rows = 0."""
+    lane_S = tl.arange(0, S_PAD)
+    in_S = lane_S < num_sequences
+    begin_S = tl.load(cu_ptr + lane_S, mask=in_S, other=0)
+    rows_S = tl.load(cu_ptr + lane_S + 1, mask=in_S, other=0) - begin_S
+    tiles_S = (rows_S + BLOCK_M - 1) // BLOCK_M
+    ends_S = tl.cumsum(tiles_S, 0)
+    at = tl.max(ends_S, 0) - 1 - tile_rank
+    seq = tl.sum((ends_S <= at).to(tl.int32), 0)
+    is_S = lane_S == seq
+    first = tl.sum(tl.where(is_S, ends_S - tiles_S, 0), 0)
+    begin = tl.sum(tl.where(is_S, begin_S, 0), 0)
+    rows = tl.sum(tl.where(is_S, rows_S, 0), 0)
+    return seq, at - first, begin, tl.where(at >= 0, rows, 0)
+
+
+@triton.jit
+def _prefill_kernel(
+    q_desc,
+    k_desc,
+    v_desc,
+    k_ptr,
+    v_ptr,
+    cu_ptr,
+    pool_ptr,
+    pool_desc,
+    table_ptr,
+    prefix_ptr,
+    out_ptr,
+    scale_log2,
+    num_sequences,
+    max_blocks,
+    H: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    S_PAD: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Program (tile, query head), heads fastest: those that share keys run side by side and find them in L2."""
+    head = tl.program_id(0) % H
+    kv_head = head // (H // N)
+    lane_M = tl.arange(0, BLOCK_M)
+    lane_L = tl.arange(0, BLOCK_N)
+    lane_D = tl.arange(0, D)
+    wait_for_previous(USE_PDL)
+    seq, tile_m, begin, rows = _locate(tl.program_id(0) // H, cu_ptr, num_sequences, BLOCK_M, S_PAD)
+    start_next(USE_PDL)
+    if rows > 0:
+        first = tile_m * BLOCK_M
+        row_M = first + lane_M
+        top_M = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        sum_M = tl.zeros((BLOCK_M,), tl.float32)
+        acc_MD = tl.zeros((BLOCK_M, D), tl.float32)
+        q_MD = q_desc.load([begin + first, head * D])
+        if prefix_ptr is not None:
+            table_row_ptr = table_ptr + seq.to(tl.int64) * max_blocks
+            top_M, sum_M, acc_MD = _absorb_prefix(
+                q_MD, pool_ptr, pool_desc, table_row_ptr, kv_head, tl.load(prefix_ptr + seq), top_M, sum_M, acc_MD, scale_log2,
+                N, BLOCK_TOKENS, BLOCK_N,
+            )  # fmt: skip
+        is_whole = first + BLOCK_M <= rows
+        for key in range(0, tl.where(is_whole, first + BLOCK_M, first), BLOCK_N):
+            k_LD = k_desc.load([begin + key, kv_head * D])
+            v_LD = v_desc.load([begin + key, kv_head * D])
+            score_ML = tl.dot(q_MD, k_LD.T)
+            if key >= first:
+                score_ML = tl.where(row_M[:, None] >= key + lane_L[None, :], score_ML, float("-inf"))
+            top_M, sum_M, acc_MD = _weigh(score_ML, v_LD, top_M, sum_M, acc_MD, scale_log2)
+        for key in range(tl.where(is_whole, rows, first), rows, BLOCK_N):
+            key_L = key + lane_L
+            at_LD = (begin + key_L).to(tl.int64)[:, None] * (N * D) + kv_head * D + lane_D[None, :]
+            k_LD = tl.load(k_ptr + at_LD, mask=key_L[:, None] < rows, other=0.0)
+            v_LD = tl.load(v_ptr + at_LD, mask=key_L[:, None] < rows, other=0.0)
+            live_ML = row_M[:, None] >= key_L[None, :]
+            top_M, sum_M, acc_MD = _absorb(q_MD, k_LD, v_LD, top_M, sum_M, acc_MD, live_ML, scale_log2, True)
+        out_MD = out_ptr + ((begin + row_M).to(tl.int64) * H + head)[:, None] * D + lane_D[None, :]
+        tl.store(out_MD, (acc_MD / sum_M[:, None]).to(out_ptr.dtype.element_ty), mask=row_M[:, None] < rows)
+
+
+def default_config(head_dim: int) -> PrefillConfig:
+    """128 x 128 tiles: 64 + 64 accumulator registers a thread of eight warps, 160 KiB of shared memory with two tiles in flight.
+
+    bench/results/prefill_attention.json holds what else was tried.
+    """
+    return PrefillConfig(block_rows=128, block_keys=128, num_stages=2 if head_dim > 64 else 3, num_warps=8)
+
+
+def choose_way(q_THD: Tensor, *, has_prefix: bool) -> Way:
+    """cuDNN knows no paged prefix, and plans anew for every T: nothing but the caller's word makes it the default."""
+    del q_THD, has_prefix
+    return "ours"
+
+
+def prefill_attention(
+    q_THD: Tensor,
+    k_TND: Tensor,
+    v_TND: Tensor,
+    cu_seqlens_S1: Tensor,
+    *,
+    scale: float,
+    prefix: CachedPrefix | None = None,
+    way: Way | None = None,
+    max_tokens: int | None = None,
+    config: PrefillConfig | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """q [T, H, D], k and v [T, N, D], cu_seqlens [S + 1] int32 on the device -> [T, H, D]; padding rows are not written.
+
+    scale > 0. max_tokens bounds the longest sequence (cuDNN needs it on the host; T where none is given).
+    """
+    num_tokens, num_heads, dim = q_THD.shape
+    _check_arguments(q_THD, k_TND, v_TND, cu_seqlens_S1, scale)
+    if (way or choose_way(q_THD, has_prefix=prefix is not None)) == "cudnn":
+        assert prefix is None, "cuDNN's causal corner is the upper left: it takes no prefix"
+        return cudnn_attention(q_THD, k_TND, v_TND, cu_seqlens_S1, max_tokens or num_tokens, scale=scale, out=out)
+    out_THD = torch.empty_like(q_THD) if out is None else out
+    check("out", out_THD, q_THD.dtype, *q_THD.shape, device=q_THD.device)
+    num_sequences = cu_seqlens_S1.shape[0] - 1
+    if num_tokens == 0 or num_sequences == 0:
+        return out_THD
+    config = config or default_config(dim)
+    tiles = num_tokens // config.block_rows + min(num_tokens, num_sequences)  # each sequence has at most one tile that is not full
+    _prefill_kernel[(tiles * num_heads,)](
+        *_descriptors((q_THD, k_TND, v_TND), config),
+        *(k_TND, v_TND, cu_seqlens_S1, *_prefix_arguments(prefix, q_THD, k_TND.shape[1], num_sequences, config)),
+        *(out_THD, scale * LOG2_E, num_sequences, 0 if prefix is None else prefix.block_table_SB.shape[1]),
+        H=num_heads,
+        N=k_TND.shape[1],
+        D=dim,
+        BLOCK_TOKENS=config.block_keys if prefix is None else prefix.pool.shape[3],
+        BLOCK_M=config.block_rows,
+        BLOCK_N=config.block_keys,
+        S_PAD=max(16, triton.next_power_of_2(num_sequences)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **pdl_options(q_THD.device),
+    )
+    return out_THD
+
+
+def _descriptors(packed: tuple[Tensor, Tensor, Tensor], config: PrefillConfig) -> list[TensorDescriptor]:
+    """q, k and v as matrices [T, heads * D], read in tiles of one head."""
+    dim, sizes = packed[0].shape[2], (config.block_rows, config.block_keys, config.block_keys)
+    return [TensorDescriptor.from_tensor(x.view(x.shape[0], -1), [size, dim]) for x, size in zip(packed, sizes, strict=True)]
+
+
+def _prefix_arguments(
+    prefix: CachedPrefix | None, q_THD: Tensor, num_kv_heads: int, num_sequences: int, config: PrefillConfig
+) -> tuple[Tensor | None, TensorDescriptor | None, Tensor | None, Tensor | None]:
+    """Pool, its descriptor where a block holds whole tiles, block table and lengths."""
+    if prefix is None:
+        return None, None, None, None
+    device, dim, pool = q_THD.device, q_THD.shape[2], prefix.pool
+    check("prefix.pool", pool, q_THD.dtype, None, 2, num_kv_heads, None, dim, device=device)
+    check("prefix.block_table", prefix.block_table_SB, torch.int32, num_sequences, None, device=device)
+    check("prefix.lengths", prefix.lengths_S, torch.int32, num_sequences, device=device)
+    block_tokens = pool.shape[3]
+    assert block_tokens >= 16 and block_tokens & (block_tokens - 1) == 0, f"block tokens {block_tokens}: a power of two from 16 on"
+    assert pool.numel() // dim < 2**31, "the pool has more rows than a descriptor's coordinate can say"
+    by_tma = block_tokens % config.block_keys == 0
+    desc = TensorDescriptor.from_tensor(pool.view(-1, dim), [config.block_keys, dim]) if by_tma else None
+    return pool, desc, prefix.block_table_SB, prefix.lengths_S
+
+
+def _check_arguments(q_THD: Tensor, k_TND: Tensor, v_TND: Tensor, cu_seqlens_S1: Tensor, scale: float) -> None:
+    device, (num_tokens, num_heads, dim) = q_THD.device, q_THD.shape
+    check("q", q_THD, q_THD.dtype, None, None, None)
+    check("k", k_TND, q_THD.dtype, num_tokens, None, dim, device=device)
+    check("v", v_TND, q_THD.dtype, *k_TND.shape, device=device)
+    check("cu_seqlens", cu_seqlens_S1, torch.int32, None, device=device)
+    assert num_heads % k_TND.shape[1] == 0, f"{num_heads} query heads over {k_TND.shape[1]} kv heads"
+    assert dim >= 16 and dim & (dim - 1) == 0, f"head dim {dim}: a power of two from 16 on"
+    assert 1 <= cu_seqlens_S1.shape[0] <= MAX_SEQUENCES + 1, f"at most {MAX_SEQUENCES} sequences"
+    assert scale > 0, f"scale {scale}: maxima are taken before it"

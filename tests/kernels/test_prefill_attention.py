@@ -1,0 +1,196 @@
+"""Prefill attention against its formula in float64: packed lengths, cached prefixes, and neighbours that must not be seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from duomo_kernels._bounds import bound, error
+from duomo_kernels.prefill_attention import CachedPrefix, PrefillConfig, prefill_attention, prefill_attention_reference
+
+SMALL = PrefillConfig(block_rows=32, block_keys=16, num_stages=2, num_warps=4)
+OUT_OF_RANGE = 2**30  # a block that no pool has
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one call; padding rows and slots that must not be read are NaN, `clean` holds the prefix with zeros there."""
+
+    q_THD: Tensor
+    k_TND: Tensor
+    v_TND: Tensor
+    cu_seqlens_S1: Tensor
+    prefix: CachedPrefix | None
+    clean: CachedPrefix | None
+
+    @property
+    def num_valid(self) -> int:
+        return int(self.cu_seqlens_S1[-1])
+
+    @property
+    def scale(self) -> float:
+        return float(self.q_THD.shape[2]) ** -0.5
+
+    def reference(self) -> Tensor:
+        return prefill_attention_reference(self.q_THD, self.k_TND, self.v_TND, self.cu_seqlens_S1, self.scale, self.clean)[: self.num_valid]
+
+
+def make_case(
+    device: torch.device,
+    lengths: list[int],
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 64,
+    cached: tuple[list[int], int] | None = None,
+    seed: int = 0,
+) -> Case:
+    """cached: prefix lengths and block tokens."""
+    made = torch.Generator(device).manual_seed(seed)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter of Triton 3.6 multiplies no bfloat16
+    num_valid, num_padding = sum(lengths), 5
+    packed = [torch.randn(num_valid + num_padding, n, dim, generator=made, device=device).to(dtype) for n in (heads[0], heads[1], heads[1])]
+    for x in packed:
+        x[num_valid:] = torch.nan
+    cu_seqlens_S1 = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    prefix, clean = (None, None) if cached is None else _prefixes(made, dtype, heads[1], dim, *cached)
+    return Case(packed[0], packed[1], packed[2], cu_seqlens_S1, prefix, clean)
+
+
+def _prefixes(
+    made: torch.Generator, dtype: torch.dtype, num_n: int, dim: int, lengths: list[int], block_tokens: int
+) -> tuple[CachedPrefix, CachedPrefix]:
+    """The same prefixes with NaN and with zeros in slots past their ends."""
+    device, width = made.device, max(1, -(-max(lengths) // block_tokens)) + 1
+    num_blocks = len(lengths) * width + 3
+    pool = torch.randn(num_blocks, 2, num_n, block_tokens, dim, generator=made, device=device).to(dtype)
+    clean = pool.clone()
+    table_SB = (
+        torch.randperm(num_blocks, generator=made, device=device).to(torch.int32)[: len(lengths) * width].view(-1, width).contiguous()
+    )
+    for s, length in enumerate(lengths):
+        used = -(-length // block_tokens)
+        if length % block_tokens:
+            last = int(table_SB[s, used - 1])
+            pool[last, :, :, length % block_tokens :] = torch.nan
+            clean[last, :, :, length % block_tokens :] = 0
+        table_SB[s, used:] = OUT_OF_RANGE
+    lengths_S = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return tuple(CachedPrefix(pool=p, block_table_SB=table_SB, lengths_S=lengths_S) for p in (pool, clean))  # type: ignore[return-value]
+
+
+def attend(case: Case, config: PrefillConfig | None = SMALL) -> Tensor:
+    """The valid rows; padding rows of the output must stay as they were."""
+    out = torch.full_like(case.q_THD, torch.nan)
+    packed = (case.q_THD, case.k_TND, case.v_TND, case.cu_seqlens_S1)
+    prefill_attention(*packed, scale=case.scale, prefix=case.prefix, way="ours", config=config, out=out)
+    assert bool(out[case.num_valid :].isnan().all())
+    return out[: case.num_valid]
+
+
+@pytest.mark.parametrize("lengths", [[1], [63], [257], [32, 64], [31, 1, 33, 0, 16], [0, 0, 5], [100, 130]], ids=str)
+def test_packed_lengths(device: torch.device, lengths: list[int]) -> None:
+    case = make_case(device, lengths)
+    assert error(attend(case), case.reference()) <= bound(case.q_THD.dtype)
+
+
+@pytest.mark.parametrize(("heads", "dim"), [((8, 1), 128), ((3, 3), 64), ((6, 2), 16)], ids=str)
+@pytest.mark.parametrize("config", [SMALL, replace(SMALL, block_keys=32), replace(SMALL, block_rows=64)], ids=str)
+def test_heads_dims_and_tiles(device: torch.device, heads: tuple[int, int], dim: int, config: PrefillConfig) -> None:
+    case = make_case(device, [70, 3, 64], heads, dim)
+    assert error(attend(case, config), case.reference()) <= bound(case.q_THD.dtype)
+
+
+@pytest.mark.parametrize("block_tokens", [16, 32, 64])
+@pytest.mark.parametrize("block_keys", [16, 32])
+def test_cached_prefixes(device: torch.device, block_tokens: int, block_keys: int) -> None:
+    case = make_case(device, [40, 1, 64, 7], cached=([64, 0, 129, 15], block_tokens))
+    assert error(attend(case, replace(SMALL, block_keys=block_keys)), case.reference()) <= bound(case.q_THD.dtype)
+
+
+def test_a_neighbour_with_nan_stays_alone(device: torch.device) -> None:
+    case = make_case(device, [40, 33, 20], cached=([16, 20, 0], 16))
+    expected = case.reference()
+    case.k_TND[40:73], case.v_TND[40:73] = torch.nan, torch.nan
+    out = attend(case)
+    kept = torch.cat([torch.arange(40), torch.arange(73, 93)]).to(device)
+    assert error(out[kept], expected[kept]) <= bound(out.dtype)
+
+
+def test_company_changes_no_bit(device: torch.device) -> None:
+    case = make_case(device, [40, 77, 20], cached=([16, 50, 0], 16))
+    assert case.prefix is not None
+    rows = slice(40, 117)
+    out = torch.empty_like(case.q_THD[rows])
+    alone = CachedPrefix(
+        pool=case.prefix.pool,
+        block_table_SB=case.prefix.block_table_SB[1:2].contiguous(),
+        lengths_S=case.prefix.lengths_S[1:2].contiguous(),
+    )
+    cu_seqlens = torch.tensor([0, 77], dtype=torch.int32, device=device)
+    packed = [x[rows].contiguous() for x in (case.q_THD, case.k_TND, case.v_TND)]
+    prefill_attention(packed[0], packed[1], packed[2], cu_seqlens, scale=case.scale, prefix=alone, way="ours", config=SMALL, out=out)
+    assert torch.equal(out, attend(case)[rows])
+
+
+def test_a_prefix_and_its_rest_are_the_whole(device: torch.device) -> None:
+    whole = make_case(device, [100])
+    pool = torch.zeros(4, 2, 2, 16, 64, dtype=whole.q_THD.dtype, device=device)
+    for side, x in enumerate((whole.k_TND, whole.v_TND)):
+        pool[:, side] = x[:64].view(4, 16, 2, 64).transpose(1, 2)
+    table_SB = torch.arange(4, dtype=torch.int32, device=device)[None]
+    prefix = CachedPrefix(pool=pool, block_table_SB=table_SB, lengths_S=torch.tensor([64], dtype=torch.int32, device=device))
+    packed = [x[64:].contiguous() for x in (whole.q_THD, whole.k_TND, whole.v_TND)]
+    cu_seqlens = torch.tensor([0, 36], dtype=torch.int32, device=device)
+    rest = attend(Case(packed[0], packed[1], packed[2], cu_seqlens, prefix, prefix))
+    assert error(rest, whole.reference()[64:]) <= bound(rest.dtype)
+
+
+def test_a_broken_kernel_fails_the_bound(device: torch.device) -> None:
+    case = make_case(device, [40, 30], cached=([16, 20], 16))
+    out, limit = attend(case), bound(case.q_THD.dtype)
+    assert error(out, case.reference()) <= limit
+    assert case.clean is not None
+    short = replace(case, clean=replace(case.clean, lengths_S=case.clean.lengths_S - 1))
+    assert error(out, short.reference()) > limit, "one cached key less"
+    assert error(out, replace(case, clean=None).reference()) > limit, "no prefix"
+    shifted = torch.tensor([0, 41, 70], dtype=torch.int32, device=device)
+    assert error(out, replace(case, cu_seqlens_S1=shifted).reference()) > limit, "a border moved by one"
+    assert error(out, replace(case, k_TND=case.k_TND.roll(1, 1)).reference()) > limit, "heads of the other group"
+
+
+def test_wrong_arguments_are_refused(device: torch.device) -> None:
+    case = make_case(device, [40])
+    with pytest.raises(AssertionError, match="cu_seqlens"):
+        attend(replace(case, cu_seqlens_S1=case.cu_seqlens_S1.long()))
+    with pytest.raises(AssertionError, match="v:"):
+        attend(replace(case, v_TND=case.v_TND[:, :1]))
+    with pytest.raises(AssertionError, match="prefix"):
+        cached = make_case(device, [40], cached=([16], 16)).prefix
+        prefill_attention(case.q_THD, case.k_TND, case.v_TND, case.cu_seqlens_S1, scale=1.0, prefix=cached, way="cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_tokens", [None, 16, 64, 128])
+@pytest.mark.parametrize(("heads", "dim"), [((32, 4), 128), ((16, 16), 128), ((32, 8), 64)], ids=str)
+def test_real_shapes(heads: tuple[int, int], dim: int, block_tokens: int | None) -> None:
+    lengths = [1024, 700, 1, 128, 300]
+    cached = None if block_tokens is None else ([512, 0, 1000, 130, 4097], block_tokens)
+    case = make_case(torch.device("cuda"), lengths, heads, dim, cached)
+    expected = case.reference()
+    for config in (
+        None,
+        PrefillConfig(block_rows=128, block_keys=64, num_stages=3, num_warps=8),
+        replace(SMALL, block_rows=64, block_keys=64),
+    ):
+        assert error(attend(case, config), expected) <= bound(case.q_THD.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(32, 4), (16, 16)])
+def test_cudnn_agrees(heads: tuple[int, int]) -> None:
+    case = make_case(torch.device("cuda"), [300, 17, 512], heads, 128)
+    packed = [x[: case.num_valid].contiguous() for x in (case.q_THD, case.k_TND, case.v_TND)]
+    out = prefill_attention(packed[0], packed[1], packed[2], case.cu_seqlens_S1, scale=case.scale, way="cudnn", max_tokens=512)
+    assert error(out, case.reference()) <= bound(out.dtype)
