@@ -1,0 +1,172 @@
+"""Owns how rows of logits become K experts and their weights, in registers. Knows neither order, capacity nor any other row.
+
+A program holds rows as [T, C]: C columns, a power of two, where column c is expert c, or, in groups, group c // GROUP_PAD's expert
+number c % GROUP_PAD; columns that are no expert never win. What was chosen is one tensor: rank_TC, the round in which a column won, K where
+it did not. Scatters masked by rank < K then need no gather: each chosen column knows its token, rank and expert.
+
+Scores compare as int32 keys of the same order, so that every bit pattern, NaN too, yields K distinct experts, and a warp that holds a whole
+row takes the maximum with one instruction (redux), which floats do not have on sm_90.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-2147483648)  # below every real key: won rounds and columns that are no expert
+HIGH_HALF = tl.constexpr(-65536)  # a bf16 value is the high half of its float32
+
+
+@triton.jit
+def expert_of_column(E: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr, C: tl.constexpr):
+    """(expert_C, whether the column is an expert). Ascending, so that the lowest column is the lowest expert."""
+    column_C = tl.arange(0, C)
+    if NUM_GROUPS == 1:
+        expert_C = column_C
+        is_expert_C = column_C < E
+    else:
+        inner_C = column_C % GROUP_PAD
+        expert_C = column_C // GROUP_PAD * (E // NUM_GROUPS) + inner_C
+        is_expert_C = (inner_C < E // NUM_GROUPS) & (column_C < NUM_GROUPS * GROUP_PAD)
+    return expert_C, is_expert_C
+
+
+@triton.jit
+def load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E: tl.constexpr):
+    at_TC = row_T.to(tl.int64)[:, None] * E + expert_C[None, :]
+    return tl.load(logits_ptr + at_TC, mask=(row_T < valid)[:, None] & is_expert_C[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def valid_rows(num_valid_ptr, num_tokens):
+    valid = num_tokens
+    if num_valid_ptr is not None:
+        valid = tl.maximum(tl.minimum(tl.load(num_valid_ptr), num_tokens), 0)
+    return valid
+
+
+@triton.jit
+def load_bias(bias_ptr, expert_C, is_expert_C, C: tl.constexpr):
+    bias_C = tl.zeros((C,), tl.float32)
+    if bias_ptr is not None:
+        bias_C = tl.load(bias_ptr + expert_C, mask=is_expert_C, other=0)
+    return bias_C
+
+
+@triton.jit
+def ordered(x):
+    """float32 -> int32 of the same order; both zeros are 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x == 0, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _value_of(key):
+    """The float32 whose ordered() is key."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def in_best_groups(
+    choice_TC, T: tl.constexpr, C: tl.constexpr, NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr
+):
+    """Whether a column's group is among the TOP_GROUPS best by the sum of its two best choices. Columns that are no expert hold -inf."""
+    G: tl.constexpr = C // GROUP_PAD
+    inner = tl.arange(0, GROUP_PAD)[None, None, :]
+    choice_TGI = tl.reshape(choice_TC, (T, G, GROUP_PAD))
+    best_TG = tl.max(choice_TGI, 2)
+    first_TG = tl.min(tl.where(choice_TGI == best_TG[:, :, None], inner, GROUP_PAD), 2)
+    second_TG = tl.max(tl.where(inner == first_TG[:, :, None], float("-inf"), choice_TGI), 2)
+    group = tl.arange(0, G)
+    worth_TG = tl.where((group < NUM_GROUPS)[None, :], ordered(best_TG + second_TG), LOWEST)
+    # A group's position by counting who beats it: G * G comparisons, no further rounds.
+    mine, other = worth_TG[:, :, None], worth_TG[:, None, :]
+    is_beaten = (other > mine) | ((other == mine) & (group[None, None, :] < group[None, :, None]))
+    position_TG = tl.sum(is_beaten.to(tl.int32), 2)
+    is_in_TGI = tl.broadcast_to((position_TG < TOP_GROUPS).to(tl.int32)[:, :, None], (T, G, GROUP_PAD))
+    return tl.reshape(is_in_TGI, (T, C)) != 0
+
+
+@triton.jit
+def scores(logits_TC, is_expert_TC, IS_SIGMOID: tl.constexpr):
+    """Softmax over the row's experts or sigmoid, float32; 0 in columns that are no expert."""
+    if IS_SIGMOID:
+        score_TC = tl.where(is_expert_TC, 1 / (1 + tl.exp(-logits_TC)), 0.0)
+    else:
+        peak_T = tl.max(tl.where(is_expert_TC, logits_TC, float("-inf")), 1)
+        exp_TC = tl.where(is_expert_TC, tl.exp(logits_TC - peak_T[:, None]), 0.0)
+        score_TC = exp_TC / tl.sum(exp_TC, 1)[:, None]
+    return score_TC
+
+
+@triton.jit
+def choose(
+    logits_TC,
+    bias_C,
+    is_expert_C,
+    T: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IS_BF16: tl.constexpr,
+    IS_SIGMOID: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    SCALE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+):
+    """(rank_TC, weight_TC): weights of chosen columns; elsewhere they mean nothing."""
+    column = tl.arange(0, C)[None, :]
+    is_expert_TC = tl.broadcast_to(is_expert_C[None, :], (T, C))
+    # Softmax and sigmoid keep the logits' order, so the scores are needed before the choice only for a bias or for groups' sums.
+    BY_SCORE: tl.constexpr = HAS_BIAS or NUM_GROUPS > 1
+    IS_PACKED: tl.constexpr = IS_BF16 and not BY_SCORE
+    may_win_TC = is_expert_TC
+    if BY_SCORE:
+        score_TC = scores(logits_TC, is_expert_TC, IS_SIGMOID)
+        choice_TC = tl.where(is_expert_TC, score_TC + bias_C[None, :], float("-inf"))
+        if NUM_GROUPS > 1:
+            may_win_TC = may_win_TC & in_best_groups(choice_TC, T, C, NUM_GROUPS, TOP_GROUPS, GROUP_PAD)
+        key_TC = ordered(choice_TC)
+    else:
+        key_TC = ordered(logits_TC)
+        if IS_PACKED:  # the value's 16 bits above, the column below: one maximum finds both
+            key_TC = (key_TC & HIGH_HALF) | (65535 - column)
+    key_TC = tl.where(may_win_TC, tl.maximum(key_TC, LOWEST + 1), LOWEST)
+    best_T = tl.max(key_TC, 1)
+    if not BY_SCORE:
+        if IS_SIGMOID:
+            score_TC = scores(logits_TC, is_expert_TC, IS_SIGMOID)
+        else:  # the first winner is the peak; the denominator follows below
+            peak_T = _value_of(best_T)
+            if IS_PACKED:
+                peak_T = _value_of(best_T & HIGH_HALF)
+                peak_T = (peak_T.to(tl.int32, bitcast=True) & HIGH_HALF).to(tl.float32, bitcast=True)
+            score_TC = tl.where(is_expert_TC, tl.exp(logits_TC - peak_T[:, None]), 0.0)
+    rank_TC = tl.full((T, C), K, tl.int32)
+    for k in tl.static_range(K):
+        if k > 0:
+            best_T = tl.max(key_TC, 1)
+        if IS_PACKED:
+            is_best_TC = key_TC == best_T[:, None]
+        else:
+            is_best_TC = column == tl.min(tl.where(key_TC == best_T[:, None], column, C), 1)[:, None]
+        rank_TC = tl.where(is_best_TC, k, rank_TC)
+        key_TC = tl.where(is_best_TC, LOWEST, key_TC)
+    weight_TC = score_TC * SCALE
+    if NORMALISE:  # 1e-20 as DeepSeek-V3: no division by zero where every chosen score underflows
+        weight_TC = weight_TC / (tl.sum(tl.where(rank_TC < K, score_TC, 0.0), 1)[:, None] + 1e-20)
+    elif not (BY_SCORE or IS_SIGMOID):
+        weight_TC = weight_TC / tl.sum(score_TC, 1)[:, None]
+    return rank_TC, weight_TC
+
+
+@triton.jit
+def chosen_before(ids_ptr, row_T, is_row_T, expert_C, is_expert_C, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr):
+    """rank_TC of experts chosen by an earlier kernel, from ids [T, K]; an id of -1 is nobody's."""
+    rank_TC = tl.full((T, C), K, tl.int32)
+    for k in tl.static_range(K):
+        id_T = tl.load(ids_ptr + row_T.to(tl.int64) * K + k, mask=is_row_T, other=-1)
+        rank_TC = tl.where((expert_C[None, :] == id_T[:, None]) & is_expert_C[None, :], k, rank_TC)
+    return rank_TC

@@ -1,0 +1,63 @@
+"""Owns how a gate's rows are spread over programs. Knows no kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ._launch import is_interpreted, num_sms
+
+SOLO_TOKENS = 16  # two rows a warp in one program; the barrier's two round trips to L2 cost more than two more rows a warp
+FUSED_TOKENS = 1024  # 8 rows in each of at most 128 programs, one row a warp: an H100 has 132 multiprocessors
+FUSED_ROWS = 8
+SPLIT_ROWS = 32  # 4 rows a warp hide each other's latency where waiting for others is no matter
+MAX_PROGRAMS = 128  # histograms that each program reads at once: 16 KiB where E is 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """P programs of `chunks` chunks of T rows; C columns."""
+
+    T: int
+    C: int
+    programs: int
+    chunks: int
+    num_warps: int
+    is_fused: bool
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a program can count more than a byte holds: 128 programs of 255 rows also keep all counts in 16 bits."""
+        return self.T * self.chunks > 255
+
+    def histograms(self, device: torch.device) -> Tensor:
+        """Scratch [P, C] for one call."""
+        return torch.empty(self.programs, self.C, dtype=torch.int32 if self.is_wide else torch.uint8, device=device)
+
+
+def plan_of(num_tokens: int, columns: int, device: torch.device) -> Plan:
+    """One program, one kernel with a barrier, or two kernels (always in the interpreter, which runs one program after the other)."""
+    if num_tokens <= SOLO_TOKENS:
+        rows = 1 if num_tokens == 1 else 8 if num_tokens <= 8 else SOLO_TOKENS
+        return Plan(T=rows, C=columns, programs=1, chunks=1, num_warps=min(rows, 8), is_fused=True)
+    programs = triton.cdiv(num_tokens, FUSED_ROWS)
+    if num_tokens <= FUSED_TOKENS and programs <= num_sms(device) and not is_interpreted():
+        return Plan(T=FUSED_ROWS, C=columns, programs=programs, chunks=1, num_warps=8, is_fused=True)
+    return split_plan(num_tokens, columns)
+
+
+def split_plan(num_tokens: int, columns: int) -> Plan:
+    """Chunks grow with the rows, programs do not: every program reads all histograms."""
+    rows = SPLIT_ROWS if columns <= 256 else 8  # registers: 512 columns of 32 rows are 64 values of each tensor a thread
+    chunks = triton.cdiv(num_tokens, rows * MAX_PROGRAMS)
+    return Plan(T=rows, C=columns, programs=triton.cdiv(num_tokens, rows * chunks), chunks=chunks, num_warps=8, is_fused=False)
+
+
+def columns_of(num_experts: int, num_groups: int) -> tuple[int, int]:
+    """(C, columns of a group). At least 128 columns: four float32 of each of 32 lanes, so that a warp holds a row whole."""
+    groups = triton.next_power_of_2(num_groups)
+    group_pad = max(triton.next_power_of_2(triton.cdiv(num_experts, num_groups)), 128 // groups)
+    return groups * group_pad, group_pad

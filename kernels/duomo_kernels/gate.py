@@ -1,0 +1,379 @@
+"""Owns the gate: from logits to who goes where, in one kernel up to 1,024 tokens. Knows nothing of the experts' weights.
+
+    score = softmax(logits) or sigmoid(logits); the K best by score (+ bias, within the best groups) in each row (GateRule in _routing)
+    counts_E = histogram; places by a stable sort of (expert, routed index); tiles of TILE_ROWS places (Routing in _routing)
+
+Fused (T up to FUSED_TOKENS): program p chooses for its rows, writes its histogram, meets the others at one grid barrier, reads all histograms
+and places its own choices, which it still has in registers. Up to SOLO_TOKENS rows are one program, without the barrier.
+Beyond, two kernels with the same parts: choose, then place from the ids. The split stands where the barrier did: at those sizes the experts
+take hundreds of microseconds, a launch about one, and programs that are as large as throughput asks must not hold multiprocessors while they wait.
+
+Scratch: hist [P, C] from torch's allocator in each call; the barrier's counter belongs to _grid_barrier. Deterministic: integer sums alone.
+Padding (rows from num_valid on): read as zeros, so ids are valid; weight 0, place R, in no count.
+
+Legend: T rows of one program in kernels, tokens elsewhere; C columns (_gate_choice), E experts, K experts a token, P programs, R = tokens * K.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._gate_capacity import Capacity, Overflow, capacity_reference, count_kernel, drop_rows, reroute_kernel, write_overflow
+from ._gate_choice import choose, chosen_before, expert_of_column, load_bias, load_logits, valid_rows
+from ._gate_order import capacity_limit, clear_tail, place_rows, totals, write_summary, write_tiles
+from ._gate_plan import Plan, columns_of, plan_of, split_plan
+from ._grid_barrier import counters, grid_barrier
+from ._launch import check, pdl_options, start_next, wait_for_previous
+from ._routing import GateRule, Routing, max_tiles, routing_reference
+
+
+def gate_reference(
+    logits_TE: Tensor,
+    rule: GateRule,
+    *,
+    tile_rows: int,
+    bias_E: Tensor | None = None,
+    num_valid: int | None = None,
+    capacity: Capacity | None = None,
+    overflow: Overflow | None = None,
+) -> Routing:
+    """The same in float64 by full stable sorts; with a capacity, its sequential definition, which fills `overflow`."""
+    num_tokens, num_experts = logits_TE.shape
+    valid = num_tokens if num_valid is None else min(num_valid, num_tokens)
+    logits_TE = torch.where(torch.arange(num_tokens, device=logits_TE.device)[:, None] < valid, logits_TE.double(), 0.0)
+    scores_TE = logits_TE.softmax(-1) if rule.scoring == "softmax" else logits_TE.sigmoid()
+    is_allowed_TE = torch.ones_like(scores_TE, dtype=torch.bool)
+    choice_TE = logits_TE  # of the scores' order, and exact
+    if bias_E is not None or rule.num_groups > 1:
+        choice_TE = scores_TE if bias_E is None else scores_TE + bias_E.double()
+    if rule.num_groups > 1:
+        worth_TG = choice_TE.unflatten(-1, (rule.num_groups, -1)).topk(2, -1).values.sum(-1)
+        groups = worth_TG.sort(dim=-1, descending=True, stable=True).indices[:, : rule.top_groups]
+        is_in_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(1, groups, True)
+        is_allowed_TE = is_in_TG.repeat_interleave(num_experts // rule.num_groups, dim=1)
+        choice_TE = choice_TE.masked_fill(~is_allowed_TE, -torch.inf)
+    ids_TK = choice_TE.sort(dim=-1, descending=True, stable=True).indices[:, : rule.top_k]
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if rule.normalise:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    weights_TK = weights_TK * rule.routed_scale
+    weights_TK[valid:] = 0
+    if capacity is None:
+        return routing_reference(ids_TK, weights_TK, num_experts, tile_rows, valid)
+    assert overflow is not None, "a capacity needs an Overflow to report to"
+    scores_TE = scores_TE.masked_fill(~is_allowed_TE, -1.0)
+    return capacity_reference(ids_TK, weights_TK, scores_TE, valid, tile_rows=tile_rows, capacity=capacity, overflow=overflow)
+
+
+@triton.jit
+def _write_choice(weights_ptr, ids_ptr, rank_TC, weight_TC, row_T, valid, num_tokens, expert_C, K: tl.constexpr):
+    at_TC = row_T.to(tl.int64)[:, None] * K + rank_TC
+    is_chosen_TC = (rank_TC < K) & (row_T < num_tokens)[:, None]
+    tl.store(weights_ptr + at_TC, tl.where((row_T < valid)[:, None], weight_TC, 0.0), mask=is_chosen_TC)
+    tl.store(ids_ptr + at_TC, tl.broadcast_to(expert_C[None, :], rank_TC.shape), mask=is_chosen_TC)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _fused_kernel(
+    logits_ptr, bias_ptr, num_valid_ptr, weights_ptr, ids_ptr, counts_ptr, offsets_ptr, routed_ptr, place_ptr, tiles_ptr, num_tiles_ptr,
+    overflow_ptr, dropped_ptr, rerouted_ptr, exceeded_ptr, lost_ptr, hist_ptr, counter_ptr, num_tokens,
+    E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, T: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TILE_ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr,
+    HAS_CAPACITY: tl.constexpr, IS_DROPPING: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    expert_C, is_expert_C = expert_of_column(E, NUM_GROUPS, GROUP_PAD, C)
+    bias_C = load_bias(bias_ptr, expert_C, is_expert_C, C)  # a weight: no kernel before this one writes it
+    row_T = program * T + tl.arange(0, T)
+    wait_for_previous(USE_PDL)
+    valid = valid_rows(num_valid_ptr, num_tokens)
+    logits_TC = load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E)
+    rank_TC, weight_TC = choose(
+        logits_TC, bias_C, is_expert_C, T, C, K, HAS_BIAS, IS_BF16, IS_SIGMOID, NORMALISE, SCALE, NUM_GROUPS, TOP_GROUPS, GROUP_PAD
+    )
+    total_C = tl.sum(((rank_TC < K) & (row_T < valid)[:, None]).to(tl.int32), 0)
+    before_C = tl.zeros((C,), tl.int32)
+    if P > 1:
+        tl.store(hist_ptr + program * C + tl.arange(0, C), total_C.to(hist_ptr.dtype.element_ty))
+    _write_choice(weights_ptr, ids_ptr, rank_TC, weight_TC, row_T, valid, num_tokens, expert_C, K)
+    start_next(USE_PDL)
+    if P > 1:
+        grid_barrier(counter_ptr)
+        total_C, before_C = totals(hist_ptr, program, num_programs, P, C, False)
+    limit, kept_C = num_tokens, total_C
+    if HAS_CAPACITY:
+        limit = capacity_limit(valid, K, E, NUMERATOR, DENOMINATOR)
+        if IS_DROPPING:
+            kept_C = tl.minimum(total_C, limit)
+    offset_C = tl.cumsum(kept_C, 0) - kept_C
+    index_TC, is_counted_TC, is_kept_TC = place_rows(
+        routed_ptr, place_ptr, rank_TC, row_T, valid, num_tokens, before_C, offset_C, limit, K, IS_DROPPING
+    )
+    if HAS_CAPACITY:
+        drop_rows(weights_ptr, lost_ptr, index_TC, is_counted_TC & (is_kept_TC == 0), row_T, num_tokens)
+    clear_tail(routed_ptr, program * T, tl.sum(kept_C, 0), num_tokens, K, K_PAD, T)
+    write_tiles(tiles_ptr, expert_C, kept_C, offset_C, program, num_programs, num_tokens, TILE_ROWS)
+    if program == num_programs - 1:  # not the first, which has most tiles
+        write_summary(counts_ptr, offsets_ptr, num_tiles_ptr, total_C, kept_C, expert_C, is_expert_C, E, TILE_ROWS, True)
+        if HAS_CAPACITY:
+            write_overflow(overflow_ptr, dropped_ptr, rerouted_ptr, exceeded_ptr, total_C, limit, expert_C, is_expert_C, IS_DROPPING)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunks"])
+def _choose_kernel(
+    logits_ptr, bias_ptr, num_valid_ptr, weights_ptr, ids_ptr, hist_ptr, num_tokens, chunks,
+    E: tl.constexpr, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    expert_C, is_expert_C = expert_of_column(E, NUM_GROUPS, GROUP_PAD, C)
+    bias_C = load_bias(bias_ptr, expert_C, is_expert_C, C)
+    wait_for_previous(USE_PDL)
+    valid = valid_rows(num_valid_ptr, num_tokens)
+    count_C = tl.zeros((C,), tl.int32)
+    for chunk in range(chunks):
+        row_T = (program * chunks + chunk) * T + tl.arange(0, T)
+        logits_TC = load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E)
+        rank_TC, weight_TC = choose(
+            logits_TC, bias_C, is_expert_C, T, C, K, HAS_BIAS, IS_BF16, IS_SIGMOID, NORMALISE, SCALE, NUM_GROUPS, TOP_GROUPS, GROUP_PAD
+        )
+        _write_choice(weights_ptr, ids_ptr, rank_TC, weight_TC, row_T, valid, num_tokens, expert_C, K)
+        count_C += tl.sum(((rank_TC < K) & (row_T < valid)[:, None]).to(tl.int32), 0)
+    start_next(USE_PDL)
+    tl.store(hist_ptr + program * C + tl.arange(0, C), count_C.to(hist_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "chunks"])
+def _place_kernel(
+    ids_ptr, num_valid_ptr, weights_ptr, counts_ptr, offsets_ptr, routed_ptr, place_ptr, tiles_ptr, num_tiles_ptr,
+    overflow_ptr, dropped_ptr, rerouted_ptr, exceeded_ptr, lost_ptr, hist_ptr, num_tokens, chunks,
+    E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, T: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TILE_ROWS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr, IS_WIDE: tl.constexpr, COUNTS: tl.constexpr,
+    HAS_CAPACITY: tl.constexpr, IS_DROPPING: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    expert_C, is_expert_C = expert_of_column(E, NUM_GROUPS, GROUP_PAD, C)
+    wait_for_previous(USE_PDL)
+    start_next(USE_PDL)
+    valid = valid_rows(num_valid_ptr, num_tokens)
+    total_C, before_C = totals(hist_ptr, program, num_programs, P, C, IS_WIDE)
+    limit, kept_C = num_tokens, total_C
+    if HAS_CAPACITY:
+        limit = capacity_limit(valid, K, E, NUMERATOR, DENOMINATOR)
+        if IS_DROPPING:
+            kept_C = tl.minimum(total_C, limit)
+    offset_C = tl.cumsum(kept_C, 0) - kept_C
+    for chunk in range(chunks):
+        first_row = (program * chunks + chunk) * T
+        row_T = first_row + tl.arange(0, T)
+        rank_TC = chosen_before(ids_ptr, row_T, row_T < num_tokens, expert_C, is_expert_C, K, T, C)
+        index_TC, is_counted_TC, is_kept_TC = place_rows(
+            routed_ptr, place_ptr, rank_TC, row_T, valid, num_tokens, before_C, offset_C, limit, K, IS_DROPPING
+        )
+        before_C += tl.sum(is_counted_TC.to(tl.int32), 0)
+        if HAS_CAPACITY:
+            drop_rows(weights_ptr, lost_ptr, index_TC, is_counted_TC & (is_kept_TC == 0), row_T, num_tokens)
+        clear_tail(routed_ptr, first_row, tl.sum(kept_C, 0), num_tokens, K, K_PAD, T)
+    write_tiles(tiles_ptr, expert_C, kept_C, offset_C, program, num_programs, num_tokens, TILE_ROWS)
+    if program == num_programs - 1:
+        write_summary(counts_ptr, offsets_ptr, num_tiles_ptr, total_C, kept_C, expert_C, is_expert_C, E, TILE_ROWS, COUNTS)
+        if HAS_CAPACITY:
+            write_overflow(overflow_ptr, dropped_ptr, rerouted_ptr, exceeded_ptr, total_C, limit, expert_C, is_expert_C, IS_DROPPING)
+
+
+def empty_routing(num_tokens: int, top_k: int, num_experts: int, tile_rows: int, device: torch.device) -> Routing:
+    """Tensors for gate(out=...), not written."""
+    num_routed = num_tokens * top_k
+
+    def int32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    return Routing(
+        weights_TK=torch.empty(num_tokens, top_k, dtype=torch.float32, device=device),
+        ids_TK=int32(num_tokens, top_k),
+        counts_E=int32(num_experts),
+        offsets_E1=int32(num_experts + 1),
+        routed_R=int32(num_routed),
+        place_R=int32(num_routed),
+        tiles_M5=int32(max_tiles(num_routed, num_experts, tile_rows), 5),
+        num_tiles=int32(1),
+        tile_rows=tile_rows,
+    )
+
+
+def _check_out(out: Routing, num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> None:
+    num_routed = num_tokens * top_k
+    check("weights_TK", out.weights_TK, torch.float32, num_tokens, top_k, device=device)
+    check("ids_TK", out.ids_TK, torch.int32, num_tokens, top_k, device=device)
+    check("counts_E", out.counts_E, torch.int32, num_experts, device=device)
+    check("offsets_E1", out.offsets_E1, torch.int32, num_experts + 1, device=device)
+    check("routed_R", out.routed_R, torch.int32, num_routed, device=device)
+    check("place_R", out.place_R, torch.int32, num_routed, device=device)
+    check("tiles_M5", out.tiles_M5, torch.int32, max_tiles(num_routed, num_experts, out.tile_rows), 5, device=device)
+    check("num_tiles", out.num_tiles, torch.int32, 1, device=device)
+
+
+def _check_rule(rule: GateRule, num_experts: int) -> None:
+    assert num_experts <= 512 and rule.top_k <= min(16, num_experts), (num_experts, rule)
+    per_group = num_experts // rule.num_groups
+    assert per_group * rule.num_groups == num_experts, f"{num_experts} experts in {rule.num_groups} groups"
+    is_right = rule.num_groups == 1 or (per_group >= 2 and rule.top_k <= rule.top_groups * per_group)
+    assert is_right, f"{rule}: a group is worth its two best, and K must fit into the groups that stay"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Call:
+    """One call's checked tensors, and the launches it may become."""
+
+    logits_TE: Tensor
+    rule: GateRule
+    bias_E: Tensor | None
+    num_valid: Tensor | None
+    capacity: Capacity | None
+    overflow: Overflow | None
+    out: Routing
+    group_pad: int
+
+    def run_fused(self, plan: Plan) -> None:
+        (num_tokens, num_experts), device = self.logits_TE.shape, self.logits_TE.device
+        is_solo = plan.programs == 1
+        _fused_kernel[(plan.programs,)](
+            self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, *self._order(), *self._counters(),
+            None if is_solo else plan.histograms(device), None if is_solo else counters(device).take(device), num_tokens,
+            E=num_experts, T=plan.T, C=plan.C, P=triton.next_power_of_2(plan.programs), TILE_ROWS=self.out.tile_rows,
+            K_PAD=triton.next_power_of_2(self.rule.top_k), num_warps=plan.num_warps,
+            **self._choice_constants(), **self._capacity_constants(self.capacity), **pdl_options(device),
+        )  # fmt: skip
+
+    def run_split(self, plan: Plan) -> None:
+        hist_PC = plan.histograms(self.logits_TE.device)
+        self._choose(plan, hist_PC)
+        self._place(plan, hist_PC, self.out.ids_TK, self.capacity)
+
+    def run_rerouted(self, plan: Plan) -> None:
+        """Choose; one program moves the overflow in order; count and place what came of it."""
+        assert self.capacity is not None
+        (num_tokens, num_experts), device = self.logits_TE.shape, self.logits_TE.device
+        hist_PC, moved_PC = plan.histograms(device), plan.histograms(device)
+        marked_TK = torch.empty_like(self.out.ids_TK)
+        self._choose(plan, hist_PC)
+        constants = self._capacity_constants(self.capacity)
+        rule = {name: value for name, value in self._choice_constants().items() if name not in ("IS_BF16", "NORMALISE", "SCALE")}
+        reroute_kernel[(1,)](
+            self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, marked_TK, self.out.place_R, self.out.counts_E,
+            *self._counters(), hist_PC, plan.programs, num_tokens,
+            E=num_experts, T=8, C=plan.C, P=triton.next_power_of_2(plan.programs), NEAR=self.capacity.near,
+            NUMERATOR=constants["NUMERATOR"], DENOMINATOR=constants["DENOMINATOR"], IS_WIDE=plan.is_wide, num_warps=4, **rule, **pdl_options(device),
+        )  # fmt: skip
+        count_kernel[(plan.programs,)](
+            marked_TK, self.num_valid, moved_PC, num_tokens, plan.chunks,
+            E=num_experts, K=self.rule.top_k, T=plan.T, C=plan.C, NUM_GROUPS=self.rule.num_groups, GROUP_PAD=self.group_pad,
+            num_warps=plan.num_warps, **pdl_options(device),
+        )  # fmt: skip
+        self._place(plan, moved_PC, marked_TK, None)
+
+    def _choose(self, plan: Plan, hist_PC: Tensor) -> None:
+        _choose_kernel[(plan.programs,)](
+            self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, hist_PC, self.logits_TE.shape[0], plan.chunks,
+            E=self.logits_TE.shape[1], T=plan.T, C=plan.C, num_warps=plan.num_warps,
+            **self._choice_constants(), **pdl_options(hist_PC.device),
+        )  # fmt: skip
+
+    def _place(self, plan: Plan, hist_PC: Tensor, ids_TK: Tensor, capacity: Capacity | None) -> None:
+        """ids of -1 are placed nowhere; counts are written unless what was chosen was then rerouted."""
+        _place_kernel[(plan.programs,)](
+            ids_TK, self.num_valid, self.out.weights_TK, *self._order(), *self._counters(), hist_PC, self.logits_TE.shape[0], plan.chunks,
+            E=self.logits_TE.shape[1], K=self.rule.top_k, K_PAD=triton.next_power_of_2(self.rule.top_k), T=plan.T, C=plan.C,
+            P=triton.next_power_of_2(plan.programs), TILE_ROWS=self.out.tile_rows, NUM_GROUPS=self.rule.num_groups, GROUP_PAD=self.group_pad,
+            IS_WIDE=plan.is_wide, COUNTS=ids_TK is self.out.ids_TK, num_warps=plan.num_warps,
+            **self._capacity_constants(capacity), **pdl_options(hist_PC.device),
+        )  # fmt: skip
+
+    def _order(self) -> tuple[Tensor, ...]:
+        out = self.out
+        return out.counts_E, out.offsets_E1, out.routed_R, out.place_R, out.tiles_M5, out.num_tiles
+
+    def _counters(self) -> tuple[Tensor | None, ...]:
+        over = self.overflow
+        return (None,) * 5 if over is None else (over.overflow_E, over.dropped, over.rerouted, over.exceeded, over.lost_T)
+
+    def _choice_constants(self) -> dict[str, int | float | bool]:
+        rule = self.rule
+        return {
+            "K": rule.top_k,
+            "HAS_BIAS": self.bias_E is not None,
+            "IS_BF16": self.logits_TE.dtype == torch.bfloat16,
+            "IS_SIGMOID": rule.scoring == "sigmoid",
+            "NORMALISE": rule.normalise,
+            "SCALE": rule.routed_scale,
+            "NUM_GROUPS": rule.num_groups,
+            "TOP_GROUPS": rule.top_groups,
+            "GROUP_PAD": self.group_pad,
+        }
+
+    def _capacity_constants(self, capacity: Capacity | None) -> dict[str, int | float | bool]:
+        share = Fraction(1) if capacity is None else capacity.fraction
+        return {
+            "HAS_CAPACITY": capacity is not None,
+            "IS_DROPPING": capacity is not None and capacity.overflow != "error",
+            "NUMERATOR": share.numerator,
+            "DENOMINATOR": share.denominator,
+        }
+
+
+def gate(
+    logits_TE: Tensor,
+    rule: GateRule,
+    *,
+    tile_rows: int,
+    bias_E: Tensor | None = None,
+    num_valid: Tensor | None = None,
+    capacity: Capacity | None = None,
+    overflow: Overflow | None = None,
+    out: Routing | None = None,
+) -> Routing:
+    """logits [T, E] float32 or bfloat16 (E up to 512, K up to 16) -> Routing; bias [E] float32; num_valid [1] int32 on the device.
+
+    With a capacity, `overflow` (Overflow.empty) takes its counters. Capturable after one eager call.
+    """
+    (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
+    assert logits_TE.dtype in (torch.float32, torch.bfloat16), f"logits_TE: dtype {logits_TE.dtype}"
+    check("logits_TE", logits_TE, logits_TE.dtype, None, None)
+    _check_rule(rule, num_experts)
+    if bias_E is not None:
+        check("bias_E", bias_E, torch.float32, num_experts, device=device)
+    if num_valid is not None:
+        check("num_valid", num_valid, torch.int32, 1, device=device)
+    out = empty_routing(num_tokens, rule.top_k, num_experts, tile_rows, device) if out is None else out
+    assert out.tile_rows == tile_rows, (out.tile_rows, tile_rows)
+    _check_out(out, num_tokens, rule.top_k, num_experts, device)
+    assert (capacity is None) == (overflow is None), "a capacity needs an Overflow to report to"
+    if overflow is not None:
+        overflow.check(num_tokens, num_experts, device)
+    columns, group_pad = columns_of(num_experts, rule.num_groups)
+    call = _Call(
+        logits_TE=logits_TE,
+        rule=rule,
+        bias_E=bias_E,
+        num_valid=num_valid,
+        capacity=capacity,
+        overflow=overflow,
+        out=out,
+        group_pad=group_pad,
+    )
+    plan = plan_of(num_tokens, columns, device)
+    if capacity is not None and capacity.overflow == "reroute":
+        call.run_rerouted(split_plan(num_tokens, columns))
+    elif plan.is_fused:
+        call.run_fused(plan)
+    else:
+        call.run_split(plan)
+    return out
