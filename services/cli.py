@@ -113,12 +113,12 @@ def chat(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="a script under bench/, such as serve/bench_rest or bench_rest")] = None,
+    name: Annotated[str | None, typer.Argument(help="a script under bench/, such as serve/bench_rest, bench_rest or rest")] = None,
 ) -> None:
     """Run a benchmark from a checkout; what follows NAME goes to it."""
     root = _bench_root()
     scripts = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("bench_*.py"))}
-    found = [path for key, path in scripts.items() if name in (key, key.rsplit("/", 1)[-1])]
+    found = [path for key, path in scripts.items() if name in (key, path.stem, path.stem.removeprefix("bench_"))]
     if len(found) != 1:
         raise ConfigError(f"NAME must be one of: {', '.join(scripts) or '(no benchmark here)'}" + (f"; not {name!r}" if name else ""))
     roots = os.pathsep.join([str(root.parent), str(root.parent / "kernels")])

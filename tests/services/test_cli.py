@@ -98,10 +98,11 @@ def test_help_imports_nothing_heavy() -> None:
     assert "serve" in duomo("--help").stdout
 
 
-def test_bench_runs_a_script_of_the_checkout(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["bench_echo", "echo", "serve/bench_echo"])
+def test_bench_runs_a_script_of_the_checkout(tmp_path: Path, name: str) -> None:
     (tmp_path / "bench" / "serve").mkdir(parents=True)
     (tmp_path / "bench" / "serve" / "bench_echo.py").write_text("import sys, services.cli; print('echo', sys.argv[1:])\n")
     environment = os.environ
-    command = [sys.executable, "-m", "services.cli", "bench", "bench_echo", "--repeats", "3"]
+    command = [sys.executable, "-m", "services.cli", "bench", name, "--repeats", "3"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "echo ['--repeats', '3']", done.stderr

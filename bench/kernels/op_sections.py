@@ -1,0 +1,189 @@
+"""Owns the measurement of what surrounds the experts: the gate, decode attention, the rest of a layer. Knows no whole MoE layer."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bench.compile_ahead import compile_ahead
+from bench.gpu_stopwatch import Options, Row, chain_us, floor_us, interleaved_us, num_sets
+from bench.kernels import peers_vllm
+from bench.kernels.layer_reference import choose
+from bench.kernels.layer_section import Run
+from bench.kernels.shapes import LayerShape, make_logits, seeded
+from bench.kernels.targets import OURS, Case
+from duomo_kernels._bounds import bound, error
+from duomo_kernels._routing import Routing
+
+CHAIN = 50  # calls of a small operation in one graph, each after the one before
+GATE_TILE_ROWS = 128
+BLOCK_TOKENS = 16
+POOL_BYTES = 6 << 30  # of keys and values: FlashAttention's copy stands beside them
+REST = ("add_rms_norm", "qk_rope_write", "expert_combine", "quantise_rows_fp8", "sample", "prefill_attention", "pack_blocks")
+
+
+def measure_gate(run: Run, shape: LayerShape) -> list[Case]:
+    """From logits to the routing tensors, warm, as one of a chain; vLLM: topk_softmax and moe_align with the tile height it would use."""
+    from duomo_kernels.gate import gate
+
+    generator = seeded(11, run.device)
+    tokens = [t for t in shape.tokens if run.wants(t)]
+    logits = {t: make_logits(shape, t, "uniform", generator) for t in tokens}
+
+    def ours(t: int) -> Routing:
+        return gate(logits[t], shape.rule, tile_rows=GATE_TILE_ROWS)
+
+    compile_ahead([partial(ours, t) for t in tokens])
+    found = []
+    for t in tokens:
+        case = Case(section="gate", shape=shape.name, tokens=t)
+        if not run.has_time(case.name()):
+            continue
+        choice = choose(logits[t], shape.rule)
+        routing = ours(t)
+        red = _gate_problem(routing, choice.ids_TK, choice.weights_TK)
+        num_bytes = logits[t].nbytes + t * shape.top_k * 16 + shape.num_experts * 8
+        case = replace(case, distinct=float(choice.num_distinct), floor_us=floor_us(num_bytes), red=red)
+        if not red:
+            sides: dict[str, list[Callable[[], object]]] = {OURS: [partial(ours, t)] * CHAIN}
+            if peers_vllm.why_absent() is None:
+                block_m = 16 if t <= 32 else 64 if t <= 512 else 128
+                sides["vllm"] = [partial(peers_vllm.gate_and_align, logits[t], shape.rule, block_m)] * CHAIN
+            wrong = error(routing.weights_TK, choice.weights_TK)
+            case = replace(case, times=interleaved_us(sides, repeats=run.repeats), error=wrong)
+        found.append(case)
+    return found
+
+
+def _gate_problem(routing: Routing, ids_TK: Tensor, weights_TK: Tensor) -> str:
+    """What is wrong with a routing, or nothing: choices, weights, histogram, order and its inverse."""
+    num_experts = routing.num_experts
+    if not torch.equal(routing.ids_TK.long(), ids_TK):
+        return f"{int((routing.ids_TK.long() != ids_TK).sum())} choices differ"
+    if (wrong := error(routing.weights_TK, weights_TK)) > bound(torch.float32):
+        return f"weights: error {wrong:.2e}"
+    if not torch.equal(routing.counts_E.long(), torch.bincount(ids_TK.flatten(), minlength=num_experts)):
+        return "the histogram differs"
+    order_R = ids_TK.flatten().sort(stable=True).indices
+    if not torch.equal(routing.routed_R.long(), order_R):
+        return "the order differs"
+    if not torch.equal(routing.place_R.long(), order_R.argsort()):
+        return "the places differ"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """A batch of decoding sequences."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+
+BATCHES = (
+    *(Contexts(f"{batch} x {context}", (context,) * batch) for batch in (1, 8, 32, 64, 128, 256) for context in (1024, 4096, 32768)),
+    Contexts("1 x 32768 + 31 x 1024", (32768, *(1024,) * 31)),
+)
+
+
+def measure_attention(run: Run, shape: LayerShape) -> list[Case]:
+    """One query a sequence over paged keys and values, cold; FlashAttention 3 with its schedule made outside."""
+    from duomo_kernels.decode_attention import DecodeShape, decode_attention, decode_attention_reference, decode_workspace
+
+    found = []
+    for batch in BATCHES:
+        num_bytes = sum(batch.lengths) * 2 * shape.num_kv_heads * shape.head_dim * 2
+        case = Case(section="attention", shape=shape.name, tokens=len(batch.lengths), detail=batch.name)
+        if not shape.num_kv_heads or num_bytes > POOL_BYTES or not run.wants(case.tokens) or not run.has_time(case.name()):
+            continue
+        copies = num_sets(num_bytes, at_most=64)
+        sets = [_make_cache(shape, batch, seed, run.device) for seed in range(min(copies, max(1, POOL_BYTES // num_bytes)))]
+        max_blocks = sets[0].table_SB.shape[1]
+        cut = DecodeShape(
+            num_sequences=case.tokens,
+            num_heads=shape.num_q_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_tokens=BLOCK_TOKENS,
+            max_blocks=max_blocks,
+        )
+        workspace = decode_workspace(cut, run.device)
+        scale = shape.head_dim**-0.5
+        ours = [partial(decode_attention, s.q_SHD, s.pool, s.table_SB, s.lengths_S, scale=scale, workspace=workspace) for s in sets]
+        some = torch.linspace(0, case.tokens - 1, min(8, case.tokens)).long().to(run.device)
+        one = sets[0]
+        expected = decode_attention_reference(one.q_SHD[some], one.pool, one.table_SB[some], one.lengths_S[some], scale)
+        out = ours[0]()
+        wrong = error(out[some], expected)
+        case = replace(case, floor_us=floor_us(num_bytes + 4 * one.q_SHD.numel()), error=wrong)
+        if wrong > bound(torch.bfloat16) or not bool(torch.isfinite(out).all()):
+            found.append(replace(case, red=f"error {wrong:.2e}"))
+            continue
+        sides: dict[str, list[Callable[[], object]]] = {OURS: list(ours)}
+        peers = [peers_vllm.decode_attention(s.q_SHD, s.pool, s.table_SB, s.lengths_S, scale) for s in sets]
+        calls = [peer for peer in peers if not isinstance(peer, str)]
+        notes = tuple({f"FlashAttention 3: {peer}" for peer in peers if isinstance(peer, str)})
+        if calls:
+            theirs = error(calls[0]()[some], expected)
+            if theirs <= bound(torch.bfloat16):
+                sides["flash_attention_3"] = list(calls)
+            else:
+                notes = (f"FlashAttention 3 left out: error {theirs:.2e}",)
+        found.append(replace(case, times=interleaved_us(sides, repeats=run.repeats), notes=notes))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Cache:
+    q_SHD: Tensor
+    pool: Tensor
+    table_SB: Tensor
+    lengths_S: Tensor
+
+
+def _make_cache(shape: LayerShape, batch: Contexts, seed: int, device: torch.device) -> _Cache:
+    """Blocks lie in shuffled order, as after hours of service."""
+    generator = seeded(seed, device)
+    blocks = [-(-length // BLOCK_TOKENS) for length in batch.lengths]
+    order = torch.randperm(sum(blocks), generator=generator, device=device, dtype=torch.int64).int()
+    table_SB = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=device)
+    for s, part in enumerate(order.split(blocks)):  # type: ignore[no-untyped-call]  # torch ships no types for it
+        table_SB[s, : len(part)] = part
+    size = (sum(blocks), 2, shape.num_kv_heads, BLOCK_TOKENS, shape.head_dim)
+    pool = torch.empty(size, dtype=torch.bfloat16, device=device).normal_(generator=generator)
+    query = torch.empty(len(blocks), shape.num_q_heads, shape.head_dim, dtype=torch.bfloat16, device=device).normal_(generator=generator)
+    return _Cache(query, pool, table_SB, torch.tensor(batch.lengths, dtype=torch.int32, device=device))
+
+
+def measure_rest(run: Run) -> list[Case]:
+    """What the operations' own benches measure (bench_<op>.py), for those that are here."""
+    found = []
+    for op in REST:
+        if not run.has_time(f"rest {op}"):
+            continue
+        try:
+            measure: Callable[[Options], list[Row]] = importlib.import_module(f"bench.kernels.bench_{op}").measure
+        except ModuleNotFoundError as missing:
+            run.left_out.append(f"rest {op} ({missing})")
+            continue
+        try:
+            rows = measure(Options(repeats=run.repeats))
+        except (SystemExit, RuntimeError, AssertionError) as problem:
+            found.append(Case(section="rest", shape=op, tokens=0, red=f"{type(problem).__name__}: {problem}"))
+            continue
+        found += [
+            Case(section="rest", shape=op, tokens=0, detail=row.case, floor_us=row.floor_us, times=row.times, error=row.error or 0.0)
+            for row in rows
+        ]
+    return found
+
+
+def launch_cost_us(run: Run) -> float:
+    """An empty dependent launch in a chain: what no kernel in a graph goes below."""
+    tiny = torch.zeros(1, device=run.device)
+    return chain_us(partial(tiny.add_, 1.0), length=CHAIN, repeats=run.repeats).median_us
