@@ -36,7 +36,9 @@ class GemmTile:
     """The tile of one product. block_n counts columns of the output (up loads as many of gate and of up).
 
     num_programs: 0 for one program a tile; otherwise persistent, that many for each multiprocessor. shrinks: tiles of few rows take a lower
-    body. touch: columns of each weight row brought into L2 while the kernel before still runs (a multiple of 64).
+    body. touch: columns of each weight row brought into L2 while the kernel before still runs (a multiple of 64). is_flat (down alone):
+    one persistent loop over the steps of all of a program's tiles, so that the next tile's copies start before this one is stored; full
+    height only, and by TMA alone.
     """
 
     block_m: int
@@ -48,6 +50,7 @@ class GemmTile:
     num_programs: int = 0
     shrinks: bool = True
     touch: int = 0
+    is_flat: bool = False
 
 
 def expert_gemm_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
@@ -202,6 +205,27 @@ def _down_kernel(
         pid += tl.num_programs(0)
 
 
+@triton.jit
+def _down_flat_kernel(
+    act_desc, w_desc, out, tiles, num_tiles, num_columns, num_k, num_d,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUPED: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    start_next(USE_PDL)
+    num_pids = tl.load(num_tiles) * num_columns  # before the wait, as in _down_kernel
+    wait_for_previous(USE_PDL)
+    row_M = tl.arange(0, BM)
+    for pid in tl.range(tl.program_id(0), num_pids, tl.num_programs(0), flatten=True, num_stages=STAGES):
+        expert, first, rows, column = _find_tile(pid, tiles, num_columns, GROUPED)
+        sum_MN = tl.zeros((BM, BN), tl.float32)
+        for k0 in tl.range(0, num_k, BK):
+            part_MK = act_desc.load([first, k0])
+            w_KN = w_desc.load([expert, column * BN, k0]).reshape(BN, BK).T
+            sum_MN = tl.dot(part_MK, w_KN, sum_MN)
+        col_N = column * BN + tl.arange(0, BN)
+        out_MN = out + (first + row_M).to(tl.int64)[:, None] * num_d + col_N[None, :]
+        tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=(row_M < rows)[:, None] & (col_N < num_d)[None, :])
+
+
 def expert_up(x_TD: Tensor, routing: Routing, weights: ExpertWeights, tile: GemmTile, out: Tensor | None = None) -> Tensor:
     """x [T, D] -> act [R, F] of x's dtype, at sorted places; places that hold nothing are not written. Weights of x's dtype.
 
@@ -238,10 +262,18 @@ def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: 
     num_columns = triton.cdiv(num_d, tile.block_n)
     w_desc = _descriptor(weights.down_EDF, [1, tile.block_n, tile.block_k], tile)
     act_desc = _descriptor(act_RF, [tile.block_m, tile.block_k], tile)
+    is_grouped = num_routed > weights.num_experts * tile.block_m
+    if tile.is_flat and act_desc is not None and w_desc is not None:
+        _down_flat_kernel[(_grid(routing, num_columns, tile, act_RF.device),)](
+            act_desc, w_desc, rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
+            BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages, GROUPED=is_grouped,
+            num_warps=tile.num_warps, **pdl_options(act_RF.device),
+        )  # fmt: skip
+        return rows_RD
     _down_kernel[(_grid(routing, num_columns, tile, act_RF.device),)](
         act_RF, act_desc, weights.down_EDF, w_desc, rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
-        BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages, TOUCH=_touch_columns(num_k, num_d, tile),
-        EVEN_K=num_k % tile.block_k == 0, GROUPED=num_routed > weights.num_experts * tile.block_m,
+        BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
+        TOUCH=_touch_columns(num_k, num_d, tile), EVEN_K=num_k % tile.block_k == 0, GROUPED=is_grouped,
         SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(act_RF.device),
     )  # fmt: skip
     return rows_RD
@@ -260,7 +292,8 @@ def _touch_columns(num_k: int, num_rows: int, tile: GemmTile) -> int:
 def _grid(routing: Routing, num_columns: int, tile: GemmTile, device: torch.device) -> int:
     """One program for each tile that any routing of this size may need, or num_programs for each multiprocessor."""
     most = routing.tiles_M5.shape[0] * num_columns
-    return min(most, tile.num_programs * num_sms(device)) if tile.num_programs else most
+    per_sm = max(tile.num_programs, 1 if tile.is_flat else 0)
+    return min(most, per_sm * num_sms(device)) if per_sm else most
 
 
 def _descriptor(tensor: Tensor, block: list[int], tile: GemmTile) -> TensorDescriptor | None:
