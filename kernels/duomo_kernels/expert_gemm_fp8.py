@@ -39,8 +39,8 @@ TMA_BYTES = 16  # a descriptor's rows start at multiples of this
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fp8Tile:
-    """The tile of one product. block_n counts columns of the output: 128 for up (as many of gate and of up are loaded), 64, 128 or 256 for
-    down. The sum runs in blocks of 128, those of the scales. num_programs 0: a program a tile; else persistent, so many a multiprocessor."""
+    """The tile of one product. block_n counts columns of the output: 128 for up (as many of gate and of up are loaded), 64, 128 or
+    256 for down. The sum runs in blocks of 128, those of the scales. num_programs 0: one for each tile; else so many a multiprocessor."""
 
     block_m: int
     block_n: int
@@ -73,26 +73,13 @@ def fp8_tiles(num_routed: int, num_experts: int) -> Fp8Tiles:
     if rows <= 32:  # bound by memory: two programs a multiprocessor with three stages keep some 130 KB of weights on their way
         up = Fp8Tile(block_m=rows, block_n=128, num_warps=4, num_stages=3)
         return Fp8Tiles(up=up, down=Fp8Tile(block_m=rows, block_n=128, num_warps=4, num_stages=4))
-    # bound by the tensor cores: two sums of 128 columns share the rows that were loaded, 64 rows a warpgroup
-    tile = Fp8Tile(block_m=rows, block_n=128, num_warps=rows // 16, num_stages=3 if rows == 64 else 4)
-    return Fp8Tiles(up=tile, down=Fp8Tile(block_m=rows, block_n=256, num_warps=tile.num_warps, num_stages=tile.num_stages))
-
-
-def quantise_weights_fp8(gate_up_EFD: Tensor, down_EDF: Tensor) -> ExpertWeights:
-    """Weights with one scale for every 128 x 128 block, its largest number 448; a block of zeros has scale 1."""
-
-    def quantise(wide: Tensor) -> tuple[Tensor, Tensor]:
-        num_experts, rows, columns = wide.shape
-        r, c = -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)
-        padded = torch.nn.functional.pad(wide.float(), (0, c * SCALE_BLOCK - columns, 0, r * SCALE_BLOCK - rows))
-        blocks = padded.view(num_experts, r, SCALE_BLOCK, c, SCALE_BLOCK)
-        top = blocks.abs().amax(dim=(2, 4), keepdim=True)
-        scale = torch.where(top > 0, top / 448.0, 1.0)
-        stored = (blocks / scale).clamp_(-448.0, 448.0).view(padded.shape)[:, :rows, :columns].to(FP8)
-        return stored.contiguous(), scale.view(num_experts, r, c).contiguous()
-
-    (gate_up, gate_up_scale), (down, down_scale) = quantise(gate_up_EFD), quantise(down_EDF)
-    return ExpertWeights(gate_up_EFD=gate_up, down_EDF=down, gate_up_scale_Efd=gate_up_scale, down_scale_Edf=down_scale)
+    # Up holds two sums and a product, 192 registers a thread: it is plain loads that leave enough for the rest, and the loop over tiles at
+    # 128 rows, one program a tile at 64 (as compiled for sm_90 by Triton 3.6: no spills in the inner loop, where TMA has 40).
+    if rows == 64:
+        up = Fp8Tile(block_m=64, block_n=128, num_warps=4, num_stages=2, use_tma=False)
+        return Fp8Tiles(up=up, down=Fp8Tile(block_m=64, block_n=128, num_warps=4, num_stages=3))
+    up = Fp8Tile(block_m=128, block_n=128, num_warps=8, num_stages=4, use_tma=False, num_programs=1)
+    return Fp8Tiles(up=up, down=Fp8Tile(block_m=128, block_n=256, num_warps=8, num_stages=4))
 
 
 def expert_up_fp8_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
@@ -169,8 +156,8 @@ def _sums(
     x_M, scale_M, w, w_desc, row_0, last_0, row_1, last_1, scale_0, scale_1, K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, IS_PAIR: tl.constexpr, IS_VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """BM rows times weight rows row_0 .. + BN and (IS_PAIR) row_1 .. + BN, float32 [BM, BN] each. x_M, scale_M: pointers to the rows and their
-    scales; scale_0, scale_1: pointers to the weights' scales. A block's scales are loaded while the block before it is multiplied."""
+    """BM rows times weight rows row_0 .. + BN and (IS_PAIR) row_1 .. + BN, float32 [BM, BN] each. x_M, scale_M: pointers to the rows and
+    their scales; scale_0, scale_1: pointers to the weights' scales."""
     IS_SWAPPED: tl.constexpr = BM < 64
     NUM_K: tl.constexpr = (K + 127) // 128
     if IS_SWAPPED:
@@ -178,7 +165,6 @@ def _sums(
     else:
         sum_0 = tl.zeros((BM, BN), tl.float32)
     sum_1 = sum_0
-    next_M, next_0, next_1 = tl.load(scale_M), tl.load(scale_0), tl.load(scale_1)
     for b in tl.range(0, NUM_K, num_stages=STAGES):
         k = b * 128 + tl.arange(0, 128)
         if K % 128 == 0:
@@ -186,14 +172,11 @@ def _sums(
         else:
             x_MK = tl.load(x_M[:, None] + k[None, :], mask=k[None, :] < K, other=0.0)
         w_0 = _weight_tile(w, w_desc, row_0, last_0, b * 128, K, BN)
-        at_M, at_0, at_1 = next_M, next_0, next_1
-        ahead = tl.minimum(b + 1, NUM_K - 1)
-        next_M, next_0 = tl.load(scale_M + ahead), tl.load(scale_0 + ahead)
-        sum_0 = _add_block(sum_0, x_MK, w_0, at_M, at_0, IS_SWAPPED, False)
+        scale_b_M = tl.load(scale_M + b)
+        sum_0 = _add_block(sum_0, x_MK, w_0, scale_b_M, tl.load(scale_0 + b), IS_SWAPPED, False)
         if IS_PAIR:
             w_1 = _weight_tile(w, w_desc, row_1, last_1, b * 128, K, BN)
-            next_1 = tl.load(scale_1 + ahead)
-            sum_1 = _add_block(sum_1, x_MK, w_1, at_M, at_1, IS_SWAPPED, IS_VECTOR)
+            sum_1 = _add_block(sum_1, x_MK, w_1, scale_b_M, tl.load(scale_1 + b), IS_SWAPPED, IS_VECTOR)
     if IS_SWAPPED:
         return sum_0.T, sum_1.T
     else:
@@ -203,7 +186,7 @@ def _sums(
 @triton.jit
 def _up_tile(
     x, scale_x, w, w_desc, scale_w, act, scale_act, routed, expert, first, rows, column, D: tl.constexpr, F: tl.constexpr,
-    TOP_K: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, IS_INTERPRETED: tl.constexpr,
+    TOP_K: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     NUM_D: tl.constexpr = (D + 127) // 128
     NUM_F: tl.constexpr = (F + 127) // 128
@@ -228,7 +211,7 @@ def _up_tile(
     if F % 128 != 0:
         act_MN = tl.where((col_N < F)[None, :], act_MN, 0.0)
     top_M = tl.maximum(tl.max(tl.abs(act_MN), axis=1), 2.0**-100)
-    q_MN = to_e4m3(act_MN * (448.0 / top_M)[:, None], IS_INTERPRETED)
+    q_MN = to_e4m3(act_MN * (448.0 / top_M)[:, None], INTERPRETED)
     tl.store(act + place_M[:, None] * F + col_N[None, :], q_MN, mask=(row_M < rows)[:, None] & (col_N < F)[None, :])
     tl.store(scale_act + place_M * NUM_F + column, top_M * (1.0 / 448.0), mask=row_M < rows)
 
@@ -261,50 +244,68 @@ def _down_tile(
 
 
 @triton.jit
+def _up_pid(
+    pid, x, scale_x, w, w_desc, scale_w, act, scale_act, routed, tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
+    BM: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    expert, first, rows, column = _find_tile(pid, tiles, tl.cdiv(F, 128))
+    at = (x, scale_x, w, w_desc, scale_w, act, scale_act, routed)
+    if SHRINKS and rows <= BM // 4:
+        _up_tile(*at, expert, first, rows, column, D, F, TOP_K, BM // 4, STAGES, INTERPRETED)
+    elif SHRINKS and rows <= BM // 2:
+        _up_tile(*at, expert, first, rows, column, D, F, TOP_K, BM // 2, STAGES, INTERPRETED)
+    else:
+        _up_tile(*at, expert, first, rows, column, D, F, TOP_K, BM, STAGES, INTERPRETED)
+
+
+@triton.jit
 def _up_kernel(
     x, scale_x, w, w_desc, scale_w, act, scale_act, routed, tiles, num_tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
-    BM: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, IS_INTERPRETED: tl.constexpr, USE_PDL: tl.constexpr,
+    BM: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, PERSISTS: tl.constexpr, INTERPRETED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)
-    num_pids = tl.load(num_tiles) * tl.cdiv(F, 128)
-    pid = tl.program_id(0)
-    while pid < num_pids:  # not a range: the interpreter of Triton 3.6 takes none from tensors
-        expert, first, rows, column = _find_tile(pid, tiles, tl.cdiv(F, 128))
-        if SHRINKS and rows <= BM // 4:
-            _up_tile(
-                x, scale_x, w, w_desc, scale_w, act, scale_act, routed, expert, first, rows, column, D, F, TOP_K, BM // 4, STAGES, IS_INTERPRETED
+    pid, num_pids = tl.program_id(0), tl.load(num_tiles) * tl.cdiv(F, 128)
+    if PERSISTS:
+        while pid < num_pids:  # not a range: the interpreter of Triton 3.6 takes none from tensors
+            _up_pid(
+                pid, x, scale_x, w, w_desc, scale_w, act, scale_act, routed, tiles, D, F, TOP_K, BM, STAGES, SHRINKS, INTERPRETED,
             )  # fmt: skip
-        elif SHRINKS and rows <= BM // 2:
-            _up_tile(
-                x, scale_x, w, w_desc, scale_w, act, scale_act, routed, expert, first, rows, column, D, F, TOP_K, BM // 2, STAGES, IS_INTERPRETED
-            )  # fmt: skip
-        else:
-            _up_tile(
-                x, scale_x, w, w_desc, scale_w, act, scale_act, routed, expert, first, rows, column, D, F, TOP_K, BM, STAGES, IS_INTERPRETED
-            )  # fmt: skip
-        pid += tl.num_programs(0)
+            pid += tl.num_programs(0)
+    elif pid < num_pids:
+        _up_pid(pid, x, scale_x, w, w_desc, scale_w, act, scale_act, routed, tiles, D, F, TOP_K, BM, STAGES, SHRINKS, INTERPRETED)
+
+
+@triton.jit
+def _down_pid(
+    pid, num_columns, act, scale_act, w, w_desc, scale_w, out, tiles, F: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr,
+):  # fmt: skip
+    expert, first, rows, column = _find_tile(pid, tiles, num_columns)
+    at = (act, scale_act, w, w_desc, scale_w, out)
+    if SHRINKS and rows <= BM // 4:
+        _down_tile(*at, expert, first, rows, column, F, D, BM // 4, BN, IS_PAIR, STAGES)
+    elif SHRINKS and rows <= BM // 2:
+        _down_tile(*at, expert, first, rows, column, F, D, BM // 2, BN, IS_PAIR, STAGES)
+    else:
+        _down_tile(*at, expert, first, rows, column, F, D, BM, BN, IS_PAIR, STAGES)
 
 
 @triton.jit
 def _down_kernel(
     act, scale_act, w, w_desc, scale_w, out, tiles, num_tiles, F: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
+    IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, PERSISTS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(USE_PDL)
     wait_for_previous(USE_PDL)
     num_columns = tl.cdiv(D, 2 * BN if IS_PAIR else BN)
-    num_pids = tl.load(num_tiles) * num_columns
-    pid = tl.program_id(0)
-    while pid < num_pids:
-        expert, first, rows, column = _find_tile(pid, tiles, num_columns)
-        if SHRINKS and rows <= BM // 4:
-            _down_tile(act, scale_act, w, w_desc, scale_w, out, expert, first, rows, column, F, D, BM // 4, BN, IS_PAIR, STAGES)
-        elif SHRINKS and rows <= BM // 2:
-            _down_tile(act, scale_act, w, w_desc, scale_w, out, expert, first, rows, column, F, D, BM // 2, BN, IS_PAIR, STAGES)
-        else:
-            _down_tile(act, scale_act, w, w_desc, scale_w, out, expert, first, rows, column, F, D, BM, BN, IS_PAIR, STAGES)
-        pid += tl.num_programs(0)
+    pid, num_pids = tl.program_id(0), tl.load(num_tiles) * num_columns
+    if PERSISTS:
+        while pid < num_pids:
+            _down_pid(pid, num_columns, act, scale_act, w, w_desc, scale_w, out, tiles, F, D, BM, BN, IS_PAIR, STAGES, SHRINKS)
+            pid += tl.num_programs(0)
+    elif pid < num_pids:
+        _down_pid(pid, num_columns, act, scale_act, w, w_desc, scale_w, out, tiles, F, D, BM, BN, IS_PAIR, STAGES, SHRINKS)
 
 
 def expert_up_fp8(
@@ -326,8 +327,8 @@ def expert_up_fp8(
     _up_kernel[(_grid(routing, num_groups(hidden), tile, device),)](
         q_TD, scale_TG, weights.gate_up_EFD, _descriptor(weights.gate_up_EFD, tile), weights.gate_up_scale_Efd, act_RF, scale_RG,
         routing.routed_R, routing.tiles_M5, routing.num_tiles, D=dim, F=hidden, TOP_K=routing.top_k,
-        BM=tile.block_m, STAGES=tile.num_stages, SHRINKS=tile.shrinks and tile.block_m >= 64, IS_INTERPRETED=is_interpreted(),
-        num_warps=tile.num_warps, **pdl_options(device),
+        BM=tile.block_m, STAGES=tile.num_stages, SHRINKS=tile.shrinks and tile.block_m >= 64, PERSISTS=tile.num_programs > 0,
+        INTERPRETED=is_interpreted(), num_warps=tile.num_warps, **pdl_options(device),
     )  # fmt: skip
     return act_RF, scale_RG
 
@@ -349,7 +350,7 @@ def expert_down_fp8(
         act_RF, scale_RG, weights.down_EDF, _descriptor(weights.down_EDF, tile), weights.down_scale_Edf, rows_RD,
         routing.tiles_M5, routing.num_tiles, F=hidden, D=dim, BM=tile.block_m, BN=min(tile.block_n, SCALE_BLOCK),
         IS_PAIR=tile.block_n > SCALE_BLOCK, STAGES=tile.num_stages, SHRINKS=tile.shrinks and tile.block_m >= 64,
-        num_warps=tile.num_warps, **pdl_options(device),
+        PERSISTS=tile.num_programs > 0, num_warps=tile.num_warps, **pdl_options(device),
     )  # fmt: skip
     return rows_RD
 

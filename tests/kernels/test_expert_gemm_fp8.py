@@ -11,6 +11,7 @@ from torch import Tensor
 from duomo_kernels._bounds import bound, error
 from duomo_kernels._routing import Routing, routing_reference
 from duomo_kernels._weights import ExpertWeights, dequantised
+from duomo_kernels._weights_fp8 import quantise_weights_fp8
 from duomo_kernels.expert_gemm_fp8 import (
     FP8,
     Fp8Tile,
@@ -22,7 +23,6 @@ from duomo_kernels.expert_gemm_fp8 import (
     expert_up_fp8,
     expert_up_fp8_reference,
     fp8_tiles,
-    quantise_weights_fp8,
 )
 from duomo_kernels.quantise_rows_fp8 import dequantise_rows, num_groups
 from duomo_kernels.quantise_rows_fp8 import quantise_rows_fp8_reference as quantise_rows  # quick on a CPU

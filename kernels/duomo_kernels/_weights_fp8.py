@@ -1,0 +1,28 @@
+"""Owns the quantisation of experts' weights to fp8 with a scale for every block of 128 x 128. Knows no kernel; checkpoints come quantised.
+
+scale[e, i, j] = max |w[e, 128 i : 128 i + 128, 128 j : 128 j + 128]| / 448,   stored = e4m3(w / scale)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from duomo_kernels._weights import SCALE_BLOCK, ExpertWeights
+
+
+def quantise_weights_fp8(gate_up_EFD: Tensor, down_EDF: Tensor) -> ExpertWeights:
+    """Weights with one scale for every 128 x 128 block, its largest number 448; a block of zeros has scale 1."""
+
+    def quantise(wide: Tensor) -> tuple[Tensor, Tensor]:
+        num_experts, rows, columns = wide.shape
+        r, c = -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK)
+        padded = torch.nn.functional.pad(wide.float(), (0, c * SCALE_BLOCK - columns, 0, r * SCALE_BLOCK - rows))
+        blocks = padded.view(num_experts, r, SCALE_BLOCK, c, SCALE_BLOCK)
+        top = blocks.abs().amax(dim=(2, 4), keepdim=True)
+        scale = torch.where(top > 0, top / 448.0, 1.0)
+        stored = (blocks / scale).clamp_(-448.0, 448.0).view(padded.shape)[:, :rows, :columns].to(torch.float8_e4m3fn)
+        return stored.contiguous(), scale.view(num_experts, r, c).contiguous()
+
+    (gate_up, gate_up_scale), (down, down_scale) = quantise(gate_up_EFD), quantise(down_EDF)
+    return ExpertWeights(gate_up_EFD=gate_up, down_EDF=down, gate_up_scale_Efd=gate_up_scale, down_scale_Edf=down_scale)
