@@ -110,9 +110,9 @@ def build(kernel, constants, **types):
     assert "wgmma.mma_async.sync.aligned.m64n256k16" in built.asm["ptx"] and "ld.local" not in built.asm["ptx"]
 
 rest = dict(STAGES=4, SKEW=1, TMA_STORE=True, USE_PDL=True)
-routing = dict(tiles="*i32", num_tiles="*i32")
-build(ws._up_kernel, dict(TOP_K=8, K=2048, N=768, **rest), x="*bf16", w_desc=box(128), act_desc=box(64), act="*bf16", routed="*i32", **routing)
-build(ws._down_kernel, dict(K=768, N=2048, **rest), act_desc=box(64), w_desc=box(256), out_desc=box(64), out="*bf16", **routing)
+more = dict(tiles="*i32", num_tiles="*i32")
+build(ws._up_kernel, dict(TOP_K=8, K=2048, N=768, **rest), x="*bf16", w_desc=box(128), act_desc=box(64), act="*bf16", routed="*i32", **more)
+build(ws._down_kernel, dict(K=768, N=2048, **rest), act_desc=box(64), w_desc=box(256), out_desc=box(64), out="*bf16", **more)
 """
 
 
