@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -32,7 +33,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        return float(self.q_THD.shape[2]) ** -0.5
+        return 1 / math.sqrt(self.q_THD.shape[2])
 
     def reference(self) -> Tensor:
         return prefill_attention_reference(self.q_THD, self.k_TND, self.v_TND, self.cu_seqlens_S1, self.scale, self.clean)[: self.num_valid]
