@@ -85,11 +85,10 @@ def fp8_tiles(num_routed: int, num_experts: int) -> Fp8Tiles:
 def expert_up_fp8_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """act [R, F] in float64, not quantised, expert by expert. x as wide numbers: dequantise_rows(q, scale), or what was quantised."""
     act_RF = torch.zeros(routing.routed_R.shape[0], weights.hidden, dtype=torch.float64, device=x_TD.device)
-    gate_up_EFD, _ = dequantised(weights)
     offsets = routing.offsets_E1.tolist()
     for expert, (lo, hi) in enumerate(zip(offsets, offsets[1:], strict=False)):
         x = x_TD[(routing.routed_R[lo:hi] // routing.top_k).long()].double()
-        gate, up = (x @ gate_up_EFD[expert].T).chunk(2, -1)
+        gate, up = (x @ _wide(weights, expert)[0].T).chunk(2, -1)
         act_RF[lo:hi] = gate * torch.sigmoid(gate) * up
     return act_RF
 
@@ -97,11 +96,25 @@ def expert_up_fp8_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeigh
 def expert_down_fp8_reference(act_RF: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """rows [R, D] in float64 of act [R, F] as wide numbers; places that hold nothing are zero."""
     rows_RD = torch.zeros(act_RF.shape[0], weights.dim, dtype=torch.float64, device=act_RF.device)
-    _, down_EDF = dequantised(weights)
     offsets = routing.offsets_E1.tolist()
     for expert, (lo, hi) in enumerate(zip(offsets, offsets[1:], strict=False)):
-        rows_RD[lo:hi] = act_RF[lo:hi].double() @ down_EDF[expert].T
+        rows_RD[lo:hi] = act_RF[lo:hi].double() @ _wide(weights, expert)[1].T
     return rows_RD
+
+
+def _wide(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:
+    """One expert's matrices in float64: all of a large layer would not fit."""
+    assert weights.gate_up_scale_Efd is not None and weights.down_scale_Edf is not None, "fp8 weights have scales"
+    one = slice(expert, expert + 1)
+    gate_up_EFD, down_EDF = dequantised(
+        ExpertWeights(
+            gate_up_EFD=weights.gate_up_EFD[one],
+            down_EDF=weights.down_EDF[one],
+            gate_up_scale_Efd=weights.gate_up_scale_Efd[one],
+            down_scale_Edf=weights.down_scale_Edf[one],
+        )
+    )
+    return gate_up_EFD[0], down_EDF[0]
 
 
 def expert_gemm_fp8_reference(q_TD: Tensor, scale_TG: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:

@@ -83,21 +83,23 @@ def inputs_of(case: Case, device: torch.device, use_tma: bool = False, num_progr
     return Inputs(x_TD.bfloat16().to(device), routing, quantise_weights_fp8(*wide), wide, tiles)
 
 
-def poisoned(it: Inputs, act: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """Outputs that hold NaN: act and its scales, or rows."""
+def poisoned_act(it: Inputs) -> tuple[Tensor, Tensor]:
+    """Outputs that hold NaN."""
     num_routed, device = it.routing.routed_R.shape[0], it.x_TD.device
-    if not act:
-        return torch.full((num_routed, it.weights.dim), torch.nan, dtype=torch.bfloat16, device=device)
     nan = torch.full((num_routed, it.weights.hidden), 0x7F, dtype=torch.uint8, device=device).view(FP8)
     return nan, torch.full((num_routed, num_groups(it.weights.hidden)), torch.nan, device=device)
+
+
+def poisoned_rows(it: Inputs) -> Tensor:
+    return torch.full((it.routing.routed_R.shape[0], it.weights.dim), torch.nan, dtype=torch.bfloat16, device=it.x_TD.device)
 
 
 def run(it: Inputs, weights: ExpertWeights | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(act as float64, rows, what rows should be of that very act)."""
     weights = weights or it.weights
     x = quantise_rows(it.x_TD)
-    act = expert_up_fp8(*x, it.routing, weights, it.tiles.up, out=poisoned(it, act=True))  # type: ignore[arg-type]
-    rows = expert_down_fp8(*act, it.routing, weights, it.tiles.down, out=poisoned(it, act=False))  # type: ignore[arg-type]
+    act = expert_up_fp8(*x, it.routing, weights, it.tiles.up, out=poisoned_act(it))
+    rows = expert_down_fp8(*act, it.routing, weights, it.tiles.down, out=poisoned_rows(it))
     wide = dequantise_rows(*act)
     return wide, rows, expert_down_fp8_reference(wide, it.routing, it.weights)
 
@@ -194,15 +196,17 @@ def test_weights_are_quantised_by_blocks(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 32, 257, 4096])
-def test_true_shapes(tokens: int, device: torch.device) -> None:
-    """OLMoE's shape by the heuristic's tiles."""
+@pytest.mark.parametrize("tokens", [1, 32, 160, 257, 4096])
+def test_true_sizes(tokens: int, device: torch.device) -> None:
+    """OLMoE's matrices, fewer experts, each of the heuristic's heights."""
     torch.manual_seed(tokens)
-    wide = (torch.randn(64, 2048, 2048, device=device) * 0.02, torch.randn(64, 2048, 1024, device=device) * 0.02)
+    wide = (torch.randn(16, 2048, 2048, device=device) * 0.02, torch.randn(16, 2048, 1024, device=device) * 0.02)
     weights = quantise_weights_fp8(*wide)
     x_TD = torch.randn(tokens, 2048, device=device).bfloat16()
-    tiles = fp8_tiles(tokens * 8, 64)
-    ids = torch.rand(tokens, 64).argsort(1)[:, :8]
-    routing = routing_reference(ids.to(device), torch.ones(ids.shape, device=device), 64, tiles.tile_rows)
-    _, rows, expected = run(Inputs(x_TD, routing, weights, wide, tiles))
+    tiles = fp8_tiles(tokens * 2, 16)
+    ids = torch.rand(tokens, 16).argsort(1)[:, :2]
+    routing = routing_reference(ids.to(device), torch.ones(ids.shape, device=device), 16, tiles.tile_rows)
+    act, rows, expected = run(Inputs(x_TD, routing, weights, wide, tiles))
+    x = dequantise_rows(*quantise_rows(x_TD))
+    assert error(act, expert_up_fp8_reference(x, routing, weights)) <= bound(FP8)
     assert error(rows, expected) <= bound(torch.bfloat16)
