@@ -35,7 +35,7 @@ def choose(logits_TE: Tensor, rule: GateRule, bias_E: Tensor | None = None) -> C
     score_TE = logits_TE.sigmoid() if rule.scoring == "sigmoid" else logits_TE.softmax(-1)
     choice_TE = score_TE if bias_E is None else score_TE + bias_E.double()
     if rule.num_groups > 1:
-        choice_TGI = choice_TE.unflatten(-1, (rule.num_groups, -1))
+        choice_TGI = choice_TE.reshape(choice_TE.shape[0], rule.num_groups, -1)
         worth_TG = choice_TGI.topk(min(2, choice_TGI.shape[-1]), -1).values.sum(-1)
         stays_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter_(1, worth_TG.topk(rule.top_groups, -1).indices, True)
         choice_TE = choice_TGI.masked_fill(~stays_TG[..., None], float("-inf")).flatten(1)

@@ -18,19 +18,20 @@ from bench.kernels.layer_section import Run
 from bench.kernels.shapes import LayerShape, make_logits, seeded
 from bench.kernels.targets import OURS, Case
 from duomo_kernels._bounds import bound, error
+from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape, decode_workspace
 from duomo_kernels._routing import Routing
+from duomo_kernels.decode_attention import decode_attention, decode_attention_reference
+from duomo_kernels.gate import gate
 
 CHAIN = 50  # calls of a small operation in one graph, each after the one before
 GATE_TILE_ROWS = 128
 BLOCK_TOKENS = 16
 POOL_BYTES = 6 << 30  # of keys and values: FlashAttention's copy stands beside them
-REST = ("add_rms_norm", "qk_rope_write", "expert_combine", "quantise_rows_fp8", "sample", "prefill_attention", "pack_blocks")
+REST = ("add_rms_norm", "qk_rope_write", "expert_combine", "quantise_rows_fp8", "sample", "prefill_attention", "kv_hash_pack")
 
 
 def measure_gate(run: Run, shape: LayerShape) -> list[Case]:
     """From logits to the routing tensors, warm, as one of a chain; vLLM: topk_softmax and moe_align with the tile height it would use."""
-    from duomo_kernels.gate import gate
-
     generator = seeded(11, run.device)
     tokens = [t for t in shape.tokens if run.wants(t)]
     logits = {t: make_logits(shape, t, "uniform", generator) for t in tokens}
@@ -91,28 +92,60 @@ BATCHES = (
 )
 
 
+def attention_calls(
+    shape: LayerShape, batch: Contexts, device: torch.device
+) -> tuple[DecodeConfig, Callable[[DecodeConfig], list[Callable[[], Tensor]]]] | None:
+    """The heuristic's configuration, and the calls of any other, one a set; None where the keys do not fit."""
+    num_bytes = _pool_bytes(shape, batch)
+    if num_bytes > POOL_BYTES:
+        return None
+    sets = _make_sets(shape, batch, device)
+    cut = _cut(shape, sets[0])
+
+    def calls_of(config: DecodeConfig) -> list[Callable[[], Tensor]]:
+        workspace = decode_workspace(cut, device, config)
+        scale = shape.head_dim**-0.5
+        return [
+            partial(decode_attention, s.q_SHD, s.pool, s.table_SB, s.lengths_S, scale=scale, workspace=workspace, config=config)
+            for s in sets
+        ]
+
+    return cut.config(device), calls_of
+
+
+def _pool_bytes(shape: LayerShape, batch: Contexts) -> int:
+    return sum(batch.lengths) * 2 * shape.num_kv_heads * shape.head_dim * 2
+
+
+def _make_sets(shape: LayerShape, batch: Contexts, device: torch.device) -> list[_Cache]:
+    """Enough that each call is cold, as far as memory goes."""
+    num_bytes = _pool_bytes(shape, batch)
+    return [
+        _make_cache(shape, batch, seed, device) for seed in range(min(num_sets(num_bytes, at_most=64), max(1, POOL_BYTES // num_bytes)))
+    ]
+
+
+def _cut(shape: LayerShape, one: _Cache) -> DecodeShape:
+    return DecodeShape(
+        num_sequences=one.q_SHD.shape[0],
+        num_heads=shape.num_q_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_tokens=BLOCK_TOKENS,
+        max_blocks=one.table_SB.shape[1],
+    )
+
+
 def measure_attention(run: Run, shape: LayerShape) -> list[Case]:
     """One query a sequence over paged keys and values, cold; FlashAttention 3 with its schedule made outside."""
-    from duomo_kernels.decode_attention import DecodeShape, decode_attention, decode_attention_reference, decode_workspace
-
     found = []
     for batch in BATCHES:
-        num_bytes = sum(batch.lengths) * 2 * shape.num_kv_heads * shape.head_dim * 2
+        num_bytes = _pool_bytes(shape, batch)
         case = Case(section="attention", shape=shape.name, tokens=len(batch.lengths), detail=batch.name)
         if not shape.num_kv_heads or num_bytes > POOL_BYTES or not run.wants(case.tokens) or not run.has_time(case.name()):
             continue
-        copies = num_sets(num_bytes, at_most=64)
-        sets = [_make_cache(shape, batch, seed, run.device) for seed in range(min(copies, max(1, POOL_BYTES // num_bytes)))]
-        max_blocks = sets[0].table_SB.shape[1]
-        cut = DecodeShape(
-            num_sequences=case.tokens,
-            num_heads=shape.num_q_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-            block_tokens=BLOCK_TOKENS,
-            max_blocks=max_blocks,
-        )
-        workspace = decode_workspace(cut, run.device)
+        sets = _make_sets(shape, batch, run.device)
+        workspace = decode_workspace(_cut(shape, sets[0]), run.device)
         scale = shape.head_dim**-0.5
         ours = [partial(decode_attention, s.q_SHD, s.pool, s.table_SB, s.lengths_S, scale=scale, workspace=workspace) for s in sets]
         some = torch.linspace(0, case.tokens - 1, min(8, case.tokens)).long().to(run.device)

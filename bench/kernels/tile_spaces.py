@@ -1,0 +1,102 @@
+"""Owns which launch configurations a search tries for each operation and size. Knows neither time nor tensors.
+
+Kept small: what is known to lose is not listed. A product that reads weights for few rows wants many bytes on their way (deep K, several
+stages, narrow tiles, several programs a multiprocessor); one of many rows wants 128 x 256 of sums in registers and its stages in 227 KiB.
+
+Legend: T tokens, K experts a token, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from duomo_kernels._decode_pieces import DecodeConfig
+from duomo_kernels.expert_direct import DirectTiles
+from duomo_kernels.expert_gemm import GemmTile
+from duomo_kernels.expert_gemm_fp8 import Fp8Tile
+
+SHARED_BYTES = 227 << 10  # of a multiprocessor, what a program may have
+
+
+def heights(num_tokens: int, top_k: int, num_experts: int) -> tuple[int, ...]:
+    """Rows of a tile worth trying: near the mean rows of an expert, since one that is not full computes padding."""
+    mean = num_tokens * top_k / num_experts
+    return (16,) if mean <= 8 else (16, 32) if mean <= 24 else (32, 64) if mean <= 48 else (64, 128) if mean <= 256 else (128,)
+
+
+def up_tiles(block_m: int) -> list[GemmTile]:
+    """Tiles of the first product; block_n counts columns of gate, and as many of up are loaded."""
+    if block_m >= 128:
+        sizes = [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4), (64, 64, 8, 4)]
+    elif block_m == 64:
+        sizes = [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4), (64, 128, 4, 3)]
+    else:
+        sizes = [(32, 128, 4, 4), (32, 128, 4, 5), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4), (32, 256, 4, 3), (64, 128, 8, 4)]
+    return [tile for n, k, warps, stages in sizes for tile in _launches(block_m, n, k, warps, stages) if _fits(block_m, 2 * n, k, stages)]
+
+
+def down_tiles(block_m: int) -> list[GemmTile]:
+    """Tiles of the second product."""
+    if block_m >= 128:
+        sizes = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 4), (128, 64, 8, 4)]
+    elif block_m == 64:
+        sizes = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 4), (128, 128, 4, 3)]
+    else:
+        sizes = [(64, 128, 4, 4), (64, 128, 4, 5), (128, 64, 4, 5), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 4)]
+    found = [tile for n, k, warps, stages in sizes for tile in _launches(block_m, n, k, warps, stages) if _fits(block_m, n, k, stages)]
+    return found + [replace(tile, is_flat=True) for tile in found if tile.num_programs == 1 and block_m >= 128]
+
+
+def _fits(block_m: int, columns: int, block_k: int, num_stages: int) -> bool:
+    return (block_m + columns) * block_k * 2 * num_stages <= SHARED_BYTES
+
+
+def _launches(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> list[GemmTile]:
+    """One program a tile, and persistent ones: one a multiprocessor for large tiles, two or three for small ones."""
+    tile = GemmTile(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
+    if block_m >= 64:
+        return [tile, replace(tile, num_programs=1)]
+    return [tile, replace(tile, touch=256), replace(tile, num_programs=2), replace(tile, num_programs=2, touch=256)]
+
+
+def direct_tiles(num_tokens: int) -> list[DirectTiles]:
+    """A few tokens without a sort: rows in flight against programs."""
+    found = [
+        DirectTiles(gate_up_rows=rows, gate_up_steps=steps, gate_up_warps=warps, down_rows=down_rows, down_width=width, down_depth=depth)
+        for rows, steps, warps in ((1, 8, 4), (2, 4, 4), (2, 8, 4), (2, 16, 4), (4, 4, 8))
+        for down_rows, width, depth in ((4, 512, 4), (8, 512, 4), (8, 1024, 2))
+    ]
+    return found if num_tokens > 1 else found + [DirectTiles(gate_up_rows=2, gate_up_steps=2), DirectTiles(gate_up_rows=1, gate_up_steps=4)]
+
+
+def up_tiles_fp8(block_m: int) -> list[Fp8Tile]:
+    """block_n is 128: the epilogue quantises in groups of that."""
+    warps = (4,) if block_m < 128 else (8,)
+    return _fp8(block_m, (128,), warps, (2, 3, 4))
+
+
+def down_tiles_fp8(block_m: int) -> list[Fp8Tile]:
+    warps = (4,) if block_m < 128 else (8,)
+    return _fp8(block_m, (64, 128), warps, (3, 4, 5))
+
+
+def _fp8(block_m: int, widths: tuple[int, ...], warps: tuple[int, ...], stages: tuple[int, ...]) -> list[Fp8Tile]:
+    return [
+        Fp8Tile(block_m=block_m, block_n=n, num_warps=w, num_stages=s, use_tma=tma, num_programs=programs)
+        for n in widths
+        for w in warps
+        for s in stages
+        for tma in (True, False)
+        for programs in ((0, 1) if block_m >= 128 else (0,))
+    ]
+
+
+def decode_configs(usual: DecodeConfig) -> list[DecodeConfig]:
+    """Around the heuristic's: keys a tile, depth, programs a multiprocessor, who adds the pieces."""
+    return [
+        DecodeConfig(block_keys=keys, num_stages=stages, num_warps=warps, programs_per_sm=programs, merge=merge)
+        for keys, warps in ((usual.block_keys, 4), (2 * usual.block_keys, 4), (2 * usual.block_keys, 8))
+        for stages in (3, usual.num_stages)
+        for programs in (1, 2)
+        for merge in ("ticket", "kernel")
+    ]
