@@ -61,7 +61,7 @@ def _combine(
         place = tl.load(place_ptr + token * K + k)
         is_there = place < num_routed
         weight = tl.where(is_there, tl.load(weights_ptr + token * K + k), 0.0)
-        row = tl.load(rows_ptr + place.to(tl.int64) * D + col, mask=is_here & is_there, other=0.0)
+        row = tl.load(rows_ptr + place.to(tl.int64) * D + col, mask=col < tl.where(is_there, D, 0), other=0.0)
         sums = tl.fma(row.to(tl.float32), weight, sums)
     if HAS_LOST:
         x = tl.load(x_ptr + token * D + col, mask=is_here, other=0.0)
