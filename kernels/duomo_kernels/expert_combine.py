@@ -36,7 +36,7 @@ def expert_combine_reference(
     return out_TD if lost_T is None or x_TD is None else out_TD + lost_T.double()[:, None] * x_TD.double()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_routed"])  # one binary for every T: the same bits, and nothing to compile later
 def _combine(
     rows_ptr,
     place_ptr,

@@ -97,7 +97,7 @@ def _heads_of(WHOLE: tl.constexpr, H: tl.constexpr, N: tl.constexpr, ROWS: tl.co
     return token, head, is_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # one binary for every T: the same bits, and nothing to compile later
 def _qk_rope_write(
     qkv_ptr,
     q_weight_ptr,
