@@ -150,13 +150,13 @@ def _routing_of(ids: list[int], weights: list[float], kept: list[bool], counts: 
 
 
 @triton.jit
-def drop_rows(weights_ptr, lost_ptr, index_TC, is_over_TC, row_T, num_tokens):
+def drop_rows(weights_ptr, lost_ptr, index_TK, is_over_TK, row_T, num_tokens):
     """Take the weights of what left and say how much each token lost."""
     tl.debug_barrier()  # other threads of this program may have written the weights
-    weight_TC = tl.load(weights_ptr + index_TC.to(tl.int64), mask=is_over_TC, other=0)
-    tl.store(lost_ptr + row_T, tl.sum(weight_TC, 1), mask=row_T < num_tokens)
+    weight_TK = tl.load(weights_ptr + index_TK.to(tl.int64), mask=is_over_TK, other=0)
+    tl.store(lost_ptr + row_T, tl.sum(weight_TK, 1), mask=row_T < num_tokens)
     tl.debug_barrier()
-    tl.store(weights_ptr + index_TC.to(tl.int64), tl.zeros_like(weight_TC), mask=is_over_TC)
+    tl.store(weights_ptr + index_TK.to(tl.int64), tl.zeros_like(weight_TK), mask=is_over_TK)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Owns how rows of logits become K experts and their weights, in registers. Knows neither order, capacity nor any other row.
 
 A program holds rows as [T, C]: C columns, a power of two, where column c is expert c, or, in groups, group c // GROUP_PAD's expert
-number c % GROUP_PAD; columns that are no expert never win. What was chosen is one tensor: rank_TC, the round in which a column won, K where
-it did not. Scatters masked by rank < K then need no gather: each chosen column knows its token, rank and expert.
+number c % GROUP_PAD; columns that are no expert never win. What was chosen is ids_TK, and the same as rank_TC, the round in which a column
+won, K where it did not.
 
 Scores compare as int32 keys of the same order, so that every bit pattern, NaN too, yields K distinct experts, and a warp that holds a whole
 row takes the maximum with one instruction (redux), which floats do not have on sm_90.
@@ -22,13 +22,20 @@ def expert_of_column(E: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP_PAD: tl.co
     """(expert_C, whether the column is an expert). Ascending, so that the lowest column is the lowest expert."""
     column_C = tl.arange(0, C)
     if NUM_GROUPS == 1:
-        expert_C = column_C
         is_expert_C = column_C < E
     else:
-        inner_C = column_C % GROUP_PAD
-        expert_C = column_C // GROUP_PAD * (E // NUM_GROUPS) + inner_C
-        is_expert_C = (inner_C < E // NUM_GROUPS) & (column_C < NUM_GROUPS * GROUP_PAD)
-    return expert_C, is_expert_C
+        is_expert_C = (column_C % GROUP_PAD < E // NUM_GROUPS) & (column_C < NUM_GROUPS * GROUP_PAD)
+    return expert_at(column_C, E, NUM_GROUPS, GROUP_PAD), is_expert_C
+
+
+@triton.jit
+def expert_at(column, E: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr):
+    """The expert of a column that is one."""
+    if NUM_GROUPS == 1:
+        expert = column
+    else:
+        expert = column // GROUP_PAD * (E // NUM_GROUPS) + column % GROUP_PAD
+    return expert
 
 
 @triton.jit
@@ -64,6 +71,12 @@ def ordered(x):
 def _value_of(key):
     """The float32 whose ordered() is key."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high_half(x):
+    """A float32 without its low 16 bits, which a packed key spoils."""
+    return (x.to(tl.int32, bitcast=True) & HIGH_HALF).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -106,7 +119,9 @@ def choose(
     is_expert_C,
     T: tl.constexpr,
     C: tl.constexpr,
+    E: tl.constexpr,
     K: tl.constexpr,
+    K_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_BF16: tl.constexpr,
     IS_SIGMOID: tl.constexpr,
@@ -116,7 +131,7 @@ def choose(
     TOP_GROUPS: tl.constexpr,
     GROUP_PAD: tl.constexpr,
 ):
-    """(rank_TC, weight_TC): weights of chosen columns; elsewhere they mean nothing."""
+    """(rank_TC, expert ids_TK, weights_TK); K padded to K_PAD."""
     column = tl.arange(0, C)[None, :]
     is_expert_TC = tl.broadcast_to(is_expert_C[None, :], (T, C))
     # Softmax and sigmoid keep the logits' order, so the scores are needed before the choice only for a bias or for groups' sums.
@@ -134,32 +149,40 @@ def choose(
         if IS_PACKED:  # the value's 16 bits above, the column below: one maximum finds both
             key_TC = (key_TC & HIGH_HALF) | (65535 - column)
     key_TC = tl.where(may_win_TC, tl.maximum(key_TC, LOWEST + 1), LOWEST)
-    best_T = tl.max(key_TC, 1)
-    if not BY_SCORE:
-        if IS_SIGMOID:
-            score_TC = scores(logits_TC, is_expert_TC, IS_SIGMOID)
-        else:  # the first winner is the peak; the denominator follows below
-            peak_T = _value_of(best_T)
-            if IS_PACKED:
-                peak_T = _value_of(best_T & HIGH_HALF)
-                peak_T = (peak_T.to(tl.int32, bitcast=True) & HIGH_HALF).to(tl.float32, bitcast=True)
-            score_TC = tl.where(is_expert_TC, tl.exp(logits_TC - peak_T[:, None]), 0.0)
+    k_of = tl.arange(0, K_PAD)[None, :]
+    column_TK = tl.zeros((T, K_PAD), tl.int32)
+    score_TK = tl.zeros((T, K_PAD), tl.float32)
+    sum_T = tl.zeros((T,), tl.float32)
     rank_TC = tl.full((T, C), K, tl.int32)
     for k in tl.static_range(K):
-        if k > 0:
-            best_T = tl.max(key_TC, 1)
+        best_T = tl.max(key_TC, 1)
         if IS_PACKED:
             is_best_TC = key_TC == best_T[:, None]
+            column_T = 65535 - (best_T & 65535)
+            value_T = _high_half(_value_of(best_T & HIGH_HALF))
         else:
-            is_best_TC = column == tl.min(tl.where(key_TC == best_T[:, None], column, C), 1)[:, None]
+            column_T = tl.min(tl.where(key_TC == best_T[:, None], column, C), 1)
+            is_best_TC = column == column_T[:, None]
+            value_T = _value_of(best_T)
         rank_TC = tl.where(is_best_TC, k, rank_TC)
         key_TC = tl.where(is_best_TC, LOWEST, key_TC)
-    weight_TC = score_TC * SCALE
+        if BY_SCORE:  # a sum of bits with one term: an integer's reduction is one instruction, a float's is five
+            value_T = tl.sum(tl.where(is_best_TC, score_TC.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
+        elif IS_SIGMOID:
+            value_T = 1 / (1 + tl.exp(-value_T))
+        else:
+            if k == 0:
+                peak_T = value_T
+            value_T = tl.exp(value_T - peak_T)
+        column_TK = tl.where(k_of == k, column_T[:, None], column_TK)
+        score_TK = tl.where(k_of == k, value_T[:, None], score_TK)
+        sum_T += value_T
+    weight_TK = score_TK * SCALE
     if NORMALISE:  # 1e-20 as DeepSeek-V3: no division by zero where every chosen score underflows
-        weight_TC = weight_TC / (tl.sum(tl.where(rank_TC < K, score_TC, 0.0), 1)[:, None] + 1e-20)
+        weight_TK = weight_TK / (sum_T + 1e-20)[:, None]
     elif not (BY_SCORE or IS_SIGMOID):
-        weight_TC = weight_TC / tl.sum(score_TC, 1)[:, None]
-    return rank_TC, weight_TC
+        weight_TK = weight_TK / tl.sum(tl.where(is_expert_TC, tl.exp(logits_TC - peak_T[:, None]), 0.0), 1)[:, None]
+    return rank_TC, expert_at(column_TK, E, NUM_GROUPS, GROUP_PAD), weight_TK
 
 
 @triton.jit

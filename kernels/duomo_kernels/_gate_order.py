@@ -21,7 +21,8 @@ def totals(hist_ptr, program, num_programs, P: tl.constexpr, C: tl.constexpr, IS
     Both come out of one sum: the total in the low half of a word, the part before in the high half. .cg: only L2 has what others wrote.
     """
     p = tl.arange(0, P)
-    at_PC = p[:, None] * C + tl.arange(0, C)[None, :]
+    # Four bytes a thread, though sixteen lie there: the layout in which the logits were loaded, so nothing is exchanged between threads.
+    at_PC = tl.max_contiguous(p[:, None] * C + tl.arange(0, C)[None, :], (1, 4))
     hist_PC = tl.load(hist_ptr + at_PC, mask=(p < num_programs)[:, None], other=0, cache_modifier=".cg")
     if IS_WIDE:
         word_C = tl.sum(hist_PC.to(tl.int64) * tl.where(p < program, (1 << 32) + 1, 1).to(tl.int64)[:, None], 0)
@@ -61,10 +62,11 @@ def write_summary(
 
 
 @triton.jit
-def write_tiles(tiles_ptr, expert_C, kept_C, offset_C, program, num_programs, num_tokens, TILE_ROWS: tl.constexpr):
+def write_tiles(tiles_ptr, expert_C, kept_C, program, num_programs, num_tokens, TILE_ROWS: tl.constexpr):
     """Tiles number program, program + num_programs, ... of every expert: one expert with all rows is shared work too."""
     num_C = (kept_C + (TILE_ROWS - 1)) // TILE_ROWS
     first_C = tl.cumsum(num_C, 0) - num_C
+    offset_C = tl.cumsum(kept_C, 0) - kept_C
     for j in range(program, (num_tokens + TILE_ROWS - 1) // TILE_ROWS, num_programs):  # a token is at most once with an expert
         is_tile_C = j < num_C
         at_C = tiles_ptr + (first_C + j).to(tl.int64) * 5
@@ -77,32 +79,41 @@ def write_tiles(tiles_ptr, expert_C, kept_C, offset_C, program, num_programs, nu
 
 
 @triton.jit
-def place_rows(
-    routed_ptr, place_ptr, rank_TC, row_T, valid, num_tokens, before_C, offset_C, limit, K: tl.constexpr, HAS_LIMIT: tl.constexpr
-):
-    """Write the places of these rows' chosen columns; before_C counts earlier rows. Returns what was chosen, routed index and whether it left.
-
-    Chosen by padding or over the limit: place R, and no routed index points back.
-    """
-    num_routed = num_tokens * K
-    is_chosen_TC = (rank_TC < K) & (row_T < num_tokens)[:, None]
-    is_counted_TC = is_chosen_TC & (row_T < valid)[:, None]
-    counted_TC = is_counted_TC.to(tl.int32)
-    nth_TC = before_C[None, :] + tl.cumsum(counted_TC, 0) - counted_TC
-    is_kept_TC = is_counted_TC
-    if HAS_LIMIT:
-        is_kept_TC = is_counted_TC & (nth_TC < limit)
-    index_TC = row_T[:, None] * K + rank_TC
-    at_TC = offset_C[None, :] + nth_TC
-    tl.store(place_ptr + index_TC.to(tl.int64), tl.where(is_kept_TC, at_TC, num_routed), mask=is_chosen_TC)
-    tl.store(routed_ptr + at_TC.to(tl.int64), index_TC, mask=is_kept_TC)
-    return index_TC, is_counted_TC, is_kept_TC
+def nth_of_expert(rank_TC, row_T, valid, K: tl.constexpr):
+    """(1 where a valid row chose the column, how many rows of these did before)."""
+    counted_TC = ((rank_TC < K) & (row_T < valid)[:, None]).to(tl.int32)
+    return counted_TC, tl.cumsum(counted_TC, 0) - counted_TC
 
 
 @triton.jit
-def clear_tail(routed_ptr, first_row, num_kept, num_tokens, K: tl.constexpr, K_PAD: tl.constexpr, T: tl.constexpr):
-    """R in the empty places among those that number like these rows' routed indices."""
-    i = tl.arange(0, T * K_PAD)
-    place = first_row * K + i
-    is_empty = (i < T * K) & (place < num_tokens * K) & (place >= num_kept)
-    tl.store(routed_ptr + place.to(tl.int64), tl.full((T * K_PAD,), 0, tl.int32) + num_tokens * K, mask=is_empty)
+def first_places(kept_C, T: tl.constexpr, C: tl.constexpr):
+    """offset_TC, an expert's first place, in every row: each warp sums along its own rows and waits for no other."""
+    kept_TC = tl.broadcast_to(kept_C[None, :], (T, C))
+    return tl.cumsum(kept_TC, 1) - kept_TC
+
+
+@triton.jit
+def place_rows(
+    routed_ptr, place_ptr, rank_TC, counted_TC, nth_TC, row_T, valid, num_tokens, offset_TC, num_kept, limit, K: tl.constexpr,
+    K_PAD: tl.constexpr, T: tl.constexpr, HAS_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Write the places of these rows' choices; nth_TC counts all rows before. Returns (routed index_TK, whether it left).
+
+    Chosen by padding or over the limit: place R, and no routed index points back. Empty places are those from num_kept on: whoever has the
+    routed index of that number writes R there.
+    """
+    num_routed = num_tokens * K
+    at_TC = tl.where(counted_TC > 0, offset_TC + nth_TC, num_routed)
+    if HAS_LIMIT:
+        at_TC = tl.where(nth_TC < limit, at_TC, num_routed)
+    k_of = tl.arange(0, K_PAD)[None, :]
+    place_TK = tl.full((T, K_PAD), -1, tl.int32)
+    for k in tl.static_range(K):
+        place_TK = tl.where(k_of == k, tl.max(tl.where(rank_TC == k, at_TC, -1), 1)[:, None], place_TK)
+    place_TK = tl.where(place_TK < 0, num_routed, place_TK)  # an id of -1: dropped before
+    index_TK = row_T[:, None] * K + k_of
+    is_index_TK = (row_T < num_tokens)[:, None] & (k_of < K)
+    tl.store(place_ptr + index_TK.to(tl.int64), place_TK, mask=is_index_TK)
+    tl.store(routed_ptr + place_TK.to(tl.int64), index_TK, mask=is_index_TK & (place_TK < num_routed))
+    tl.store(routed_ptr + index_TK.to(tl.int64), tl.zeros_like(index_TK) + num_routed, mask=is_index_TK & (index_TK >= num_kept))
+    return index_TK, is_index_TK & (row_T < valid)[:, None] & (place_TK == num_routed)

@@ -12,7 +12,7 @@ from ._launch import is_interpreted, num_sms
 
 SOLO_TOKENS = 16  # two rows a warp in one program; the barrier's two round trips to L2 cost more than two more rows a warp
 FUSED_TOKENS = 1024  # 8 rows in each of at most 128 programs, one row a warp: an H100 has 132 multiprocessors
-FUSED_ROWS = 8
+FUSED_REGISTERS = 64  # a thread, which 128 columns take without spilling: four programs of 8 warps fit a multiprocessor
 SPLIT_ROWS = 32  # 4 rows a warp hide each other's latency where waiting for others is no matter
 MAX_PROGRAMS = 128  # histograms that each program reads at once: 16 KiB where E is 128
 
@@ -26,7 +26,8 @@ class Plan:
     programs: int
     chunks: int
     num_warps: int
-    is_fused: bool
+    is_fused: bool = False
+    max_registers: int | None = None
 
     @property
     def is_wide(self) -> bool:
@@ -43,17 +44,22 @@ def plan_of(num_tokens: int, columns: int, device: torch.device) -> Plan:
     if num_tokens <= SOLO_TOKENS:
         rows = 1 if num_tokens == 1 else 8 if num_tokens <= 8 else SOLO_TOKENS
         return Plan(T=rows, C=columns, programs=1, chunks=1, num_warps=min(rows, 8), is_fused=True)
-    programs = triton.cdiv(num_tokens, FUSED_ROWS)
-    if num_tokens <= FUSED_TOKENS and programs <= num_sms(device) and not is_interpreted():
-        return Plan(T=FUSED_ROWS, C=columns, programs=programs, chunks=1, num_warps=8, is_fused=True)
-    return split_plan(num_tokens, columns)
+    rows = 8 if columns <= 256 else 16
+    programs = triton.cdiv(num_tokens, rows)
+    if num_tokens > FUSED_TOKENS or programs > num_sms(device) or is_interpreted():
+        return split_plan(num_tokens, columns)
+    # At least two grids fit on an H100 beside each other (_grid_barrier says why that matters): with 128 columns four programs a
+    # multiprocessor, with 256 two, with 512 one, but half as many programs.
+    registers = FUSED_REGISTERS if columns <= 256 else 2 * FUSED_REGISTERS
+    num_warps = 8 if columns <= 128 else 16
+    return Plan(T=rows, C=columns, programs=programs, chunks=1, num_warps=num_warps, is_fused=True, max_registers=registers)
 
 
 def split_plan(num_tokens: int, columns: int) -> Plan:
     """Chunks grow with the rows, programs do not: every program reads all histograms."""
     rows = SPLIT_ROWS if columns <= 256 else 8  # registers: 512 columns of 32 rows are 64 values of each tensor a thread
     chunks = triton.cdiv(num_tokens, rows * MAX_PROGRAMS)
-    return Plan(T=rows, C=columns, programs=triton.cdiv(num_tokens, rows * chunks), chunks=chunks, num_warps=8, is_fused=False)
+    return Plan(T=rows, C=columns, programs=triton.cdiv(num_tokens, rows * chunks), chunks=chunks, num_warps=8)
 
 
 def columns_of(num_experts: int, num_groups: int) -> tuple[int, int]:

@@ -1,16 +1,17 @@
 """Owns the one barrier among all programs of a kernel, and the counters it counts on. Knows no kernel.
 
-Program 0 adds 2^31 - (P - 1), each other program 1: when all P have arrived, whatever P is, the counter has grown by 2^31, its low 31 bits are
-what they were and its top bit has flipped. So nothing is reset between launches or replays of a graph, and launches of any size can share it,
-one after the other.
+Program 0 adds 2^31 - (P - 1), each other program 1: when all P have arrived, whatever P is, the counter has grown by 2^31, its low 31 bits
+are what they were and its top bit has flipped. So nothing is reset between launches or replays of a graph, and launches of any size can
+share it, one after the other.
 
-It cannot deadlock if all programs become resident: a program waits only for programs that are resident or will be. They will be, because
-(1) the launcher starts at most one program a multiprocessor, of at most a quarter of its registers and threads, so that four such grids
-fit at once beside each other; (2) whatever else holds a multiprocessor leaves it without waiting for us: kernels before this one by stream order, and
-the next kernel's programs are not scheduled by dependent launch before every program of this grid has run start_next() or left.
+A program waits only for the others of its grid, so it cannot deadlock if they all become resident. They do, because
+(1) the launcher starts at most one program a multiprocessor, and programs so small that at least two whole grids fit beside each other
+    (its plan says how many): that many such launches may run at once on a device, on whatever streams. More could each hold a part;
+(2) whatever else holds a multiprocessor leaves it without waiting for us: earlier kernels and other streams' run to their ends, and the
+    next kernel's programs are not scheduled by dependent launch before every program of this grid has run start_next() or left.
 
-Counters: a launch owns its counter until it ends. Eager launches of one stream follow each other and share one; every captured launch gets its
-own for good, because a graph may be replayed on any stream, beside any other. A graph never runs beside itself.
+Counters: a launch owns its counter until it ends. Eager launches of one stream follow each other and share one; every captured launch
+gets its own for good, because a graph may be replayed on any stream, beside any other. A graph never runs beside itself.
 """
 
 from __future__ import annotations

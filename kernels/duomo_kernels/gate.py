@@ -1,17 +1,19 @@
 """Owns the gate: from logits to who goes where, in one kernel up to 1,024 tokens. Knows nothing of the experts' weights.
 
-    score = softmax(logits) or sigmoid(logits); the K best by score (+ bias, within the best groups) in each row (GateRule in _routing)
-    counts_E = histogram; places by a stable sort of (expert, routed index); tiles of TILE_ROWS places (Routing in _routing)
+    score = softmax(logits) or sigmoid(logits); in each row the K best by score (+ bias, within the best groups): GateRule
+    counts_E = histogram; places by a stable sort of (expert, routed index); tiles of TILE_ROWS places: Routing
 
-Fused (T up to FUSED_TOKENS): program p chooses for its rows, writes its histogram, meets the others at one grid barrier, reads all histograms
-and places its own choices, which it still has in registers. Up to SOLO_TOKENS rows are one program, without the barrier.
-Beyond, two kernels with the same parts: choose, then place from the ids. The split stands where the barrier did: at those sizes the experts
-take hundreds of microseconds, a launch about one, and programs that are as large as throughput asks must not hold multiprocessors while they wait.
+Fused (up to FUSED_TOKENS of _gate_plan): program p chooses for its rows, writes its histogram, meets the others at one grid barrier, reads
+all histograms and places its own choices, which it still has in registers. Up to SOLO_TOKENS rows are one program, without the barrier.
+Beyond, two kernels of the same parts: choose, then place from the ids. The split stands where the barrier did: at those sizes the experts
+take hundreds of microseconds and a launch about one, and programs as large as throughput asks must not hold multiprocessors and wait.
 
-Scratch: hist [P, C] from torch's allocator in each call; the barrier's counter belongs to _grid_barrier. Deterministic: integer sums alone.
-Padding (rows from num_valid on): read as zeros, so ids are valid; weight 0, place R, in no count.
+Scratch: hist [P, C] from torch's allocator in each call; the barrier's counter belongs to _grid_barrier. Deterministic: integer sums and
+maxima, and float sums in an order that no timing changes. Padding (rows from num_valid on): read as zeros, so ids are valid; weight 0,
+place R, in no count.
 
-Legend: T rows of one program in kernels, tokens elsewhere; C columns (_gate_choice), E experts, K experts a token, P programs, R = tokens * K.
+Legend: T rows of one program in kernels, tokens elsewhere; C columns (_gate_choice), E experts, K experts a token, P programs,
+R = tokens * K.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from ._gate_capacity import Capacity, Overflow, capacity_reference, count_kernel, drop_rows, reroute_kernel, write_overflow
 from ._gate_choice import choose, chosen_before, expert_of_column, load_bias, load_logits, valid_rows
-from ._gate_order import capacity_limit, clear_tail, place_rows, totals, write_summary, write_tiles
+from ._gate_order import capacity_limit, first_places, nth_of_expert, place_rows, totals, write_summary, write_tiles
 from ._gate_plan import Plan, columns_of, plan_of, split_plan
 from ._grid_barrier import counters, grid_barrier
 from ._launch import check, pdl_options, start_next, wait_for_previous
@@ -72,11 +74,12 @@ def gate_reference(
 
 
 @triton.jit
-def _write_choice(weights_ptr, ids_ptr, rank_TC, weight_TC, row_T, valid, num_tokens, expert_C, K: tl.constexpr):
-    at_TC = row_T.to(tl.int64)[:, None] * K + rank_TC
-    is_chosen_TC = (rank_TC < K) & (row_T < num_tokens)[:, None]
-    tl.store(weights_ptr + at_TC, tl.where((row_T < valid)[:, None], weight_TC, 0.0), mask=is_chosen_TC)
-    tl.store(ids_ptr + at_TC, tl.broadcast_to(expert_C[None, :], rank_TC.shape), mask=is_chosen_TC)
+def _write_choice(weights_ptr, ids_ptr, ids_TK, weight_TK, row_T, valid, num_tokens, K: tl.constexpr, K_PAD: tl.constexpr):
+    k_of = tl.arange(0, K_PAD)[None, :]
+    at_TK = row_T.to(tl.int64)[:, None] * K + k_of
+    is_at_TK = (row_T < num_tokens)[:, None] & (k_of < K)
+    tl.store(weights_ptr + at_TK, tl.where((row_T < valid)[:, None], weight_TK, 0.0), mask=is_at_TK)
+    tl.store(ids_ptr + at_TK, ids_TK, mask=is_at_TK)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -95,31 +98,47 @@ def _fused_kernel(
     wait_for_previous(USE_PDL)
     valid = valid_rows(num_valid_ptr, num_tokens)
     logits_TC = load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E)
-    rank_TC, weight_TC = choose(
-        logits_TC, bias_C, is_expert_C, T, C, K, HAS_BIAS, IS_BF16, IS_SIGMOID, NORMALISE, SCALE, NUM_GROUPS, TOP_GROUPS, GROUP_PAD
+    rank_TC, ids_TK, weight_TK = choose(
+        logits_TC,
+        bias_C,
+        is_expert_C,
+        T,
+        C,
+        E,
+        K,
+        K_PAD,
+        HAS_BIAS,
+        IS_BF16,
+        IS_SIGMOID,
+        NORMALISE,
+        SCALE,
+        NUM_GROUPS,
+        TOP_GROUPS,
+        GROUP_PAD,
     )
-    total_C = tl.sum(((rank_TC < K) & (row_T < valid)[:, None]).to(tl.int32), 0)
-    before_C = tl.zeros((C,), tl.int32)
+    counted_TC, nth_TC = nth_of_expert(rank_TC, row_T, valid, K)
+    total_C = tl.sum(counted_TC, 0)
     if P > 1:
         tl.store(hist_ptr + program * C + tl.arange(0, C), total_C.to(hist_ptr.dtype.element_ty))
-    _write_choice(weights_ptr, ids_ptr, rank_TC, weight_TC, row_T, valid, num_tokens, expert_C, K)
+    _write_choice(weights_ptr, ids_ptr, ids_TK, weight_TK, row_T, valid, num_tokens, K, K_PAD)
     start_next(USE_PDL)
     if P > 1:
         grid_barrier(counter_ptr)
         total_C, before_C = totals(hist_ptr, program, num_programs, P, C, False)
-    limit, kept_C = num_tokens, total_C
+        nth_TC += before_C[None, :]
+    limit, kept_C, num_kept = num_tokens, total_C, valid * K
     if HAS_CAPACITY:
         limit = capacity_limit(valid, K, E, NUMERATOR, DENOMINATOR)
         if IS_DROPPING:
             kept_C = tl.minimum(total_C, limit)
-    offset_C = tl.cumsum(kept_C, 0) - kept_C
-    index_TC, is_counted_TC, is_kept_TC = place_rows(
-        routed_ptr, place_ptr, rank_TC, row_T, valid, num_tokens, before_C, offset_C, limit, K, IS_DROPPING
+            num_kept = tl.sum(kept_C, 0)
+    offset_TC = first_places(kept_C, T, C)
+    index_TK, is_over_TK = place_rows(
+        routed_ptr, place_ptr, rank_TC, counted_TC, nth_TC, row_T, valid, num_tokens, offset_TC, num_kept, limit, K, K_PAD, T, IS_DROPPING
     )
     if HAS_CAPACITY:
-        drop_rows(weights_ptr, lost_ptr, index_TC, is_counted_TC & (is_kept_TC == 0), row_T, num_tokens)
-    clear_tail(routed_ptr, program * T, tl.sum(kept_C, 0), num_tokens, K, K_PAD, T)
-    write_tiles(tiles_ptr, expert_C, kept_C, offset_C, program, num_programs, num_tokens, TILE_ROWS)
+        drop_rows(weights_ptr, lost_ptr, index_TK, is_over_TK, row_T, num_tokens)
+    write_tiles(tiles_ptr, expert_C, kept_C, program, num_programs, num_tokens, TILE_ROWS)
     if program == num_programs - 1:  # not the first, which has most tiles
         write_summary(counts_ptr, offsets_ptr, num_tiles_ptr, total_C, kept_C, expert_C, is_expert_C, E, TILE_ROWS, True)
         if HAS_CAPACITY:
@@ -129,7 +148,7 @@ def _fused_kernel(
 @triton.jit(do_not_specialize=["num_tokens", "chunks"])
 def _choose_kernel(
     logits_ptr, bias_ptr, num_valid_ptr, weights_ptr, ids_ptr, hist_ptr, num_tokens, chunks,
-    E: tl.constexpr, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -142,10 +161,25 @@ def _choose_kernel(
     for chunk in range(chunks):
         row_T = (program * chunks + chunk) * T + tl.arange(0, T)
         logits_TC = load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E)
-        rank_TC, weight_TC = choose(
-            logits_TC, bias_C, is_expert_C, T, C, K, HAS_BIAS, IS_BF16, IS_SIGMOID, NORMALISE, SCALE, NUM_GROUPS, TOP_GROUPS, GROUP_PAD
+        rank_TC, ids_TK, weight_TK = choose(
+            logits_TC,
+            bias_C,
+            is_expert_C,
+            T,
+            C,
+            E,
+            K,
+            K_PAD,
+            HAS_BIAS,
+            IS_BF16,
+            IS_SIGMOID,
+            NORMALISE,
+            SCALE,
+            NUM_GROUPS,
+            TOP_GROUPS,
+            GROUP_PAD,
         )
-        _write_choice(weights_ptr, ids_ptr, rank_TC, weight_TC, row_T, valid, num_tokens, expert_C, K)
+        _write_choice(weights_ptr, ids_ptr, ids_TK, weight_TK, row_T, valid, num_tokens, K, K_PAD)
         count_C += tl.sum(((rank_TC < K) & (row_T < valid)[:, None]).to(tl.int32), 0)
     start_next(USE_PDL)
     tl.store(hist_ptr + program * C + tl.arange(0, C), count_C.to(hist_ptr.dtype.element_ty))
@@ -170,19 +204,33 @@ def _place_kernel(
         limit = capacity_limit(valid, K, E, NUMERATOR, DENOMINATOR)
         if IS_DROPPING:
             kept_C = tl.minimum(total_C, limit)
-    offset_C = tl.cumsum(kept_C, 0) - kept_C
+    num_kept = tl.sum(kept_C, 0)
+    offset_TC = first_places(kept_C, T, C)
     for chunk in range(chunks):
-        first_row = (program * chunks + chunk) * T
-        row_T = first_row + tl.arange(0, T)
+        row_T = (program * chunks + chunk) * T + tl.arange(0, T)
         rank_TC = chosen_before(ids_ptr, row_T, row_T < num_tokens, expert_C, is_expert_C, K, T, C)
-        index_TC, is_counted_TC, is_kept_TC = place_rows(
-            routed_ptr, place_ptr, rank_TC, row_T, valid, num_tokens, before_C, offset_C, limit, K, IS_DROPPING
+        counted_TC, nth_TC = nth_of_expert(rank_TC, row_T, valid, K)
+        index_TK, is_over_TK = place_rows(
+            routed_ptr,
+            place_ptr,
+            rank_TC,
+            counted_TC,
+            before_C[None, :] + nth_TC,
+            row_T,
+            valid,
+            num_tokens,
+            offset_TC,
+            num_kept,
+            limit,
+            K,
+            K_PAD,
+            T,
+            IS_DROPPING,
         )
-        before_C += tl.sum(is_counted_TC.to(tl.int32), 0)
+        before_C += tl.sum(counted_TC, 0)
         if HAS_CAPACITY:
-            drop_rows(weights_ptr, lost_ptr, index_TC, is_counted_TC & (is_kept_TC == 0), row_T, num_tokens)
-        clear_tail(routed_ptr, first_row, tl.sum(kept_C, 0), num_tokens, K, K_PAD, T)
-    write_tiles(tiles_ptr, expert_C, kept_C, offset_C, program, num_programs, num_tokens, TILE_ROWS)
+            drop_rows(weights_ptr, lost_ptr, index_TK, is_over_TK, row_T, num_tokens)
+    write_tiles(tiles_ptr, expert_C, kept_C, program, num_programs, num_tokens, TILE_ROWS)
     if program == num_programs - 1:
         write_summary(counts_ptr, offsets_ptr, num_tiles_ptr, total_C, kept_C, expert_C, is_expert_C, E, TILE_ROWS, COUNTS)
         if HAS_CAPACITY:
@@ -249,7 +297,7 @@ class _Call:
             self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, *self._order(), *self._counters(),
             None if is_solo else plan.histograms(device), None if is_solo else counters(device).take(device), num_tokens,
             E=num_experts, T=plan.T, C=plan.C, P=triton.next_power_of_2(plan.programs), TILE_ROWS=self.out.tile_rows,
-            K_PAD=triton.next_power_of_2(self.rule.top_k), num_warps=plan.num_warps,
+            num_warps=plan.num_warps, maxnreg=plan.max_registers,
             **self._choice_constants(), **self._capacity_constants(self.capacity), **pdl_options(device),
         )  # fmt: skip
 
@@ -266,12 +314,13 @@ class _Call:
         marked_TK = torch.empty_like(self.out.ids_TK)
         self._choose(plan, hist_PC)
         constants = self._capacity_constants(self.capacity)
-        rule = {name: value for name, value in self._choice_constants().items() if name not in ("IS_BF16", "NORMALISE", "SCALE")}
+        rule = {name: value for name, value in self._choice_constants().items() if name not in ("IS_BF16", "NORMALISE", "SCALE", "K_PAD")}
         reroute_kernel[(1,)](
-            self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, marked_TK, self.out.place_R, self.out.counts_E,
-            *self._counters(), hist_PC, plan.programs, num_tokens,
+            self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, marked_TK, self.out.place_R,
+            self.out.counts_E, *self._counters(), hist_PC, plan.programs, num_tokens,
             E=num_experts, T=8, C=plan.C, P=triton.next_power_of_2(plan.programs), NEAR=self.capacity.near,
-            NUMERATOR=constants["NUMERATOR"], DENOMINATOR=constants["DENOMINATOR"], IS_WIDE=plan.is_wide, num_warps=4, **rule, **pdl_options(device),
+            NUMERATOR=constants["NUMERATOR"], DENOMINATOR=constants["DENOMINATOR"], IS_WIDE=plan.is_wide, num_warps=4,
+            **rule, **pdl_options(device),
         )  # fmt: skip
         count_kernel[(plan.programs,)](
             marked_TK, self.num_valid, moved_PC, num_tokens, plan.chunks,
@@ -282,8 +331,8 @@ class _Call:
 
     def _choose(self, plan: Plan, hist_PC: Tensor) -> None:
         _choose_kernel[(plan.programs,)](
-            self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, hist_PC, self.logits_TE.shape[0], plan.chunks,
-            E=self.logits_TE.shape[1], T=plan.T, C=plan.C, num_warps=plan.num_warps,
+            self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, hist_PC, self.logits_TE.shape[0],
+            plan.chunks, E=self.logits_TE.shape[1], T=plan.T, C=plan.C, num_warps=plan.num_warps,
             **self._choice_constants(), **pdl_options(hist_PC.device),
         )  # fmt: skip
 
@@ -292,8 +341,8 @@ class _Call:
         _place_kernel[(plan.programs,)](
             ids_TK, self.num_valid, self.out.weights_TK, *self._order(), *self._counters(), hist_PC, self.logits_TE.shape[0], plan.chunks,
             E=self.logits_TE.shape[1], K=self.rule.top_k, K_PAD=triton.next_power_of_2(self.rule.top_k), T=plan.T, C=plan.C,
-            P=triton.next_power_of_2(plan.programs), TILE_ROWS=self.out.tile_rows, NUM_GROUPS=self.rule.num_groups, GROUP_PAD=self.group_pad,
-            IS_WIDE=plan.is_wide, COUNTS=ids_TK is self.out.ids_TK, num_warps=plan.num_warps,
+            P=triton.next_power_of_2(plan.programs), TILE_ROWS=self.out.tile_rows, NUM_GROUPS=self.rule.num_groups,
+            GROUP_PAD=self.group_pad, IS_WIDE=plan.is_wide, COUNTS=ids_TK is self.out.ids_TK, num_warps=plan.num_warps,
             **self._capacity_constants(capacity), **pdl_options(hist_PC.device),
         )  # fmt: skip
 
@@ -309,6 +358,7 @@ class _Call:
         rule = self.rule
         return {
             "K": rule.top_k,
+            "K_PAD": triton.next_power_of_2(rule.top_k),
             "HAS_BIAS": self.bias_E is not None,
             "IS_BF16": self.logits_TE.dtype == torch.bfloat16,
             "IS_SIGMOID": rule.scoring == "sigmoid",
