@@ -1,4 +1,4 @@
-"""Owns the quantisation of experts' weights to fp8 with a scale for every block of 128 x 128. Knows no kernel; checkpoints come quantised.
+"""Owns the quantisation of experts' weights to fp8 with a scale for every block of 128 x 128, and one expert's way back. Knows no kernel.
 
 scale[e, i, j] = max |w[e, 128 i : 128 i + 128, 128 j : 128 j + 128]| / 448,   stored = e4m3(w / scale)
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duomo_kernels._weights import SCALE_BLOCK, ExpertWeights
+from duomo_kernels._weights import SCALE_BLOCK, ExpertWeights, dequantised
 
 
 def quantise_weights_fp8(gate_up_EFD: Tensor, down_EDF: Tensor) -> ExpertWeights:
@@ -26,3 +26,18 @@ def quantise_weights_fp8(gate_up_EFD: Tensor, down_EDF: Tensor) -> ExpertWeights
 
     (gate_up, gate_up_scale), (down, down_scale) = quantise(gate_up_EFD), quantise(down_EDF)
     return ExpertWeights(gate_up_EFD=gate_up, down_EDF=down, gate_up_scale_Efd=gate_up_scale, down_scale_Edf=down_scale)
+
+
+def dequantised_expert(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:
+    """One expert's matrices in float64: all of a large layer would not fit."""
+    assert weights.gate_up_scale_Efd is not None and weights.down_scale_Edf is not None, "fp8 weights have scales"
+    one = slice(expert, expert + 1)
+    gate_up_EFD, down_EDF = dequantised(
+        ExpertWeights(
+            gate_up_EFD=weights.gate_up_EFD[one],
+            down_EDF=weights.down_EDF[one],
+            gate_up_scale_Efd=weights.gate_up_scale_Efd[one],
+            down_scale_Edf=weights.down_scale_Edf[one],
+        )
+    )
+    return gate_up_EFD[0], down_EDF[0]

@@ -30,7 +30,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duomo_kernels._launch import check, is_interpreted, num_sms, pdl_options, start_next, wait_for_previous
 from duomo_kernels._routing import Routing
-from duomo_kernels._weights import SCALE_BLOCK, ExpertWeights, dequantised
+from duomo_kernels._weights import SCALE_BLOCK, ExpertWeights
+from duomo_kernels._weights_fp8 import dequantised_expert
 from duomo_kernels.quantise_rows_fp8 import dequantise_rows, num_groups, to_e4m3
 
 FP8 = torch.float8_e4m3fn
@@ -40,7 +41,8 @@ TMA_BYTES = 16  # a descriptor's rows start at multiples of this
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fp8Tile:
     """The tile of one product. block_n counts columns of the output: 128 for up (as many of gate and of up are loaded), 64, 128 or
-    256 for down. The sum runs in blocks of 128, those of the scales. num_programs 0: one for each tile; else so many a multiprocessor."""
+    256 for down. The sum runs in blocks of 128, those of the scales. num_programs 0: one for each tile; else so many a multiprocessor.
+    touch (down): columns, a power of two of at least 32, of each weight row that are brought into L2 while up still runs."""
 
     block_m: int
     block_n: int
@@ -49,6 +51,7 @@ class Fp8Tile:
     use_tma: bool = True
     num_programs: int = 0
     shrinks: bool = True
+    touch: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +91,7 @@ def expert_up_fp8_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeigh
     offsets = routing.offsets_E1.tolist()
     for expert, (lo, hi) in enumerate(zip(offsets, offsets[1:], strict=False)):
         x = x_TD[(routing.routed_R[lo:hi] // routing.top_k).long()].double()
-        gate, up = (x @ _wide(weights, expert)[0].T).chunk(2, -1)
+        gate, up = (x @ dequantised_expert(weights, expert)[0].T).chunk(2, -1)
         act_RF[lo:hi] = gate * torch.sigmoid(gate) * up
     return act_RF
 
@@ -98,23 +101,8 @@ def expert_down_fp8_reference(act_RF: Tensor, routing: Routing, weights: ExpertW
     rows_RD = torch.zeros(act_RF.shape[0], weights.dim, dtype=torch.float64, device=act_RF.device)
     offsets = routing.offsets_E1.tolist()
     for expert, (lo, hi) in enumerate(zip(offsets, offsets[1:], strict=False)):
-        rows_RD[lo:hi] = act_RF[lo:hi].double() @ _wide(weights, expert)[1].T
+        rows_RD[lo:hi] = act_RF[lo:hi].double() @ dequantised_expert(weights, expert)[1].T
     return rows_RD
-
-
-def _wide(weights: ExpertWeights, expert: int) -> tuple[Tensor, Tensor]:
-    """One expert's matrices in float64: all of a large layer would not fit."""
-    assert weights.gate_up_scale_Efd is not None and weights.down_scale_Edf is not None, "fp8 weights have scales"
-    one = slice(expert, expert + 1)
-    gate_up_EFD, down_EDF = dequantised(
-        ExpertWeights(
-            gate_up_EFD=weights.gate_up_EFD[one],
-            down_EDF=weights.down_EDF[one],
-            gate_up_scale_Efd=weights.gate_up_scale_Efd[one],
-            down_scale_Edf=weights.down_scale_Edf[one],
-        )
-    )
-    return gate_up_EFD[0], down_EDF[0]
 
 
 def expert_gemm_fp8_reference(q_TD: Tensor, scale_TG: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
@@ -307,12 +295,18 @@ def _down_pid(
 @triton.jit
 def _down_kernel(
     act, scale_act, w, w_desc, scale_w, out, tiles, num_tiles, F: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, PERSISTS: tl.constexpr, USE_PDL: tl.constexpr,
+    IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, PERSISTS: tl.constexpr, TOUCH: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(USE_PDL)
-    wait_for_previous(USE_PDL)
     num_columns = tl.cdiv(D, 2 * BN if IS_PAIR else BN)
+    # The routing is read before the wait: expert_up_fp8 let us start after its own, when the routing was whole.
     pid, num_pids = tl.program_id(0), tl.load(num_tiles) * num_columns
+    if TOUCH > 0 and USE_PDL and pid < num_pids:
+        expert, _, _, column = _find_tile(pid, tiles, num_columns)
+        row_N = expert.to(tl.int64) * D + column * (2 * BN if IS_PAIR else BN) + tl.arange(0, BN)
+        # Into L2, while the product before still runs: one byte of every 32. Volatile, or the compiler drops what nobody needs.
+        tl.load(w + row_N[:, None] * F + (tl.arange(0, TOUCH // 32) * 32)[None, :], volatile=True)
+    wait_for_previous(USE_PDL)
     if PERSISTS:
         while pid < num_pids:
             _down_pid(pid, num_columns, act, scale_act, w, w_desc, scale_w, out, tiles, F, D, BM, BN, IS_PAIR, STAGES, SHRINKS)
@@ -359,11 +353,12 @@ def expert_down_fp8(
     check("out", rows_RD, rows_RD.dtype, num_routed, dim, device=device)
     if num_routed == 0:
         return rows_RD
+    touch = tile.touch if tile.touch <= hidden and dim % tile.block_n == 0 else 0  # not where it could reach past the weights
     _down_kernel[(_grid(routing, triton.cdiv(dim, tile.block_n), tile, device),)](
         act_RF, scale_RG, weights.down_EDF, _descriptor(weights.down_EDF, tile), weights.down_scale_Edf, rows_RD,
         routing.tiles_M5, routing.num_tiles, F=hidden, D=dim, BM=tile.block_m, BN=min(tile.block_n, SCALE_BLOCK),
         IS_PAIR=tile.block_n > SCALE_BLOCK, STAGES=tile.num_stages, SHRINKS=tile.shrinks and tile.block_m >= 64,
-        PERSISTS=tile.num_programs > 0, num_warps=tile.num_warps, **pdl_options(device),
+        PERSISTS=tile.num_programs > 0, TOUCH=touch, num_warps=tile.num_warps, **pdl_options(device),
     )  # fmt: skip
     return rows_RD
 

@@ -62,7 +62,8 @@ class Inputs:
 
 
 def tiles_of(rows: int, columns: int, use_tma: bool, num_programs: int = 0) -> Fp8Tiles:
-    up = Fp8Tile(block_m=rows, block_n=128, num_warps=4, num_stages=3, use_tma=use_tma, num_programs=num_programs)
+    warps = 8 if rows == 128 else 4
+    up = Fp8Tile(block_m=rows, block_n=128, num_warps=warps, num_stages=3, use_tma=use_tma, num_programs=num_programs)
     return Fp8Tiles(up=up, down=replace(up, block_n=columns))
 
 
