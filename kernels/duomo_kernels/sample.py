@@ -48,6 +48,7 @@ from duomo_kernels._sampling import (
 )
 
 Mode = Literal["greedy", "plain", "limited"]
+EDGE = 2.0**-17  # of the cumulative distribution: a depth of up to 43, rounded to float32, moves a weight by 43 * 2^-24 of itself
 GREEDY = tl.constexpr(0)
 PLAIN = tl.constexpr(1)
 LIMITED = tl.constexpr(2)
@@ -92,6 +93,27 @@ def sample_reference(logits_SV: Tensor, rows: SampleRows, penalties: Penalties |
             point = _uniform(int(rows.seed_S[row]), int(rows.choice_S[row]), int(rows.position_S[row])) * total_V[-1]
             token_S[row] = int((total_V <= point).sum())
     return token_S, flag_S
+
+
+def misplaced(token_S: Tensor, logits_SV: Tensor, rows: SampleRows, penalties: Penalties | None = None) -> float:
+    """How far outside its token's part of the cumulative distribution (float64) a row's point lies, at worst; 1 for a wrong greedy token.
+
+    Up to EDGE is rounding: the point lay at the edge between two tokens.
+    """
+    worst = 0.0
+    for row in range(int(rows.num_valid)):
+        x_V, token = _adjusted_reference(logits_SV[row].float().cpu(), row, rows, penalties), int(token_S[row])
+        if not 0 <= token < len(x_V):
+            return 1.0
+        if float(rows.temperature_S[row]) < 1e-5:
+            worst = max(worst, float(token != int((x_V == x_V.max()).nonzero()[0])))
+            continue
+        share_V = _shares_reference(x_V, row, rows)
+        share_V /= share_V.sum()
+        high = float(share_V[: token + 1].sum())
+        point = _uniform(int(rows.seed_S[row]), int(rows.choice_S[row]), int(rows.position_S[row]))
+        worst = max(worst, high - float(share_V[token]) - point, point - high, float(share_V[token] == 0))
+    return worst
 
 
 def _adjusted_reference(x_V: Tensor, row: int, rows: SampleRows, penalties: Penalties | None) -> Tensor:
@@ -212,7 +234,7 @@ def _choose(
         chunk = tl.min(tl.where(maximum_C == peak, c, CHUNKS), axis=0)
         point = tl.full((), 0, tl.int64)
         edge = (~order(peak)).to(tl.int64)
-        edge_id = vocab.to(tl.int64)
+        edge_id = tl.zeros((), tl.int64) + vocab
         unit = peak
         if MODE == LIMITED:
             if (not is_greedy) & is_limited:
@@ -267,17 +289,13 @@ def sample(
     """
     num_rows, vocab = logits_SV.shape
     device = logits_SV.device
-    assert logits_SV.dtype in (torch.float32, torch.bfloat16) and 0 < vocab <= MAX_VOCAB and num_rows < 1 << 16, logits_SV.shape
-    check("logits_SV", logits_SV, logits_SV.dtype, num_rows, vocab)
-    rows.check(num_rows, device)
-    if penalties is not None:
-        penalties.check(num_rows, vocab, device)
+    _check(logits_SV, rows, penalties)
     token_S, flag_S = (torch.empty(num_rows, dtype=torch.int32, device=device) for _ in range(2)) if out is None else out
     check("token_S", token_S, torch.int32, num_rows, device=device)
     check("flag_S", flag_S, torch.int32, num_rows, device=device)
     if num_rows == 0:
         return token_S, flag_S
-    source = (logits_SV, vocab, rows.position_S, () if penalties is None else penalties.arguments())
+    source = (logits_SV, vocab, rows.position_S, (flag_S,) if penalties is None else penalties.arguments())
     draw = rows.arguments()
     num_chunks = triton.cdiv(vocab, tiles.chunk)
     chunks = triton.next_power_of_2(num_chunks)
@@ -313,6 +331,16 @@ def sample(
         num_warps=tiles.choose_warps, **shared,
     )  # fmt: skip
     return token_S, flag_S
+
+
+def _check(logits_SV: Tensor, rows: SampleRows, penalties: Penalties | None) -> None:
+    num_rows, vocab = logits_SV.shape
+    device = logits_SV.device
+    assert logits_SV.dtype in (torch.float32, torch.bfloat16) and 0 < vocab <= MAX_VOCAB and num_rows < 1 << 16, logits_SV.shape
+    check("logits_SV", logits_SV, logits_SV.dtype, num_rows, vocab)
+    rows.check(num_rows, device)
+    if penalties is not None:
+        penalties.check(num_rows, vocab, device)
 
 
 def _limit_tables(num_rows: int, num_chunks: int, tiles: SampleTiles, device: torch.device) -> tuple[Tensor, ...]:

@@ -127,8 +127,8 @@ def token_logprobs(
     check("num_valid", num_valid, torch.int32, 1, device=device)
     if out is None:
         logprob_S = torch.empty(num_rows, dtype=torch.float32, device=device)
-        top_SN = (torch.empty(num_rows, max_top, dtype=dtype, device=device) for dtype in (torch.int32, torch.float32))
-        out = (logprob_S, *top_SN)
+        top_id_SN = torch.empty(num_rows, max_top, dtype=torch.int32, device=device)
+        out = (logprob_S, top_id_SN, torch.empty(num_rows, max_top, dtype=torch.float32, device=device))
     logprob_S, top_id_SN, top_logprob_SN = out
     check("logprob_S", logprob_S, torch.float32, num_rows, device=device)
     check("top_id_SN", top_id_SN, torch.int32, num_rows, max_top, device=device)

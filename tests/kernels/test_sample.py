@@ -26,11 +26,9 @@ from duomo_kernels._sampling import (
     from_order,
     order,
 )
-from duomo_kernels.sample import Mode, SampleTiles, _adjusted_reference, _shares_reference, _uniform, sample, sample_reference
+from duomo_kernels.sample import EDGE, Mode, SampleTiles, misplaced, sample, sample_reference
 
 SMALL = SampleTiles(chunk=256, tile=512, pivots=8, capacity=256, block=128)
-# of the cumulative distribution: exp2 of a depth up to 43 in float32, whose rounding moves a weight by 43 * 2^-24 of itself
-EDGE = 2.0**-17
 KINDS: dict[str, tuple[Mode, dict[str, float]]] = {
     "greedy": ("greedy", {"temperature": 0.0}),
     "plain": ("plain", {"temperature": 0.75}),
@@ -48,7 +46,7 @@ def rows_of(num: int, device: torch.device, num_valid: int | None = None, **valu
     """Rows that ask for the same, each with its own seed, choice and position."""
     of = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | values
     generator = torch.Generator().manual_seed(7)
-    floats = {f"{name}_S": torch.full((num,), of[name], device=device) for name in ("temperature", "top_p", "min_p")}
+    floats = {f"{name}_S": torch.full((num,), float(of[name]), device=device) for name in ("temperature", "top_p", "min_p")}
     return SampleRows(
         **floats,
         top_k_S=torch.full((num,), int(of["top_k"]), dtype=torch.int32, device=device),
@@ -63,24 +61,6 @@ def outputs(num: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Poison: values that no kernel writes."""
     poison = torch.full((2, num), -77, dtype=torch.int32, device=device)
     return poison[0], poison[1]
-
-
-def misplaced(token_S: Tensor, logits_SV: Tensor, rows: SampleRows, penalties: Penalties | None = None) -> float:
-    """How far outside a token's part of the cumulative distribution (float64) a row's point lies, at worst; 1 for a wrong greedy token."""
-    worst = 0.0
-    for row in range(int(rows.num_valid)):
-        x_V, token = _adjusted_reference(logits_SV[row].float().cpu(), row, rows, penalties), int(token_S[row])
-        if not 0 <= token < len(x_V):
-            return 1.0
-        if float(rows.temperature_S[row]) < 1e-5:
-            worst = max(worst, float(token != int((x_V == x_V.max()).nonzero()[0])))
-            continue
-        share_V = _shares_reference(x_V, row, rows)
-        share_V /= share_V.sum()
-        high = float(share_V[: token + 1].sum())
-        point = _uniform(int(rows.seed_S[row]), int(rows.choice_S[row]), int(rows.position_S[row]))
-        worst = max(worst, high - float(share_V[token]) - point, point - high, float(share_V[token] == 0))
-    return worst
 
 
 def cpu_tokens(logits_SV: Tensor, rows: SampleRows) -> Tensor:
@@ -183,7 +163,7 @@ def test_rows_without_an_answer_are_flagged_and_padding_is_left_alone(device: to
     logits_SV[2, 5] = torch.inf
     logits_SV[3, :299] = -torch.inf
     logits_SV[5] = torch.nan
-    modes: list[tuple[Mode, dict[str, float]]] = [("greedy", {"temperature": 0}), ("plain", {}), ("limited", {"top_k": 4, "top_p": 0.5})]
+    modes: list[tuple[Mode, dict[str, float]]] = [("greedy", {"temperature": 0.0}), ("plain", {}), ("limited", {"top_k": 4, "top_p": 0.5})]
     for mode, asked in modes:
         rows = rows_of(6, device, 5, **asked)
         token_S, flag_S = sample(logits_SV.to(device), rows, mode=mode, out=outputs(6, device), tiles=SMALL)
