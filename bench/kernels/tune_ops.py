@@ -132,7 +132,7 @@ class Tuner:
     def _gemm_plans(self, shape: LayerShape, inputs: list[Inputs]) -> list[LayerPlan]:
         """The best pair of tiles for each height."""
         t = inputs[0].x_TD.shape[0]
-        act_RF = torch.empty(t * shape.top_k, shape.hidden, dtype=torch.bfloat16, device=self.device)
+        act_RF = inputs[0].x_TD.new_empty(t * shape.top_k, shape.hidden)
         rows_RD = act_RF.new_empty(t * shape.top_k, shape.dim)
         found: list[LayerPlan] = []
         for block_m in tile_spaces.heights(t, shape.top_k, shape.num_experts):
