@@ -29,6 +29,7 @@ from duomo_kernels._routing import Routing
 from duomo_kernels._weights import ExpertWeights
 
 TMA_BYTES = 16  # a descriptor's rows start at multiples of this
+TOUCHING_PER_SM = 2  # programs that may be there before the kernel before has ended; later ones would only read twice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,12 +159,12 @@ def _down_tile(
 
 @triton.jit
 def _up_kernel(
-    x, w, w_desc, act, routed, tiles, num_tiles, num_columns, num_k, num_f, num_experts,
+    x, w, w_desc, act, routed, tiles, num_tiles, num_columns, num_k, num_f, num_experts, touching,
     TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TOUCH: tl.constexpr,
     EVEN_K: tl.constexpr, GROUPED: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if TOUCH > 0 and USE_PDL:  # while the gate still runs: most experts will be asked for, whatever it says
+    if TOUCH > 0 and USE_PDL and pid < touching:  # while the gate still runs: most experts will be asked for, whatever it says
         row = (pid // num_columns) % num_experts * 2 * num_f + pid % num_columns * BN
         _touch(w, row, num_k, BN, TOUCH)
         _touch(w, row + num_f, num_k, BN, TOUCH)
@@ -183,14 +184,14 @@ def _up_kernel(
 
 @triton.jit
 def _down_kernel(
-    act, act_desc, w, w_desc, out, tiles, num_tiles, num_columns, num_k, num_d,
+    act, act_desc, w, w_desc, out, tiles, num_tiles, num_columns, num_k, num_d, touching,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TOUCH: tl.constexpr,
     EVEN_K: tl.constexpr, GROUPED: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(USE_PDL)
     pid = tl.program_id(0)
     num_pids = tl.load(num_tiles) * num_columns  # before the wait: expert_up let us start after its own, when the routing was whole
-    if TOUCH > 0 and USE_PDL and pid < num_pids:
+    if TOUCH > 0 and USE_PDL and pid < tl.minimum(touching, num_pids):
         expert, _, _, column = _find_tile(pid, tiles, num_columns, GROUPED)
         _touch(w, expert * num_d + column * BN, num_k, BN, TOUCH)
     wait_for_previous(USE_PDL)
@@ -240,7 +241,7 @@ def expert_up(x_TD: Tensor, routing: Routing, weights: ExpertWeights, tile: Gemm
     w_desc = _descriptor(weights.gate_up_EFD.view(-1, 2, num_f, num_k), [1, 2, tile.block_n, tile.block_k], tile)
     _up_kernel[(_grid(routing, num_columns, tile, x_TD.device),)](
         x_TD, weights.gate_up_EFD, w_desc, act_RF, routing.routed_R, routing.tiles_M5, routing.num_tiles,
-        num_columns, num_k, num_f, weights.num_experts,
+        num_columns, num_k, num_f, weights.num_experts, TOUCHING_PER_SM * num_sms(x_TD.device),
         TOP_K=routing.top_k, BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
         TOUCH=_touch_columns(num_k, num_f, tile), EVEN_K=num_k % tile.block_k == 0, GROUPED=num_routed > weights.num_experts * tile.block_m,
         SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(x_TD.device),
@@ -272,6 +273,7 @@ def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: 
         return rows_RD
     _down_kernel[(_grid(routing, num_columns, tile, act_RF.device),)](
         act_RF, act_desc, weights.down_EDF, w_desc, rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
+        TOUCHING_PER_SM * num_sms(act_RF.device),
         BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
         TOUCH=_touch_columns(num_k, num_d, tile), EVEN_K=num_k % tile.block_k == 0, GROUPED=is_grouped,
         SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(act_RF.device),
