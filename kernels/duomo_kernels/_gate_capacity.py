@@ -63,7 +63,7 @@ class Overflow:
     lost_T: Tensor
 
     @classmethod
-    def empty(cls, num_tokens: int, num_experts: int, device: torch.device) -> Overflow:
+    def empty(cls: type[Overflow], num_tokens: int, num_experts: int, device: torch.device) -> Overflow:
         ones = [torch.empty(1, dtype=torch.int32, device=device) for _ in range(3)]
         return cls(
             overflow_E=torch.empty(num_experts, dtype=torch.int32, device=device),

@@ -193,3 +193,13 @@ def chosen_before(ids_ptr, row_T, is_row_T, expert_C, is_expert_C, K: tl.constex
         id_T = tl.load(ids_ptr + row_T.to(tl.int64) * K + k, mask=is_row_T, other=-1)
         rank_TC = tl.where((expert_C[None, :] == id_T[:, None]) & is_expert_C[None, :], k, rank_TC)
     return rank_TC
+
+
+@triton.jit
+def write_choice(weights_ptr, ids_ptr, ids_TK, weight_TK, row_T, valid, num_tokens, K: tl.constexpr, K_PAD: tl.constexpr):
+    """Weights and ids of these rows; weight 0 in padding."""
+    k_of = tl.arange(0, K_PAD)[None, :]
+    at_TK = row_T.to(tl.int64)[:, None] * K + k_of
+    is_at_TK = (row_T < num_tokens)[:, None] & (k_of < K)
+    tl.store(weights_ptr + at_TK, tl.where((row_T < valid)[:, None], weight_TK, 0.0), mask=is_at_TK)
+    tl.store(ids_ptr + at_TK, ids_TK, mask=is_at_TK)
