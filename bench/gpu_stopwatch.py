@@ -120,7 +120,9 @@ class _Side:
     calls: int
 
 
+@functools.cache
 def _stream() -> torch.cuda.Stream:
+    """One stream for all warming and capturing: the allocator keeps what it freed for each stream apart."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch ships no types for it
 
 

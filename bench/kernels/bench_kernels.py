@@ -25,7 +25,8 @@ from bench.gpu_stopwatch import RESULTS, facts, require_gpu, write_result
 from bench.kernels.shapes import SHAPES, SKEWS, LayerShape, Skew
 from bench.kernels.targets import Case, table, verdicts
 
-SECTIONS = ("layer", "gate", "attention", "fp8", "rest")
+SECTIONS = ("layer", "gate", "attention", "fp8", "rest", "component")
+USUAL = SECTIONS[:-1]  # components are for who looks for time: each is part of a layer that is measured whole
 FP8_SHAPES = ("qwen3", "olmoe")
 ATTENTION_SHAPES = ("qwen3", "olmoe")
 
@@ -46,7 +47,7 @@ class Asked:
 
 def parse(arguments: Sequence[str] | None = None) -> Asked:
     parser = argparse.ArgumentParser(prog="duomo bench kernels", description="kernels against their floors and against vLLM's")
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"sections, of {','.join(SECTIONS)}")
+    parser.add_argument("--only", default=",".join(USUAL), help=f"sections, of {','.join(SECTIONS)}")
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"layers, of {','.join(SHAPES)}")
     parser.add_argument("--tokens", default="", help="numbers of tokens (attention: of sequences), such as 1,8,1024; default: all")
     parser.add_argument("--skews", default=",".join(SKEWS), help="popularity of experts: uniform,zipf")
@@ -115,6 +116,7 @@ def main() -> int:
 
 def _measure(asked: Asked, run: object) -> list[Case]:
     """Section by section; what is asked about most comes first, since the budget may end it."""
+    from bench.kernels.component_section import measure_components
     from bench.kernels.layer_section import Run, measure_layers
     from bench.kernels.op_sections import measure_attention, measure_gate, measure_rest
 
@@ -140,6 +142,9 @@ def _measure(asked: Asked, run: object) -> list[Case]:
     if "layer" in asked.only:
         for shape in asked.shapes:
             add(f"layer {shape.name}", measure_layers(run, shape))
+    if "component" in asked.only:
+        for shape in asked.shapes:
+            add(f"component {shape.name}", measure_components(run, shape))
     if "rest" in asked.only:
         add("rest", measure_rest(run))
     return cases

@@ -159,15 +159,15 @@ def measure_attention(run: Run, shape: LayerShape) -> list[Case]:
             continue
         sides: dict[str, list[Callable[[], object]]] = {OURS: list(ours)}
         peers = [peers_vllm.decode_attention(s.q_SHD, s.pool, s.table_SB, s.lengths_S, scale) for s in sets]
-        calls = [peer for peer in peers if not isinstance(peer, str)]
-        notes = tuple({f"FlashAttention 3: {peer}" for peer in peers if isinstance(peer, str)})
-        if calls:
-            theirs = error(calls[0]()[some], expected)
+        there = [peer for peer in peers if not isinstance(peer, str)]
+        notes = sorted({f"FlashAttention 3: {peer}" for peer in peers if isinstance(peer, str)})
+        for name in there[0] if there else ():
+            theirs = error(there[0][name]()[some], expected)
             if theirs <= bound(torch.bfloat16):
-                sides["flash_attention_3"] = list(calls)
+                sides[name] = [peer[name] for peer in there]
             else:
-                notes = (f"FlashAttention 3 left out: error {theirs:.2e}",)
-        found.append(replace(case, times=interleaved_us(sides, repeats=run.repeats), notes=notes))
+                notes.append(f"{name} left out: error {theirs:.2e}")
+        found.append(replace(case, times=interleaved_us(sides, repeats=run.repeats), notes=tuple(notes)))
     return found
 
 

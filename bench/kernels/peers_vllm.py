@@ -227,8 +227,10 @@ def torch_layer(logits_TE: Tensor, x_TD: Tensor, weights: ExpertWeights, rule: G
     return out
 
 
-def decode_attention(q_SHD: Tensor, pool: Tensor, table_SB: Tensor, lengths_S: Tensor, scale: float) -> Callable[[], Tensor] | str:
-    """FlashAttention 3 as vLLM's captured decode step calls it, or why it cannot be called.
+def decode_attention(
+    q_SHD: Tensor, pool: Tensor, table_SB: Tensor, lengths_S: Tensor, scale: float
+) -> dict[str, Callable[[], Tensor]] | str:
+    """FlashAttention 3 as vLLM's captured decode step calls it, and with the splits left to it; or why it cannot be called.
 
     The schedule is made once a step and shared by the layers, so it is made here, outside the call. The pool [blocks, 2, N, tokens, D]
     is copied into vLLM's pair of [blocks, block tokens, N, D].
@@ -240,18 +242,20 @@ def decode_attention(q_SHD: Tensor, pool: Tensor, table_SB: Tensor, lengths_S: T
     num_sequences, num_heads, head_dim = q_SHD.shape
     starts = torch.arange(num_sequences + 1, dtype=torch.int32, device=q_SHD.device)
     longest = int(lengths_S.max())
-    schedule = found.get_scheduler_metadata(
-        batch_size=num_sequences, max_seqlen_q=1, max_seqlen_k=longest, num_heads_q=num_heads, num_heads_kv=pool.shape[2],
-        headdim=head_dim, cache_seqlens=lengths_S, qkv_dtype=q_SHD.dtype, cu_seqlens_q=starts, page_size=pool.shape[3], causal=True,
-        num_splits=MAX_SPLITS,
-    )  # fmt: skip
     out = torch.empty_like(q_SHD)
-    call: Callable[[], Any] = functools.partial(
-        found.flash_attn_varlen_func, q=q_SHD, k=keys, v=values, out=out, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=longest,
-        seqused_k=lengths_S, softmax_scale=scale, causal=True, block_table=table_SB, scheduler_metadata=schedule, num_splits=MAX_SPLITS,
-        fa_version=3,
-    )  # fmt: skip
-    return call
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, splits in (("flash_attention_3", MAX_SPLITS), ("flash_attention_3_free", 0)):
+        schedule = found.get_scheduler_metadata(
+            batch_size=num_sequences, max_seqlen_q=1, max_seqlen_k=longest, num_heads_q=num_heads, num_heads_kv=pool.shape[2],
+            headdim=head_dim, cache_seqlens=lengths_S, qkv_dtype=q_SHD.dtype, cu_seqlens_q=starts, page_size=pool.shape[3], causal=True,
+            num_splits=splits,
+        )  # fmt: skip
+        calls[name] = functools.partial(
+            found.flash_attn_varlen_func, q=q_SHD, k=keys, v=values, out=out, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=longest,
+            seqused_k=lengths_S, softmax_scale=scale, causal=True, block_table=table_SB, scheduler_metadata=schedule, num_splits=splits,
+            fa_version=3,
+        )  # fmt: skip
+    return calls
 
 
 @functools.cache

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from bench.gpu_stopwatch import Timing
-from bench.kernels import layer_section, op_sections, tile_search, tile_spaces, tune_ops
+from bench.kernels import component_section, layer_section, op_sections, tile_search, tile_spaces, tune_ops
+from bench.kernels.component_section import measure_components
 from bench.kernels.layer_section import Run, measure_layers
 from bench.kernels.op_sections import Contexts, measure_attention, measure_gate, measure_rest
 from bench.kernels.shapes import LayerShape
@@ -53,12 +54,12 @@ def in_half(make: Callable[..., object]) -> Callable[..., object]:
 
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (layer_section, tune_ops):
+    for module in (layer_section, tune_ops, component_section):
         monkeypatch.setattr(module, "make_weights", in_half(module.make_weights))
         monkeypatch.setattr(module, "make_rows", in_half(module.make_rows))
-    for module in (layer_section, op_sections, tile_search):
+    for module in (layer_section, op_sections, tile_search, component_section):
         monkeypatch.setattr(module, "interleaved_us", call_once)
-    for module in (layer_section, op_sections):
+    for module in (layer_section, op_sections, component_section):
         monkeypatch.setattr(module, "compile_ahead", lambda calls: 0)
     monkeypatch.setattr(tune_ops, "compile_all", lambda variants: 0)
     monkeypatch.setattr(tune_ops, "NUM_SETS", 1)
@@ -114,6 +115,12 @@ def test_attention(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_sections, "_make_cache", make_half)
     (case,) = measure_attention(run, SMALL)
     assert not case.red and case.error < 0.01 and case.name() == "attention small T=2 33 + 1"
+
+
+def test_components(run: Run) -> None:
+    cases = measure_components(run, SMALL)
+    assert [(case.tokens, case.detail) for case in cases] == [(5, "gate"), (5, "up"), (5, "down"), (5, "combine")]
+    assert all(case.floor_us > 0 and OURS in case.times and not case.red for case in cases)
 
 
 def test_the_rest_names_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
