@@ -198,7 +198,7 @@ def _search(
     """
     j = tl.arange(0, WAYS)
     c = tl.arange(0, CHUNKS)
-    above_C = tl.load(above + row * num_chunks + c, mask=(c < num_chunks) & (kind == BY_CHUNK), other=0)
+    above_C = tl.load(above + row * num_chunks + c, mask=c < tl.where(kind == BY_CHUNK, num_chunks, 0), other=0)
     before = tl.zeros((), tl.int64)
     while lo < hi:
         step = (hi - lo) // WAYS + 1
