@@ -190,7 +190,7 @@ def _down_tile(down_ptr, expert, first, column, D: tl.constexpr, F: tl.constexpr
 @triton.jit
 def _act_tile(act_ptr, column, F: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
     """[C, 1, W], C equal copies: with 8 elements a thread Triton gives it the layout of down's tile, and nothing passes through shared
-    memory between them (measured in the disassembly: two barriers a tile otherwise)."""
+    memory between them (seen in the disassembly: two barriers a tile otherwise)."""
     where_C1W = column + (tl.arange(0, C) * 0)[:, None, None] + tl.arange(0, W)[None, None, :]
     if F % W == 0:
         return tl.load(act_ptr + where_C1W)
@@ -222,20 +222,20 @@ def _down_rows(
     for k in tl.static_range(K):
         if k % 4 == 0 and k > 0:
             packed = four_experts(rank_B, k, BE)
-        experts = experts + (((packed >> (k % 4 * 16)) & 0xFFFF).to(tl.int32),)  # type: ignore[assignment]
+        experts = experts + (((packed >> (k % 4 * 16)) & 0xFFFF).to(tl.int32),)  # type: ignore[assignment]  # it grows
     for u in tl.static_range(SPARE):
-        tiles = tiles + (_down_tile(down_ptr, experts[u // CHUNKS], first, u % CHUNKS * W, D, F, BD, C, W),)  # type: ignore[assignment]
-    best = logits_at(logits_ptr, token, experts[0], E, ".cg")  # type: ignore[misc]
+        tiles = tiles + (_down_tile(down_ptr, experts[u // CHUNKS], first, u % CHUNKS * W, D, F, BD, C, W),)  # type: ignore[assignment]  # it grows
+    best = logits_at(logits_ptr, token, experts[0], E, ".cg")  # type: ignore[misc]  # it grows
     total = 0.0 if NORMALISE else tl.sum(tl.exp(logit_B - best), axis=0)
     for k in tl.static_range(K):
-        shares = shares + (tl.exp(logits_at(logits_ptr, token, experts[k], E, ".cg") - best),)  # type: ignore[assignment]
+        shares = shares + (tl.exp(logits_at(logits_ptr, token, experts[k], E, ".cg") - best),)  # type: ignore[assignment]  # it grows
         if NORMALISE:
             total += shares[k]
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)
     act_ptr += token * K * F
     for u in tl.static_range(SPARE):
-        acts = acts + (_act_tile(act_ptr + u // CHUNKS * F, u % CHUNKS * W, F, C, W),)  # type: ignore[assignment]
+        acts = acts + (_act_tile(act_ptr + u // CHUNKS * F, u % CHUNKS * W, F, C, W),)  # type: ignore[assignment]  # it grows
     sum_CBW = tl.zeros([C, BD // C, W], tl.float32)
     for u in tl.static_range(UNITS):
         act_C1W = acts[u].to(tl.float32) * (shares[u // CHUNKS] / total * routed_scale)
@@ -293,7 +293,7 @@ def default_tiles(weights: ExpertWeights, num_tokens: int, top_k: int) -> Direct
     """Programs of the first kernel: two a multiprocessor for one token (256 equal ones in 132 x 2 places waste 3%), more for several, of
     which some leave at once. The second kernel: 512 programs for 2,048 outputs fit 132 x 4 places."""
     hidden, sms = weights.hidden, num_sms(weights.down_EDF.device)
-    rows = max(1, 4096 // triton.next_power_of_2(weights.dim))  # 16 KiB of bf16 a tile, two tiles on their way
+    rows = min(16, max(1, 4096 // triton.next_power_of_2(weights.dim)))  # 16 KiB of bf16 a tile, two tiles on their way
     if weights.is_fp8:
         rows = 2 * rows if hidden % (2 * rows) == 0 else 1
     cuts = max(1, 2 * sms // (num_tokens * top_k)) if num_tokens == 1 else triton.cdiv(hidden, 16 * rows)
@@ -306,7 +306,7 @@ def default_tiles(weights: ExpertWeights, num_tokens: int, top_k: int) -> Direct
         gate_up_steps=triton.cdiv(triton.cdiv(hidden, cuts), rows),
         down_rows=4,
         down_width=width,
-        down_depth=max(2, 2048 // width),
+        down_depth=min(8, max(2, 2048 // width)),
     )
 
 

@@ -13,7 +13,7 @@ from duomo_kernels._routing import GateRule
 from duomo_kernels._weights import SCALE_BLOCK, ExpertWeights
 from duomo_kernels.expert_direct import DirectAnswer, DirectTiles, default_tiles, expert_direct, expert_direct_reference
 
-SMALL = DirectTiles(gate_up_rows=4, gate_up_steps=6, down_rows=16, down_width=64, down_depth=2)
+SMALL = DirectTiles(gate_up_rows=4, gate_up_steps=12, down_rows=32, down_width=64, down_depth=2)
 
 
 def half(device: torch.device) -> torch.dtype:
@@ -28,7 +28,8 @@ def random_weights(num_experts: int, dim: int, hidden: int, device: torch.device
         return ExpertWeights(gate_up_EFD=(gate_up / dim**0.5).to(half(device)), down_EDF=(down / hidden**0.5).to(half(device)))
 
     def scales(rows: int, columns: int) -> Tensor:
-        return (0.5 + torch.rand(num_experts, -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK), device=device)) / columns**0.5
+        blocks = torch.rand(num_experts, -(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK), device=device)
+        return blocks.add(0.5).mul(columns**-0.5)
 
     return ExpertWeights(
         gate_up_EFD=gate_up.to(torch.float8_e4m3fn),
@@ -70,8 +71,8 @@ def inputs(num_tokens: int, num_experts: int, dim: int, device: torch.device) ->
     [
         (1, 8, 64, 64, GateRule(top_k=2, normalise=True)),
         (1, 5, 1, 1, GateRule(top_k=1)),
-        (3, 7, 63, 63, GateRule(top_k=3)),
-        (3, 4, 24, 257, GateRule(top_k=3, normalise=True, routed_scale=2.5)),
+        (3, 7, 33, 63, GateRule(top_k=3)),
+        (2, 4, 17, 257, GateRule(top_k=2, normalise=True, routed_scale=2.5)),
         (2, 1, 257, 7, GateRule(top_k=1)),
         (1, 150, 16, 24, GateRule(top_k=6, normalise=True)),
     ],
