@@ -222,20 +222,20 @@ def _down_rows(
     for k in tl.static_range(K):
         if k % 4 == 0 and k > 0:
             packed = four_experts(rank_B, k, BE)
-        experts = experts + (((packed >> (k % 4 * 16)) & 0xFFFF).to(tl.int32),)  # type: ignore[assignment]  # it grows
+        experts = experts + (((packed >> (k % 4 * 16)) & 0xFFFF).to(tl.int32),)  # type: ignore[assignment]  # a growing tuple
     for u in tl.static_range(SPARE):
-        tiles = tiles + (_down_tile(down_ptr, experts[u // CHUNKS], first, u % CHUNKS * W, D, F, BD, C, W),)  # type: ignore[assignment]  # it grows
-    best = logits_at(logits_ptr, token, experts[0], E, ".cg")  # type: ignore[misc]  # it grows
+        tiles = tiles + (_down_tile(down_ptr, experts[u // CHUNKS], first, u % CHUNKS * W, D, F, BD, C, W),)  # type: ignore[assignment]  # a growing tuple
+    best = logits_at(logits_ptr, token, experts[0], E, ".cg")  # type: ignore[misc]  # a growing tuple
     total = 0.0 if NORMALISE else tl.sum(tl.exp(logit_B - best), axis=0)
     for k in tl.static_range(K):
-        shares = shares + (tl.exp(logits_at(logits_ptr, token, experts[k], E, ".cg") - best),)  # type: ignore[assignment]  # it grows
+        shares = shares + (tl.exp(logits_at(logits_ptr, token, experts[k], E, ".cg") - best),)  # type: ignore[assignment]  # a growing tuple
         if NORMALISE:
             total += shares[k]
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)
     act_ptr += token * K * F
     for u in tl.static_range(SPARE):
-        acts = acts + (_act_tile(act_ptr + u // CHUNKS * F, u % CHUNKS * W, F, C, W),)  # type: ignore[assignment]  # it grows
+        acts = acts + (_act_tile(act_ptr + u // CHUNKS * F, u % CHUNKS * W, F, C, W),)  # type: ignore[assignment]  # a growing tuple
     sum_CBW = tl.zeros([C, BD // C, W], tl.float32)
     for u in tl.static_range(UNITS):
         act_C1W = acts[u].to(tl.float32) * (shares[u // CHUNKS] / total * routed_scale)
