@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._gate_choice import chosen_before, expert_of_column, in_best_groups, load_bias, load_logits, scores, valid_rows
+from ._gate_choice import chosen_before, expert_at, in_best_groups, load_bias, load_logits, scores, valid_rows
 from ._gate_order import capacity_limit, totals
 from ._launch import check, wait_for_previous
 from ._routing import Routing, max_tiles, routing_reference
@@ -181,7 +181,7 @@ def reroute_kernel(
     """One program, in order. ids and weights change in place; marked [T, K] is ids with -1 where dropped."""
     NOBODY: tl.constexpr = 2147483647
     column_C = tl.arange(0, C)
-    expert_C, is_expert_C = expert_of_column(E, NUM_GROUPS, GROUP_PAD, C)
+    expert_C, is_expert_C = expert_at(tl.arange(0, C), E, NUM_GROUPS, GROUP_PAD)
     wait_for_previous(USE_PDL)
     valid = valid_rows(num_valid_ptr, num_tokens)
     bias_C = load_bias(bias_ptr, expert_C, is_expert_C, C)
@@ -200,7 +200,7 @@ def reroute_kernel(
         is_over_TC = (counted_TC > 0) & (nth_TC >= limit)
         tl.store(marked_ptr + index_TC.to(tl.int64), tl.broadcast_to(expert_C[None, :], (T, C)), mask=rank_TC < K)
         tl.debug_barrier()  # before single threads overwrite some of it below
-        logits_TC = load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E)
+        logits_TC = load_logits(logits_ptr, row_T, valid, E, NUM_GROUPS, GROUP_PAD, T, C)
         is_expert_TC = tl.broadcast_to(is_expert_C[None, :], (T, C))
         score_TC = tl.where(is_expert_TC, scores(logits_TC, is_expert_TC, IS_SIGMOID), -1.0)
         if NUM_GROUPS > 1:
@@ -248,7 +248,7 @@ def count_kernel(
 ):  # fmt: skip
     """Histograms of ids [T, K] that may be -1."""
     program = tl.program_id(0)
-    expert_C, is_expert_C = expert_of_column(E, NUM_GROUPS, GROUP_PAD, C)
+    expert_C, is_expert_C = expert_at(tl.arange(0, C), E, NUM_GROUPS, GROUP_PAD)
     wait_for_previous(USE_PDL)
     valid = valid_rows(num_valid_ptr, num_tokens)
     count_C = tl.zeros((C,), tl.int32)

@@ -18,30 +18,37 @@ HIGH_HALF = tl.constexpr(-65536)  # a bf16 value is the high half of its float32
 
 
 @triton.jit
-def expert_of_column(E: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr, C: tl.constexpr):
-    """(expert_C, whether the column is an expert). Ascending, so that the lowest column is the lowest expert."""
-    column_C = tl.arange(0, C)
-    if NUM_GROUPS == 1:
-        is_expert_C = column_C < E
-    else:
-        is_expert_C = (column_C % GROUP_PAD < E // NUM_GROUPS) & (column_C < NUM_GROUPS * GROUP_PAD)
-    return expert_at(column_C, E, NUM_GROUPS, GROUP_PAD), is_expert_C
-
-
-@triton.jit
 def expert_at(column, E: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr):
-    """The expert of a column that is one."""
-    if NUM_GROUPS == 1:
+    """(the expert of a column, whether it is one). Ascending, so that the lowest column is the lowest expert."""
+    if NUM_GROUPS == 1 or E == NUM_GROUPS * GROUP_PAD:  # apart, because Triton sees no contiguous addresses behind a division
         expert = column
+        is_expert = column < E
     else:
         expert = column // GROUP_PAD * (E // NUM_GROUPS) + column % GROUP_PAD
-    return expert
+        is_expert = (column % GROUP_PAD < E // NUM_GROUPS) & (column < NUM_GROUPS * GROUP_PAD)
+    return expert, is_expert
 
 
 @triton.jit
-def load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E: tl.constexpr):
-    at_TC = row_T.to(tl.int64)[:, None] * E + expert_C[None, :]
-    return tl.load(logits_ptr + at_TC, mask=(row_T < valid)[:, None] & is_expert_C[None, :], other=0).to(tl.float32)
+def load_logits(
+    logits_ptr, row_T, valid, E: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr, T: tl.constexpr, C: tl.constexpr
+):
+    """[T, C] float32; zeros in padding.
+
+    More than 128 columns are loaded as [T, C // 128, 128]: that leaves a row to one warp. As [T, C], warps would share a row that is wider
+    than what 32 lanes load at once, and every maximum would go through shared memory.
+    """
+    if C == 128:
+        expert_C, is_expert_C = expert_at(tl.arange(0, C), E, NUM_GROUPS, GROUP_PAD)
+        mask_TC = (row_T < valid)[:, None] & is_expert_C[None, :]
+        logits_TC = tl.load(logits_ptr + (row_T.to(tl.int64)[:, None] * E + expert_C[None, :]), mask=mask_TC, other=0).to(tl.float32)
+    else:
+        column_SL = tl.arange(0, C // 128)[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
+        expert_SL, is_expert_SL = expert_at(column_SL, E, NUM_GROUPS, GROUP_PAD)
+        mask_TSL = (row_T < valid)[:, None, None] & is_expert_SL
+        logits_TSL = tl.load(logits_ptr + (row_T.to(tl.int64)[:, None, None] * E + expert_SL), mask=mask_TSL, other=0)
+        logits_TC = tl.reshape(logits_TSL.to(tl.float32), (T, C))
+    return logits_TC
 
 
 @triton.jit
@@ -182,7 +189,7 @@ def choose(
         weight_TK = weight_TK / (sum_T + 1e-20)[:, None]
     elif not (BY_SCORE or IS_SIGMOID):
         weight_TK = weight_TK / tl.sum(tl.where(is_expert_TC, tl.exp(logits_TC - peak_T[:, None]), 0.0), 1)[:, None]
-    return rank_TC, expert_at(column_TK, E, NUM_GROUPS, GROUP_PAD), weight_TK
+    return rank_TC, expert_at(column_TK, E, NUM_GROUPS, GROUP_PAD)[0], weight_TK
 
 
 @triton.jit

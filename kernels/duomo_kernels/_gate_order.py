@@ -21,9 +21,15 @@ def totals(hist_ptr, program, num_programs, P: tl.constexpr, C: tl.constexpr, IS
     Both come out of one sum: the total in the low half of a word, the part before in the high half. .cg: only L2 has what others wrote.
     """
     p = tl.arange(0, P)
-    # Four bytes a thread, though sixteen lie there: the layout in which the logits were loaded, so nothing is exchanged between threads.
-    at_PC = tl.max_contiguous(p[:, None] * C + tl.arange(0, C)[None, :], (1, 4))
-    hist_PC = tl.load(hist_ptr + at_PC, mask=(p < num_programs)[:, None], other=0, cache_modifier=".cg")
+    # Four bytes a thread, though sixteen lie there, and the shape of load_logits: the same layout, so nothing is exchanged between threads.
+    if C == 128:
+        at_PC = tl.max_contiguous(p[:, None] * C + tl.arange(0, C)[None, :], (1, 4))
+        hist_PC = tl.load(hist_ptr + at_PC, mask=(p < num_programs)[:, None], other=0, cache_modifier=".cg")
+    else:
+        column_SL = tl.arange(0, C // 128)[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
+        at_PSL = tl.max_contiguous(p[:, None, None] * C + column_SL, (1, 1, 4))
+        hist_PSL = tl.load(hist_ptr + at_PSL, mask=(p < num_programs)[:, None, None], other=0, cache_modifier=".cg")
+        hist_PC = tl.reshape(hist_PSL, (P, C))
     if IS_WIDE:
         word_C = tl.sum(hist_PC.to(tl.int64) * tl.where(p < program, (1 << 32) + 1, 1).to(tl.int64)[:, None], 0)
         total_C, before_C = (word_C & 0xFFFFFFFF).to(tl.int32), (word_C >> 32).to(tl.int32)

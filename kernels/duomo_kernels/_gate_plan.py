@@ -12,8 +12,7 @@ from ._launch import is_interpreted, num_sms
 
 SOLO_TOKENS = 16  # two rows a warp in one program; the barrier's two round trips to L2 cost more than two more rows a warp
 FUSED_TOKENS = 1024  # 8 rows in each of at most 128 programs, one row a warp: an H100 has 132 multiprocessors
-FUSED_REGISTERS = 64  # a thread, which 128 columns take without spilling: four programs of 8 warps fit a multiprocessor
-SPLIT_ROWS = 32  # 4 rows a warp hide each other's latency where waiting for others is no matter
+SPLIT_ELEMENTS = 4096  # 4 rows of 128 columns a warp hide each other's latency; more and the kernel that places them spills
 MAX_PROGRAMS = 128  # histograms that each program reads at once: 16 KiB where E is 128
 
 
@@ -40,24 +39,23 @@ class Plan:
 
 
 def plan_of(num_tokens: int, columns: int, device: torch.device) -> Plan:
-    """One program, one kernel with a barrier, or two kernels (always in the interpreter, which runs one program after the other)."""
+    """One program, one kernel with a barrier, or two kernels (in the interpreter too: it runs one program after the other)."""
     if num_tokens <= SOLO_TOKENS:
-        rows = 1 if num_tokens == 1 else 8 if num_tokens <= 8 else SOLO_TOKENS
+        rows = 1 if num_tokens == 1 and columns <= 256 else 8 if num_tokens <= 8 else SOLO_TOKENS  # one warp has registers for 256
         return Plan(T=rows, C=columns, programs=1, chunks=1, num_warps=min(rows, 8), is_fused=True)
     rows = 8 if columns <= 256 else 16
     programs = triton.cdiv(num_tokens, rows)
-    if num_tokens > FUSED_TOKENS or programs > num_sms(device) or is_interpreted():
+    if columns > 512 or num_tokens > FUSED_TOKENS or programs > num_sms(device) or is_interpreted():
         return split_plan(num_tokens, columns)
     # At least two grids fit on an H100 beside each other (_grid_barrier says why that matters): with 128 columns four programs a
     # multiprocessor, with 256 two, with 512 one, but half as many programs.
-    registers = FUSED_REGISTERS if columns <= 256 else 2 * FUSED_REGISTERS
-    num_warps = 8 if columns <= 128 else 16
-    return Plan(T=rows, C=columns, programs=programs, chunks=1, num_warps=num_warps, is_fused=True, max_registers=registers)
+    registers = 64 if columns <= 128 else 128
+    return Plan(T=rows, C=columns, programs=programs, chunks=1, num_warps=rows, is_fused=True, max_registers=registers)
 
 
 def split_plan(num_tokens: int, columns: int) -> Plan:
     """Chunks grow with the rows, programs do not: every program reads all histograms."""
-    rows = SPLIT_ROWS if columns <= 256 else 8  # registers: 512 columns of 32 rows are 64 values of each tensor a thread
+    rows = SPLIT_ELEMENTS // columns
     chunks = triton.cdiv(num_tokens, rows * MAX_PROGRAMS)
     return Plan(T=rows, C=columns, programs=triton.cdiv(num_tokens, rows * chunks), chunks=chunks, num_warps=8)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate_capacity import Capacity, Overflow, count_kernel, drop_rows, reroute_kernel, write_overflow
-from ._gate_choice import choose, chosen_before, expert_of_column, load_bias, load_logits, valid_rows, write_choice
+from ._gate_choice import choose, chosen_before, expert_at, load_bias, load_logits, valid_rows, write_choice
 from ._gate_order import capacity_limit, first_places, nth_of_expert, place_rows, totals, write_summary, write_tiles
 from ._gate_plan import Plan
 from ._launch import pdl_options, start_next, wait_for_previous
@@ -29,14 +29,14 @@ def _choose_kernel(
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    expert_C, is_expert_C = expert_of_column(E, NUM_GROUPS, GROUP_PAD, C)
+    expert_C, is_expert_C = expert_at(tl.arange(0, C), E, NUM_GROUPS, GROUP_PAD)
     bias_C = load_bias(bias_ptr, expert_C, is_expert_C, C)
     wait_for_previous(USE_PDL)
     valid = valid_rows(num_valid_ptr, num_tokens)
     count_C = tl.zeros((C,), tl.int32)
     for chunk in range(chunks):
         row_T = (program * chunks + chunk) * T + tl.arange(0, T)
-        logits_TC = load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E)
+        logits_TC = load_logits(logits_ptr, row_T, valid, E, NUM_GROUPS, GROUP_PAD, T, C)
         rank_TC, ids_TK, weight_TK = choose(
             logits_TC,
             bias_C,
@@ -70,7 +70,7 @@ def _place_kernel(
     HAS_CAPACITY: tl.constexpr, IS_DROPPING: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    expert_C, is_expert_C = expert_of_column(E, NUM_GROUPS, GROUP_PAD, C)
+    expert_C, is_expert_C = expert_at(tl.arange(0, C), E, NUM_GROUPS, GROUP_PAD)
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)
     valid = valid_rows(num_valid_ptr, num_tokens)

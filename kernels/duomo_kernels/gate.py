@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate_capacity import Capacity, Overflow, capacity_reference, drop_rows, write_overflow
-from ._gate_choice import choose, expert_of_column, load_bias, load_logits, valid_rows, write_choice
+from ._gate_choice import choose, expert_at, load_bias, load_logits, valid_rows, write_choice
 from ._gate_order import capacity_limit, first_places, nth_of_expert, place_rows, totals, write_summary, write_tiles
 from ._gate_plan import columns_of, plan_of, split_plan
 from ._gate_split import Call
@@ -81,12 +81,12 @@ def _fused_kernel(
     HAS_CAPACITY: tl.constexpr, IS_DROPPING: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
-    expert_C, is_expert_C = expert_of_column(E, NUM_GROUPS, GROUP_PAD, C)
+    expert_C, is_expert_C = expert_at(tl.arange(0, C), E, NUM_GROUPS, GROUP_PAD)
     bias_C = load_bias(bias_ptr, expert_C, is_expert_C, C)  # a weight: no kernel before this one writes it
     row_T = program * T + tl.arange(0, T)
     wait_for_previous(USE_PDL)
     valid = valid_rows(num_valid_ptr, num_tokens)
-    logits_TC = load_logits(logits_ptr, row_T, valid, expert_C, is_expert_C, E)
+    logits_TC = load_logits(logits_ptr, row_T, valid, E, NUM_GROUPS, GROUP_PAD, T, C)
     rank_TC, ids_TK, weight_TK = choose(
         logits_TC,
         bias_C,
