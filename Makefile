@@ -30,6 +30,7 @@ EDITABLE := PYTHONWARNINGS="ignore:Editable installation"
 PY312_STAMP := .venv312/.installed
 HAS_GPU := $(shell if test -e /dev/nvidia0 || nvidia-smi -L >/dev/null 2>&1; then echo yes; fi)
 ENGINE := $(if $(HAS_GPU),gpu,engine)
+SHORT_LANE = $(BIN)/python -m pytest -m "not slow and not gpu"
 CHECKED := duomo services kernels/duomo_kernels bench tests/house
 TORCH_FREE_TESTS = $(wildcard tests/wire tests/telemetry tests/house tests/test_config.py tests/test_errors.py tests/services/router \
 	tests/services/*/test_policy.py tests/services/kv_transfer/test_layout.py tests/services/kv_transfer/test_lifetime.py)
@@ -39,8 +40,14 @@ TORCH_FREE_TESTS = $(wildcard tests/wire tests/telemetry tests/house tests/test_
 serve: $(SERVE_STAMP)
 	@exec $(BIN)/duomo serve $(MODEL) $(ARGS)
 
+# What starts processes and listens runs alone; the rest shares the cores, a file at a time.
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(TESTS)
+ifeq ($(TESTS),)
+	$(SHORT_LANE) -n 2 --dist loadfile tests --ignore tests/services --ignore tests/system
+	$(SHORT_LANE) tests/services tests/system
+else
+	$(SHORT_LANE) $(TESTS)
+endif
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1200 $(TESTS)

@@ -14,7 +14,7 @@ from bench.kernels.layer_reference import choose, layer_reference, sample_tokens
 from bench.kernels.shapes import SHAPES, LayerShape, make_logits, make_rows, make_weights, seeded
 from duomo_kernels._weights import ExpertWeights
 from duomo_kernels.expert_direct import default_tiles
-from duomo_kernels.moe_layer import MAX_DIRECT_ROUTED, moe_layer
+from duomo_kernels.moe_layer import MAX_DIRECT_ROUTED, LayerOptions, moe_layer
 
 NUM_SETS = 4
 TOKENS = (1, 2, 4, 8, 64, 256, 1024, 4096, 16384)
@@ -40,7 +40,7 @@ def _measure(shape: LayerShape, tokens: int, weights: list[ExpertWeights], optio
     sample_S = sample_tokens(choices[0], shape.num_experts)
     expected_SD = layer_reference(sets[0][1], choices[0], weights[0], sample_S)
     layer = partial(moe_layer, rule=shape.rule)
-    sides = {"ours": layer, "deterministic": partial(layer, is_deterministic=True)}
+    sides = {"ours": layer, "deterministic": partial(layer, options=LayerOptions(is_deterministic=True))}
     if 1 < tokens <= MAX_DIRECT_ROUTED // shape.top_k:
         sides["direct"] = partial(layer, plan=default_tiles(weights[0], tokens, shape.top_k))
     errors = {name: checked(f"moe_layer {name}", run(*sets[0]).y_TD[sample_S], expected_SD) for name, run in sides.items()}

@@ -54,6 +54,21 @@ LayerPlan = DirectTiles | GemmTiles | Fp8Tiles
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LayerOptions:
+    """What a model or a batch asks beyond the rule.
+
+    bias_E float32 [E]: added to the scores where experts are chosen. num_valid [1] int32 on the device: rows from there on give zeros. A
+    capacity needs an `overflow` for its counters; with overflow="residual" the lost weight carries x over. is_deterministic: see above.
+    """
+
+    bias_E: Tensor | None = None
+    num_valid: Tensor | None = None
+    capacity: Capacity | None = None
+    overflow: Overflow | None = None
+    is_deterministic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MoeAnswer:
     """y_TD in x's dtype; counts_E int32: the gate's choices by expert, valid rows alone; ids_TK int32 and weights_TK float32."""
 
@@ -84,28 +99,43 @@ def moe_layer(
     weights: ExpertWeights,
     rule: GateRule,
     *,
-    bias_E: Tensor | None = None,
-    num_valid: Tensor | None = None,
-    capacity: Capacity | None = None,
-    overflow: Overflow | None = None,
+    options: LayerOptions | None = None,
     plan: LayerPlan | None = None,
-    is_deterministic: bool = False,
     out_TD: Tensor | None = None,
 ) -> MoeAnswer:
-    """logits [T, E], x [T, D] -> MoeAnswer. num_valid [1] int32 on the device: rows from there on give zeros.
-
-    A capacity needs an `overflow` for its counters; with overflow="residual" the lost weight carries x over. Captured by CUDA graphs
-    after one call without: sizes depend on T alone.
-    """
-    is_plain = bias_E is None and capacity is None and rule.scoring == "softmax" and rule.num_groups == 1
+    """logits [T, E], x [T, D] -> MoeAnswer. Captured by CUDA graphs after one call without: sizes depend on T alone."""
+    options = LayerOptions() if options is None else options
+    is_plain = options.bias_E is None and options.capacity is None and rule.scoring == "softmax" and rule.num_groups == 1
     if plan is None:
-        plan = layer_plan(weights, rule.top_k, x_TD.shape[0], may_be_direct=is_plain, is_deterministic=is_deterministic)
-    if isinstance(plan, DirectTiles):
-        assert is_plain and out_TD is None, "the direct path knows softmax rules without bias, groups or capacity"
-        answer = expert_direct(logits_TE.float(), x_TD, weights, rule, tiles=plan, num_valid=num_valid)
-        return MoeAnswer(y_TD=answer.y_TD, counts_E=answer.counts_E, ids_TK=answer.ids_TK, weights_TK=answer.weights_TK)
+        num_tokens, is_deterministic = x_TD.shape[0], options.is_deterministic
+        plan = layer_plan(weights, rule.top_k, num_tokens, may_be_direct=is_plain and out_TD is None, is_deterministic=is_deterministic)
+    if not isinstance(plan, DirectTiles):
+        return _routed(logits_TE, x_TD, weights, rule, plan, options, out_TD)
+    assert is_plain and out_TD is None, "the direct path knows softmax rules without bias, groups or capacity"
+    answer = expert_direct(logits_TE.float(), x_TD, weights, rule, tiles=plan, num_valid=options.num_valid)
+    return MoeAnswer(y_TD=answer.y_TD, counts_E=answer.counts_E, ids_TK=answer.ids_TK, weights_TK=answer.weights_TK)
+
+
+def _routed(
+    logits_TE: Tensor,
+    x_TD: Tensor,
+    weights: ExpertWeights,
+    rule: GateRule,
+    plan: GemmTiles | Fp8Tiles,
+    options: LayerOptions,
+    out_TD: Tensor | None,
+) -> MoeAnswer:
+    capacity, overflow = options.capacity, options.overflow
     quantised = quantise_rows_fp8(x_TD) if isinstance(plan, Fp8Tiles) else None
-    routing = gate(logits_TE, rule, tile_rows=plan.tile_rows, bias_E=bias_E, num_valid=num_valid, capacity=capacity, overflow=overflow)
+    routing = gate(
+        logits_TE,
+        rule,
+        tile_rows=plan.tile_rows,
+        bias_E=options.bias_E,
+        num_valid=options.num_valid,
+        capacity=capacity,
+        overflow=overflow,
+    )
     if isinstance(plan, Fp8Tiles):
         assert quantised is not None
         rows_RD = expert_gemm_fp8(*quantised, routing, weights, plan)
@@ -149,14 +179,16 @@ def heuristic_plan(weights: ExpertWeights, top_k: int, num_tokens: int, *, may_b
 
 
 def gemm_tiles(mean_rows: float) -> GemmTiles:
-    """Tiles for experts of so many rows in the mean. Found on an H100 with the shapes of OLMoE and Qwen3-30B (bench/results/)."""
-    if mean_rows <= 8:  # bound by memory: low tiles, and enough of them on their way
-        up = GemmTile(block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4, touch=256)
-        return GemmTiles(up=up, down=GemmTile(block_m=16, block_n=64, block_k=128, num_warps=4, num_stages=4, touch=256))
+    """Tiles for experts of so many rows in the mean: what was fastest on an H100 for OLMoE's and Qwen3-30B's layers."""
+    if mean_rows <= 12:  # weights stream: few rows, and long pieces of each weight row, which HBM likes better than many short ones
+        up = GemmTile(block_m=16, block_n=32, block_k=256, num_warps=4, num_stages=3, touch=256)
+        return GemmTiles(up=up, down=GemmTile(block_m=16, block_n=64, block_k=256, num_warps=4, num_stages=3, touch=256))
     if mean_rows <= 48:
-        up = GemmTile(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=3, touch=256)
-        return GemmTiles(up=up, down=GemmTile(block_m=64, block_n=128, block_k=128, num_warps=4, num_stages=3, touch=256))
+        up = GemmTile(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=2, touch=256)
+        return GemmTiles(up=up, down=GemmTile(block_m=64, block_n=128, block_k=128, num_warps=4, num_stages=2, touch=256))
     up = GemmTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4)
+    if mean_rows <= 160:
+        return GemmTiles(up=up, down=GemmTile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3, is_flat=True))
     return GemmTiles(up=up, down=GemmTile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, is_flat=True))
 
 

@@ -13,7 +13,17 @@ from duomo_kernels._weights_fp8 import quantise_weights_fp8
 from duomo_kernels.expert_direct import DirectTiles
 from duomo_kernels.expert_gemm import GemmTile
 from duomo_kernels.expert_gemm_fp8 import Fp8Tiles
-from duomo_kernels.moe_layer import GemmTiles, LayerPlan, gemm_tiles, heuristic_plan, layer_plan, moe_layer, moe_layer_reference, plan_from
+from duomo_kernels.moe_layer import (
+    GemmTiles,
+    LayerOptions,
+    LayerPlan,
+    gemm_tiles,
+    heuristic_plan,
+    layer_plan,
+    moe_layer,
+    moe_layer_reference,
+    plan_from,
+)
 
 RULE = GateRule(top_k=2, normalise=True)
 SMALL = GemmTile(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=2)
@@ -43,7 +53,7 @@ def test_close_to_float64(plan: LayerPlan | None, num_tokens: int, device: torch
 def test_padded_rows_are_zero_and_counted_nowhere(plan: LayerPlan, device: torch.device, half: torch.dtype) -> None:
     logits, x, weights = layer_of(6, half, device)
     valid = torch.tensor([4], dtype=torch.int32, device=device)
-    answer = moe_layer(logits, x, weights, RULE, plan=plan, num_valid=valid)
+    answer = moe_layer(logits, x, weights, RULE, plan=plan, options=LayerOptions(num_valid=valid))
     assert error(answer.y_TD, moe_layer_reference(logits, x, weights, RULE, num_valid=4)) <= bound(half)
     assert int(answer.counts_E.sum()) == 4 * RULE.top_k
 
@@ -62,7 +72,8 @@ def test_residual_capacity_carries_the_input_over(device: torch.device, half: to
     logits, x, weights = layer_of(40, half, device)
     logits = torch.tensor([3.0, 2, 1, 0, -1], device=device).repeat(40, 1)
     overflow = Overflow.empty(40, 5, device)
-    y = moe_layer(logits, x, weights, RULE, capacity=Capacity(factor=0.05, overflow="residual"), overflow=overflow).y_TD
+    options = LayerOptions(capacity=Capacity(factor=0.05, overflow="residual"), overflow=overflow)
+    y = moe_layer(logits, x, weights, RULE, options=options).y_TD
     kept = 40 - int((overflow.lost_T > 0.99).sum())
     assert 0 < kept <= 4 and int(overflow.dropped) == 80 - 2
     assert error(y[kept:], x[kept:].double()) <= bound(half)
@@ -70,9 +81,10 @@ def test_residual_capacity_carries_the_input_over(device: torch.device, half: to
 
 def test_deterministic_rows_do_not_know_their_company(device: torch.device, half: torch.dtype) -> None:
     logits, x, weights = layer_of(70, half, device)
-    whole = moe_layer(logits, x, weights, RULE, is_deterministic=True).y_TD
+    options = LayerOptions(is_deterministic=True)
+    whole = moe_layer(logits, x, weights, RULE, options=options).y_TD
     for rows in (slice(0, 1), slice(33, 40), slice(69, 70)):
-        part = moe_layer(logits[rows].contiguous(), x[rows].contiguous(), weights, RULE, is_deterministic=True).y_TD
+        part = moe_layer(logits[rows].contiguous(), x[rows].contiguous(), weights, RULE, options=options).y_TD
         assert torch.equal(part, whole[rows])
 
 
