@@ -27,24 +27,26 @@ def heights(num_tokens: int, top_k: int, num_experts: int) -> tuple[int, ...]:
 def up_tiles(block_m: int) -> list[GemmTile]:
     """Tiles of the first product; block_n counts columns of gate, and as many of up are loaded."""
     if block_m >= 128:
-        sizes = [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4), (64, 64, 8, 4)]
+        sizes = [(128, 64, 8, 4), (128, 64, 8, 3), (64, 128, 8, 3)]
     elif block_m == 64:
-        sizes = [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 4), (64, 128, 4, 3)]
+        sizes = [(64, 128, 4, 2), (64, 128, 4, 3), (32, 128, 4, 3), (64, 64, 4, 4), (128, 64, 8, 4)]
     else:
-        sizes = [(32, 128, 4, 4), (32, 128, 4, 5), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 4, 4), (32, 256, 4, 3), (64, 128, 8, 4)]
+        sizes = [(32, 256, 4, 3), (32, 128, 4, 4), (32, 128, 4, 5), (32, 512, 4, 2), (64, 128, 4, 3)]
     return [tile for n, k, warps, stages in sizes for tile in _launches(block_m, n, k, warps, stages) if _fits(block_m, 2 * n, k, stages)]
 
 
 def down_tiles(block_m: int) -> list[GemmTile]:
     """Tiles of the second product."""
     if block_m >= 128:
-        sizes = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 4), (128, 64, 8, 4)]
+        sizes = [(256, 64, 8, 4), (128, 128, 8, 3), (128, 64, 8, 3)]
     elif block_m == 64:
-        sizes = [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 4), (128, 128, 4, 3)]
+        sizes = [(128, 128, 4, 2), (128, 128, 4, 3), (64, 128, 4, 3), (256, 64, 8, 4)]
     else:
-        sizes = [(64, 128, 4, 4), (64, 128, 4, 5), (128, 64, 4, 5), (128, 128, 4, 3), (128, 128, 4, 4), (64, 256, 4, 3), (128, 128, 8, 4)]
+        sizes = [(64, 256, 4, 3), (32, 256, 4, 4), (64, 128, 4, 4), (128, 64, 4, 5)]
     found = [tile for n, k, warps, stages in sizes for tile in _launches(block_m, n, k, warps, stages) if _fits(block_m, n, k, stages)]
-    return found + [replace(tile, is_flat=True) for tile in found if tile.num_programs == 1 and block_m >= 128]
+    return found + [
+        replace(tile, is_flat=True) for tile in found if not tile.touch and block_m >= 128 and tile.block_n * tile.block_k > 8192
+    ]
 
 
 def _fits(block_m: int, columns: int, block_k: int, num_stages: int) -> bool:
@@ -52,42 +54,46 @@ def _fits(block_m: int, columns: int, block_k: int, num_stages: int) -> bool:
 
 
 def _launches(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> list[GemmTile]:
-    """One program a tile, and persistent ones: one a multiprocessor for large tiles, two or three for small ones."""
+    """With and without a touch where weights are what is waited for. Persistent launches without the flat loop won nowhere."""
     tile = GemmTile(block_m=block_m, block_n=block_n, block_k=block_k, num_warps=num_warps, num_stages=num_stages)
-    if block_m >= 64:
-        return [tile, replace(tile, num_programs=1)]
-    return [tile, replace(tile, touch=256), replace(tile, num_programs=2), replace(tile, num_programs=2, touch=256)]
+    return [tile] if block_m >= 128 else [tile, replace(tile, touch=256)]
 
 
 def direct_tiles(num_tokens: int) -> list[DirectTiles]:
     """A few tokens without a sort: rows in flight against programs."""
     found = [
         DirectTiles(gate_up_rows=rows, gate_up_steps=steps, gate_up_warps=warps, down_rows=down_rows, down_width=width, down_depth=depth)
-        for rows, steps, warps in ((1, 8, 4), (2, 4, 4), (2, 8, 4), (2, 16, 4), (4, 4, 8))
-        for down_rows, width, depth in ((4, 512, 4), (8, 512, 4), (8, 1024, 2))
+        for rows, steps, warps in ((1, 8, 4), (2, 8, 4), (2, 16, 4), (4, 4, 8))
+        for down_rows, width, depth in ((4, 512, 4), (8, 512, 4), (4, 1024, 2), (4, 256, 8))
     ]
-    return found if num_tokens > 1 else found + [DirectTiles(gate_up_rows=2, gate_up_steps=2), DirectTiles(gate_up_rows=1, gate_up_steps=4)]
+    return (
+        found if num_tokens > 1 else found + [DirectTiles(gate_up_rows=1, gate_up_steps=16), DirectTiles(gate_up_rows=2, gate_up_steps=12)]
+    )
 
 
 def up_tiles_fp8(block_m: int) -> list[Fp8Tile]:
-    """block_n is 128: the epilogue quantises in groups of that."""
-    warps = (4,) if block_m < 128 else (8,)
-    return _fp8(block_m, (128,), warps, (2, 3, 4))
+    """block_n is 128: the epilogue quantises in groups of that. By TMA only where the compiler then spills nothing."""
+    if block_m >= 128:
+        sizes = [(8, 4, False, 1), (8, 3, False, 1), (8, 3, False, 0)]
+    elif block_m == 64:
+        sizes = [(4, 2, False, 0), (8, 3, True, 0)]
+    else:
+        sizes = [(4, 2, True, 0), (4, 3, True, 0), (4, 4, True, 0)] + ([(8, 3, True, 0)] if block_m == 32 else [])
+    return [
+        Fp8Tile(block_m=block_m, block_n=128, num_warps=warps, num_stages=stages, use_tma=tma, num_programs=programs, touch=touch)
+        for warps, stages, tma, programs in sizes
+        for touch in ((0,) if block_m >= 128 else (0, 256))
+    ]
 
 
 def down_tiles_fp8(block_m: int) -> list[Fp8Tile]:
-    warps = (4,) if block_m < 128 else (8,)
-    return _fp8(block_m, (64, 128), warps, (3, 4, 5))
-
-
-def _fp8(block_m: int, widths: tuple[int, ...], warps: tuple[int, ...], stages: tuple[int, ...]) -> list[Fp8Tile]:
+    """By TMA; two blocks of 128 columns where few programs are wanted."""
+    warps = 8 if block_m >= 128 else 4
+    sizes = [(256, 4), (128, 4), (128, 5)] if block_m >= 64 else [(64, 5), (128, 4), (128, 5), (256, 3)]
     return [
-        Fp8Tile(block_m=block_m, block_n=n, num_warps=w, num_stages=s, use_tma=tma, num_programs=programs)
-        for n in widths
-        for w in warps
-        for s in stages
-        for tma in (True, False)
-        for programs in ((0, 1) if block_m >= 128 else (0,))
+        Fp8Tile(block_m=block_m, block_n=n, num_warps=warps, num_stages=stages, touch=touch)
+        for n, stages in sizes
+        for touch in ((0,) if block_m >= 128 else (0, 256))
     ]
 
 
