@@ -15,6 +15,7 @@ from duomo_kernels.expert_direct import DirectTiles
 from duomo_kernels.expert_gemm import GemmTile
 from duomo_kernels.expert_gemm_fp8 import Fp8Tile
 
+BANDS = (8, 16)  # tiles whose columns run together, beside an expert's own
 SHARED_BYTES = 227 << 10  # of a multiprocessor, what a program may have
 
 
@@ -32,7 +33,8 @@ def up_tiles(block_m: int) -> list[GemmTile]:
         sizes = [(64, 128, 4, 2), (64, 128, 4, 3), (32, 128, 4, 3), (64, 64, 4, 4), (128, 64, 8, 4)]
     else:
         sizes = [(32, 256, 4, 3), (32, 128, 4, 4), (32, 128, 4, 5), (32, 512, 4, 2), (64, 128, 4, 3)]
-    return [tile for n, k, warps, stages in sizes for tile in _launches(block_m, n, k, warps, stages) if _fits(block_m, 2 * n, k, stages)]
+    found = [tile for n, k, warps, stages in sizes for tile in _launches(block_m, n, k, warps, stages) if _fits(block_m, 2 * n, k, stages)]
+    return found + [replace(found[0], band=band) for band in BANDS if block_m >= 128]
 
 
 def down_tiles(block_m: int) -> list[GemmTile]:

@@ -29,6 +29,7 @@ from duomo_kernels._routing import Routing
 from duomo_kernels._weights import ExpertWeights
 
 TMA_BYTES = 16  # a descriptor's rows start at multiples of this
+BY_EXPERT = tl.constexpr(0)
 TOUCHING_PER_SM = 2  # programs that may be there before the kernel before has ended; later ones would only read twice
 
 
@@ -39,7 +40,7 @@ class GemmTile:
     num_programs: 0 for one program a tile; otherwise persistent, that many for each multiprocessor. shrinks: tiles of few rows take a lower
     body. touch: columns of each weight row brought into L2 while the kernel before still runs (a multiple of 64). is_flat (down alone):
     one persistent loop over the steps of all of a program's tiles, so that the next tile's copies start before this one is stored; full
-    height only, and by TMA alone.
+    height only, and by TMA alone. band: successive tiles whose columns run together; 0 for those of one expert.
     """
 
     block_m: int
@@ -52,6 +53,7 @@ class GemmTile:
     shrinks: bool = True
     touch: int = 0
     is_flat: bool = False
+    band: int = 0
 
 
 def expert_gemm_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Tensor, Tensor]:
@@ -68,17 +70,23 @@ def expert_gemm_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights
 
 
 @triton.jit
-def _find_tile(pid, tiles, num_columns, GROUPED: tl.constexpr):
-    """pid -> (expert, first place, rows, column of tiles). The pids of a group are successive whatever their order inside."""
-    if GROUPED:
+def _find_tile(pid, tiles, num_tiles, num_columns, BAND: tl.constexpr):
+    """pid -> (expert, first place, rows, column of tiles); pids below num_tiles * num_columns meet every pair once.
+
+    A band is BAND successive tiles, columns outer, tiles inner; the groups of the map (BY_EXPERT) are bands that end where an expert does,
+    at the price of one more load before the first that matters.
+    """
+    if BAND == BY_EXPERT:
         at = tiles + (pid // num_columns) * 5
-        first_tile, group_tiles = tl.load(at + 3), tl.load(at + 4)
-        local = pid - first_tile * num_columns
-        tile, column = first_tile + local % group_tiles, local // group_tiles
+        first_tile, band_tiles = tl.load(at + 3), tl.load(at + 4)
+    elif BAND == 1:
+        first_tile, band_tiles = pid // num_columns, 1
     else:
-        tile, column = pid // num_columns, pid % num_columns
-    at = tiles + tile * 5
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), column
+        first_tile = pid // (num_columns * BAND) * BAND
+        band_tiles = tl.minimum(num_tiles - first_tile, BAND)
+    local = pid - first_tile * num_columns
+    at = tiles + (first_tile + local % band_tiles) * 5
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), local // band_tiles
 
 
 @triton.jit
@@ -161,7 +169,7 @@ def _down_tile(
 def _up_kernel(
     x, w, w_desc, act, routed, tiles, num_tiles, num_columns, num_k, num_f, num_experts, touching,
     TOP_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TOUCH: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUPED: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, BAND: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if TOUCH > 0 and USE_PDL and pid < touching:  # while the gate still runs: most experts will be asked for, whatever it says
@@ -170,9 +178,10 @@ def _up_kernel(
         _touch(w, row + num_f, num_k, BN, TOUCH)
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)  # after the wait: the next kernel may then read the routing at once
-    num_pids = tl.load(num_tiles) * num_columns
+    total = tl.load(num_tiles)
+    num_pids = total * num_columns
     while pid < num_pids:  # not a range: the interpreter of Triton 3.6 takes none from tensors
-        expert, first, rows, column = _find_tile(pid, tiles, num_columns, GROUPED)
+        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND)
         if SHRINKS and rows <= BM // 4:
             _up_tile(x, w, w_desc, act, routed, expert, first, rows, column, num_k, num_f, TOP_K, BM // 4, BN, BK, STAGES, EVEN_K)
         elif SHRINKS and rows <= BM // 2:
@@ -186,17 +195,18 @@ def _up_kernel(
 def _down_kernel(
     act, act_desc, w, w_desc, out, tiles, num_tiles, num_columns, num_k, num_d, touching,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, TOUCH: tl.constexpr,
-    EVEN_K: tl.constexpr, GROUPED: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, BAND: tl.constexpr, SHRINKS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(USE_PDL)
     pid = tl.program_id(0)
-    num_pids = tl.load(num_tiles) * num_columns  # before the wait: expert_up let us start after its own, when the routing was whole
+    total = tl.load(num_tiles)  # before the wait: expert_up let us start after its own, when the routing was whole
+    num_pids = total * num_columns
     if TOUCH > 0 and USE_PDL and pid < tl.minimum(touching, num_pids):
-        expert, _, _, column = _find_tile(pid, tiles, num_columns, GROUPED)
+        expert, _, _, column = _find_tile(pid, tiles, total, num_columns, BAND)
         _touch(w, expert * num_d + column * BN, num_k, BN, TOUCH)
     wait_for_previous(USE_PDL)
     while pid < num_pids:
-        expert, first, rows, column = _find_tile(pid, tiles, num_columns, GROUPED)
+        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND)
         if SHRINKS and rows <= BM // 4:
             _down_tile(act, None, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM // 4, BN, BK, STAGES, EVEN_K)
         elif SHRINKS and rows <= BM // 2:
@@ -209,14 +219,15 @@ def _down_kernel(
 @triton.jit
 def _down_flat_kernel(
     act_desc, w_desc, out, tiles, num_tiles, num_columns, num_k, num_d,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, GROUPED: tl.constexpr, USE_PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(USE_PDL)
-    num_pids = tl.load(num_tiles) * num_columns  # before the wait, as in _down_kernel
+    total = tl.load(num_tiles)  # before the wait, as in _down_kernel
     wait_for_previous(USE_PDL)
+    num_pids = total * num_columns
     row_M = tl.arange(0, BM)
     for pid in tl.range(tl.program_id(0), num_pids, tl.num_programs(0), flatten=True, num_stages=STAGES):
-        expert, first, rows, column = _find_tile(pid, tiles, num_columns, GROUPED)
+        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND)
         sum_MN = tl.zeros((BM, BN), tl.float32)
         for k0 in tl.range(0, num_k, BK):
             part_MK = act_desc.load([first, k0])
@@ -243,7 +254,7 @@ def expert_up(x_TD: Tensor, routing: Routing, weights: ExpertWeights, tile: Gemm
         x_TD, weights.gate_up_EFD, w_desc, act_RF, routing.routed_R, routing.tiles_M5, routing.num_tiles,
         num_columns, num_k, num_f, weights.num_experts, TOUCHING_PER_SM * num_sms(x_TD.device),
         TOP_K=routing.top_k, BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
-        TOUCH=_touch_columns(num_k, num_f, tile), EVEN_K=num_k % tile.block_k == 0, GROUPED=num_routed > weights.num_experts * tile.block_m,
+        TOUCH=_touch_columns(num_k, num_f, tile), EVEN_K=num_k % tile.block_k == 0, BAND=_band(routing, tile),
         SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(x_TD.device),
     )  # fmt: skip
     return act_RF
@@ -263,11 +274,10 @@ def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: 
     num_columns = triton.cdiv(num_d, tile.block_n)
     w_desc = _descriptor(weights.down_EDF, [1, tile.block_n, tile.block_k], tile)
     act_desc = _descriptor(act_RF, [tile.block_m, tile.block_k], tile)
-    is_grouped = num_routed > weights.num_experts * tile.block_m
     if tile.is_flat and act_desc is not None and w_desc is not None:
         _down_flat_kernel[(_grid(routing, num_columns, tile, act_RF.device),)](
             act_desc, w_desc, rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
-            BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages, GROUPED=is_grouped,
+            BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages, BAND=_band(routing, tile),
             num_warps=tile.num_warps, **pdl_options(act_RF.device),
         )  # fmt: skip
         return rows_RD
@@ -275,7 +285,7 @@ def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: 
         act_RF, act_desc, weights.down_EDF, w_desc, rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
         TOUCHING_PER_SM * num_sms(act_RF.device),
         BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
-        TOUCH=_touch_columns(num_k, num_d, tile), EVEN_K=num_k % tile.block_k == 0, GROUPED=is_grouped,
+        TOUCH=_touch_columns(num_k, num_d, tile), EVEN_K=num_k % tile.block_k == 0, BAND=_band(routing, tile),
         SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(act_RF.device),
     )  # fmt: skip
     return rows_RD
@@ -284,6 +294,12 @@ def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: 
 def _check_routing(routing: Routing, weights: ExpertWeights, tile: GemmTile) -> None:
     assert routing.num_experts == weights.num_experts, f"routing over {routing.num_experts} experts, weights of {weights.num_experts}"
     assert tile.block_m == routing.tile_rows, f"tile.block_m {tile.block_m}: the routing was made for tiles of {routing.tile_rows} rows"
+
+
+def _band(routing: Routing, tile: GemmTile) -> int:
+    """Where experts have one tile each in the mean, nothing is shared and columns may as well be successive."""
+    is_shared = routing.routed_R.shape[0] > routing.num_experts * tile.block_m
+    return tile.band if is_shared else 1
 
 
 def _touch_columns(num_k: int, num_rows: int, tile: GemmTile) -> int:

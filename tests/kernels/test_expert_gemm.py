@@ -14,8 +14,9 @@ SMALL = GemmTile(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=2)
 SHRINKING = GemmTile(block_m=64, block_n=32, block_k=64, num_warps=4, num_stages=3)
 POINTERS = GemmTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2, use_tma=False)
 PERSISTENT = GemmTile(block_m=32, block_n=16, block_k=16, num_warps=4, num_stages=2, num_programs=1)
+BANDS = GemmTile(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=2, band=3)
 FLAT = GemmTile(block_m=32, block_n=16, block_k=16, num_warps=4, num_stages=3, is_flat=True)
-TILES = [SMALL, SHRINKING, POINTERS, PERSISTENT, FLAT]
+TILES = [SMALL, SHRINKING, POINTERS, PERSISTENT, BANDS, FLAT]
 
 
 def weights_of(num_experts: int, dim: int, hidden: int, device: torch.device, half: torch.dtype) -> ExpertWeights:
@@ -46,7 +47,7 @@ def run(x: torch.Tensor, routing: Routing, weights: ExpertWeights, tile: GemmTil
     return error(act[:num_placed], expected_act[:num_placed]), error(rows[:num_placed], expected_rows[:num_placed])
 
 
-@pytest.mark.parametrize("tile", TILES, ids=["small", "shrinking", "pointers", "persistent", "flat"])
+@pytest.mark.parametrize("tile", TILES, ids=["small", "shrinking", "pointers", "persistent", "bands", "flat"])
 @pytest.mark.parametrize("kind", ["random", "one expert", "empty experts", "padded rows"])
 def test_close_to_float64(tile: GemmTile, kind: str, device: torch.device, half: torch.dtype) -> None:
     x = torch.randn(37, 72, device=device).to(half)
