@@ -167,6 +167,7 @@ def readers(case: Case, inputs: Inputs) -> tuple[dict[str, Reader], dict[str, fl
         "ours": ours(case, 64),
         "ours, other merge": ours(case, 64, None, _other_merge),
         "ours, chunks": ours(case, 64, CHUNK_TOKENS),
+        **{f"ours, {name}": ours(case, 64, None, change) for name, change in _OTHER_CONFIGS.items()},
         "ours, blocks of 16": ours(case, 16),
         "ours, blocks of 128": ours(case, 128),
     }
@@ -183,6 +184,19 @@ def readers(case: Case, inputs: Inputs) -> tuple[dict[str, Reader], dict[str, fl
 
 def _other_merge(config: DecodeConfig) -> DecodeConfig:
     return replace(config, merge="kernel" if config.merge == "ticket" else "ticket")
+
+
+def _narrow(config: DecodeConfig) -> DecodeConfig:
+    """Half the keys a tile, more of them in flight."""
+    return replace(config, block_keys=config.block_keys // 2, num_stages=11)
+
+
+def _alone(config: DecodeConfig) -> DecodeConfig:
+    """One program a multiprocessor: half the pieces, four tiles in flight."""
+    return replace(config, num_stages=9, num_warps=8, programs_per_sm=1)
+
+
+_OTHER_CONFIGS = {"narrow tiles": _narrow, "one program": _alone}
 
 
 def spot_check(case: Case, inputs: Inputs, name: str, read: Reader) -> float:

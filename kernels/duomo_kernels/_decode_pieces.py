@@ -1,7 +1,7 @@
 """Owns how decode attention is cut into pieces, the room that pieces take, and how they are added. Knows no keys.
 
-The work is a row of tiles: items (sequence, kv head) one after another. Program p of P takes tiles [p W / P, (p + 1) W / P) of the W there
-are. In an item, pieces are numbered along its tiles, by program or by chunk; slots of the workspace follow the items.
+The work is a row of tiles: items (sequence, kv head) one after another. Each of P programs takes a run of W / P of the W tiles, the
+first ones one more. In an item, pieces are numbered along its tiles, by program or by chunk; slots of the workspace follow the items.
 
 Legend: S sequences, N kv heads, G query heads of one, D head dim, R query heads of a merge, U pieces.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from duomo_kernels._launch import check, num_sms, start_next, wait_for_previous
 
-MERGE_ROWS = 64  # rows (piece, query head) of D float32 that a merge loads at one time: 32 KiB of 128, 64 registers a thread
-TICKET_PIECES = 8  # pieces an item, on average, up to which its last program adds them; beyond, a kernel of one program a query head
+MERGE_ROWS = 128  # rows (piece, query head) of D float32 that a merge loads at one time: 64 KiB of 128, 128 registers a thread
+TICKET_ROUNDS = 2  # such loads an item, on average, up to which its last program adds it; beyond, a kernel of one program a query head
 
 
 Merge = Literal["ticket", "kernel"]
@@ -48,21 +48,46 @@ class DecodeWorkspace:
 
 @triton.jit
 def item_ends(lengths_ptr, num_sequences, N: tl.constexpr, BLOCK: tl.constexpr, S_PAD: tl.constexpr):
-    """Tiles of each sequence's items, and the tile at which its last item ends."""
+    """The tile at which each sequence's last item ends, and in one number the sequence and the place of its last key in a tile."""
     lane_S = tl.arange(0, S_PAD)
     length_S = tl.load(lengths_ptr + lane_S, mask=lane_S < num_sequences, other=0)
-    tiles_S = (length_S + BLOCK - 1) // BLOCK
-    return tiles_S, tl.cumsum(tiles_S, 0) * N
+    ends_S = tl.cumsum((length_S + BLOCK - 1) // BLOCK, 0) * N
+    return ends_S, lane_S * BLOCK + (length_S + BLOCK - 1) % BLOCK
 
 
 @triton.jit
-def locate(tile, tiles_S, ends_S, S_PAD: tl.constexpr, N: tl.constexpr):
-    """Sequence and kv head of the item that holds this tile, the item's first tile and its number of tiles."""
-    seq = tl.sum((ends_S <= tile).to(tl.int32), 0)
-    tiles = tl.sum(tl.where(tl.arange(0, S_PAD) == seq, tiles_S, 0), 0)
-    begin = tl.max(tl.where(ends_S <= tile, ends_S, 0), 0)
-    head = (tile - begin) // tiles
-    return seq, head, begin + head * tiles, tiles
+def locate(tile, ends_S, keys_S, N: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the item that holds this tile: sequence, kv head, first tile, number of tiles and length."""
+    is_past_S = ends_S <= tile
+    start = tl.max(tl.where(is_past_S, ends_S, 0), 0)
+    end = tl.min(tl.where(is_past_S, 0x7FFFFFFF, ends_S), 0)
+    key = tl.min(tl.where(is_past_S, 0x7FFFFFFF, keys_S), 0)
+    tiles = tl.maximum((end - start) // N, 1)
+    head = (tile - start) // tiles
+    return key // BLOCK, head, start + head * tiles, tiles, (tiles - 1) * BLOCK + key % BLOCK + 1
+
+
+@triton.jit
+def run_start(pid, total, num_programs):
+    """First tile of a program's run: total / P tiles each, one more for the first programs. No product can leave 32 bits."""
+    per = total // tl.maximum(num_programs, 1)
+    return pid * per + tl.minimum(pid, total - per * num_programs)
+
+
+@triton.jit
+def owner(tile, total, num_programs):
+    """The program whose run holds this tile."""
+    per = total // num_programs
+    rest = total - per * num_programs
+    longer = rest * (per + 1)
+    return tl.where(tile < longer, tile // (per + 1), rest + (tile - longer) // per)
+
+
+@triton.jit
+def chunk_start(tile, total, ends_S, keys_S, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK_TILES: tl.constexpr):
+    """The first tile from this one on at which a chunk of an item begins."""
+    _, _, begin, tiles, _ = locate(tl.minimum(tile, total - 1), ends_S, keys_S, N, BLOCK)
+    return begin + tl.minimum((tile - begin + CHUNK_TILES - 1) // CHUNK_TILES * CHUNK_TILES, tiles)
 
 
 @triton.jit
@@ -75,12 +100,6 @@ def pieces(item, begin, tiles, total, num_programs, CHUNK_TILES: tl.constexpr):
         first = owner(begin, total, num_programs)
         count = owner(begin + tiles - 1, total, num_programs) - first + 1
     return item + first, count
-
-
-@triton.jit
-def owner(tile, total, num_programs):
-    """The program whose run [p * total / P, (p + 1) * total / P) holds this tile."""
-    return (((tile + 1).to(tl.int64) * num_programs - 1) // total).to(tl.int32)
 
 
 @triton.jit
@@ -131,12 +150,12 @@ def merge_kernel(
     item = pid // G
     seq = item // N
     wait_for_previous(USE_PDL)
-    tiles_S, ends_S = item_ends(lengths_ptr, num_sequences, N, BLOCK, S_PAD)
+    ends_S, _ = item_ends(lengths_ptr, num_sequences, N, BLOCK, S_PAD)
     start_next(USE_PDL)
     total = tl.max(ends_S, 0)
-    lane_S = tl.arange(0, S_PAD)
-    tiles = tl.sum(tl.where(lane_S == seq, tiles_S, 0), 0)
-    begin = tl.sum(tl.where(lane_S == seq, ends_S, 0), 0) - (N - item % N) * tiles
+    start = tl.max(tl.where(tl.arange(0, S_PAD) < seq, ends_S, 0), 0)
+    tiles = (tl.max(tl.where(tl.arange(0, S_PAD) == seq, ends_S, 0), 0) - start) // N
+    begin = start + item % N * tiles
     if tiles > 0:
         slot, count = pieces(item, begin, tiles, total, tl.minimum(num_programs, total), CHUNK_TILES)
         if count > 1:
@@ -146,16 +165,17 @@ def merge_kernel(
             tl.store(out_ptr + at_RD, out_RD.to(out_ptr.dtype.element_ty))
 
 
-def _default_config(num_items: int, head_dim: int, device: torch.device) -> DecodeConfig:
-    """64 keys of 128 are 32 KiB of keys and values: three tiles in flight, two programs a multiprocessor fill its 227 KiB.
+def _default_config(num_items: int, group: int, head_dim: int, device: torch.device) -> DecodeConfig:
+    """64 keys of 128 are 32 KiB of keys and values: two tiles in flight in each of two programs a multiprocessor. A third with its queries,
+    beside the room in which a piece changes its layout, would leave space for one program.
 
     Where programs outnumber items by far, an item has many pieces and one program would add them alone: a second kernel is wider.
     """
     if device.type != "cuda":
         return DecodeConfig(block_keys=16, num_stages=1, num_warps=4, programs_per_sm=2, merge="ticket")
-    programs = 2 * num_sms(device)
-    merge: Merge = "ticket" if num_items * TICKET_PIECES >= programs else "kernel"
-    return DecodeConfig(block_keys=64 if head_dim > 64 else 128, num_stages=7, num_warps=4, programs_per_sm=2, merge=merge)
+    rows = 2 * num_sms(device) * group
+    merge: Merge = "ticket" if rows <= TICKET_ROUNDS * MERGE_ROWS * num_items else "kernel"
+    return DecodeConfig(block_keys=64 if head_dim > 64 else 128, num_stages=5, num_warps=4, programs_per_sm=2, merge=merge)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +191,7 @@ class DecodeShape:
     chunk_tokens: int | None = None
 
     def config(self, device: torch.device) -> DecodeConfig:
-        return _default_config(self.num_sequences * self.num_kv_heads, self.head_dim, device)
+        return _default_config(self.num_sequences * self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim, device)
 
     def num_pieces(self, config: DecodeConfig, device: torch.device) -> int:
         """The most slots that pieces of any lengths take (see pieces)."""

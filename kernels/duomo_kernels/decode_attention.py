@@ -9,10 +9,11 @@ The work is a row of tiles: items (sequence, kv head) one after another, each ce
 of it, whatever the lengths, so one long sequence among short ones is spread over as many programs as it is worth. What a program reads of
 an item is a piece. An item in one piece is written at once; otherwise pieces leave (max, sum, sum of weighted values) in float32, added in
 the order of the pieces by the last program to arrive (an integer ticket, which it sets back) or by a second kernel: the same bits in every
-run, since arrival decides only who adds.
+run, since arrival decides only who adds. A program runs through its tiles in one loop, whose copies do not pause where an item ends.
 
-With `chunk_tokens` pieces are cut there instead, and belong to the program in whose run they begin: a sequence's bits then depend on
-nothing but itself. Without it they depend on the lengths beside it (and on nothing else: the same call gives the same bits).
+With `chunk_tokens` pieces are cut there instead, belong to the program in whose run they begin and are added by the second kernel: a
+sequence's bits then depend on nothing but itself. Without it they depend on the lengths beside it (and on nothing else: the same call
+gives the same bits).
 
 Legend: S sequences, H query heads, N kv heads, G = H / N, D head dim, P programs, U pieces.
 """
@@ -30,11 +31,13 @@ from duomo_kernels._decode_pieces import (
     DecodeShape,
     DecodeWorkspace,
     check_workspace,
+    chunk_start,
     item_ends,
     locate,
     merge,
     merge_kernel,
     pieces,
+    run_start,
 )
 from duomo_kernels._launch import check, num_sms, pdl_options, start_next, wait_for_previous
 
@@ -59,38 +62,56 @@ def decode_attention_reference(q_SHD: Tensor, pool: Tensor, block_table_SB: Tens
 
 
 @triton.jit
-def _attend(
-    q_GD, pool_ptr, table_row_ptr, head, first, last, length, scale_log2, N: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr
+def _load_tile(
+    pool_ptr, table_row_ptr, head, tile, length, N: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Tiles [first, last) of one item: running max [G], lanes of the running sum [G, BLOCK], weighted values [G, D]."""
-    ROWS: tl.constexpr = q_GD.shape[0]
-    D: tl.constexpr = q_GD.shape[1]
+    """Which keys of an item's tile live, keys [D, BLOCK] and values [BLOCK, D]."""
     lane_L = tl.arange(0, BLOCK)
     lane_D = tl.arange(0, D)
-    top_G = tl.full((ROWS,), float("-inf"), tl.float32)
-    sum_GL = tl.zeros((ROWS, BLOCK), tl.float32)
-    acc_GD = tl.zeros((ROWS, D), tl.float32)
-    for tile in range(first, last):
-        key_L = tile * BLOCK + lane_L
-        live_L = key_L < length
-        if BLOCK_TOKENS >= BLOCK:  # one block holds the tile: one scalar address, the rest is constant
-            block = tl.load(table_row_ptr + tile * BLOCK // BLOCK_TOKENS)
-            from_ptr = pool_ptr + ((block.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + tile * BLOCK % BLOCK_TOKENS) * D
-            row_L = lane_L * D
-        else:
-            block_L = tl.load(table_row_ptr + key_L // BLOCK_TOKENS, mask=live_L, other=0)
-            from_ptr = pool_ptr
-            row_L = ((block_L.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_L % BLOCK_TOKENS) * D
-        k_DL = tl.load(from_ptr + row_L[None, :] + lane_D[:, None], mask=live_L[None, :], other=0.0)
-        v_LD = tl.load(from_ptr + N * BLOCK_TOKENS * D + row_L[:, None] + lane_D[None, :], mask=live_L[:, None], other=0.0)
-        score_GL = tl.where(live_L[None, :], tl.dot(q_GD, k_DL) * scale_log2, float("-inf"))
-        new_top_G = tl.maximum(top_G, tl.max(score_GL, 1))  # finite: the first key of every tile lives
-        shrink_G = tl.exp2(top_G - new_top_G)
-        weight_GL = tl.exp2(score_GL - new_top_G[:, None])
-        sum_GL = sum_GL * shrink_G[:, None] + weight_GL
-        acc_GD = tl.dot(weight_GL.to(v_LD.dtype), v_LD, acc_GD * shrink_G[:, None])
-        top_G = new_top_G
-    return top_G, sum_GL, acc_GD
+    key_L = tile * BLOCK + lane_L
+    live_L = key_L < length
+    if BLOCK_TOKENS >= BLOCK:  # one block holds the tile: one scalar address, the rest is constant
+        block = tl.load(table_row_ptr + tile * BLOCK // BLOCK_TOKENS)
+        from_ptr = pool_ptr + ((block.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + tile * BLOCK % BLOCK_TOKENS) * D
+        row_L = lane_L * D
+    else:
+        block_L = tl.load(table_row_ptr + key_L // BLOCK_TOKENS, mask=live_L, other=0)
+        from_ptr = pool_ptr
+        row_L = ((block_L.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_L % BLOCK_TOKENS) * D
+    k_DL = tl.load(from_ptr + row_L[None, :] + lane_D[:, None], mask=live_L[None, :], other=0.0)
+    v_LD = tl.load(from_ptr + N * BLOCK_TOKENS * D + row_L[:, None] + lane_D[None, :], mask=live_L[:, None], other=0.0)
+    return live_L, k_DL, v_LD
+
+
+@triton.jit
+def _add_pieces(
+    out_ptr, acc_ptr, max_ptr, sum_ptr, tickets_ptr, start, stop, total, programs, ends_S, keys_S,
+    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, MERGE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tickets of a run's first and last item, the only ones that others share, and the sum of those whose pieces are then all there."""
+    seq, head, begin, tiles, _ = locate(stop - 1, ends_S, keys_S, N, BLOCK)
+    last_item = seq * N + head
+    last_slot, last_count = pieces(last_item, begin, tiles, total, programs, 0)
+    seq, head, begin, tiles, _ = locate(start, ends_S, keys_S, N, BLOCK)
+    item = seq * N + head
+    slot, count = pieces(item, begin, tiles, total, programs, 0)
+    lane_E = tl.arange(0, 2)  # the first item, then the last where it is another: both tickets in one round trip
+    item_E = tl.where(lane_E == 0, item, last_item)
+    count_E = tl.where(lane_E == 0, count, tl.where(item != last_item, last_count, 0))
+    is_due_E = count_E > 1
+    tl.debug_barrier()  # every thread's part is written before one thread takes a ticket for all
+    ticket_E = tl.atomic_add(tickets_ptr + item_E, 1, mask=is_due_E, sem="acq_rel", scope="gpu")
+    is_ours_E = (is_due_E & (ticket_E == count_E - 1)).to(tl.int32)
+    for end in range(2):
+        if tl.max(tl.where(lane_E == end, is_ours_E, 0), 0) > 0:
+            item = tl.where(end == 0, item, last_item)
+            slot = tl.where(end == 0, slot, last_slot)
+            count = tl.where(end == 0, count, last_count)
+            tl.store(tickets_ptr + item, 0)
+            lane_R = tl.arange(0, MERGE_ROWS)
+            out_RD = merge(acc_ptr, max_ptr, sum_ptr, slot, count, lane_R, G, D, PIECES)
+            at_RD = (item.to(tl.int64) * G + lane_R)[:, None] * D + tl.arange(0, D)[None, :]
+            tl.store(out_ptr + at_RD, out_RD.to(out_ptr.dtype.element_ty), mask=lane_R[:, None] < G)
 
 
 @triton.jit
@@ -121,57 +142,80 @@ def _decode_kernel(
     USE_PDL: tl.constexpr,
 ):
     lane_G = tl.arange(0, ROWS)
-    lane_R = tl.arange(0, MERGE_ROWS)
     lane_D = tl.arange(0, D)
     in_G = lane_G < G
     pid = tl.program_id(0)
     wait_for_previous(USE_PDL)
-    tiles_S, ends_S = item_ends(lengths_ptr, num_sequences, N, BLOCK, S_PAD)
+    ends_S, keys_S = item_ends(lengths_ptr, num_sequences, N, BLOCK, S_PAD)
     start_next(USE_PDL)
     total = tl.max(ends_S, 0)
     programs = tl.minimum(tl.num_programs(0), total)  # every program that takes part has a tile
-    tile = (pid.to(tl.int64) * total // tl.maximum(programs, 1)).to(tl.int32)
-    stop = ((pid + 1).to(tl.int64) * total // tl.maximum(programs, 1)).to(tl.int32)
-    stop = tl.where(pid < programs, stop, tile)
-    while tile < stop:
-        seq, head, begin, tiles = locate(tile, tiles_S, ends_S, S_PAD, N)
-        first = tile - begin
+    start = tl.minimum(run_start(pid, total, programs), total)
+    stop = tl.minimum(run_start(pid + 1, total, programs), total)
+    if CHUNK_TILES > 0:
+        start = chunk_start(start, total, ends_S, keys_S, N, BLOCK, CHUNK_TILES)
+        stop = chunk_start(stop, total, ends_S, keys_S, N, BLOCK, CHUNK_TILES)
+    top_G = tl.full((ROWS,), float("-inf"), tl.float32)
+    sum_GL = tl.zeros((ROWS, BLOCK), tl.float32)
+    acc_GD = tl.zeros((ROWS, D), tl.float32)
+    for at in range(start, stop):  # one loop over all items: the next one's copies are under way while a piece is stored
+        seq, head, begin, tiles, length = locate(at, ends_S, keys_S, N, BLOCK)
+        tile = at - begin
+        item = seq * N + head
+        at_GD = item.to(tl.int64) * G * D + lane_G[:, None] * D + lane_D[None, :]
+        q_GD = tl.load(q_ptr + at_GD, mask=in_G[:, None], other=0.0)
+        table_row_ptr = table_ptr + seq.to(tl.int64) * max_blocks
+        live_L, k_DL, v_LD = _load_tile(pool_ptr, table_row_ptr, head, tile, length, N, D, BLOCK_TOKENS, BLOCK)
+        score_GL = tl.where(live_L[None, :], tl.dot(q_GD, k_DL) * scale_log2, float("-inf"))
+        new_top_G = tl.maximum(top_G, tl.max(score_GL, 1))  # finite: the first key of every tile lives
+        shrink_G = tl.exp2(top_G - new_top_G)
+        weight_GL = tl.exp2(score_GL - new_top_G[:, None])
+        sum_GL = sum_GL * shrink_G[:, None] + weight_GL
+        acc_GD = tl.dot(weight_GL.to(v_LD.dtype), v_LD, acc_GD * shrink_G[:, None])
+        top_G = new_top_G
         if CHUNK_TILES > 0:
-            first = (first + CHUNK_TILES - 1) // CHUNK_TILES * CHUNK_TILES
-            last = tl.minimum(first + CHUNK_TILES, tiles)
-            skip = (first >= tiles) | (begin + first >= stop)
-            tile = tl.where(first >= tiles, begin + tiles, begin + last)
+            is_last = (tile + 1 == tiles) | ((tile + 1) % CHUNK_TILES == 0)
+            is_whole = tiles <= CHUNK_TILES
         else:
-            last = tl.minimum(tiles, stop - begin)
-            skip = False
-            tile = begin + last
-        if not skip:
-            item = seq * N + head
-            at_GD = item.to(tl.int64) * G * D + lane_G[:, None] * D + lane_D[None, :]
-            q_GD = tl.load(q_ptr + at_GD, mask=in_G[:, None], other=0.0)
-            length = tl.load(lengths_ptr + seq)
-            table_row_ptr = table_ptr + seq.to(tl.int64) * max_blocks
-            top_G, sum_GL, acc_GD = _attend(q_GD, pool_ptr, table_row_ptr, head, first, last, length, scale_log2, N, BLOCK_TOKENS, BLOCK)
+            is_last = (tile + 1 == tiles) | (at + 1 == stop)
+            is_whole = (tile + 1 == tiles) & (begin >= start)
+        if is_last:
             sum_G = tl.sum(sum_GL, 1)
-            if last - first == tiles:
+            if is_whole:
                 tl.store(out_ptr + at_GD, (acc_GD / sum_G[:, None]).to(out_ptr.dtype.element_ty), mask=in_G[:, None])
             else:
                 slot, count = pieces(item, begin, tiles, total, programs, CHUNK_TILES)
                 if CHUNK_TILES > 0:
-                    mine = slot + first // CHUNK_TILES
+                    mine = slot + tile // CHUNK_TILES
                 else:
                     mine = item + pid
                 at_G = mine.to(tl.int64) * G + lane_G
                 tl.store(max_ptr + at_G, top_G, mask=in_G)
                 tl.store(sum_ptr + at_G, sum_G, mask=in_G)
                 tl.store(acc_ptr + at_G[:, None] * D + lane_D[None, :], acc_GD, mask=in_G[:, None])
-                if HAS_TICKETS:
-                    tl.debug_barrier()  # every thread's part is written before one thread takes the ticket for all
-                    if tl.atomic_add(tickets_ptr + item, 1, sem="acq_rel", scope="gpu") == count - 1:
-                        tl.store(tickets_ptr + item, 0)
-                        out_GD = merge(acc_ptr, max_ptr, sum_ptr, slot, count, lane_R, G, D, PIECES)
-                        at_RD = (item.to(tl.int64) * G + lane_R)[:, None] * D + lane_D[None, :]
-                        tl.store(out_ptr + at_RD, out_GD.to(out_ptr.dtype.element_ty), mask=lane_R[:, None] < G)
+            top_G = tl.full((ROWS,), float("-inf"), tl.float32)
+            sum_GL = tl.zeros((ROWS, BLOCK), tl.float32)
+            acc_GD = tl.zeros((ROWS, D), tl.float32)
+    if HAS_TICKETS and start < stop:  # outside the loop, whose pipeline a barrier or a loop inside would end
+        _add_pieces(
+            out_ptr,
+            acc_ptr,
+            max_ptr,
+            sum_ptr,
+            tickets_ptr,
+            start,
+            stop,
+            total,
+            programs,
+            ends_S,
+            keys_S,
+            N,
+            G,
+            D,
+            BLOCK,
+            PIECES,
+            MERGE_ROWS,
+        )
     for seq in range(pid, num_sequences, tl.num_programs(0)):
         if tl.load(lengths_ptr + seq) == 0:
             for head in range(N):
@@ -206,6 +250,7 @@ def decode_attention(
         return out_SHD
     group, programs = shape.num_heads // shape.num_kv_heads, config.programs_per_sm * num_sms(device)
     rows = triton.next_power_of_2(group)
+    by_kernel = config.merge == "kernel" or chunk_tokens is not None  # a run may hold chunks of many items
     layout = {
         "N": shape.num_kv_heads,
         "G": group,
@@ -223,12 +268,12 @@ def decode_attention(
         BLOCK_TOKENS=shape.block_tokens,
         PIECES=max(1, MERGE_ROWS // rows),
         MERGE_ROWS=rows,
-        HAS_TICKETS=config.merge == "ticket",
+        HAS_TICKETS=not by_kernel,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **pdl_options(device),
     )
-    if config.merge == "kernel":
+    if by_kernel:
         merge_kernel[(shape.num_sequences * shape.num_heads,)](
             *(lengths_S, out_SHD, *room, shape.num_sequences, programs),
             **layout,
