@@ -1,8 +1,7 @@
 """Owns how rows of logits become K experts and their weights, in registers. Knows neither order, capacity nor any other row.
 
 A program holds rows as [T, C]: C columns, a power of two, where column c is expert c, or, in groups, group c // GROUP_PAD's expert
-number c % GROUP_PAD; columns that are no expert never win. What was chosen is ids_TK, and the same as rank_TC, the round in which a column
-won, K where it did not.
+number c % GROUP_PAD; columns that are no expert never win. What was chosen is rank_TC, the round in which a column won, K where it did not.
 
 Scores compare as int32 keys of the same order, so that every bit pattern, NaN too, yields K distinct experts, and a warp that holds a whole
 row takes the maximum with one instruction (redux), which floats do not have on sm_90.
@@ -75,13 +74,13 @@ def ordered(x):
 
 
 @triton.jit
-def _value_of(key):
+def value_of(key):
     """The float32 whose ordered() is key."""
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _high_half(x):
+def high_half(x):
     """A float32 without its low 16 bits, which a packed key spoils."""
     return (x.to(tl.int32, bitcast=True) & HIGH_HALF).to(tl.float32, bitcast=True)
 
@@ -128,17 +127,17 @@ def choose(
     C: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
-    K_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_BF16: tl.constexpr,
     IS_SIGMOID: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    SCALE: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     GROUP_PAD: tl.constexpr,
 ):
-    """(rank_TC, expert ids_TK, weights_TK); K padded to K_PAD."""
+    """(rank_TC, value_TC, peak_T, sum_T), of which weigh() makes weights once the histogram is on its way.
+
+    value: the score where the choice needs it (BY_SCORE), else the logit; peak: the row's largest logit; sum: the chosen scores'.
+    """
     column = tl.arange(0, C)[None, :]
     is_expert_TC = tl.broadcast_to(is_expert_C[None, :], (T, C))
     # Softmax and sigmoid keep the logits' order, so the scores are needed before the choice only for a bias or for groups' sums.
@@ -146,50 +145,59 @@ def choose(
     IS_PACKED: tl.constexpr = IS_BF16 and not BY_SCORE
     may_win_TC = is_expert_TC
     if BY_SCORE:
-        score_TC = scores(logits_TC, is_expert_TC, IS_SIGMOID)
-        choice_TC = tl.where(is_expert_TC, score_TC + bias_C[None, :], float("-inf"))
+        value_TC = scores(logits_TC, is_expert_TC, IS_SIGMOID)
+        choice_TC = tl.where(is_expert_TC, value_TC + bias_C[None, :], float("-inf"))
         if NUM_GROUPS > 1:
             may_win_TC = may_win_TC & in_best_groups(choice_TC, T, C, NUM_GROUPS, TOP_GROUPS, GROUP_PAD)
         key_TC = ordered(choice_TC)
     else:
+        value_TC = logits_TC
         key_TC = ordered(logits_TC)
         if IS_PACKED:  # the value's 16 bits above, the column below: one maximum finds both
             key_TC = (key_TC & HIGH_HALF) | (65535 - column)
     key_TC = tl.where(may_win_TC, tl.maximum(key_TC, LOWEST + 1), LOWEST)
-    k_of = tl.arange(0, K_PAD)[None, :]
-    column_TK = tl.zeros((T, K_PAD), tl.int32)
-    score_TK = tl.zeros((T, K_PAD), tl.float32)
+    peak_T = tl.zeros((T,), tl.float32)
     sum_T = tl.zeros((T,), tl.float32)
     rank_TC = tl.full((T, C), K, tl.int32)
     for k in tl.static_range(K):
         best_T = tl.max(key_TC, 1)
         if IS_PACKED:
             is_best_TC = key_TC == best_T[:, None]
-            column_T = 65535 - (best_T & 65535)
-            value_T = _high_half(_value_of(best_T & HIGH_HALF))
+            best = high_half(value_of(best_T & HIGH_HALF))
         else:
             column_T = tl.min(tl.where(key_TC == best_T[:, None], column, C), 1)
             is_best_TC = column == column_T[:, None]
-            value_T = _value_of(best_T)
+            best = value_of(best_T)
         rank_TC = tl.where(is_best_TC, k, rank_TC)
         key_TC = tl.where(is_best_TC, LOWEST, key_TC)
         if BY_SCORE:  # a sum of bits with one term: an integer's reduction is one instruction, a float's is five
-            value_T = tl.sum(tl.where(is_best_TC, score_TC.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
+            sum_T += tl.sum(tl.where(is_best_TC, value_TC.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
         elif IS_SIGMOID:
-            value_T = 1 / (1 + tl.exp(-value_T))
+            sum_T += 1 / (1 + tl.exp(-best))
         else:
             if k == 0:
-                peak_T = value_T
-            value_T = tl.exp(value_T - peak_T)
-        column_TK = tl.where(k_of == k, column_T[:, None], column_TK)
-        score_TK = tl.where(k_of == k, value_T[:, None], score_TK)
-        sum_T += value_T
-    weight_TK = score_TK * SCALE
+                peak_T = best
+            sum_T += tl.exp(best - peak_T)
+    return rank_TC, value_TC, peak_T, sum_T
+
+
+@triton.jit
+def weigh(
+    value_TC, peak_T, sum_T, is_expert_C, BY_SCORE: tl.constexpr, IS_SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr
+):  # fmt: skip
+    """Weights of all columns, from what choose() returned; those of the chosen are what the gate gives."""
+    if BY_SCORE:
+        score_TC = value_TC
+    elif IS_SIGMOID:
+        score_TC = 1 / (1 + tl.exp(-value_TC))
+    else:
+        score_TC = tl.where(is_expert_C[None, :], tl.exp(value_TC - peak_T[:, None]), 0.0)
+    weight_TC = score_TC * SCALE
     if NORMALISE:  # 1e-20 as DeepSeek-V3: no division by zero where every chosen score underflows
-        weight_TK = weight_TK / (sum_T + 1e-20)[:, None]
+        weight_TC = weight_TC / (sum_T + 1e-20)[:, None]
     elif not (BY_SCORE or IS_SIGMOID):
-        weight_TK = weight_TK / tl.sum(tl.where(is_expert_TC, tl.exp(logits_TC - peak_T[:, None]), 0.0), 1)[:, None]
-    return rank_TC, expert_at(column_TK, E, NUM_GROUPS, GROUP_PAD)[0], weight_TK
+        weight_TC = weight_TC / tl.sum(score_TC, 1)[:, None]
+    return weight_TC
 
 
 @triton.jit
@@ -203,10 +211,13 @@ def chosen_before(ids_ptr, row_T, is_row_T, expert_C, is_expert_C, K: tl.constex
 
 
 @triton.jit
-def write_choice(weights_ptr, ids_ptr, ids_TK, weight_TK, row_T, valid, num_tokens, K: tl.constexpr, K_PAD: tl.constexpr):
-    """Weights and ids of these rows; weight 0 in padding."""
-    k_of = tl.arange(0, K_PAD)[None, :]
-    at_TK = row_T.to(tl.int64)[:, None] * K + k_of
-    is_at_TK = (row_T < num_tokens)[:, None] & (k_of < K)
-    tl.store(weights_ptr + at_TK, tl.where((row_T < valid)[:, None], weight_TK, 0.0), mask=is_at_TK)
-    tl.store(ids_ptr + at_TK, ids_TK, mask=is_at_TK)
+def write_choice(weights_ptr, ids_ptr, expert_C, rank_TC, weight_TC, row_T, valid, num_tokens, K: tl.constexpr):
+    """Weights and ids of these rows, each by the thread that has its column: nothing moves between threads. Weight 0 in padding.
+
+    Scattered stores (here and in _gate_order) are said to lie in fours, as a row's loads do: Triton then keeps the loads' layout, where
+    otherwise all would move through shared memory. Their masks, of which it knows nothing, keep it from writing four at once.
+    """
+    at_TC = tl.max_contiguous(tl.multiple_of(row_T.to(tl.int64)[:, None] * K + rank_TC, (1, 4)), (1, 4))
+    is_at_TC = (row_T < num_tokens)[:, None] & (rank_TC < K)
+    tl.store(weights_ptr + at_TC, tl.where((row_T < valid)[:, None], weight_TC, 0.0), mask=is_at_TC)
+    tl.store(ids_ptr + at_TC, tl.broadcast_to(expert_C[None, :], rank_TC.shape), mask=is_at_TC)

@@ -40,6 +40,126 @@ def totals(hist_ptr, program, num_programs, P: tl.constexpr, C: tl.constexpr, IS
 
 
 @triton.jit
+def own_tag(hist_ptr, program, C: tl.constexpr):
+    """The bit that marks this launch's histograms: not that of the last launch on the same board, which this program's own row tells."""
+    return (tl.load(hist_ptr + program * C, volatile=True).to(tl.int32) & 128) ^ 128
+
+
+@triton.jit
+def publish(hist_ptr, count_C, tag, program, C: tl.constexpr):
+    """Write this program's histogram. Its bytes hold a count below 128 and the tag."""
+    tl.debug_barrier()  # every thread has read its tag before any writes over it
+    tl.store(hist_ptr + program * C + tl.arange(0, C), (count_C | tag).to(tl.uint8))
+
+
+@triton.jit
+def _sums(hist_ptr, tag, program, num_programs, P: tl.constexpr, C: tl.constexpr):
+    """For each column, from bit 0: all programs' count; from bit 12: that of the programs before; from bit 24: how many are missing.
+
+    Rows are read by shapes and strides as in totals(), for the same reason, STEP at a time to bound registers.
+    """
+    STEP: tl.constexpr = min(P, 32)
+    word_SC = tl.zeros((STEP, C), tl.int32)
+    for first in tl.static_range(0, P, STEP):
+        p = first + tl.arange(0, STEP)
+        if C == 128:
+            at_SC = tl.max_contiguous(p[:, None] * C + tl.arange(0, C)[None, :], (1, 4))
+            hist_SC = tl.load(hist_ptr + at_SC, mask=(p < num_programs)[:, None], other=0, volatile=True).to(tl.int32)
+        else:
+            column_SL = tl.arange(0, C // 128)[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
+            at_SNL = tl.max_contiguous(p[:, None, None] * C + column_SL, (1, 1, 4))
+            hist_SNL = tl.load(hist_ptr + at_SNL, mask=(p < num_programs)[:, None, None], other=0, volatile=True)
+            hist_SC = tl.reshape(hist_SNL.to(tl.int32), (STEP, C))
+        hist_SC = hist_SC ^ tl.where(p < num_programs, tag, 0)[:, None]
+        word_SC += (hist_SC & 127) * tl.where(p < program, 4097, 1)[:, None] + ((hist_SC >> 7) << 24)
+    return tl.sum(word_SC, 0)
+
+
+@triton.jit
+def exchanged(hist_ptr, tag, program, num_programs, P: tl.constexpr, C: tl.constexpr, WAITS: tl.constexpr):
+    """totals() of what the programs of this launch exchange, once every byte carries the tag."""
+    if WAITS:
+        word_C = tl.full((C,), 1 << 24, tl.int32)
+        while tl.max((word_C >> 24) & 255, 0) > 0:
+            word_C = _sums(hist_ptr, tag, program, num_programs, P, C)
+    else:
+        word_C = _sums(hist_ptr, tag, program, num_programs, P, C)
+    return word_C & 0xFFF, (word_C >> 12) & 0xFFF
+
+
+@triton.jit
+def places_and_tiles(kept_C, T: tl.constexpr, C: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """(an expert's first place, first tile, tiles, each [T, C]): one sum for both, the tiles in the high half, along each warp's own rows.
+
+    For at most 32,768 places: no half overflows.
+    """
+    kept_TC = tl.broadcast_to(kept_C[None, :], (T, C))
+    num_TC = (kept_TC + (TILE_ROWS - 1)) // TILE_ROWS
+    word_TC = kept_TC | (num_TC << 16)
+    before_TC = tl.cumsum(word_TC, 1) - word_TC
+    return before_TC & 0xFFFF, (before_TC >> 16) & 0xFFFF, num_TC
+
+
+@triton.jit
+def write_order(
+    counts_ptr, offsets_ptr, num_tiles_ptr, tiles_ptr, total_C, kept_C, offset_TC, first_TC, num_TC, expert_C, is_expert_C, program,
+    num_programs, E: tl.constexpr, T: tl.constexpr, C: tl.constexpr, TILE_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Tiles and what has one value an expert, in [T, C]: nothing moves between threads.
+
+    Row t writes tile number program + t * num_programs of every expert: there are as many rows as tokens, and no expert has more tiles.
+    """
+    t = tl.arange(0, T)[:, None]
+    expert_TC = tl.broadcast_to(expert_C[None, :], (T, C))
+    j_T = program + num_programs * t
+    group_T = j_T // GROUP_TILES * GROUP_TILES
+    is_tile_TC = j_T < num_TC
+    at_TC = (first_TC + j_T).to(tl.int64) * 5
+    tl.store(tiles_ptr + tl.max_contiguous(tl.multiple_of(at_TC, (1, 4)), (1, 4)), expert_TC, mask=is_tile_TC)
+    tl.store(tiles_ptr + tl.max_contiguous(tl.multiple_of(at_TC + 1, (1, 4)), (1, 4)), offset_TC + j_T * TILE_ROWS, mask=is_tile_TC)
+    tl.store(
+        tiles_ptr + tl.max_contiguous(tl.multiple_of(at_TC + 2, (1, 4)), (1, 4)),
+        tl.minimum(kept_C[None, :] - j_T * TILE_ROWS, TILE_ROWS),
+        mask=is_tile_TC,
+    )
+    tl.store(tiles_ptr + tl.max_contiguous(tl.multiple_of(at_TC + 3, (1, 4)), (1, 4)), first_TC + group_T, mask=is_tile_TC)
+    tl.store(
+        tiles_ptr + tl.max_contiguous(tl.multiple_of(at_TC + 4, (1, 4)), (1, 4)), tl.minimum(num_TC - group_T, GROUP_TILES), mask=is_tile_TC
+    )
+    is_mine_TC = (t == 0) & is_expert_C[None, :] & (program == num_programs - 1)
+    tl.store(counts_ptr + expert_TC, tl.broadcast_to(total_C[None, :], (T, C)), mask=is_mine_TC)
+    tl.store(offsets_ptr + expert_TC, offset_TC, mask=is_mine_TC)
+    if program == num_programs - 1:
+        tl.store(offsets_ptr + E, tl.sum(kept_C, 0))
+        tl.store(num_tiles_ptr, tl.sum((kept_C + (TILE_ROWS - 1)) // TILE_ROWS, 0))
+
+
+@triton.jit
+def place_columns(
+    routed_ptr, place_ptr, rank_TC, counted_TC, nth_TC, row_T, num_tokens, offset_TC, num_kept, limit, K: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+):  # fmt: skip
+    """place_rows() of choices still in registers: each thread writes its columns' places. Returns (routed index_TC, whether it left)."""
+    num_routed = num_tokens * K
+    is_placed_TC = counted_TC > 0
+    if HAS_LIMIT:
+        is_placed_TC = is_placed_TC & (nth_TC < limit)
+    place_TC = tl.where(is_placed_TC, offset_TC + nth_TC, num_routed)
+    index_TC = row_T[:, None] * K + rank_TC
+    is_index_TC = (row_T < num_tokens)[:, None] & (rank_TC < K)
+    tl.store(
+        routed_ptr + tl.max_contiguous(tl.multiple_of(place_TC.to(tl.int64), (1, 4)), (1, 4)), index_TC, mask=is_index_TC & is_placed_TC
+    )
+    tl.store(place_ptr + tl.max_contiguous(tl.multiple_of(index_TC.to(tl.int64), (1, 4)), (1, 4)), place_TC, mask=is_index_TC)
+    tl.store(
+        routed_ptr + tl.max_contiguous(tl.multiple_of(index_TC.to(tl.int64), (1, 4)), (1, 4)),
+        tl.zeros_like(index_TC) + num_routed,
+        mask=is_index_TC & (index_TC >= num_kept),
+    )
+    return index_TC, (counted_TC > 0) & (is_placed_TC == 0)
+
+
+@triton.jit
 def capacity_limit(valid, K: tl.constexpr, E: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr):
     """ceil(factor * valid * K / E), exactly: the factor is a fraction."""
     places = valid.to(tl.int64) * (K * NUMERATOR)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ._launch import is_interpreted, num_sms
 
-SOLO_TOKENS = 16  # two rows a warp in one program; the barrier's two round trips to L2 cost more than two more rows a warp
-FUSED_TOKENS = 1024  # 8 rows in each of at most 128 programs, one row a warp: an H100 has 132 multiprocessors
+SOLO_TOKENS = 16  # one row a warp in one program, which waits for nobody
+FUSED_TOKENS = 1024  # 8 or 16 rows in each of at most 64 programs, one row a warp: an H100 has 132 multiprocessors
 SPLIT_ELEMENTS = 4096  # 4 rows of 128 columns a warp hide each other's latency; more and the kernel that places them spills
 MAX_PROGRAMS = 128  # histograms that each program reads at once: 16 KiB where E is 128
 
@@ -42,13 +42,14 @@ def plan_of(num_tokens: int, columns: int, device: torch.device) -> Plan:
     """One program, one kernel with a barrier, or two kernels (in the interpreter too: it runs one program after the other)."""
     if num_tokens <= SOLO_TOKENS:
         rows = 1 if num_tokens == 1 and columns <= 256 else 8 if num_tokens <= 8 else SOLO_TOKENS  # one warp has registers for 256
-        return Plan(T=rows, C=columns, programs=1, chunks=1, num_warps=min(rows, 8), is_fused=True)
-    rows = 8 if columns <= 256 else 16
+        return Plan(T=rows, C=columns, programs=1, chunks=1, num_warps=rows if columns <= 128 else min(rows, 8), is_fused=True)
+    rows = 8 if columns <= 256 and (columns > 128 or num_tokens <= 256) else 16
     programs = triton.cdiv(num_tokens, rows)
-    if columns > 512 or num_tokens > FUSED_TOKENS or programs > num_sms(device) or is_interpreted():
+    if columns > 512 or num_tokens > (FUSED_TOKENS if columns <= 128 else 512) or programs > num_sms(device) or is_interpreted():
         return split_plan(num_tokens, columns)
     # At least two grids fit on an H100 beside each other (_grid_barrier says why that matters): with 128 columns four programs a
     # multiprocessor, with 256 two, with 512 one, but half as many programs.
+    # Sixteen rows where eight would make so many histograms that their reading spills.
     registers = 64 if columns <= 128 else 128
     return Plan(T=rows, C=columns, programs=programs, chunks=1, num_warps=rows, is_fused=True, max_registers=registers)
 

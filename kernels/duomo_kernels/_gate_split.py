@@ -14,17 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate_capacity import Capacity, Overflow, count_kernel, drop_rows, reroute_kernel, write_overflow
-from ._gate_choice import choose, chosen_before, expert_at, load_bias, load_logits, valid_rows, write_choice
+from ._gate_choice import choose, chosen_before, expert_at, load_bias, load_logits, valid_rows, weigh, write_choice
+from ._gate_many import choose_many_kernel, place_many_kernel, sum_before_kernel
 from ._gate_order import capacity_limit, first_places, nth_of_expert, place_rows, totals, write_summary, write_tiles
 from ._gate_plan import Plan
 from ._launch import pdl_options, start_next, wait_for_previous
 from ._routing import GateRule, Routing
 
+MANY_ELEMENTS = 4096  # of a program of _gate_many: 16 in each of 256 threads, so that four programs share a multiprocessor
+
 
 @triton.jit(do_not_specialize=["num_tokens", "chunks"])
 def _choose_kernel(
     logits_ptr, bias_ptr, num_valid_ptr, weights_ptr, ids_ptr, hist_ptr, num_tokens, chunks,
-    E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
@@ -37,25 +40,11 @@ def _choose_kernel(
     for chunk in range(chunks):
         row_T = (program * chunks + chunk) * T + tl.arange(0, T)
         logits_TC = load_logits(logits_ptr, row_T, valid, E, NUM_GROUPS, GROUP_PAD, T, C)
-        rank_TC, ids_TK, weight_TK = choose(
-            logits_TC,
-            bias_C,
-            is_expert_C,
-            T,
-            C,
-            E,
-            K,
-            K_PAD,
-            HAS_BIAS,
-            IS_BF16,
-            IS_SIGMOID,
-            NORMALISE,
-            SCALE,
-            NUM_GROUPS,
-            TOP_GROUPS,
-            GROUP_PAD,
+        rank_TC, value_TC, peak_T, sum_T = choose(
+            logits_TC, bias_C, is_expert_C, T, C, E, K, HAS_BIAS, IS_BF16, IS_SIGMOID, NUM_GROUPS, TOP_GROUPS, GROUP_PAD
         )
-        write_choice(weights_ptr, ids_ptr, ids_TK, weight_TK, row_T, valid, num_tokens, K, K_PAD)
+        weight_TC = weigh(value_TC, peak_T, sum_T, is_expert_C, HAS_BIAS or NUM_GROUPS > 1, IS_SIGMOID, NORMALISE, SCALE)
+        write_choice(weights_ptr, ids_ptr, expert_C, rank_TC, weight_TC, row_T, valid, num_tokens, K)
         count_C += tl.sum(((rank_TC < K) & (row_T < valid)[:, None]).to(tl.int32), 0)
     start_next(USE_PDL)
     tl.store(hist_ptr + program * C + tl.arange(0, C), count_C.to(hist_ptr.dtype.element_ty))
@@ -127,9 +116,36 @@ class Call:
     group_pad: int
 
     def run_split(self, plan: Plan) -> None:
+        if self.is_plain:
+            return self._run_many()
         hist_PC = plan.histograms(self.logits_TE.device)
         self._choose(plan, hist_PC)
         self._place(plan, hist_PC, self.out.ids_TK, self.capacity)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether _gate_many knows all that is asked."""
+        return self.rule.num_groups == 1 and self.bias_E is None and self.capacity is None and self.logits_TE.shape[1] <= 128
+
+    def _run_many(self) -> None:
+        (num_tokens, num_experts), device, out = self.logits_TE.shape, self.logits_TE.device, self.out
+        columns = max(triton.next_power_of_2(num_experts), 64)
+        rows = MANY_ELEMENTS // columns
+        programs = triton.cdiv(num_tokens, rows)
+        hist_PW = torch.empty(programs, columns // 4, dtype=torch.int32, device=device)
+        before_PC = torch.empty(programs + 1, columns, dtype=torch.int32, device=device)
+        nth_TK = torch.empty(num_tokens, self.rule.top_k, dtype=torch.uint8, device=device)
+        pdl, choice = pdl_options(device), self.choice_constants()
+        shape = {"E": num_experts, "K": self.rule.top_k, "K_PAD": triton.next_power_of_2(self.rule.top_k), "T": rows, "C": columns}
+        choose_many_kernel[(programs,)](
+            self.logits_TE, self.num_valid, out.weights_TK, out.ids_TK, nth_TK, hist_PW, num_tokens, num_warps=8,
+            **shape, **{name: choice[name] for name in ("IS_BF16", "IS_SIGMOID", "NORMALISE", "SCALE")}, **pdl,
+        )  # fmt: skip
+        sum_before_kernel[(columns // 16,)](hist_PW, before_PC, programs, C=columns, STEP=512, WORDS=4, num_warps=8, **pdl)
+        place_many_kernel[(programs,)](
+            out.ids_TK, nth_TK, self.num_valid, *self.order(), before_PC, num_tokens, programs, TILE_ROWS=out.tile_rows, num_warps=8,
+            **shape, **pdl,
+        )  # fmt: skip
 
     def run_rerouted(self, plan: Plan) -> None:
         """Choose; one program moves the overflow in order; count and place what came of it."""
@@ -139,7 +155,7 @@ class Call:
         marked_TK = torch.empty_like(self.out.ids_TK)
         self._choose(plan, hist_PC)
         constants = self.capacity_constants(self.capacity)
-        rule = {name: value for name, value in self.choice_constants().items() if name not in ("IS_BF16", "NORMALISE", "SCALE", "K_PAD")}
+        rule = {name: value for name, value in self.choice_constants().items() if name not in ("IS_BF16", "NORMALISE", "SCALE")}
         reroute_kernel[(1,)](
             self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, marked_TK, self.out.place_R,
             self.out.counts_E, *self.counters(), hist_PC, plan.programs, num_tokens,
@@ -183,7 +199,6 @@ class Call:
         rule = self.rule
         return {
             "K": rule.top_k,
-            "K_PAD": triton.next_power_of_2(rule.top_k),
             "HAS_BIAS": self.bias_E is not None,
             "IS_BF16": self.logits_TE.dtype == torch.bfloat16,
             "IS_SIGMOID": rule.scoring == "sigmoid",

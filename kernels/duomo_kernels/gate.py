@@ -3,12 +3,12 @@
     score = softmax(logits) or sigmoid(logits); in each row the K best by score (+ bias, within the best groups): GateRule
     counts_E = histogram; places by a stable sort of (expert, routed index); tiles of TILE_ROWS places: Routing
 
-Fused (up to FUSED_TOKENS of _gate_plan): program p chooses for its rows, writes its histogram, meets the others at one grid barrier, reads
-all histograms and places its own choices, which it still has in registers. Up to SOLO_TOKENS rows are one program, without the barrier.
-Beyond, two kernels of the same parts: choose, then place from the ids. The split stands where the barrier did: at those sizes the experts
-take hundreds of microseconds and a launch about one, and programs as large as throughput asks must not hold multiprocessors and wait.
+Fused (up to FUSED_TOKENS of _gate_plan): program p chooses for its rows, puts its histogram on a board (_grid_board), reads the others' as
+they come and places its own choices, which it still has in registers. Up to SOLO_TOKENS rows are one program, without the board.
+Beyond, successive kernels: choose, then place from the ids (_gate_many; _gate_split with groups, bias or a capacity). The experts take
+hundreds of microseconds there and a launch about one, and programs as large as throughput asks must not hold multiprocessors and wait.
 
-Scratch: hist [P, C] from torch's allocator in each call; the barrier's counter belongs to _grid_barrier. Deterministic: integer sums and
+Deterministic: integer sums and
 maxima, and float sums in an order that no timing changes. Padding (rows from num_valid on): read as zeros, so ids are valid; weight 0,
 place R, in no count.
 
@@ -24,12 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._gate_capacity import Capacity, Overflow, capacity_reference, drop_rows, write_overflow
-from ._gate_choice import choose, expert_at, load_bias, load_logits, valid_rows, write_choice
-from ._gate_order import capacity_limit, first_places, nth_of_expert, place_rows, totals, write_summary, write_tiles
+from ._gate_choice import choose, expert_at, load_bias, load_logits, valid_rows, weigh, write_choice
+from ._gate_order import capacity_limit, exchanged, own_tag, place_columns, places_and_tiles, publish, write_order
 from ._gate_plan import columns_of, plan_of, split_plan
 from ._gate_split import Call
-from ._grid_barrier import counters, grid_barrier
-from ._launch import check, pdl_options, start_next, wait_for_previous
+from ._grid_board import board
+from ._launch import check, is_interpreted, pdl_options, start_next, wait_for_previous
 from ._routing import GateRule, Routing, max_tiles, routing_reference
 
 
@@ -74,11 +74,12 @@ def gate_reference(
 @triton.jit(do_not_specialize=["num_tokens"])
 def _fused_kernel(
     logits_ptr, bias_ptr, num_valid_ptr, weights_ptr, ids_ptr, counts_ptr, offsets_ptr, routed_ptr, place_ptr, tiles_ptr, num_tiles_ptr,
-    overflow_ptr, dropped_ptr, rerouted_ptr, exceeded_ptr, lost_ptr, hist_ptr, counter_ptr, num_tokens,
-    E: tl.constexpr, K: tl.constexpr, K_PAD: tl.constexpr, T: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TILE_ROWS: tl.constexpr,
+    overflow_ptr, dropped_ptr, rerouted_ptr, exceeded_ptr, lost_ptr, hist_ptr, num_tokens,
+    E: tl.constexpr, K: tl.constexpr, T: tl.constexpr, C: tl.constexpr, P: tl.constexpr, TILE_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_BF16: tl.constexpr, IS_SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, GROUP_PAD: tl.constexpr,
-    HAS_CAPACITY: tl.constexpr, IS_DROPPING: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, USE_PDL: tl.constexpr,
+    HAS_CAPACITY: tl.constexpr, IS_DROPPING: tl.constexpr, NUMERATOR: tl.constexpr, DENOMINATOR: tl.constexpr, WAITS: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     expert_C, is_expert_C = expert_at(tl.arange(0, C), E, NUM_GROUPS, GROUP_PAD)
@@ -86,34 +87,23 @@ def _fused_kernel(
     row_T = program * T + tl.arange(0, T)
     wait_for_previous(USE_PDL)
     valid = valid_rows(num_valid_ptr, num_tokens)
+    if P > 1:
+        tag = own_tag(hist_ptr, program, C)
     logits_TC = load_logits(logits_ptr, row_T, valid, E, NUM_GROUPS, GROUP_PAD, T, C)
-    rank_TC, ids_TK, weight_TK = choose(
-        logits_TC,
-        bias_C,
-        is_expert_C,
-        T,
-        C,
-        E,
-        K,
-        K_PAD,
-        HAS_BIAS,
-        IS_BF16,
-        IS_SIGMOID,
-        NORMALISE,
-        SCALE,
-        NUM_GROUPS,
-        TOP_GROUPS,
-        GROUP_PAD,
+    rank_TC, value_TC, peak_T, sum_T = choose(
+        logits_TC, bias_C, is_expert_C, T, C, E, K, HAS_BIAS, IS_BF16, IS_SIGMOID, NUM_GROUPS, TOP_GROUPS, GROUP_PAD
     )
-    counted_TC, nth_TC = nth_of_expert(rank_TC, row_T, valid, K)
+    counted_TC = ((rank_TC < K) & (row_T < valid)[:, None]).to(tl.int32)
     total_C = tl.sum(counted_TC, 0)
     if P > 1:
-        tl.store(hist_ptr + program * C + tl.arange(0, C), total_C.to(hist_ptr.dtype.element_ty))
-    write_choice(weights_ptr, ids_ptr, ids_TK, weight_TK, row_T, valid, num_tokens, K, K_PAD)
+        publish(hist_ptr, total_C, tag, program, C)
     start_next(USE_PDL)
+    # All that needs no other program's histogram, while those are on their way.
+    weight_TC = weigh(value_TC, peak_T, sum_T, is_expert_C, HAS_BIAS or NUM_GROUPS > 1, IS_SIGMOID, NORMALISE, SCALE)
+    write_choice(weights_ptr, ids_ptr, expert_C, rank_TC, weight_TC, row_T, valid, num_tokens, K)
+    nth_TC = tl.cumsum(counted_TC, 0) - counted_TC
     if P > 1:
-        grid_barrier(counter_ptr)
-        total_C, before_C = totals(hist_ptr, program, num_programs, P, C, False)
+        total_C, before_C = exchanged(hist_ptr, tag, program, num_programs, P, C, WAITS)
         nth_TC += before_C[None, :]
     limit, kept_C, num_kept = num_tokens, total_C, valid * K
     if HAS_CAPACITY:
@@ -121,16 +111,17 @@ def _fused_kernel(
         if IS_DROPPING:
             kept_C = tl.minimum(total_C, limit)
             num_kept = tl.sum(kept_C, 0)
-    offset_TC = first_places(kept_C, T, C)
-    index_TK, is_over_TK = place_rows(
-        routed_ptr, place_ptr, rank_TC, counted_TC, nth_TC, row_T, valid, num_tokens, offset_TC, num_kept, limit, K, K_PAD, T, IS_DROPPING
+    offset_TC, first_TC, num_TC = places_and_tiles(kept_C, T, C, TILE_ROWS)
+    index_TC, is_over_TC = place_columns(
+        routed_ptr, place_ptr, rank_TC, counted_TC, nth_TC, row_T, num_tokens, offset_TC, num_kept, limit, K, IS_DROPPING
     )
+    write_order(
+        counts_ptr, offsets_ptr, num_tiles_ptr, tiles_ptr, total_C, kept_C, offset_TC, first_TC, num_TC, expert_C, is_expert_C, program,
+        num_programs, E, T, C, TILE_ROWS,
+    )  # fmt: skip
     if HAS_CAPACITY:
-        drop_rows(weights_ptr, lost_ptr, index_TK, is_over_TK, row_T, num_tokens)
-    write_tiles(tiles_ptr, expert_C, kept_C, program, num_programs, num_tokens, TILE_ROWS)
-    if program == num_programs - 1:  # not the first, which has most tiles
-        write_summary(counts_ptr, offsets_ptr, num_tiles_ptr, total_C, kept_C, expert_C, is_expert_C, E, TILE_ROWS, True)
-        if HAS_CAPACITY:
+        drop_rows(weights_ptr, lost_ptr, index_TC, is_over_TC, row_T, num_tokens)
+        if program == num_programs - 1:
             write_overflow(overflow_ptr, dropped_ptr, rerouted_ptr, exceeded_ptr, total_C, limit, expert_C, is_expert_C, IS_DROPPING)
 
 
@@ -223,8 +214,8 @@ def gate(
         is_solo = plan.programs == 1
         _fused_kernel[(plan.programs,)](
             logits_TE, bias_E, num_valid, out.weights_TK, out.ids_TK, *call.order(), *call.counters(),
-            None if is_solo else plan.histograms(device), None if is_solo else counters(device).take(device), num_tokens,
-            E=num_experts, T=plan.T, C=plan.C, P=triton.next_power_of_2(plan.programs), TILE_ROWS=tile_rows,
+            None if is_solo else board(device).take(plan.programs, plan.C), num_tokens,
+            E=num_experts, WAITS=not is_interpreted(), T=plan.T, C=plan.C, P=triton.next_power_of_2(plan.programs), TILE_ROWS=tile_rows,
             num_warps=plan.num_warps, maxnreg=plan.max_registers,
             **call.choice_constants(), **call.capacity_constants(capacity), **pdl_options(device),
         )  # fmt: skip

@@ -266,6 +266,17 @@ def test_what_residual_adds_is_what_was_lost(device: torch.device) -> None:
     assert int(over.dropped) > 0 and error(ours.weights_TK.sum(-1) + over.lost_T, full.weights_TK.double().sum(-1)) <= bound(torch.float32)
 
 
+@pytest.mark.parametrize(("num_tokens", "num_valid"), [(50, None), (41, 33), (300, None)])
+def test_programs_that_share_a_board(num_tokens: int, num_valid: int | None, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """The interpreter runs one program after the other and cannot wait: a second launch finds the first's counts on the board."""
+    monkeypatch.setattr(_gate_plan, "is_interpreted", lambda: False)
+    monkeypatch.setattr(_gate_plan, "num_sms", lambda device: 132)
+    logits = random_logits(num_tokens, 24, device)
+    for _ in range(2):
+        ours, ref = both(logits, MIXTRAL, 4, num_valid=num_valid)
+    assert differing(ours, ref) == []
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [17, 257, 1000, 1024, 1025, 5000, 40000])
 def test_large_and_replayed(num_tokens: int, device: torch.device) -> None:
