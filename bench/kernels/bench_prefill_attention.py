@@ -1,7 +1,9 @@
-"""Prefill attention: our kernel and every library that takes packed lengths or can be made to, on the same inputs, each checked first.
+"""Prefill attention: what the launcher chooses ("ours"), our kernel, and peers, on the same inputs, each checked first.
 
 A candidate that is absent, refuses the shape, cannot be captured or is wrong is a line of the result ("unavailable: why"), not its end.
-Rates count the keys that causal rows see and no others.
+Rates count the keys that causal rows see and no others. Peers: "cudnn" and "flash" are torch's (sequence by sequence, and packed lengths),
+"fa3" is vLLM's FlashAttention 3; "n32" and "n64" are the kernel with tiles of so many keys. Not here: cuDNN's ragged offsets, which fail
+under capture, and torch's nested tensors, which it refuses.
 """
 
 from __future__ import annotations
@@ -13,18 +15,19 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from bench.gpu_stopwatch import Call, Options, Row, cold_graph_us, gpu_bench, interleaved_us, num_sets
 from duomo_kernels._bounds import bound, error
-from duomo_kernels.prefill_attention import CachedPrefix, PrefillConfig, prefill_attention, prefill_attention_reference
+from duomo_kernels.prefill_attention import (
+    CachedPrefix,
+    PrefillConfig,
+    default_config,
+    prefill_attention,
+    prefill_attention_reference,
+)
 
 CHECKED_ROWS = 32  # last rows of each checked sequence: they see every key
-CONFIGS = {
-    "ours 128x64": PrefillConfig(block_rows=128, block_keys=64, num_stages=3, num_warps=8),
-    "ours 64x64": PrefillConfig(block_rows=64, block_keys=64, num_stages=2, num_warps=4),
-}
+ONE_WARPGROUP = PrefillConfig(block_rows=128, block_keys=32, num_stages=3, num_warps=4)  # two programs share a multiprocessor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,15 +78,12 @@ Candidate = Callable[[Inputs], Tensor]
 
 
 def cases() -> list[Case]:
-    shapes = {"16 x 1024": [1024] * 16, "8 x 2048": [2048] * 8, "1 x 8192": [8192], "1 x 16384": [16_384]}
-    shapes["32 of 50 to 2k"] = [50 + 63 * (i * 13 % 32) for i in range(32)]
-    found = []
-    for num_heads, num_kv_heads in ((32, 4), (16, 16)):
-        heads = f"{num_heads}/{num_kv_heads}"
-        for what, lengths in shapes.items():
-            found.append(Case(name=f"{heads}: {what}", num_heads=num_heads, num_kv_heads=num_kv_heads, lengths=lengths))
-        name = f"{heads}: 8 x (4k cached + 512)"
-        found.append(Case(name=name, num_heads=num_heads, num_kv_heads=num_kv_heads, lengths=[512] * 8, cached=4096))
+    mixed = [50 + 63 * (i * 13 % 32) for i in range(32)]
+    shapes = {"16 x 1024": [1024] * 16, "8 x 2048": [2048] * 8, "1 x 8192": [8192], "1 x 16384": [16_384], "32 of 50 to 2k": mixed}
+    found = [Case(name=f"32/4: {what}", num_heads=32, num_kv_heads=4, lengths=lengths) for what, lengths in shapes.items()]
+    found.append(Case(name="32/4: 8 x (4k cached + 512)", num_heads=32, num_kv_heads=4, lengths=[512] * 8, cached=4096))
+    for what in ("8 x 2048", "32 of 50 to 2k"):
+        found.append(Case(name=f"16/16: {what}", num_heads=16, num_kv_heads=16, lengths=shapes[what]))
     return found
 
 
@@ -118,52 +118,31 @@ def _pages(case: Case, k_TND: Tensor, v_TND: Tensor, prefix: CachedPrefix) -> tu
     return k, v, table_SB
 
 
-def ours(one: Inputs, config: PrefillConfig | None = None) -> Tensor:
+def ours(one: Inputs) -> Tensor:
+    """What the launcher chooses by itself, told of equal lengths where they are."""
+    is_equal = one.prefix is None and len(set(one.case.lengths)) == 1
+    packed = (one.q_THD, one.k_TND, one.v_TND, one.cu_seqlens_S1)
+    return prefill_attention(*packed, scale=one.scale, prefix=one.prefix, tokens_each=one.longest if is_equal else None)
+
+
+def kernel(one: Inputs, config: PrefillConfig | None = None) -> Tensor:
     packed = (one.q_THD, one.k_TND, one.v_TND, one.cu_seqlens_S1)
     return prefill_attention(*packed, scale=one.scale, prefix=one.prefix, way="ours", config=config, out=one.out_THD)
 
 
-def cudnn_ragged(one: Inputs) -> Tensor:
-    """The operator beneath torch's nested tensors: packed lengths on the device."""
-    packed = (one.q_THD, one.k_TND, one.v_TND, one.cu_seqlens_S1)
-    return prefill_attention(*packed, scale=one.scale, prefix=one.prefix, way="cudnn", max_tokens=one.longest)
-
-
-def _sdpa(one: Inputs, backend: SDPBackend) -> Tensor:
-    """Sequence by sequence; one call for all where lengths are equal."""
-    _needs_no_prefix(one)
-    lengths = one.case.lengths
-    groups = [(0, len(lengths), lengths[0])] if len(set(lengths)) == 1 else [(i, 1, n) for i, n in enumerate(lengths)]
+def cudnn(one: Inputs) -> Tensor:
+    """Sequence by sequence: it takes no packed lengths that can be captured."""
+    bounds = one.cu_seqlens_S1[:2]  # not read
     begin = 0
-    with sdpa_kernel(backend):
-        for _, num, length in groups:
-            rows = slice(begin, begin + num * length)
-            q, k, v = (x[rows].view(num, length, -1, one.case.head_dim).transpose(1, 2) for x in (one.q_THD, one.k_TND, one.v_TND))
-            is_grouped = one.case.num_heads != one.case.num_kv_heads
-            got = scaled_dot_product_attention(q, k, v, is_causal=True, scale=one.scale, enable_gqa=is_grouped)
-            one.out_THD[rows].view(num, length, -1, one.case.head_dim).copy_(got.transpose(1, 2))
-            begin = rows.stop
+    for length in one.case.lengths:
+        q, k, v, out = (x[begin : begin + length] for x in (one.q_THD, one.k_TND, one.v_TND, one.out_THD))
+        prefill_attention(q, k, v, bounds, scale=one.scale, way="cudnn", tokens_each=length, out=out)
+        begin += length
     return one.out_THD
 
 
-def nested(one: Inputs) -> Tensor:
-    """torch's jagged nested tensors, cuDNN asked for."""
-    _needs_no_prefix(one)
-    offsets = one.cu_seqlens_S1.long()
-    q, k, v = (
-        torch.nested.nested_tensor_from_jagged(x, offsets, min_seqlen=min(one.case.lengths), max_seqlen=one.longest).transpose(1, 2)
-        for x in (one.q_THD, one.k_TND, one.v_TND)
-    )
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        is_grouped = one.case.num_heads != one.case.num_kv_heads
-        got = scaled_dot_product_attention(q, k, v, is_causal=True, scale=one.scale, enable_gqa=is_grouped)
-    values: Tensor = got.transpose(1, 2).values()
-    return values
-
-
-def varlen(one: Inputs) -> Tensor:
+def flash(one: Inputs) -> Tensor:
     """torch's flash attention over packed lengths."""
-    _needs_no_prefix(one)
     got: Tensor = torch.ops.aten._flash_attention_forward(
         *(one.q_THD, one.k_TND, one.v_TND, one.cu_seqlens_S1, one.cu_seqlens_S1, one.longest, one.longest),
         *(0.0, True, False),
@@ -193,16 +172,14 @@ def fa3(one: Inputs) -> Tensor:
     return got
 
 
-def _needs_no_prefix(one: Inputs) -> None:
-    if one.prefix is not None:
-        raise RuntimeError("takes no paged prefix")
-
-
-def candidates() -> dict[str, Candidate]:
-    found: dict[str, Candidate] = {name: partial(ours, config=config) for name, config in CONFIGS.items()}
-    found |= {"cudnn, ragged": cudnn_ragged, "cudnn, sdpa": partial(_sdpa, backend=SDPBackend.CUDNN_ATTENTION)}
-    found |= {"flash, sdpa": partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION), "nested": nested, "flash, varlen": varlen, "fa3": fa3}
-    return found
+def candidates(case: Case) -> dict[str, Candidate]:
+    """Beside what was chosen: only what differs from it and takes such a case."""
+    if case.cached:
+        return {"n64": partial(kernel, config=default_config(case.head_dim, has_prefix=False)), "fa3": fa3}
+    peers: dict[str, Candidate] = {"kernel": kernel} if len(set(case.lengths)) == 1 else {}
+    if case.num_kv_heads != case.num_heads:  # once is enough: tiles cost a compilation, cuDNN a plan for each length
+        peers |= {"n32": partial(kernel, config=ONE_WARPGROUP)} | ({} if peers else {"cudnn": cudnn})
+    return peers | {"flash": flash, "fa3": fa3}
 
 
 def spot_error(one: Inputs, out_THD: Tensor) -> float:
@@ -241,7 +218,7 @@ def working(case: Case, sets: list[Inputs]) -> tuple[dict[str, list[Call]], dict
         raise SystemExit(f"{case.name}: ours is wrong (error {checked_error:.3g}); nothing is reported")
     calls: dict[str, list[Call]] = {"ours": [partial(ours, one) for one in sets]}
     about: dict[str, float | str] = {"error": checked_error}
-    for name, candidate in candidates().items():
+    for name, candidate in candidates(case).items():
         try:
             wrong = spot_error(sets[0], candidate(sets[0]))
             if wrong > bound(torch.bfloat16):
@@ -249,7 +226,7 @@ def working(case: Case, sets: list[Inputs]) -> tuple[dict[str, list[Call]], dict
             tried: list[Call] = [partial(candidate, one) for one in sets]
             cold_graph_us(tried[:1], repeats=1)
         except Exception as reason:  # a peer that is not here is a line of the result, not the end of it
-            about[name] = f"unavailable: {reason!r}"[:200]
+            about[name] = " ".join(f"unavailable: {reason}".split())[:100]
             torch.cuda.synchronize()
             continue
         calls[name] = tried
@@ -257,7 +234,7 @@ def working(case: Case, sets: list[Inputs]) -> tuple[dict[str, list[Call]], dict
 
 
 def measure(options: Options) -> list[Row]:
-    rows = []
+    rows, reasons = [], set[str]()
     for case in cases():
         if options.only not in case.name:
             continue
@@ -267,8 +244,8 @@ def measure(options: Options) -> list[Row]:
         about |= {f"{name}, TFLOP/s": round(case.num_flop / t.median_us / 1e6, 1) for name, t in times.items()}
         wrong = float(about.pop("error"))
         rows.append(Row(case=case.name, times=times, num_bytes=case.num_bytes, num_flop=case.num_flop, error=wrong, about=about))
-        print(rows[-1].line(), flush=True)
-        print(*(f"    {name}: {why}" for name, why in about.items() if isinstance(why, str)), sep="\n", flush=True)
+        reasons |= {f"{name} {why}" for name, why in about.items() if isinstance(why, str)}
+    print(*sorted(reasons), sep="\n", flush=True)
     return rows
 
 

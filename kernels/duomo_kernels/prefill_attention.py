@@ -6,12 +6,15 @@ Sequence s owns rows cu_seqlens[s] .. cu_seqlens[s + 1] of q, k and v. With a pr
 (layout of decode_attention.py) and its packed rows follow at positions prefix_s + i. Rows past cu_seqlens[S] are padding: not read as keys,
 and not written.
 
-A program takes BLOCK_M rows of one query head: the prefix in tiles gathered from the pool, then the packed keys under the diagonal by
-TMA, then the diagonal tile. Where that tile is cut by the sequence's end, its keys and values are loaded under a mask: rows of the next
-sequence, or of nobody, never meet a product (a NaN there would pass through a weight of zero). Tiles above the diagonal are never visited.
-A row's bits depend on its own sequence alone: tiles start at the sequence's first row and first key.
+A program takes BLOCK_M rows of one query head: the prefix in tiles gathered from the pool, then the packed keys up to the diagonal by
+TMA; only tiles on the diagonal are masked. Where the last tile is cut by the sequence's end, values of rows past it become zeros: rows of
+the next sequence, or of nobody, never meet a product (a NaN there would pass through a weight of zero). Tiles above the diagonal are never
+visited. A row's bits depend on its own sequence alone: tiles start at the sequence's first row and first key.
 
-Who computes: see `Way`.
+Who computes (`choose_way`), by bench/results/prefill_attention.json, where "ours" is what was chosen and "kernel" the kernel below: cuDNN
+where the caller vouches that all sequences are equally long, since it overlaps softmax with products as Triton's code cannot. The kernel
+on mixed lengths (cuDNN would go sequence by sequence and leave the GPU idle), under a prefix (cuDNN's causal corner knows none) and off
+CUDA. Ask for way="ours" where a row's bits must not depend on company, or where shapes seldom come back: cuDNN plans each anew.
 
 Legend: T packed rows, S sequences, H query heads, N kv heads, G = H / N, D head dim, M rows of a program, L keys of a tile, B blocks.
 """
@@ -28,10 +31,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duomo_kernels._launch import check, pdl_options, start_next, wait_for_previous
-from duomo_kernels._prefill_library import cudnn_attention
+from duomo_kernels._prefill_library import equal_attention, takes
 
 LOG2_E = 1.4426950408889634
 MAX_SEQUENCES = 4096  # lengths that a program holds in registers
+CUDNN_MIN_TOKENS = 128  # a shorter sequence is one tile, with nothing to overlap
 
 Way = Literal["ours", "cudnn"]
 
@@ -150,8 +154,6 @@ def _prefill_kernel(
     q_desc,
     k_desc,
     v_desc,
-    k_ptr,
-    v_ptr,
     cu_ptr,
     pool_ptr,
     pool_desc,
@@ -192,37 +194,40 @@ def _prefill_kernel(
                 q_MD, pool_ptr, pool_desc, table_row_ptr, kv_head, tl.load(prefix_ptr + seq), top_M, sum_M, acc_MD, scale_log2,
                 N, BLOCK_TOKENS, BLOCK_N,
             )  # fmt: skip
-        is_whole = first + BLOCK_M <= rows
-        for key in range(0, tl.where(is_whole, first + BLOCK_M, first), BLOCK_N):
+        whole_end = tl.where(first + BLOCK_M <= rows, first + BLOCK_M, first)
+        for key in range(0, whole_end, BLOCK_N):
             k_LD = k_desc.load([begin + key, kv_head * D])
             v_LD = v_desc.load([begin + key, kv_head * D])
             score_ML = tl.dot(q_MD, k_LD.T)
-            if key >= first:
+            if key >= first:  # a branch, not a loop of its own: a second loop would fill its pipeline anew
                 score_ML = tl.where(row_M[:, None] >= key + lane_L[None, :], score_ML, float("-inf"))
             top_M, sum_M, acc_MD = _weigh(score_ML, v_LD, top_M, sum_M, acc_MD, scale_log2)
-        for key in range(tl.where(is_whole, rows, first), rows, BLOCK_N):
+        for key in range(whole_end, rows, BLOCK_N):
             key_L = key + lane_L
-            at_LD = (begin + key_L).to(tl.int64)[:, None] * (N * D) + kv_head * D + lane_D[None, :]
-            k_LD = tl.load(k_ptr + at_LD, mask=key_L[:, None] < rows, other=0.0)
-            v_LD = tl.load(v_ptr + at_LD, mask=key_L[:, None] < rows, other=0.0)
-            live_ML = row_M[:, None] >= key_L[None, :]
+            k_LD = k_desc.load([begin + key, kv_head * D])
+            v_LD = tl.where(key_L[:, None] < rows, v_desc.load([begin + key, kv_head * D]), 0.0)
+            live_ML = row_M[:, None] >= key_L[None, :]  # rows of the sequence see none past its end; other rows are not stored
             top_M, sum_M, acc_MD = _absorb(q_MD, k_LD, v_LD, top_M, sum_M, acc_MD, live_ML, scale_log2, True)
         out_MD = out_ptr + ((begin + row_M).to(tl.int64) * H + head)[:, None] * D + lane_D[None, :]
         tl.store(out_MD, (acc_MD / sum_M[:, None]).to(out_ptr.dtype.element_ty), mask=row_M[:, None] < rows)
 
 
-def default_config(head_dim: int) -> PrefillConfig:
-    """128 x 128 tiles: 64 + 64 accumulator registers a thread of eight warps, 160 KiB of shared memory with two tiles in flight.
+def default_config(head_dim: int, *, has_prefix: bool) -> PrefillConfig:
+    """Tiles of 128 rows: those of 64 read each key from L2 twice as often.
 
-    bench/results/prefill_attention.json holds what else was tried.
+    Over packed keys 64 keys a tile: finer steps along the diagonal, three tiles in flight in 129 KiB. Under a prefix 128 keys: a block of
+    the pool whole, half as many reads of the block table. In bench/results/prefill_attention.json "n32" and "n64" are other widths.
     """
-    return PrefillConfig(block_rows=128, block_keys=128, num_stages=2 if head_dim > 64 else 3, num_warps=8)
+    if has_prefix:
+        return PrefillConfig(block_rows=128, block_keys=128, num_stages=2 if head_dim > 64 else 3, num_warps=8)
+    return PrefillConfig(block_rows=128, block_keys=64, num_stages=3, num_warps=8)
 
 
-def choose_way(q_THD: Tensor, *, has_prefix: bool) -> Way:
-    """cuDNN knows no paged prefix, and plans anew for every T: nothing but the caller's word makes it the default."""
-    del q_THD, has_prefix
-    return "ours"
+def choose_way(q_THD: Tensor, *, tokens_each: int | None, has_prefix: bool) -> Way:
+    """cuDNN where it takes the call and the caller says that lengths are equal. No value on the device is looked at."""
+    if has_prefix or tokens_each is None or tokens_each < CUDNN_MIN_TOKENS:
+        return "ours"
+    return "cudnn" if takes(q_THD) else "ours"
 
 
 def prefill_attention(
@@ -234,29 +239,34 @@ def prefill_attention(
     scale: float,
     prefix: CachedPrefix | None = None,
     way: Way | None = None,
-    max_tokens: int | None = None,
+    tokens_each: int | None = None,
     config: PrefillConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """q [T, H, D], k and v [T, N, D], cu_seqlens [S + 1] int32 on the device -> [T, H, D]; padding rows are not written.
 
-    scale > 0. max_tokens bounds the longest sequence (cuDNN needs it on the host; T where none is given).
+    scale > 0. tokens_each: the caller's word that every sequence has exactly so many rows and no row is padding; then cuDNN may compute,
+    reads no cu_seqlens, and copies its result where `out` is given. A config is for the kernel, and so chooses it.
     """
     num_tokens, num_heads, dim = q_THD.shape
+    num_sequences = cu_seqlens_S1.shape[0] - 1
     _check_arguments(q_THD, k_TND, v_TND, cu_seqlens_S1, scale)
-    if (way or choose_way(q_THD, has_prefix=prefix is not None)) == "cudnn":
+    assert tokens_each is None or tokens_each * num_sequences == num_tokens, f"{num_sequences} x {tokens_each} rows are not {num_tokens}"
+    if way is None:
+        way = "ours" if config is not None else choose_way(q_THD, tokens_each=tokens_each, has_prefix=prefix is not None)
+    if way == "cudnn":
         assert prefix is None, "cuDNN's causal corner is the upper left: it takes no prefix"
-        return cudnn_attention(q_THD, k_TND, v_TND, cu_seqlens_S1, max_tokens or num_tokens, scale=scale, out=out)
+        assert tokens_each is not None, "cuDNN takes equal lengths alone: say tokens_each"
+        return equal_attention(q_THD, k_TND, v_TND, num_sequences, scale=scale, out=out)
     out_THD = torch.empty_like(q_THD) if out is None else out
     check("out", out_THD, q_THD.dtype, *q_THD.shape, device=q_THD.device)
-    num_sequences = cu_seqlens_S1.shape[0] - 1
     if num_tokens == 0 or num_sequences == 0:
         return out_THD
-    config = config or default_config(dim)
+    config = config or default_config(dim, has_prefix=prefix is not None)
     tiles = num_tokens // config.block_rows + min(num_tokens, num_sequences)  # each sequence has at most one tile that is not full
     _prefill_kernel[(tiles * num_heads,)](
         *_descriptors((q_THD, k_TND, v_TND), config),
-        *(k_TND, v_TND, cu_seqlens_S1, *_prefix_arguments(prefix, q_THD, k_TND.shape[1], num_sequences, config)),
+        *(cu_seqlens_S1, *_prefix_arguments(prefix, q_THD, k_TND.shape[1], num_sequences, config)),
         *(out_THD, scale * LOG2_E, num_sequences, 0 if prefix is None else prefix.block_table_SB.shape[1]),
         H=num_heads,
         N=k_TND.shape[1],
