@@ -66,6 +66,26 @@ def inputs(num_tokens: int, num_experts: int, dim: int, device: torch.device) ->
     return torch.randn(num_tokens, num_experts, device=device), torch.randn(num_tokens, dim, device=device).to(half(device))
 
 
+def chosen_reference(logits_TE: Tensor, x_TD: Tensor, weights: ExpertWeights, rule: GateRule) -> Tensor:
+    """y_TD of the reference, one chosen expert after the other: all weights in float64 would fill a GPU."""
+    weights_TK, ids_TK = torch.softmax(logits_TE.double(), -1).topk(rule.top_k)
+    weights_TK /= weights_TK.sum(-1, keepdim=True)
+    y_TD = torch.zeros(x_TD.shape, dtype=torch.float64, device=x_TD.device)
+    for expert in ids_TK.unique().tolist():
+        chose_T = (ids_TK == expert).any(-1)
+        alone = ExpertWeights(gate_up_EFD=weights.gate_up_EFD[expert : expert + 1], down_EDF=weights.down_EDF[expert : expert + 1])
+        own = expert_direct_reference(torch.zeros(int(chose_T.sum()), 1, device=x_TD.device), x_TD[chose_T], alone, GateRule(top_k=1))
+        y_TD[chose_T] += own.y_TD * (weights_TK * (ids_TK == expert)).sum(-1)[chose_T, None]
+    return y_TD
+
+
+def test_the_sum_over_chosen_experts_is_the_reference() -> None:
+    cpu, rule = torch.device("cpu"), GateRule(top_k=3, normalise=True)
+    (logits_TE, x_TD), weights = inputs(5, 6, 16, cpu), random_weights(6, 16, 24, cpu)
+    expected = expert_direct_reference(logits_TE, x_TD, weights, rule).y_TD
+    assert error(chosen_reference(logits_TE, x_TD, weights, rule), expected) <= bound(torch.float64)
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "num_experts", "dim", "hidden", "rule"),
     [
@@ -94,8 +114,8 @@ def test_fp8_weights_with_block_scales(dim: int, hidden: int, device: torch.devi
 
 @pytest.mark.parametrize("num_tokens", [1, 2])
 def test_default_tiles(num_tokens: int, device: torch.device) -> None:
-    weights = random_weights(8, 256, 96, device)
-    assert_right(*inputs(num_tokens, 8, 256, device), weights, GateRule(top_k=2), None)
+    weights = random_weights(8, 128, 48, device)
+    assert_right(*inputs(num_tokens, 8, 128, device), weights, GateRule(top_k=2), None)
 
 
 def test_one_expert_takes_every_token(device: torch.device) -> None:
@@ -160,8 +180,17 @@ def test_rules_of_others_are_refused(rule: GateRule, device: torch.device) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("num_experts", "dim", "hidden", "top_k"), [(64, 2048, 1024, 8), (128, 2048, 768, 8), (8, 4096, 14336, 2)])
+@pytest.mark.parametrize(("num_experts", "dim", "hidden", "top_k"), [(64, 2048, 1024, 8), (128, 2048, 768, 8), (3, 4096, 14336, 2)])
 @pytest.mark.parametrize("num_tokens", [1, 2, 8])
 def test_real_shapes(num_experts: int, dim: int, hidden: int, top_k: int, num_tokens: int, device: torch.device) -> None:
-    weights, rule = random_weights(num_experts, dim, hidden, device), GateRule(top_k=top_k, normalise=True)
-    assert_right(*inputs(num_tokens, num_experts, dim, device), weights, rule, default_tiles(weights, num_tokens, top_k))
+    """At most 2 GB on the device."""
+    rule, (logits_TE, x_TD) = GateRule(top_k=top_k, normalise=True), inputs(num_tokens, num_experts, dim, device)
+    weights = ExpertWeights(
+        gate_up_EFD=torch.randn(num_experts, 2 * hidden, dim, device=device, dtype=x_TD.dtype).mul_(dim**-0.5),
+        down_EDF=torch.randn(num_experts, dim, hidden, device=device, dtype=x_TD.dtype).mul_(hidden**-0.5),
+    )
+    out = poisoned(x_TD, num_experts, top_k)
+    got = expert_direct(logits_TE, x_TD, weights, rule, out, default_tiles(weights, num_tokens, top_k))
+    assert torch.equal(got.ids_TK.long(), logits_TE.topk(top_k).indices)
+    assert torch.equal(got.counts_E.long(), torch.bincount(got.ids_TK.flatten(), minlength=num_experts))
+    assert error(got.y_TD, chosen_reference(logits_TE, x_TD, weights, rule)) <= bound(got.y_TD.dtype)

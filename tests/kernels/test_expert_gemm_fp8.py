@@ -197,16 +197,16 @@ def test_weights_are_quantised_by_blocks(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 32, 160, 257, 4096])
+@pytest.mark.parametrize("tokens", [1, 16, 80, 129, 2048])
 def test_true_sizes(tokens: int, device: torch.device) -> None:
     """OLMoE's matrices, fewer experts, each of the heuristic's heights."""
     torch.manual_seed(tokens)
-    wide = (torch.randn(16, 2048, 2048, device=device) * 0.02, torch.randn(16, 2048, 1024, device=device) * 0.02)
+    wide = (torch.randn(8, 2048, 2048, device=device) * 0.02, torch.randn(8, 2048, 1024, device=device) * 0.02)
     weights = quantise_weights_fp8(*wide)
     x_TD = torch.randn(tokens, 2048, device=device).bfloat16()
-    tiles = fp8_tiles(tokens * 2, 16)
-    ids = torch.rand(tokens, 16).argsort(1)[:, :2]
-    routing = routing_reference(ids.to(device), torch.ones(ids.shape, device=device), 16, tiles.tile_rows)
+    tiles = fp8_tiles(tokens * 2, 8)
+    ids = torch.rand(tokens, 8).argsort(1)[:, :2]
+    routing = routing_reference(ids.to(device), torch.ones(ids.shape, device=device), 8, tiles.tile_rows)
     act, rows, expected = run(Inputs(x_TD, routing, weights, wide, tiles))
     x = dequantise_rows(*quantise_rows(x_TD))
     assert error(act, expert_up_fp8_reference(x, routing, weights)) <= bound(FP8)

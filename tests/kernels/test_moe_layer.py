@@ -29,7 +29,7 @@ RULE = GateRule(top_k=2, normalise=True)
 SMALL = GemmTile(block_m=16, block_n=16, block_k=32, num_warps=4, num_stages=2)
 PLANS: list[LayerPlan] = [
     GemmTiles(up=SMALL, down=SMALL),
-    DirectTiles(gate_up_rows=2, gate_up_steps=4, down_rows=4, down_width=32, down_depth=2),
+    DirectTiles(gate_up_rows=8, gate_up_steps=3, down_rows=32, down_width=32, down_depth=2),
 ]
 
 

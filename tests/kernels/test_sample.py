@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+pytest.importorskip("msgspec", reason="the engine, whose sampler is compared with, needs msgspec")
+
 from duomo.engine.randomness import uniform
 from duomo.engine.sampler import RowSampling, Sampler
 from duomo.wire.messages import Sampling
@@ -85,7 +87,7 @@ def cpu_tokens(logits_SV: Tensor, rows: SampleRows) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("vocab", [1, 63, 700])
+@pytest.mark.parametrize("vocab", [1, 63, 300])
 def test_takes_the_token_of_the_cpu(kind: str, vocab: int, device: torch.device) -> None:
     mode, asked = KINDS[kind]
     generator = torch.Generator().manual_seed(vocab)
@@ -181,7 +183,7 @@ def test_a_row_that_asks_for_more_than_the_mode_is_flagged(device: torch.device)
 
 
 def test_frequencies_follow_the_distribution(device: torch.device) -> None:
-    num = 50000 if device.type == "cuda" else 96  # a grid has at most 65,535 rows
+    num = 50000 if device.type == "cuda" else 64  # a grid has at most 65,535 rows
     share_V = torch.softmax(torch.arange(8) * 0.25, 0)
     rows = rows_of(num, device)
     rows.seed_S[:] = 11
@@ -278,7 +280,7 @@ def test_a_slot_holds_the_ids_it_was_filled_with(device: torch.device) -> None:
 def test_real_vocabularies(vocab: int, dtype: torch.dtype, device: torch.device) -> None:
     """Every kind of row, flat and peaked logits; a row's token is the same in a batch and alone."""
     generator = torch.Generator(device).manual_seed(vocab)
-    logits_SV = (torch.randn(4 * len(KINDS), vocab, generator=generator, device=device)).to(dtype)
+    logits_SV = (torch.randn(2 * len(KINDS), vocab, generator=generator, device=device)).to(dtype)
     logits_SV[len(KINDS) :] *= 3
     rows = rows_of(len(logits_SV), device)
     for at in range(len(logits_SV)):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("msgspec", reason="the engine, whose sampler is compared with, needs msgspec")
+
 from duomo.engine.sampler import RowSampling, Sampler
 from duomo.wire.messages import Sampling
 from duomo_kernels._bounds import bound, error
