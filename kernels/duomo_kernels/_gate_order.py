@@ -126,7 +126,7 @@ def write_order(
     tl.store(
         tiles_ptr + tl.max_contiguous(tl.multiple_of(at_TC + 4, (1, 4)), (1, 4)), tl.minimum(num_TC - group_T, GROUP_TILES), mask=is_tile_TC
     )
-    is_mine_TC = (t == 0) & is_expert_C[None, :] & (program == num_programs - 1)
+    is_mine_TC = (t + (num_programs - 1 - program) == 0) & is_expert_C[None, :]  # the last program's first row
     tl.store(counts_ptr + expert_TC, tl.broadcast_to(total_C[None, :], (T, C)), mask=is_mine_TC)
     tl.store(offsets_ptr + expert_TC, offset_TC, mask=is_mine_TC)
     if program == num_programs - 1:
@@ -156,7 +156,7 @@ def place_columns(
         tl.zeros_like(index_TC) + num_routed,
         mask=is_index_TC & (index_TC >= num_kept),
     )
-    return index_TC, (counted_TC > 0) & (is_placed_TC == 0)
+    return index_TC, (counted_TC > 0) & (place_TC == num_routed)
 
 
 @triton.jit
