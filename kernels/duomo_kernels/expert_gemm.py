@@ -38,9 +38,9 @@ class GemmTile:
     """The tile of one product. block_n counts columns of the output (up loads as many of gate and of up).
 
     num_programs: 0 for one program a tile; otherwise persistent, that many for each multiprocessor. shrinks: tiles of few rows take a lower
-    body. touch: columns of each weight row brought into L2 while the kernel before still runs (a multiple of 64). is_flat (down alone):
-    one persistent loop over the steps of all of a program's tiles, so that the next tile's copies start before this one is stored; full
-    height only, and by TMA alone. band: successive tiles whose columns run together; 0 for those of one expert.
+    body. touch: columns of each weight row brought into L2 while the kernel before still runs (64 times a power of two). is_flat (down
+    alone): one persistent loop over the steps of all of a program's tiles, so that the next tile's copies start before this one is stored;
+    full height only, and by TMA alone. band: successive tiles whose columns run together; 0 for those of one expert.
     """
 
     block_m: int
@@ -70,7 +70,7 @@ def expert_gemm_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights
 
 
 @triton.jit
-def _find_tile(pid, tiles, num_tiles, num_columns, BAND: tl.constexpr):
+def _find_tile(pid, tiles, num_tiles, num_columns, BAND: tl.constexpr, CACHE: tl.constexpr):
     """pid -> (expert, first place, rows, column of tiles); pids below num_tiles * num_columns meet every pair once.
 
     A band is BAND successive tiles, columns outer, tiles inner; the groups of the map (BY_EXPERT) are bands that end where an expert does,
@@ -78,7 +78,7 @@ def _find_tile(pid, tiles, num_tiles, num_columns, BAND: tl.constexpr):
     """
     if BAND == BY_EXPERT:
         at = tiles + (pid // num_columns) * 5
-        first_tile, band_tiles = tl.load(at + 3), tl.load(at + 4)
+        first_tile, band_tiles = tl.load(at + 3, cache_modifier=CACHE), tl.load(at + 4, cache_modifier=CACHE)
     elif BAND == 1:
         first_tile, band_tiles = pid // num_columns, 1
     else:
@@ -86,7 +86,12 @@ def _find_tile(pid, tiles, num_tiles, num_columns, BAND: tl.constexpr):
         band_tiles = tl.minimum(num_tiles - first_tile, BAND)
     local = pid - first_tile * num_columns
     at = tiles + (first_tile + local % band_tiles) * 5
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), local // band_tiles
+    expert, first, rows = (
+        tl.load(at, cache_modifier=CACHE),
+        tl.load(at + 1, cache_modifier=CACHE),
+        tl.load(at + 2, cache_modifier=CACHE),
+    )
+    return expert, first, rows, local // band_tiles
 
 
 @triton.jit
@@ -181,7 +186,7 @@ def _up_kernel(
     total = tl.load(num_tiles)
     num_pids = total * num_columns
     while pid < num_pids:  # not a range: the interpreter of Triton 3.6 takes none from tensors
-        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND)
+        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND, "")
         if SHRINKS and rows <= BM // 4:
             _up_tile(x, w, w_desc, act, routed, expert, first, rows, column, num_k, num_f, TOP_K, BM // 4, BN, BK, STAGES, EVEN_K)
         elif SHRINKS and rows <= BM // 2:
@@ -199,14 +204,15 @@ def _down_kernel(
 ):  # fmt: skip
     start_next(USE_PDL)
     pid = tl.program_id(0)
-    total = tl.load(num_tiles)  # before the wait: expert_up let us start after its own, when the routing was whole
+    # Before the wait: expert_up let us start after its own, when the routing was whole. From L2: L1 may hold an earlier kernel's line.
+    total = tl.load(num_tiles, cache_modifier=".cg")
     num_pids = total * num_columns
     if TOUCH > 0 and USE_PDL and pid < tl.minimum(touching, num_pids):
-        expert, _, _, column = _find_tile(pid, tiles, total, num_columns, BAND)
+        expert, _, _, column = _find_tile(pid, tiles, total, num_columns, BAND, ".cg")
         _touch(w, expert * num_d + column * BN, num_k, BN, TOUCH)
     wait_for_previous(USE_PDL)
     while pid < num_pids:
-        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND)
+        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND, "")
         if SHRINKS and rows <= BM // 4:
             _down_tile(act, None, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM // 4, BN, BK, STAGES, EVEN_K)
         elif SHRINKS and rows <= BM // 2:
@@ -222,12 +228,12 @@ def _down_flat_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, BAND: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(USE_PDL)
-    total = tl.load(num_tiles)  # before the wait, as in _down_kernel
+    total = tl.load(num_tiles, cache_modifier=".cg")  # before the wait, as in _down_kernel
     wait_for_previous(USE_PDL)
     num_pids = total * num_columns
     row_M = tl.arange(0, BM)
     for pid in tl.range(tl.program_id(0), num_pids, tl.num_programs(0), flatten=True, num_stages=STAGES):
-        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND)
+        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND, "")
         sum_MN = tl.zeros((BM, BN), tl.float32)
         for k0 in tl.range(0, num_k, BK):
             part_MK = act_desc.load([first, k0])
@@ -244,10 +250,12 @@ def expert_up(x_TD: Tensor, routing: Routing, weights: ExpertWeights, tile: Gemm
     The kernel lets its successor start once the routing is whole: only a kernel launched after it may read the routing before it waits.
     """
     num_k, num_f, num_routed = x_TD.shape[1], weights.hidden, routing.routed_R.shape[0]
-    check("x_TD", x_TD, weights.gate_up_EFD.dtype, None, weights.dim, device=weights.gate_up_EFD.device)
+    check("x_TD", x_TD, weights.gate_up_EFD.dtype, routing.ids_TK.shape[0], weights.dim, device=weights.gate_up_EFD.device)
     _check_routing(routing, weights, tile)
     act_RF = x_TD.new_empty(num_routed, num_f) if out is None else out
     check("out", act_RF, x_TD.dtype, num_routed, num_f, device=x_TD.device)
+    if num_routed == 0:
+        return act_RF
     num_columns = triton.cdiv(num_f, tile.block_n)
     w_desc = _descriptor(weights.gate_up_EFD.view(-1, 2, num_f, num_k), [1, 2, tile.block_n, tile.block_k], tile)
     _up_kernel[(_grid(routing, num_columns, tile, x_TD.device),)](
@@ -271,6 +279,8 @@ def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: 
     _check_routing(routing, weights, tile)
     rows_RD = act_RF.new_empty(num_routed, num_d) if out is None else out
     check("out", rows_RD, act_RF.dtype, num_routed, num_d, device=act_RF.device)
+    if num_routed == 0:
+        return rows_RD
     num_columns = triton.cdiv(num_d, tile.block_n)
     w_desc = _descriptor(weights.down_EDF, [1, tile.block_n, tile.block_k], tile)
     act_desc = _descriptor(act_RF, [tile.block_m, tile.block_k], tile)
@@ -293,6 +303,7 @@ def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: 
 
 def _check_routing(routing: Routing, weights: ExpertWeights, tile: GemmTile) -> None:
     assert routing.num_experts == weights.num_experts, f"routing over {routing.num_experts} experts, weights of {weights.num_experts}"
+    assert routing.routed_R.device == weights.down_EDF.device, f"routing on {routing.routed_R.device}, weights on {weights.down_EDF.device}"
     assert tile.block_m == routing.tile_rows, f"tile.block_m {tile.block_m}: the routing was made for tiles of {routing.tile_rows} rows"
 
 

@@ -111,13 +111,18 @@ def expert_gemm_fp8_reference(q_TD: Tensor, scale_TG: Tensor, routing: Routing, 
 
 
 @triton.jit
-def _find_tile(pid, tiles, num_columns):
+def _find_tile(pid, tiles, num_columns, CACHE: tl.constexpr):
     """pid -> (expert, first place, rows, column of tiles): the pids of a group are successive, its columns outer, its tiles inner."""
     at = tiles + (pid // num_columns) * 5
-    first_tile, group_tiles = tl.load(at + 3), tl.load(at + 4)
+    first_tile, group_tiles = tl.load(at + 3, cache_modifier=CACHE), tl.load(at + 4, cache_modifier=CACHE)
     local = pid - first_tile * num_columns
     at = tiles + (first_tile + local % group_tiles) * 5
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), local // group_tiles
+    expert, first, rows = (
+        tl.load(at, cache_modifier=CACHE),
+        tl.load(at + 1, cache_modifier=CACHE),
+        tl.load(at + 2, cache_modifier=CACHE),
+    )
+    return expert, first, rows, local // group_tiles
 
 
 @triton.jit
@@ -249,7 +254,7 @@ def _up_pid(
     pid, x, scale_x, w, w_desc, scale_w, act, scale_act, routed, tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
     BM: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    expert, first, rows, column = _find_tile(pid, tiles, tl.cdiv(F, 128))
+    expert, first, rows, column = _find_tile(pid, tiles, tl.cdiv(F, 128), "")
     at = (x, scale_x, w, w_desc, scale_w, act, scale_act, routed)
     if SHRINKS and rows <= BM // 4:
         _up_tile(*at, expert, first, rows, column, D, F, TOP_K, BM // 4, STAGES, INTERPRETED)
@@ -282,7 +287,7 @@ def _down_pid(
     pid, num_columns, act, scale_act, w, w_desc, scale_w, out, tiles, F: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr,
 ):  # fmt: skip
-    expert, first, rows, column = _find_tile(pid, tiles, num_columns)
+    expert, first, rows, column = _find_tile(pid, tiles, num_columns, "")
     at = (act, scale_act, w, w_desc, scale_w, out)
     if SHRINKS and rows <= BM // 4:
         _down_tile(*at, expert, first, rows, column, F, D, BM // 4, BN, IS_PAIR, STAGES)
@@ -299,10 +304,11 @@ def _down_kernel(
 ):  # fmt: skip
     start_next(USE_PDL)
     num_columns = tl.cdiv(D, 2 * BN if IS_PAIR else BN)
-    # The routing is read before the wait: expert_up_fp8 let us start after its own, when the routing was whole.
-    pid, num_pids = tl.program_id(0), tl.load(num_tiles) * num_columns
+    # The routing is read before the wait: expert_up_fp8 let us start after its own, when the routing was whole. From L2: L1 may hold an
+    # earlier kernel's line.
+    pid, num_pids = tl.program_id(0), tl.load(num_tiles, cache_modifier=".cg") * num_columns
     if TOUCH > 0 and USE_PDL and pid < num_pids:
-        expert, _, _, column = _find_tile(pid, tiles, num_columns)
+        expert, _, _, column = _find_tile(pid, tiles, num_columns, ".cg")
         row_N = expert.to(tl.int64) * D + column * (2 * BN if IS_PAIR else BN) + tl.arange(0, BN)
         # Into L2, while the product before still runs: one byte of every 32. Volatile, or the compiler drops what nobody needs.
         tl.load(w + row_N[:, None] * F + (tl.arange(0, TOUCH // 32) * 32)[None, :], volatile=True)
@@ -321,7 +327,7 @@ def expert_up_fp8(
     """x as quantise_rows_fp8 gives it -> (act_RF float8_e4m3fn, its scales float32 [R, ceil(F / 128)]), at sorted places; places that hold
     nothing are not written."""
     num_routed, dim, hidden, device = routing.routed_R.shape[0], weights.dim, weights.hidden, q_TD.device
-    check("q_TD", q_TD, FP8, None, dim)
+    check("q_TD", q_TD, FP8, routing.ids_TK.shape[0], dim)
     check("scale_TG", scale_TG, torch.float32, q_TD.shape[0], num_groups(dim), device=device)
     _check_tile(routing, weights, tile, device)
     assert tile.block_n == SCALE_BLOCK, f"tile.block_n {tile.block_n}: act is quantised in groups of {SCALE_BLOCK} columns"
@@ -373,7 +379,7 @@ def expert_gemm_fp8(
 
 
 def _check_tile(routing: Routing, weights: ExpertWeights, tile: Fp8Tile, device: torch.device) -> None:
-    assert weights.is_fp8 and weights.num_experts == routing.num_experts and weights.down_EDF.device == device, (
+    assert weights.is_fp8 and weights.num_experts == routing.num_experts and weights.down_EDF.device == device == routing.routed_R.device, (
         "weights: other routing, dtype or device"
     )
     assert tile.block_m == routing.tile_rows, f"tile.block_m {tile.block_m}: the routing was made for tiles of {routing.tile_rows} rows"

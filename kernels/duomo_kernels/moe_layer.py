@@ -25,7 +25,7 @@ from duomo_kernels._routing import GateRule
 from duomo_kernels._tuning import Config, tuned
 from duomo_kernels._weights import ExpertWeights, dequantised
 from duomo_kernels.expert_combine import expert_combine
-from duomo_kernels.expert_direct import DirectTiles, expert_direct
+from duomo_kernels.expert_direct import DirectTiles, default_tiles, expert_direct
 from duomo_kernels.expert_gemm import GemmTile, expert_down, expert_up
 from duomo_kernels.expert_gemm_fp8 import Fp8Tile, Fp8Tiles, expert_gemm_fp8, fp8_tiles
 from duomo_kernels.gate import gate, gate_reference
@@ -162,7 +162,7 @@ def layer_plan(
     shape = {"num_experts": weights.num_experts, "top_k": top_k, "dim": weights.dim, "hidden": weights.hidden}
     config = tuned(TUNING_OP, shape, "fp8" if weights.is_fp8 else "bf16", num_tokens, weights.down_EDF.device)
     plan = None if config is None else plan_from(config)
-    if plan is None or (isinstance(plan, DirectTiles) and not (may_be_direct and num_tokens * top_k <= MAX_DIRECT_ROUTED)):
+    if plan is None or (isinstance(plan, DirectTiles) and not (may_be_direct and 0 < num_tokens * top_k <= MAX_DIRECT_ROUTED)):
         plan = heuristic_plan(weights, top_k, num_tokens, may_be_direct=may_be_direct)
     return plan
 
@@ -170,8 +170,6 @@ def layer_plan(
 def heuristic_plan(weights: ExpertWeights, top_k: int, num_tokens: int, *, may_be_direct: bool = True) -> LayerPlan:
     """What to take where nothing was measured: by the rows that an expert has in the mean."""
     if may_be_direct and num_tokens == 1:
-        from duomo_kernels.expert_direct import default_tiles
-
         return default_tiles(weights, num_tokens, top_k)
     if weights.is_fp8:
         return fp8_tiles(num_tokens * top_k, weights.num_experts)

@@ -44,7 +44,7 @@ def _best_of_chunk(
     chunk, row = tl.program_id(0), tl.program_id(1)
     if row >= tl.load(num_valid):
         return
-    num_top = tl.load(num_tops + row)
+    num_top = tl.minimum(tl.load(num_tops + row), num_listed)  # a larger one would write past its list
     if num_top < 0:
         return
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -74,7 +74,7 @@ def _merge(
     row = tl.program_id(0)
     if row >= tl.load(num_valid):
         return
-    num_top = tl.load(num_tops + row)
+    num_top = tl.minimum(tl.load(num_tops + row), max_top)
     if num_top < 0:
         return
     c = tl.arange(0, CHUNKS)
@@ -114,7 +114,7 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob_S float32, top_id_SN int32, top_logprob_SN float32) of raw logits (float32 or bf16). Allocates them unless `out` is given.
 
-    num_top_S int32: how many of the likeliest a row lists, at most max_top (which is at most 20); 0: only its token's logprob; below 0:
+    num_top_S int32: how many of the likeliest a row lists, cut to max_top (which is at most 20); 0: only its token's logprob; below 0:
     nothing. num_valid int32 [1]. A token below 0 (sample's answer to a row that has none) has -inf.
     """
     num_rows, vocab = logits_SV.shape
