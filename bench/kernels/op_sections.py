@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.compile_ahead import compile_ahead
-from bench.gpu_stopwatch import Options, Row, chain_us, floor_us, interleaved_us, num_sets
+from bench.gpu_stopwatch import Options, Row, floor_us, interleaved_us, num_sets
 from bench.kernels import peers_vllm
 from bench.kernels.layer_reference import choose
 from bench.kernels.layer_section import Run
@@ -214,9 +214,3 @@ def measure_rest(run: Run) -> list[Case]:
             for row in rows
         ]
     return found
-
-
-def launch_cost_us(run: Run) -> float:
-    """An empty dependent launch in a chain: what no kernel in a graph goes below."""
-    tiny = torch.zeros(1, device=run.device)
-    return chain_us(partial(tiny.add_, 1.0), length=CHAIN, repeats=run.repeats).median_us

@@ -329,7 +329,7 @@ def expert_direct(
     check("down_EDF", weights.down_EDF, torch.float8_e4m3fn if weights.is_fp8 else x_TD.dtype, None, None, None, device=device)
     if num_valid is not None:
         check("num_valid", num_valid, torch.int32, 1, device=device)
-    out = _empty_answer(x_TD, num_experts, top_k) if out is None else out
+    out = empty_answer(x_TD, num_experts, top_k) if out is None else out
     check("y_TD", out.y_TD, x_TD.dtype, num_tokens, dim, device=device)
     check("counts_E", out.counts_E, torch.int32, num_experts, device=device)
     check("ids_TK", out.ids_TK, torch.int32, num_tokens, top_k, device=device)
@@ -356,10 +356,11 @@ def expert_direct(
     return out
 
 
-def _empty_answer(x_TD: Tensor, num_experts: int, top_k: int) -> DirectAnswer:
+def empty_answer(x_TD: Tensor, num_experts: int, top_k: int, y_TD: Tensor | None = None) -> DirectAnswer:
+    """Tensors for expert_direct(out=...), not written; y_TD may be the caller's own."""
     num_tokens, device = x_TD.shape[0], x_TD.device
     return DirectAnswer(
-        y_TD=torch.empty_like(x_TD),
+        y_TD=torch.empty_like(x_TD) if y_TD is None else y_TD,
         counts_E=torch.empty(num_experts, dtype=torch.int32, device=device),
         ids_TK=torch.empty(num_tokens, top_k, dtype=torch.int32, device=device),
         weights_TK=torch.empty(num_tokens, top_k, dtype=torch.float32, device=device),

@@ -25,7 +25,7 @@ from duomo_kernels._routing import GateRule
 from duomo_kernels._tuning import Config, tuned
 from duomo_kernels._weights import ExpertWeights, dequantised
 from duomo_kernels.expert_combine import expert_combine
-from duomo_kernels.expert_direct import DirectTiles, default_tiles, expert_direct
+from duomo_kernels.expert_direct import DirectTiles, default_tiles, empty_answer, expert_direct
 from duomo_kernels.expert_gemm import GemmTile, expert_down, expert_up
 from duomo_kernels.expert_gemm_fp8 import Fp8Tile, Fp8Tiles, expert_gemm_fp8, fp8_tiles
 from duomo_kernels.gate import gate, gate_reference
@@ -108,11 +108,12 @@ def moe_layer(
     is_plain = options.bias_E is None and options.capacity is None and rule.scoring == "softmax" and rule.num_groups == 1
     if plan is None:
         num_tokens, is_deterministic = x_TD.shape[0], options.is_deterministic
-        plan = layer_plan(weights, rule.top_k, num_tokens, may_be_direct=is_plain and out_TD is None, is_deterministic=is_deterministic)
+        plan = layer_plan(weights, rule.top_k, num_tokens, may_be_direct=is_plain, is_deterministic=is_deterministic)
     if not isinstance(plan, DirectTiles):
         return _routed(logits_TE, x_TD, weights, rule, plan, options, out_TD)
-    assert is_plain and out_TD is None, "the direct path knows softmax rules without bias, groups or capacity"
-    answer = expert_direct(logits_TE.float(), x_TD, weights, rule, tiles=plan, num_valid=options.num_valid)
+    assert is_plain, "the direct path knows softmax rules without bias, groups or capacity"
+    out = empty_answer(x_TD, weights.num_experts, rule.top_k, out_TD)
+    answer = expert_direct(logits_TE.float(), x_TD, weights, rule, out, plan, options.num_valid)
     return MoeAnswer(y_TD=answer.y_TD, counts_E=answer.counts_E, ids_TK=answer.ids_TK, weights_TK=answer.weights_TK)
 
 
@@ -177,7 +178,7 @@ def heuristic_plan(weights: ExpertWeights, top_k: int, num_tokens: int, *, may_b
 
 
 def gemm_tiles(mean_rows: float) -> GemmTiles:
-    """Tiles for experts of so many rows in the mean: what was fastest on an H100 for OLMoE's and Qwen3-30B's layers."""
+    """Tiles for experts of so many rows in the mean: what was fast on an H100 (bench/results/expert_gemm_sweep.json and _ways.json)."""
     if mean_rows <= 12:  # weights stream: few rows, and long pieces of each weight row, which HBM likes better than many short ones
         up = GemmTile(block_m=16, block_n=32, block_k=256, num_warps=4, num_stages=3, touch=256)
         return GemmTiles(up=up, down=GemmTile(block_m=16, block_n=64, block_k=256, num_warps=4, num_stages=3, touch=256))
