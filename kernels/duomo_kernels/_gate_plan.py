@@ -39,7 +39,7 @@ class Plan:
 
 
 def plan_of(num_tokens: int, columns: int, device: torch.device) -> Plan:
-    """One program, one kernel with a barrier, or two kernels (in the interpreter too: it runs one program after the other)."""
+    """One program, one kernel whose programs wait for each other, or several kernels (so in the interpreter, which cannot wait)."""
     if num_tokens <= SOLO_TOKENS:
         rows = 1 if num_tokens == 1 and columns <= 256 else 8 if num_tokens <= 8 else SOLO_TOKENS  # one warp has registers for 256
         return Plan(T=rows, C=columns, programs=1, chunks=1, num_warps=rows if columns <= 128 else min(rows, 8), is_fused=True)
@@ -47,7 +47,7 @@ def plan_of(num_tokens: int, columns: int, device: torch.device) -> Plan:
     programs = triton.cdiv(num_tokens, rows)
     if columns > 512 or num_tokens > (FUSED_TOKENS if columns <= 128 else 512) or programs > num_sms(device) or is_interpreted():
         return split_plan(num_tokens, columns)
-    # At least two grids fit on an H100 beside each other (_grid_barrier says why that matters): with 128 columns four programs a
+    # At least two grids fit on an H100 beside each other (_grid_board says why that matters): with 128 columns four programs a
     # multiprocessor, with 256 two, with 512 one, but half as many programs.
     # Sixteen rows where eight would make so many histograms that their reading spills.
     registers = 64 if columns <= 128 else 128

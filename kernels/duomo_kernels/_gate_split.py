@@ -115,8 +115,8 @@ class Call:
     out: Routing
     group_pad: int
 
-    def run_split(self, plan: Plan) -> None:
-        if self.is_plain:
+    def run_split(self, plan: Plan, is_invariant: bool) -> None:
+        if self.is_plain and not is_invariant:
             return self._run_many()
         hist_PC = plan.histograms(self.logits_TE.device)
         self._choose(plan, hist_PC)

@@ -8,9 +8,8 @@ they come and places its own choices, which it still has in registers. Up to SOL
 Beyond, successive kernels: choose, then place from the ids (_gate_many; _gate_split with groups, bias or a capacity). The experts take
 hundreds of microseconds there and a launch about one, and programs as large as throughput asks must not hold multiprocessors and wait.
 
-Deterministic: integer sums and
-maxima, and float sums in an order that no timing changes. Padding (rows from num_valid on): read as zeros, so ids are valid; weight 0,
-place R, in no count.
+Deterministic: integer sums and maxima, and float sums in an order that no timing changes. Padding (rows from num_valid on): read as zeros,
+so ids are valid; weight 0, place R, in no count.
 
 Legend: T rows of one program in kernels, tokens elsewhere; C columns (_gate_choice), E experts, K experts a token, P programs,
 R = tokens * K.
@@ -174,11 +173,13 @@ def gate(
     num_valid: Tensor | None = None,
     capacity: Capacity | None = None,
     overflow: Overflow | None = None,
+    is_invariant: bool = False,
     out: Routing | None = None,
 ) -> Routing:
     """logits [T, E] float32 or bfloat16 (E up to 512, K up to 16) -> Routing; bias [E] float32; num_valid [1] int32 on the device.
 
-    With a capacity, `overflow` (Overflow.empty) takes its counters. Capturable after one eager call.
+    With a capacity, `overflow` (Overflow.empty) takes its counters. is_invariant: a row's weights have the same bits for every T, which
+    the fastest kernels beyond FUSED_TOKENS do not promise. Capturable after one eager call.
     """
     (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
     assert logits_TE.dtype in (torch.float32, torch.bfloat16), f"logits_TE: dtype {logits_TE.dtype}"
@@ -209,7 +210,7 @@ def gate(
     if capacity is not None and capacity.overflow == "reroute":
         call.run_rerouted(split_plan(num_tokens, columns))
     elif not plan.is_fused:
-        call.run_split(plan)
+        call.run_split(plan, is_invariant)
     else:
         is_solo = plan.programs == 1
         _fused_kernel[(plan.programs,)](

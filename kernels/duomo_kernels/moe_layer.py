@@ -136,6 +136,7 @@ def _routed(
         num_valid=options.num_valid,
         capacity=capacity,
         overflow=overflow,
+        is_invariant=options.is_deterministic,
     )
     if isinstance(plan, Fp8Tiles):
         assert quantised is not None

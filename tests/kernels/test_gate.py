@@ -320,3 +320,14 @@ def test_streams_and_graphs_at_once(device: torch.device) -> None:
     torch.cuda.synchronize()
     for x, out in zip(inputs, outs, strict=True):
         assert differing(out, gate_reference(x, OLMOE, tile_rows=16)) == []
+
+
+@pytest.mark.parametrize("rule", [GateRule(top_k=8), GateRule(top_k=4, normalise=True)], ids=["as it is", "normalised"])
+def test_invariant_weights_do_not_know_how_many_rows_there_are(rule: GateRule, device: torch.device) -> None:
+    """Across every plan: one row, one program, several in one kernel, several kernels."""
+    logits = torch.randn(1025 if device.type == "cuda" else 65, 60, device=device)
+    whole = gate(logits, rule, tile_rows=16, is_invariant=True)
+    for num_rows in (1, 7, 16, 17, 64, 1024):
+        if num_rows <= len(logits):
+            part = gate(logits[:num_rows].contiguous(), rule, tile_rows=16, is_invariant=True)
+            assert torch.equal(part.weights_TK, whole.weights_TK[:num_rows]) and torch.equal(part.ids_TK, whole.ids_TK[:num_rows])

@@ -107,3 +107,43 @@ def test_a_table_names_any_plan() -> None:
     assert plan_from({"path": "direct", "direct": {"gate_up_rows": 4}}) == DirectTiles(gate_up_rows=4)
     with pytest.raises(AssertionError, match="path"):
         plan_from({"path": "indirect"})
+
+
+def test_an_empty_batch_and_a_given_output(device: torch.device, half: torch.dtype) -> None:
+    logits, x, weights = layer_of(6, half, device)
+    for num_tokens, plan in ((0, PLANS[0]), (6, PLANS[0]), (6, PLANS[1])):
+        out = torch.full((num_tokens, 64), torch.nan, dtype=half, device=device)
+        answer = moe_layer(logits[:num_tokens].contiguous(), x[:num_tokens].contiguous(), weights, RULE, plan=plan, out_TD=out)
+        assert answer.y_TD.data_ptr() == out.data_ptr()
+        assert error(out, moe_layer_reference(logits[:num_tokens], x[:num_tokens], weights, RULE)) <= bound(half)
+
+
+def true_size(num_tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, ExpertWeights]:
+    """OLMoE's widths with 16 experts."""
+    gate_up = torch.randn(16, 2048, 2048, device=device, dtype=torch.bfloat16).mul_(2048**-0.5)
+    down = torch.randn(16, 2048, 1024, device=device, dtype=torch.bfloat16).mul_(1024**-0.5)
+    x = torch.randn(num_tokens, 2048, device=device).bfloat16()
+    return torch.randn(num_tokens, 16, device=device), x, ExpertWeights(gate_up_EFD=gate_up, down_EDF=down)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_deterministic", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 257, 1500, 4096])
+def test_true_widths_captured_and_replayed(num_tokens: int, is_deterministic: bool, device: torch.device) -> None:
+    """Every plan of the heuristic, with touches and dependent launch, replayed from a graph on other inputs than it was captured with."""
+    rule, options = GateRule(top_k=4, normalise=True), LayerOptions(is_deterministic=is_deterministic)
+    logits, x, weights = true_size(num_tokens, device)
+    out = torch.empty_like(x)
+    moe_layer(logits, x, weights, rule, options=options, out_TD=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(2):
+            moe_layer(logits, x, weights, rule, options=options, out_TD=out)
+    for skew in (0.0, 4.0):
+        logits.normal_().add_(torch.linspace(0, skew, 16, device=device))
+        x.normal_()
+        out.fill_(torch.nan)
+        graph.replay()
+        sample = torch.arange(0, num_tokens, max(1, num_tokens // 64), device=device)
+        expected = moe_layer_reference(logits[sample], x[sample], weights, rule)
+        assert bool(out.isfinite().all()) and error(out[sample], expected) <= bound(torch.bfloat16)
