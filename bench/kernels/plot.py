@@ -65,7 +65,7 @@ def _draw_one(cases: list[Case], title: str, device: str, stem: Path) -> list[Pa
     axes.set_ylim(bottom=0.7 * min(case.floor_us for case in cases))
     axes.grid(True, which="both", axis="y", alpha=0.25)
     axes.legend(frameon=False)
-    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".png", ".svg")]
     for path in paths:
         figure.savefig(path, dpi=140, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths

@@ -11,8 +11,8 @@ TMA; only tiles on the diagonal are masked. Where the last tile is cut by the se
 the next sequence, or of nobody, never meet a product (a NaN there would pass through a weight of zero). Tiles above the diagonal are never
 visited. A row's bits depend on its own sequence alone: tiles start at the sequence's first row and first key.
 
-Who computes (`choose_way`), by bench/results/prefill_attention.json, where "ours" is what was chosen and "kernel" the kernel below: cuDNN
-where the caller vouches that all sequences are equally long, since it overlaps softmax with products as Triton's code cannot. The kernel
+Who computes (`choose_way`), by bench/results/prefill_attention_h100.json ("ours" there is the kernel below): cuDNN where the caller
+vouches that all sequences are equally long, since it overlaps softmax with products as Triton's code cannot. The kernel
 on mixed lengths (cuDNN would go sequence by sequence and leave the GPU idle), under a prefix (cuDNN's causal corner knows none) and off
 CUDA. Ask for way="ours" where a row's bits must not depend on company, or where shapes seldom come back: cuDNN plans each anew.
 
