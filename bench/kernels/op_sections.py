@@ -110,7 +110,7 @@ def attention_calls(
             for s in sets
         ]
 
-    return cut.config(device), calls_of
+    return cut.heuristic(device), calls_of
 
 
 def _pool_bytes(shape: LayerShape, batch: Contexts) -> int:

@@ -1,7 +1,8 @@
 """Owns what is tuned: for each size its inputs, variants and table entries. Knows neither how time is taken nor files.
 
 A MoE layer: both products are searched one by one for each height of tile (they share it), the few-token path where it may run, and then
-the best plans and the heuristic's meet as whole layers, from logits to output. Entries are what duomo_kernels.moe_layer.plan_from reads:
+the best plans and the heuristic's meet as whole layers, from logits to output. Entries are what duomo_kernels.moe_layer.plan_from and
+duomo_kernels._decode_pieces.config_from read:
 
     op experts, dtype bf16 | fp8    config {"path": "direct", "direct": {...}} or {"path": "gemm" | "fp8", "up": {...}, "down": {...}}
     op decode_attention             config: fields of DecodeConfig; num_tokens counts sequences, of 4,096 keys each
@@ -24,6 +25,7 @@ from bench.kernels.layer_section import NUM_SETS, SETS_BYTES
 from bench.kernels.op_sections import Contexts, attention_calls
 from bench.kernels.shapes import LayerShape, make_fp8_weights, make_logits, make_rows, make_weights, seeded
 from bench.kernels.tile_search import Found, Plan, Variant, compile_all, search
+from duomo_kernels._decode_pieces import TUNING_OP as DECODE_OP
 from duomo_kernels._decode_pieces import DecodeConfig
 from duomo_kernels._routing import Routing
 from duomo_kernels._tuning import Scalar
@@ -181,7 +183,7 @@ class Tuner:
             variants = [Variant(config, calls_of(config)) for config in (usual, *tile_spaces.decode_configs(usual))]
             compile_all(variants)
             found: Found[DecodeConfig] = search(variants[0], variants[1:], self._share_s())
-            yield _entry("decode_attention", heads, "bf16", batch, found, asdict(found.plan))
+            yield _entry(DECODE_OP, heads, "bf16", batch, found, asdict(found.plan))
 
     def tune_vllm(self, shape: LayerShape, tokens: Sequence[int]) -> dict[str, dict[str, peers_vllm.TileConfig]]:
         """vLLM's tile for each size of one shape, whole layers timed, in bf16 and fp8."""

@@ -8,8 +8,8 @@ Legend: S sequences, N kv heads, G query heads of one, D head dim, R query heads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import triton
@@ -17,9 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from duomo_kernels._launch import check, num_sms, start_next, wait_for_previous
+from duomo_kernels._tuning import Config, tuned
 
 MERGE_ROWS = 128  # rows (piece, query head) of D float32 that a merge loads at one time: 64 KiB of 128, 128 registers a thread
 TICKET_ROUNDS = 2  # such loads an item, on average, up to which its last program adds it; beyond, a kernel of one program a query head
+TUNING_OP = "decode_attention"
+MOST_PROGRAMS_PER_SM = 4  # that a configuration may ask for: a workspace has room for as many, whatever the table says of other batches
 
 
 Merge = Literal["ticket", "kernel"]
@@ -34,6 +37,17 @@ class DecodeConfig:
     num_warps: int
     programs_per_sm: int
     merge: Merge
+
+    def __post_init__(self) -> None:
+        assert self.block_keys >= 16 and self.block_keys & (self.block_keys - 1) == 0, f"{self}: keys are a power of two from 16 on"
+        assert self.num_warps in (1, 2, 4, 8) and self.num_stages >= 1, self
+        assert 1 <= self.programs_per_sm <= MOST_PROGRAMS_PER_SM and self.merge in get_args(Merge), self
+
+
+def config_from(config: Config) -> DecodeConfig:
+    """A configuration from a tuning table's entry: the fields by name."""
+    fields: dict[str, Any] = dict(config)
+    return DecodeConfig(**fields)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +205,16 @@ class DecodeShape:
     chunk_tokens: int | None = None
 
     def config(self, device: torch.device) -> DecodeConfig:
+        """What was measured on this device for the nearest number of sequences, else the heuristic's.
+
+        Chunked calls ask no table: what the caller cuts at must fit the tile on every device, and a sequence's bits, which promise not to
+        depend on its company, would follow the entry of the batch that it is in.
+        """
+        sizes = {"num_q_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "head_dim": self.head_dim}
+        found = tuned(TUNING_OP, sizes, "bf16", self.num_sequences, device) if self.chunk_tokens is None else None
+        return self.heuristic(device) if found is None else config_from(found)
+
+    def heuristic(self, device: torch.device) -> DecodeConfig:
         return _default_config(self.num_sequences * self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim, device)
 
     def num_pieces(self, config: DecodeConfig, device: torch.device) -> int:
@@ -202,9 +226,10 @@ class DecodeShape:
 
 
 def decode_workspace(shape: DecodeShape, device: torch.device, config: DecodeConfig | None = None) -> DecodeWorkspace:
-    """Room for the pieces of any call of this shape, or of fewer sequences."""
+    """Room for the pieces of any call of this shape, or of fewer sequences, with this configuration; without one, with any table's."""
     group = shape.num_heads // shape.num_kv_heads
-    pieces = shape.num_pieces(config or shape.config(device), device)
+    config = config or replace(shape.config(device), programs_per_sm=MOST_PROGRAMS_PER_SM)
+    pieces = shape.num_pieces(config, device)
     return DecodeWorkspace(
         acc_UGD=torch.empty(pieces, group, shape.head_dim, dtype=torch.float32, device=device),
         max_UG=torch.empty(pieces, group, dtype=torch.float32, device=device),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,10 @@ from bench.kernels.op_sections import Contexts, measure_attention, measure_gate,
 from bench.kernels.shapes import LayerShape
 from bench.kernels.targets import OURS
 from bench.kernels.tune_ops import Tuner
+from duomo_kernels import _tuning
+from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape
 from duomo_kernels._routing import GateRule
+from duomo_kernels._tuning import write_table
 from duomo_kernels._weights import ExpertWeights
 from duomo_kernels.moe_layer import plan_from
 
@@ -143,3 +147,26 @@ def test_the_tuner_finds_a_plan(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert entry["op"] == "experts" and entry["num_tokens"] == 1 and entry["dtype"] == ("fp8" if op == "fp8" else "bf16")
     assert plan_from(entry["config"])  # type: ignore[arg-type]  # a table's entry holds anything
     assert list(Tuner(device=torch.device("cpu"), ends_s=0.0).tune(SMALL, [op], [3])) == []
+
+
+def test_what_the_tuner_finds_for_attention_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, usual = op_sections._make_cache, DecodeConfig(block_keys=32, num_stages=1, num_warps=8, programs_per_sm=1, merge="kernel")
+
+    def make_half(*arguments: Any) -> Any:
+        one = made(*arguments)
+        return replace(one, q_SHD=one.q_SHD.half(), pool=one.pool.half())
+
+    monkeypatch.setattr(op_sections, "_make_cache", make_half)
+    monkeypatch.setattr(tune_ops, "Contexts", lambda name, lengths: Contexts(name, (33,) * len(lengths)))
+    monkeypatch.setattr(tile_spaces, "decode_configs", lambda _: [usual])
+    (entry,) = Tuner(device=torch.device("cpu"), ends_s=time.monotonic() + 100).tune(SMALL, ["attention"], [2])
+    head = dict.fromkeys(("device", "torch", "triton", "driver", "commit", "date"), "")
+    write_table(tmp_path / "some_gpu.json", head, [entry | {"config": asdict(usual)}])
+    monkeypatch.setattr(_tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(_tuning, "_device_name", lambda index: "some GPU")
+    _tuning._table.cache_clear()
+    shape = DecodeShape(num_sequences=2, num_heads=4, num_kv_heads=2, head_dim=64, block_tokens=16, max_blocks=3)
+    try:
+        assert shape.config(torch.device("cuda:0")) == usual
+    finally:
+        _tuning._table.cache_clear()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duomo_kernels._bounds import bound, error
-from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape, DecodeWorkspace, Merge, decode_workspace
+from duomo_kernels._decode_pieces import MOST_PROGRAMS_PER_SM, DecodeConfig, DecodeShape, DecodeWorkspace, Merge, decode_workspace
 from duomo_kernels.decode_attention import decode_attention, decode_attention_reference
 
 TILE = 32
@@ -135,6 +135,13 @@ def _joined(beside: Case, last: Case) -> Case:
         clean=torch.cat([beside.clean, last.clean]),
         table_SB=table_SB,
     )
+
+
+def test_a_workspace_without_a_configuration_serves_any(device: torch.device) -> None:
+    """A table may give fewer sequences more programs than the shape that the workspace was made for."""
+    many, one = make_case(device, [3] * 9, (2, 1), 32, 16), make_case(device, [300], (2, 1), 32, 16)
+    config = replace(small_config("kernel"), programs_per_sm=MOST_PROGRAMS_PER_SM)
+    assert error(attend(one, config, workspace=room(many, None, None)), one.reference()) <= bound(one.pool.dtype)
 
 
 @MERGES

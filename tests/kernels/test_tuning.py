@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from duomo_kernels import _tuning
+from duomo_kernels import _decode_pieces, _tuning
+from duomo_kernels._decode_pieces import DecodeShape, config_from
 from duomo_kernels._tuning import FOLDER, TuningTableError, file_name, nearest, read_table, shape_key, tuned, write_table
 
 HEAD = {"device": "NVIDIA H100 80GB HBM3", "torch": "2.11", "triton": "3.6.0", "driver": "580", "commit": "abc", "date": "2026-11-22"}
@@ -96,6 +97,45 @@ def test_a_table_is_written_whole_or_not(tmp_path: Path) -> None:
     with pytest.raises(TuningTableError):
         write_table(path, HEAD, [entry(8), entry(8)])
     assert path.read_text() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_decode_attention_follows_its_table_but_not_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tuning, "FOLDER", tmp_path)
+    monkeypatch.setattr(_tuning, "_device_name", lambda index: f"gpu {index}")
+    monkeypatch.setattr(_decode_pieces, "num_sms", lambda device: 132)
+    _tuning._table.cache_clear()
+    here, elsewhere = torch.device("cuda:0"), torch.device("cuda:1")
+    sizes = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64}
+    configs: dict[int, dict[str, int | str]] = {
+        batch: {"block_keys": keys, "num_stages": 3, "num_warps": 8, "programs_per_sm": programs, "merge": "kernel"}
+        for batch, keys, programs in ((1, 32, 4), (64, 256, 1))
+    }
+    written(tmp_path / "gpu_0.json", *(entry(b, op="decode_attention", shape=sizes, config=config) for b, config in configs.items()))
+
+    def shape(batch: int, **changes: Any) -> DecodeShape:
+        some: dict[str, Any] = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "block_tokens": 16, "max_blocks": 8}
+        return DecodeShape(num_sequences=batch, **some | changes)
+
+    try:
+        for batch, nearest_batch in ((1, 1), (7, 1), (9, 64), (500, 64)):
+            assert shape(batch).config(here) == config_from(configs[nearest_batch]) != shape(batch).heuristic(here)
+        for other in (shape(7, chunk_tokens=512), shape(7, head_dim=128), shape(7, num_heads=4)):
+            assert other.config(here) == other.heuristic(here)
+        assert shape(7).config(elsewhere) == shape(7).heuristic(elsewhere)
+    finally:
+        _tuning._table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"block_keys": 48}, {"num_warps": 3}, {"num_stages": 0}, {"programs_per_sm": 5}, {"merge": "vote"}], ids=str
+)
+def test_a_decode_configuration_is_checked(wrong: dict[str, int | str]) -> None:
+    right: dict[str, int | str] = {"block_keys": 64, "num_stages": 3, "num_warps": 4, "programs_per_sm": 2, "merge": "ticket"}
+    assert config_from(right).block_keys == 64
+    with pytest.raises(AssertionError):
+        config_from(right | wrong)
+    with pytest.raises(TypeError):
+        config_from(right | {"block_m": 16})
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.name)
