@@ -22,8 +22,8 @@ Every call of a list works on another set (weights, inputs), so that it finds no
 times the L2, and at least four. Calls become nodes of CUDA graphs; graphs of all sides are replayed in turn (A B A B) with events
 between them, queued ahead so that the GPU never waits for the host; time per call = time of a replay / its calls.
 
-An operation whose inputs are small has them in L2 in real life, since the kernel before has just written them: `chain_us(call)` times
-it warm, as one of many dependent calls.
+An operation whose inputs are small has them in L2 in real life, since the kernel before has just written them: `[call] * 50` in place
+of sets times it warm, as one of many dependent calls.
 """
 
 from __future__ import annotations
@@ -76,16 +76,6 @@ class Timing:
     def spread(self) -> float:
         """How far the 90th percentile lies above the median, as a share."""
         return self.p90_us / self.median_us - 1
-
-    def less(self, us: float) -> Timing:
-        """The same without a fixed part that was not the call's."""
-        return Timing(
-            median_us=round(self.median_us - us, 3),
-            best_us=round(self.best_us - us, 3),
-            p90_us=round(self.p90_us - us, 3),
-            repeats=self.repeats,
-            calls=self.calls,
-        )
 
 
 def timing_of(samples_us: Sequence[float], calls: int) -> Timing:
@@ -196,11 +186,6 @@ def interleaved_us(sides: Mapping[str, Sequence[Call]], *, repeats: int = 50) ->
 def cold_graph_us(calls: Sequence[Call], *, repeats: int = 50) -> Timing:
     """Time per call where each call works on another set (see the header)."""
     return interleaved_us({"ours": calls}, repeats=repeats)["ours"]
-
-
-def chain_us(call: Call, *, length: int = 50, repeats: int = 50) -> Timing:
-    """Time per call in a graph of `length` calls on the same tensors: each waits for the one before; inputs lie in L2."""
-    return cold_graph_us([call] * length, repeats=repeats)
 
 
 def checked(what: str, out: Tensor, ref: Tensor) -> float:

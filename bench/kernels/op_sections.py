@@ -19,15 +19,25 @@ from bench.kernels.shapes import LayerShape, make_logits, seeded
 from bench.kernels.targets import OURS, Case
 from duomo_kernels._bounds import bound, error
 from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape, decode_workspace
-from duomo_kernels._routing import Routing
+from duomo_kernels._routing import Routing, routing_reference
 from duomo_kernels.decode_attention import decode_attention, decode_attention_reference
 from duomo_kernels.gate import gate
 
 CHAIN = 50  # calls of a small operation in one graph, each after the one before
 GATE_TILE_ROWS = 128
+REFERENCE_TOKENS = 1024  # up to which tiles are held against the definition, which is plain Python
 BLOCK_TOKENS = 16
 POOL_BYTES = 6 << 30  # of keys and values: FlashAttention's copy stands beside them
-REST = ("add_rms_norm", "qk_rope_write", "expert_combine", "quantise_rows_fp8", "sample", "prefill_attention", "kv_hash_pack")
+REST = (
+    "add_rms_norm",
+    "qk_rope_write",
+    "expert_combine",
+    "quantise_rows_fp8",
+    "sample",
+    "token_logprobs",
+    "prefill_attention",
+    "kv_hash_pack",
+)
 
 
 def measure_gate(run: Run, shape: LayerShape) -> list[Case]:
@@ -62,7 +72,7 @@ def measure_gate(run: Run, shape: LayerShape) -> list[Case]:
 
 
 def _gate_problem(routing: Routing, ids_TK: Tensor, weights_TK: Tensor) -> str:
-    """What is wrong with a routing, or nothing: choices, weights, histogram, order and its inverse."""
+    """What is wrong with a routing, or nothing: choices, weights, histogram, order and its inverse; offsets and tiles up to some size."""
     num_experts = routing.num_experts
     if not torch.equal(routing.ids_TK.long(), ids_TK):
         return f"{int((routing.ids_TK.long() != ids_TK).sum())} choices differ"
@@ -75,7 +85,18 @@ def _gate_problem(routing: Routing, ids_TK: Tensor, weights_TK: Tensor) -> str:
         return "the order differs"
     if not torch.equal(routing.place_R.long(), order_R.argsort()):
         return "the places differ"
-    return ""
+    return _tile_problem(routing, ids_TK, weights_TK) if ids_TK.shape[0] <= REFERENCE_TOKENS else ""
+
+
+def _tile_problem(routing: Routing, ids_TK: Tensor, weights_TK: Tensor) -> str:
+    """What is wrong with offsets and tiles, or nothing; rows past the last tile hold anything."""
+    right = routing_reference(ids_TK, weights_TK, routing.num_experts, routing.tile_rows)
+    if not torch.equal(routing.offsets_E1, right.offsets_E1):
+        return "the offsets differ"
+    if not torch.equal(routing.num_tiles, right.num_tiles):
+        return f"{int(routing.num_tiles)} tiles, not {int(right.num_tiles)}"
+    num_tiles = int(right.num_tiles)
+    return "" if torch.equal(routing.tiles_M5[:num_tiles], right.tiles_M5[:num_tiles]) else "the tiles differ"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu_stopwatch
-from bench.gpu_stopwatch import Options, Row, Timing, chain_us, checked, facts, floor_us, gpu_bench, interleaved_us, num_sets, timing_of
+from bench.gpu_stopwatch import Options, Row, Timing, checked, facts, floor_us, gpu_bench, interleaved_us, num_sets, timing_of
 
 MIB = 1 << 20
 
@@ -22,7 +22,6 @@ def test_timing_is_per_call() -> None:
     got = timing_of([40.0, 20.0, 30.0, 100.0], calls=10)
     assert (got.median_us, got.best_us, got.p90_us, got.repeats) == (3.5, 2.0, 10.0, 4)
     assert got.spread == pytest.approx(10 / 3.5 - 1)
-    assert got.less(1.5).median_us == 2.0
 
 
 @pytest.mark.parametrize(("num_bytes", "expected"), [(800 * MIB, 4), (50 * MIB, 4), (25 * MIB, 6), (1, 256)])
@@ -82,4 +81,3 @@ def test_a_copy_takes_the_time_of_its_bytes() -> None:
     times = interleaved_us({"once": calls, "twice": [lambda a=a, b=b: (a.copy_(b), a.copy_(b)) for a, b in sets]}, repeats=50)
     assert 30 < times["once"].median_us < 400
     assert 1.5 < times["twice"].median_us / times["once"].median_us < 2.2
-    assert chain_us(sets[0][0][:MIB].zero_).median_us < 20

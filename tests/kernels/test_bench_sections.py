@@ -108,6 +108,18 @@ def test_gate(run: Run) -> None:
     assert [(case.tokens, case.red) for case in cases] == [(1, ""), (5, "")] and all(case.error < 1e-5 for case in cases)
 
 
+@pytest.mark.parametrize(("field", "word"), [("offsets_E1", "offsets"), ("num_tiles", "tiles, not"), ("tiles_M5", "tiles differ")])
+def test_a_gate_of_wrong_tiles_is_red(field: str, word: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = op_sections.gate
+
+    def wrong(*arguments: Any, **named: Any) -> Any:
+        routing = right(*arguments, **named)
+        return replace(routing, **{field: getattr(routing, field) + 1})
+
+    monkeypatch.setattr(op_sections, "gate", wrong)
+    assert all(word in case.red and not case.times for case in measure_gate(run, SMALL))
+
+
 def test_attention(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_sections, "BATCHES", (Contexts("33 + 1", (33, 1)),))
     made = op_sections._make_cache
