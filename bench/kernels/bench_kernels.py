@@ -1,6 +1,7 @@
 """Measures the kernels of a layer against their floors and against vLLM's, in one process on one GPU (`duomo bench kernels`).
 
-Prints what it does as it goes, writes the result file, draws the plots, and prints the table and the verdicts last. Exit codes: 0 measured,
+Prints what it does as it goes, writes the result file, draws the plots, and prints the table and the verdicts last. Exit codes: 0 measured
+(a verdict over fewer cases than were asked for, as where the budget ends a run, says how many were left out),
 1 a result was wrong (its time is not reported, and the file is called .red.json), 2 there is no GPU.
 
     duomo bench kernels                                         # everything, within --budget-s
@@ -96,7 +97,7 @@ def main() -> int:
     cases = _measure(asked, run)
     is_red = any(case.red for case in cases)
     out = asked.out.with_suffix(".red.json") if is_red else asked.out
-    judged = verdicts(cases)
+    judged = verdicts([*cases, *run.late])
     content = head | {
         "seconds": round(time.monotonic() - started_s, 1),
         "left_out": run.left_out,

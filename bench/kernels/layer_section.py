@@ -35,7 +35,10 @@ Layer = Callable[[], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What was asked for. deadline_s is on the monotonic clock: cases that would start later are left out and named."""
+    """What was asked for. deadline_s is on the monotonic clock: cases that would start later are left out and named.
+
+    late: those of them that are cases, for the verdicts that they are missing from.
+    """
 
     device: torch.device
     repeats: int
@@ -43,14 +46,17 @@ class Run:
     tokens: frozenset[int] = frozenset()
     skews: tuple[Skew, ...] = SKEWS
     left_out: list[str] = field(default_factory=list)
+    late: list[Case] = field(default_factory=list)
 
     def wants(self, tokens: int) -> bool:
         return not self.tokens or tokens in self.tokens
 
-    def has_time(self, what: str) -> bool:
+    def has_time(self, what: Case | str) -> bool:
         if time.monotonic() < self.deadline_s:
             return True
-        self.left_out.append(what)
+        if isinstance(what, Case):
+            self.late.append(what)
+        self.left_out.append(what.name() if isinstance(what, Case) else what)
         return False
 
 
@@ -96,7 +102,7 @@ def measure_layers(run: Run, shape: LayerShape, is_fp8: bool = False) -> list[Ca
     for skew in run.skews:
         for t in tokens:
             case = Case(section="fp8" if is_fp8 else "layer", shape=shape.name, tokens=t, skew=skew, dtype="fp8" if is_fp8 else "bf16")
-            if run.has_time(case.name()):
+            if run.has_time(case):
                 found.append(_measure(run, shape, case, sets(t, skew)))
     return found
 

@@ -53,7 +53,7 @@ def measure_gate(run: Run, shape: LayerShape) -> list[Case]:
     found = []
     for t in tokens:
         case = Case(section="gate", shape=shape.name, tokens=t)
-        if not run.has_time(case.name()):
+        if not run.has_time(case):
             continue
         choice = choose(logits[t], shape.rule)
         routing = ours(t)
@@ -163,7 +163,7 @@ def measure_attention(run: Run, shape: LayerShape) -> list[Case]:
     for batch in BATCHES:
         num_bytes = _pool_bytes(shape, batch)
         case = Case(section="attention", shape=shape.name, tokens=len(batch.lengths), detail=batch.name)
-        if not shape.num_kv_heads or num_bytes > POOL_BYTES or not run.wants(case.tokens) or not run.has_time(case.name()):
+        if not shape.num_kv_heads or num_bytes > POOL_BYTES or not run.wants(case.tokens) or not run.has_time(case):
             continue
         sets = _make_sets(shape, batch, run.device)
         workspace = decode_workspace(_cut(shape, sets[0]), run.device)

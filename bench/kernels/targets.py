@@ -95,13 +95,21 @@ def worst(target: str, needed: float, cases: Sequence[Case], rate: Rate) -> Verd
     if not found:
         return Verdict(target=target, needed=needed, reached=None, where="")
     reached, where = min(found)
-    return Verdict(target=target, needed=needed, reached=reached, where=f"worst of {len(found)}: {where}")
+    return Verdict(target=target, needed=needed, reached=reached, where=f"worst of {_count(found, cases)}: {where}")
 
 
 def mean(target: str, needed: float, cases: Sequence[Case], rate: Rate) -> Verdict:
     """The geometric mean of the cases has to reach it."""
     found = [reached for case in cases if (reached := rate(case)) is not None]
-    return Verdict(target=target, needed=needed, reached=geometric_mean(found), where=f"geometric mean of {len(found)}" if found else "")
+    return Verdict(
+        target=target, needed=needed, reached=geometric_mean(found), where=f"geometric mean of {_count(found, cases)}" if found else ""
+    )
+
+
+def _count(found: Sequence[object], cases: Sequence[Case]) -> str:
+    """How many cases a verdict rests on, and how many it should have: no time, or no peer that ran."""
+    missing = len(cases) - len(found)
+    return f"{len(found)} ({missing} left out)" if missing else f"{len(found)}"
 
 
 def _vllm(case: Case) -> float | None:
@@ -117,7 +125,7 @@ def _between(cases: Sequence[Case], low: int, high: int) -> list[Case]:
 
 
 def verdicts(cases: Sequence[Case]) -> list[Verdict]:
-    """The targets of the kernels, over whatever was measured."""
+    """The targets of the kernels, over whatever was measured. Cases that were asked for and have no time are counted as left out."""
     layers = [case for case in cases if case.section == "layer"]
     ours = [case for case in layers if case.shape in TARGET_SHAPES]
     others = [case for case in layers if case.shape not in TARGET_SHAPES]

@@ -136,6 +136,16 @@ def test_what_was_not_measured_is_not_passed() -> None:
     assert "RED: error inf" in "\n".join(table([red]))
 
 
+def test_a_verdict_over_fewer_cases_than_asked_says_so() -> None:
+    good, late = layer(16, 90, vllm=100), Case(section="layer", shape="qwen3", tokens=64)
+    lines = {verdict.target: verdict.line() for verdict in verdicts([good, late, replace(late, tokens=256, red="error inf")])}
+    line = lines["MoE layer, T = 16..256, never slower than vLLM"]
+    assert line.startswith("PASS") and "worst of 1 (2 left out): layer olmoe T=16" in line
+    lines = {verdict.target: verdict.line() for verdict in verdicts([layer(1024, 90, vllm=100), replace(late, tokens=2048)])}
+    assert lines["MoE layer, T = 1,024..16,384, against vLLM"].endswith("geometric mean of 1 (1 left out)")
+    assert not any("left out" in verdict.line() for verdict in verdicts([good, layer(64, 90, vllm=100)]))
+
+
 def test_other_sections_have_their_own_peers() -> None:
     gate = replace(layer(64, 5, vllm=11), section="gate")
     attention = replace(layer(32, 50, flash_attention_3=49), section="attention")

@@ -101,6 +101,7 @@ def test_a_wrong_layer_is_red(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_run_ends_at_its_deadline(run: Run) -> None:
     late = Run(device=run.device, repeats=50, deadline_s=time.monotonic() - 1, tokens=frozenset({1}))
     assert measure_layers(late, SMALL) == [] and late.left_out == ["layer small T=1", "layer small T=1 zipf"]
+    assert measure_gate(late, SMALL) == [] and [case.name() for case in late.late] == [*late.left_out[:2], "gate small T=1"]
 
 
 def test_gate(run: Run) -> None:
