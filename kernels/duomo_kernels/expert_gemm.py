@@ -24,13 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from duomo_kernels._launch import check, num_sms, pdl_options, start_next, wait_for_previous
+from duomo_kernels._launch import check, pdl_options, start_next, wait_for_previous
 from duomo_kernels._routing import Routing
+from duomo_kernels._tile_walk import TMA_BYTES, find_tile, num_programs, num_touching
 from duomo_kernels._weights import ExpertWeights
-
-TMA_BYTES = 16  # a descriptor's rows start at multiples of this
-BY_EXPERT = tl.constexpr(0)
-TOUCHING_PER_SM = 2  # programs that may be there before the kernel before has ended; later ones would only read twice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,31 +64,6 @@ def expert_gemm_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights
         act_RF[lo:hi] = gate * torch.sigmoid(gate) * up
         rows_RD[lo:hi] = act_RF[lo:hi] @ weights.down_EDF[expert].double().T
     return act_RF, rows_RD
-
-
-@triton.jit
-def _find_tile(pid, tiles, num_tiles, num_columns, BAND: tl.constexpr, CACHE: tl.constexpr):
-    """pid -> (expert, first place, rows, column of tiles); pids below num_tiles * num_columns meet every pair once.
-
-    A band is BAND successive tiles, columns outer, tiles inner; the groups of the map (BY_EXPERT) are bands that end where an expert does,
-    at the price of one more load before the first that matters.
-    """
-    if BAND == BY_EXPERT:
-        at = tiles + (pid // num_columns) * 5
-        first_tile, band_tiles = tl.load(at + 3, cache_modifier=CACHE), tl.load(at + 4, cache_modifier=CACHE)
-    elif BAND == 1:
-        first_tile, band_tiles = pid // num_columns, 1
-    else:
-        first_tile = pid // (num_columns * BAND) * BAND
-        band_tiles = tl.minimum(num_tiles - first_tile, BAND)
-    local = pid - first_tile * num_columns
-    at = tiles + (first_tile + local % band_tiles) * 5
-    expert, first, rows = (
-        tl.load(at, cache_modifier=CACHE),
-        tl.load(at + 1, cache_modifier=CACHE),
-        tl.load(at + 2, cache_modifier=CACHE),
-    )
-    return expert, first, rows, local // band_tiles
 
 
 @triton.jit
@@ -186,7 +158,7 @@ def _up_kernel(
     total = tl.load(num_tiles)
     num_pids = total * num_columns
     while pid < num_pids:  # not a range: the interpreter of Triton 3.6 takes none from tensors
-        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND, "")
+        expert, first, rows, column = find_tile(pid, tiles, total, num_columns, BAND, "")
         if SHRINKS and rows <= BM // 4:
             _up_tile(x, w, w_desc, act, routed, expert, first, rows, column, num_k, num_f, TOP_K, BM // 4, BN, BK, STAGES, EVEN_K)
         elif SHRINKS and rows <= BM // 2:
@@ -208,11 +180,11 @@ def _down_kernel(
     total = tl.load(num_tiles, cache_modifier=".cg")
     num_pids = total * num_columns
     if TOUCH > 0 and USE_PDL and pid < tl.minimum(touching, num_pids):
-        expert, _, _, column = _find_tile(pid, tiles, total, num_columns, BAND, ".cg")
+        expert, _, _, column = find_tile(pid, tiles, total, num_columns, BAND, ".cg")
         _touch(w, expert * num_d + column * BN, num_k, BN, TOUCH)
     wait_for_previous(USE_PDL)
     while pid < num_pids:
-        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND, "")
+        expert, first, rows, column = find_tile(pid, tiles, total, num_columns, BAND, "")
         if SHRINKS and rows <= BM // 4:
             _down_tile(act, None, w, w_desc, out, expert, first, rows, column, num_k, num_d, BM // 4, BN, BK, STAGES, EVEN_K)
         elif SHRINKS and rows <= BM // 2:
@@ -233,7 +205,7 @@ def _down_flat_kernel(
     num_pids = total * num_columns
     row_M = tl.arange(0, BM)
     for pid in tl.range(tl.program_id(0), num_pids, tl.num_programs(0), flatten=True, num_stages=STAGES):
-        expert, first, rows, column = _find_tile(pid, tiles, total, num_columns, BAND, "")
+        expert, first, rows, column = find_tile(pid, tiles, total, num_columns, BAND, "")
         sum_MN = tl.zeros((BM, BN), tl.float32)
         for k0 in tl.range(0, num_k, BK):
             part_MK = act_desc.load([first, k0])
@@ -258,9 +230,9 @@ def expert_up(x_TD: Tensor, routing: Routing, weights: ExpertWeights, tile: Gemm
         return act_RF
     num_columns = triton.cdiv(num_f, tile.block_n)
     w_desc = _descriptor(weights.gate_up_EFD.view(-1, 2, num_f, num_k), [1, 2, tile.block_n, tile.block_k], tile)
-    _up_kernel[(_grid(routing, num_columns, tile, x_TD.device),)](
+    _up_kernel[(num_programs(routing, num_columns, tile.num_programs, x_TD.device),)](
         x_TD, weights.gate_up_EFD, w_desc, act_RF, routing.routed_R, routing.tiles_M5, routing.num_tiles,
-        num_columns, num_k, num_f, weights.num_experts, TOUCHING_PER_SM * num_sms(x_TD.device),
+        num_columns, num_k, num_f, weights.num_experts, num_touching(x_TD.device),
         TOP_K=routing.top_k, BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
         TOUCH=_touch_columns(num_k, num_f, tile), EVEN_K=num_k % tile.block_k == 0, BAND=_band(routing, tile),
         SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(x_TD.device),
@@ -284,16 +256,17 @@ def expert_down(act_RF: Tensor, routing: Routing, weights: ExpertWeights, tile: 
     num_columns = triton.cdiv(num_d, tile.block_n)
     w_desc = _descriptor(weights.down_EDF, [1, tile.block_n, tile.block_k], tile)
     act_desc = _descriptor(act_RF, [tile.block_m, tile.block_k], tile)
+    programs = num_programs(routing, num_columns, max(tile.num_programs, int(tile.is_flat)), act_RF.device)
     if tile.is_flat and act_desc is not None and w_desc is not None:
-        _down_flat_kernel[(_grid(routing, num_columns, tile, act_RF.device),)](
+        _down_flat_kernel[(programs,)](
             act_desc, w_desc, rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
             BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages, BAND=_band(routing, tile),
             num_warps=tile.num_warps, **pdl_options(act_RF.device),
         )  # fmt: skip
         return rows_RD
-    _down_kernel[(_grid(routing, num_columns, tile, act_RF.device),)](
+    _down_kernel[(programs,)](
         act_RF, act_desc, weights.down_EDF, w_desc, rows_RD, routing.tiles_M5, routing.num_tiles, num_columns, num_k, num_d,
-        TOUCHING_PER_SM * num_sms(act_RF.device),
+        num_touching(act_RF.device),
         BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages,
         TOUCH=_touch_columns(num_k, num_d, tile), EVEN_K=num_k % tile.block_k == 0, BAND=_band(routing, tile),
         SHRINKS=tile.shrinks and tile.block_m >= 64, num_warps=tile.num_warps, **pdl_options(act_RF.device),
@@ -316,13 +289,6 @@ def _band(routing: Routing, tile: GemmTile) -> int:
 def _touch_columns(num_k: int, num_rows: int, tile: GemmTile) -> int:
     """Columns that a program may touch before its turn: none where its rows or columns could reach past the weights."""
     return tile.touch if tile.touch <= num_k and num_rows % tile.block_n == 0 and num_k % 64 == 0 else 0
-
-
-def _grid(routing: Routing, num_columns: int, tile: GemmTile, device: torch.device) -> int:
-    """One program for each tile that any routing of this size may need, or num_programs for each multiprocessor."""
-    most = routing.tiles_M5.shape[0] * num_columns
-    per_sm = max(tile.num_programs, 1 if tile.is_flat else 0)
-    return min(most, per_sm * num_sms(device)) if per_sm else most
 
 
 def _descriptor(tensor: Tensor, block: list[int], tile: GemmTile) -> TensorDescriptor | None:

@@ -28,14 +28,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from duomo_kernels._launch import check, is_interpreted, num_sms, pdl_options, start_next, wait_for_previous
+from duomo_kernels._launch import check, is_interpreted, pdl_options, start_next, wait_for_previous
 from duomo_kernels._routing import Routing
+from duomo_kernels._tile_walk import BY_EXPERT, TMA_BYTES, find_tile, num_programs
 from duomo_kernels._weights import SCALE_BLOCK, ExpertWeights
 from duomo_kernels._weights_fp8 import dequantised_expert
 from duomo_kernels.quantise_rows_fp8 import dequantise_rows, num_groups, to_e4m3
 
 FP8 = torch.float8_e4m3fn
-TMA_BYTES = 16  # a descriptor's rows start at multiples of this
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,21 +108,6 @@ def expert_down_fp8_reference(act_RF: Tensor, routing: Routing, weights: ExpertW
 def expert_gemm_fp8_reference(q_TD: Tensor, scale_TG: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
     """rows [R, D] in float64 of both products with nothing rounded between them."""
     return expert_down_fp8_reference(expert_up_fp8_reference(dequantise_rows(q_TD, scale_TG), routing, weights), routing, weights)
-
-
-@triton.jit
-def _find_tile(pid, tiles, num_columns, CACHE: tl.constexpr):
-    """pid -> (expert, first place, rows, column of tiles): the pids of a group are successive, its columns outer, its tiles inner."""
-    at = tiles + (pid // num_columns) * 5
-    first_tile, group_tiles = tl.load(at + 3, cache_modifier=CACHE), tl.load(at + 4, cache_modifier=CACHE)
-    local = pid - first_tile * num_columns
-    at = tiles + (first_tile + local % group_tiles) * 5
-    expert, first, rows = (
-        tl.load(at, cache_modifier=CACHE),
-        tl.load(at + 1, cache_modifier=CACHE),
-        tl.load(at + 2, cache_modifier=CACHE),
-    )
-    return expert, first, rows, local // group_tiles
 
 
 @triton.jit
@@ -254,7 +239,7 @@ def _up_pid(
     pid, x, scale_x, w, w_desc, scale_w, act, scale_act, routed, tiles, D: tl.constexpr, F: tl.constexpr, TOP_K: tl.constexpr,
     BM: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    expert, first, rows, column = _find_tile(pid, tiles, tl.cdiv(F, 128), "")
+    expert, first, rows, column = find_tile(pid, tiles, 0, tl.cdiv(F, 128), BY_EXPERT, "")
     at = (x, scale_x, w, w_desc, scale_w, act, scale_act, routed)
     if SHRINKS and rows <= BM // 4:
         _up_tile(*at, expert, first, rows, column, D, F, TOP_K, BM // 4, STAGES, INTERPRETED)
@@ -287,7 +272,7 @@ def _down_pid(
     pid, num_columns, act, scale_act, w, w_desc, scale_w, out, tiles, F: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr,
 ):  # fmt: skip
-    expert, first, rows, column = _find_tile(pid, tiles, num_columns, "")
+    expert, first, rows, column = find_tile(pid, tiles, 0, num_columns, BY_EXPERT, "")
     at = (act, scale_act, w, w_desc, scale_w, out)
     if SHRINKS and rows <= BM // 4:
         _down_tile(*at, expert, first, rows, column, F, D, BM // 4, BN, IS_PAIR, STAGES)
@@ -308,7 +293,7 @@ def _down_kernel(
     # earlier kernel's line.
     pid, num_pids = tl.program_id(0), tl.load(num_tiles, cache_modifier=".cg") * num_columns
     if TOUCH > 0 and USE_PDL and pid < num_pids:
-        expert, _, _, column = _find_tile(pid, tiles, num_columns, ".cg")
+        expert, _, _, column = find_tile(pid, tiles, 0, num_columns, BY_EXPERT, ".cg")
         row_N = expert.to(tl.int64) * D + column * (2 * BN if IS_PAIR else BN) + tl.arange(0, BN)
         # Into L2, while the product before still runs: one byte of every 32. Volatile, or the compiler drops what nobody needs.
         tl.load(w + row_N[:, None] * F + (tl.arange(0, TOUCH // 32) * 32)[None, :], volatile=True)
@@ -337,7 +322,7 @@ def expert_up_fp8(
     check("out scale", scale_RG, torch.float32, num_routed, num_groups(hidden), device=device)
     if num_routed == 0:
         return act_RF, scale_RG
-    _up_kernel[(_grid(routing, num_groups(hidden), tile, device),)](
+    _up_kernel[(num_programs(routing, num_groups(hidden), tile.num_programs, device),)](
         q_TD, scale_TG, weights.gate_up_EFD, _descriptor(weights.gate_up_EFD, tile), weights.gate_up_scale_Efd, act_RF, scale_RG,
         routing.routed_R, routing.tiles_M5, routing.num_tiles, D=dim, F=hidden, TOP_K=routing.top_k,
         BM=tile.block_m, STAGES=tile.num_stages, SHRINKS=tile.shrinks and tile.block_m >= 64, PERSISTS=tile.num_programs > 0,
@@ -360,7 +345,7 @@ def expert_down_fp8(
     if num_routed == 0:
         return rows_RD
     touch = tile.touch if tile.touch <= hidden and dim % tile.block_n == 0 else 0  # not where it could reach past the weights
-    _down_kernel[(_grid(routing, triton.cdiv(dim, tile.block_n), tile, device),)](
+    _down_kernel[(num_programs(routing, triton.cdiv(dim, tile.block_n), tile.num_programs, device),)](
         act_RF, scale_RG, weights.down_EDF, _descriptor(weights.down_EDF, tile), weights.down_scale_Edf, rows_RD,
         routing.tiles_M5, routing.num_tiles, F=hidden, D=dim, BM=tile.block_m, BN=min(tile.block_n, SCALE_BLOCK),
         IS_PAIR=tile.block_n > SCALE_BLOCK, STAGES=tile.num_stages, SHRINKS=tile.shrinks and tile.block_m >= 64,
@@ -384,12 +369,6 @@ def _check_tile(routing: Routing, weights: ExpertWeights, tile: Fp8Tile, device:
     )
     assert tile.block_m == routing.tile_rows, f"tile.block_m {tile.block_m}: the routing was made for tiles of {routing.tile_rows} rows"
     assert tile.block_m >= 16 and tile.num_warps in (4, 8), f"{tile}: warpgroups have four warps, tiles 16 rows at least"
-
-
-def _grid(routing: Routing, num_columns: int, tile: Fp8Tile, device: torch.device) -> int:
-    """One program for each tile that any routing of this size may need, or num_programs for each multiprocessor."""
-    most = routing.tiles_M5.shape[0] * num_columns
-    return min(most, tile.num_programs * num_sms(device)) if tile.num_programs else most
 
 
 def _descriptor(weight: Tensor, tile: Fp8Tile) -> TensorDescriptor | None:
