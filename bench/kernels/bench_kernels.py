@@ -1,8 +1,8 @@
 """Measures the kernels of a layer against their floors and against vLLM's, in one process on one GPU (`duomo bench kernels`).
 
-Prints what it does as it goes, writes the result file, draws the plots, and prints the table and the verdicts last. Exit codes: 0 measured
-(a verdict over fewer cases than were asked for, as where the budget ends a run, says how many were left out),
-1 a result was wrong (its time is not reported, and the file is called .red.json), 2 there is no GPU.
+Prints what it does as it goes, writes the result file, draws the plots, and prints the table and the verdicts last. A
+verdict over fewer cases than were asked for, as where the budget ends a run, says how many were left out. Exit codes: 0 measured, 1 a
+result was wrong (its time is not reported, and the file is called .red.json), 2 there is no GPU.
 
     duomo bench kernels                                         # everything, within --budget-s
     duomo bench kernels --only layer,gate --shapes olmoe,qwen3 --tokens 1,8,1024 --skews uniform

@@ -93,7 +93,7 @@ def worst(target: str, needed: float, cases: Sequence[Case], rate: Rate) -> Verd
     """Every case has to reach it."""
     found = [(reached, case.name()) for case in cases if (reached := rate(case)) is not None]
     if not found:
-        return Verdict(target=target, needed=needed, reached=None, where="")
+        return _unmeasured(target, needed, cases)
     reached, where = min(found)
     return Verdict(target=target, needed=needed, reached=reached, where=f"worst of {_count(found, cases)}: {where}")
 
@@ -101,9 +101,15 @@ def worst(target: str, needed: float, cases: Sequence[Case], rate: Rate) -> Verd
 def mean(target: str, needed: float, cases: Sequence[Case], rate: Rate) -> Verdict:
     """The geometric mean of the cases has to reach it."""
     found = [reached for case in cases if (reached := rate(case)) is not None]
-    return Verdict(
-        target=target, needed=needed, reached=geometric_mean(found), where=f"geometric mean of {_count(found, cases)}" if found else ""
-    )
+    if not found:
+        return _unmeasured(target, needed, cases)
+    return Verdict(target=target, needed=needed, reached=geometric_mean(found), where=f"geometric mean of {_count(found, cases)}")
+
+
+def _unmeasured(target: str, needed: float, cases: Sequence[Case]) -> Verdict:
+    """No case has a time of both sides: some may have one of ours."""
+    missing = sum(OURS not in case.times for case in cases)
+    return Verdict(target=target, needed=needed, reached=None, where=f"({missing} left out)" if missing else "")
 
 
 def _count(found: Sequence[object], cases: Sequence[Case]) -> str:

@@ -143,6 +143,8 @@ def test_a_verdict_over_fewer_cases_than_asked_says_so() -> None:
     assert line.startswith("PASS") and "worst of 1 (2 left out): layer olmoe T=16" in line
     lines = {verdict.target: verdict.line() for verdict in verdicts([layer(1024, 90, vllm=100), replace(late, tokens=2048)])}
     assert lines["MoE layer, T = 1,024..16,384, against vLLM"].endswith("geometric mean of 1 (1 left out)")
+    (line,) = [verdict.line() for verdict in verdicts([late]) if verdict.target == "MoE layer, T = 16..256, never slower than vLLM"]
+    assert line.startswith("----") and line.endswith("(1 left out)")
     assert not any("left out" in verdict.line() for verdict in verdicts([good, layer(64, 90, vllm=100)]))
 
 
