@@ -38,6 +38,10 @@ class GemmTile:
     body. touch: columns of each weight row brought into L2 while the kernel before still runs (64 times a power of two). is_flat (down
     alone): one persistent loop over the steps of all of a program's tiles, so that the next tile's copies start before this one is stored;
     full height only, and by TMA alone. band: successive tiles whose columns run together; 0 for those of one expert.
+
+    Where the rows of a tensor do not start at multiples of 16 bytes, TMA cannot address it, and plain loads take its place; is_flat then
+    gives the persistent loop over whole tiles. Where touch is more columns than a row has, columns are no multiple of 64, or rows none of
+    block_n, a touch could reach past the weights, and there is none; nor is there in the flat loop.
     """
 
     block_m: int
@@ -51,6 +55,9 @@ class GemmTile:
     touch: int = 0
     is_flat: bool = False
     band: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.use_tma or not self.is_flat, f"{self}: the flat loop runs by TMA alone"
 
 
 def expert_gemm_reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duomo_kernels._launch import check, is_interpreted, pdl_options, start_next, wait_for_previous
 from duomo_kernels._routing import Routing
-from duomo_kernels._tile_walk import BY_EXPERT, TMA_BYTES, find_tile, num_programs
+from duomo_kernels._tile_walk import BY_EXPERT, TMA_BYTES, find_tile, num_programs, num_touching
 from duomo_kernels._weights import SCALE_BLOCK, ExpertWeights
 from duomo_kernels._weights_fp8 import dequantised_expert
 from duomo_kernels.quantise_rows_fp8 import dequantise_rows, num_groups, to_e4m3
@@ -42,7 +42,11 @@ FP8 = torch.float8_e4m3fn
 class Fp8Tile:
     """The tile of one product. block_n counts columns of the output: 128 for up (as many of gate and of up are loaded), 64, 128 or
     256 for down. The sum runs in blocks of 128, those of the scales. num_programs 0: one for each tile; else so many a multiprocessor.
-    touch (down): columns, a power of two of at least 32, of each weight row that are brought into L2 while up still runs."""
+    touch (down): columns, a power of two of at least 32, of each weight row that are brought into L2 while up still runs.
+
+    Where the columns of the weights are no multiple of 16, TMA cannot address them, and plain loads take its place. Where touch is more
+    columns than a row has, or rows are no multiple of block_n, a touch could reach past the weights, and there is none.
+    """
 
     block_m: int
     block_n: int
@@ -284,15 +288,16 @@ def _down_pid(
 
 @triton.jit
 def _down_kernel(
-    act, scale_act, w, w_desc, scale_w, out, tiles, num_tiles, F: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, PERSISTS: tl.constexpr, TOUCH: tl.constexpr, USE_PDL: tl.constexpr,
+    act, scale_act, w, w_desc, scale_w, out, tiles, num_tiles, touching, F: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, IS_PAIR: tl.constexpr, STAGES: tl.constexpr, SHRINKS: tl.constexpr, PERSISTS: tl.constexpr, TOUCH: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(USE_PDL)
     num_columns = tl.cdiv(D, 2 * BN if IS_PAIR else BN)
     # The routing is read before the wait: expert_up_fp8 let us start after its own, when the routing was whole. From L2: L1 may hold an
     # earlier kernel's line.
     pid, num_pids = tl.program_id(0), tl.load(num_tiles, cache_modifier=".cg") * num_columns
-    if TOUCH > 0 and USE_PDL and pid < num_pids:
+    if TOUCH > 0 and USE_PDL and pid < tl.minimum(touching, num_pids):
         expert, _, _, column = find_tile(pid, tiles, 0, num_columns, BY_EXPERT, ".cg")
         row_N = expert.to(tl.int64) * D + column * (2 * BN if IS_PAIR else BN) + tl.arange(0, BN)
         # Into L2, while the product before still runs: one byte of every 32. Volatile, or the compiler drops what nobody needs.
@@ -347,7 +352,7 @@ def expert_down_fp8(
     touch = tile.touch if tile.touch <= hidden and dim % tile.block_n == 0 else 0  # not where it could reach past the weights
     _down_kernel[(num_programs(routing, triton.cdiv(dim, tile.block_n), tile.num_programs, device),)](
         act_RF, scale_RG, weights.down_EDF, _descriptor(weights.down_EDF, tile), weights.down_scale_Edf, rows_RD,
-        routing.tiles_M5, routing.num_tiles, F=hidden, D=dim, BM=tile.block_m, BN=min(tile.block_n, SCALE_BLOCK),
+        routing.tiles_M5, routing.num_tiles, num_touching(device), F=hidden, D=dim, BM=tile.block_m, BN=min(tile.block_n, SCALE_BLOCK),
         IS_PAIR=tile.block_n > SCALE_BLOCK, STAGES=tile.num_stages, SHRINKS=tile.shrinks and tile.block_m >= 64,
         PERSISTS=tile.num_programs > 0, TOUCH=touch, num_warps=tile.num_warps, **pdl_options(device),
     )  # fmt: skip

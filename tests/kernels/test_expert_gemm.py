@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -74,6 +76,22 @@ def test_an_empty_routing_writes_nothing(device: torch.device, half: torch.dtype
     x = torch.randn(3, 32, device=device).to(half)
     routing = routing_reference(torch.zeros(3, 1, dtype=torch.int64, device=device), torch.ones(3, 1, device=device), 2, 16, num_valid=0)
     assert run(x, routing, weights_of(2, 32, 16, device, half), SMALL) == (0.0, 0.0)
+
+
+def test_a_flat_loop_without_tma(device: torch.device, half: torch.dtype) -> None:
+    """Asked for it is refused; where the weights' strides rule TMA out, whole tiles are computed instead."""
+    with pytest.raises(AssertionError, match="TMA alone"):
+        replace(FLAT, use_tma=False)
+    x = torch.randn(40, 63, device=device).to(half)
+    errors = run(x, routing_of(40, 2, 3, FLAT.block_m, device), weights_of(3, 63, 33, device, half), FLAT)
+    assert max(errors) <= bound(half), errors
+
+
+def test_rows_of_another_batch_are_refused(device: torch.device, half: torch.dtype) -> None:
+    x, routing = torch.randn(21, 64, device=device).to(half), routing_of(20, 2, 3, SMALL.block_m, device)
+    for rows in (x, x[:19]):
+        with pytest.raises(AssertionError, match="x_TD: shape"):
+            expert_up(rows, routing, weights_of(3, 64, 32, device, half), SMALL)
 
 
 @pytest.mark.parametrize("broken", ["another expert", "one weight", "another token"])
