@@ -77,6 +77,18 @@ def test_rows_that_ask_for_less(device: torch.device) -> None:
     assert logprob_S[[1, 4, 5]].isnan().all() and logprob_SN[[1, 3, 4, 5]].isnan().all()
 
 
+def test_a_row_that_asks_for_more_is_cut(device: torch.device) -> None:
+    """num_top above max_top lists max_top tokens, and writes nothing into the next row's list, which asks for none."""
+    logits_SV, token_S = torch.randn(2, 2100, generator=torch.Generator().manual_seed(3)), int32([5, 6], device)
+    out = poisoned(2, 3, device)
+    got_S, id_SN, got_SN = (
+        one.cpu() for one in token_logprobs(logits_SV.to(device), token_S, int32([20, 0], device), int32([2], device), 3, out)
+    )
+    ref_S, ref_id_SN, ref_SN = token_logprobs_reference(logits_SV, token_S.cpu(), 3)
+    assert torch.equal(id_SN[0], ref_id_SN[0]) and max(error(got_SN[0], ref_SN[0]), error(got_S, ref_S)) <= bound(torch.float32)
+    assert bool((id_SN[1] == -77).all()) and bool(got_SN[1].isnan().all())
+
+
 def test_a_wrong_token_shows(device: torch.device) -> None:
     logits_SV = torch.randn(2, 63, generator=torch.Generator().manual_seed(2))
     ones = int32([0, 0], device)
