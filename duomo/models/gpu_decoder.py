@@ -1,0 +1,135 @@
+"""Owns the forward of a decoder on one GPU, layer by layer, over rows that lie on the device. Knows no sequence, batch, pool's owner or host.
+
+Pre-norm decoder: h += attention(norm(h)); h += experts(norm(h)); logits = norm(h) @ head.T. The sum is taken by the next norm, so rows
+travel as a pair: what the last block gave, and the residual that has not received it yet.
+
+Nothing here waits for the device or looks at a value on it: every call may be captured in a CUDA graph after one call without.
+
+Legend: T rows, D model, V vocabulary, H query heads, N kv heads, Dh head dim, C = (H + 2N) * Dh, E experts, K experts a token, B blocks,
+S block tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duomo.models.gpu_weights import GpuLayer, GpuWeights, LinearWeights
+from duomo_kernels._routing import GateRule
+from duomo_kernels.add_rms_norm import add_rms_norm
+from duomo_kernels.moe_layer import LayerOptions, moe_layer
+from duomo_kernels.qk_rope_write import qk_rope_write
+
+MAX_DENSE_ROWS = 131072  # zeros kept for the one expert of a dense model: half a MiB
+
+Attend = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""(q [T, H, Dh], packed k [T, N, Dh], packed v [T, N, Dh]) -> [T, H, Dh]; k and v are there where the place wants them packed."""
+
+
+@dataclass(slots=True)
+class RowState:
+    """Rows between two layers: x_TD is not yet added to the residual; before the first layer there is none. Both are overwritten."""
+
+    x_TD: Tensor
+    residual_TD: Tensor | None = None
+
+    def select(self, row_S: Tensor) -> RowState:
+        """Copies of these rows (int64): this state is left as it is."""
+        residual_TD = self.residual_TD
+        return RowState(self.x_TD.index_select(0, row_S), None if residual_TD is None else residual_TD.index_select(0, row_S))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvPlace:
+    """Where rows stand. slot_T int64 (block * S + offset; -1: no key is written), position_T int32; rows from num_valid [1] int32 on, on
+    the device, take no expert. wants_packed: attention is given keys and values side by side, beside those in the pool."""
+
+    slot_T: Tensor
+    position_T: Tensor
+    num_valid: Tensor | None = None
+    wants_packed: bool = False
+
+
+class GpuDecoder:
+    """Weights and the forward of one layer; the caller owns the order of layers and the attention over keys of a sequence.
+
+    With is_deterministic a row's bits depend on that row and its sequence alone, whatever the batch.
+    """
+
+    def __init__(self, weights: GpuWeights, *, is_deterministic: bool = False) -> None:
+        self.weights = weights
+        self.config = weights.config
+        self.is_deterministic = is_deterministic
+        self._rule = GateRule(top_k=self.config.top_k, normalise=self.config.normalises_topk)
+        is_dense = any(layer.router_ED is None for layer in weights.layers)
+        self._one_choice_T1 = torch.zeros(MAX_DENSE_ROWS, 1, device=weights.device) if is_dense else None
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied with before softmax."""
+        return float(self.config.head_dim**-0.5)
+
+    def embed(self, token_id_T: Tensor) -> Tensor:
+        """Token ids int64 [T], below the vocabulary -> rows [T, D] for a RowState."""
+        return self.weights.embed_VD.index_select(0, token_id_T)
+
+    def layer(self, layer_idx: int, rows: RowState, place: KvPlace, pool_B2NSD: Tensor, attend: Attend) -> Tensor:
+        """One layer over the rows, in place; writes their keys and values. Returns the experts' ids int32 [T, K], best first."""
+        layer = self.weights.layers[layer_idx]
+        heads_TC = self._attention(layer, self._normed(rows, layer.input_norm_D), place, pool_B2NSD, attend)
+        rows.x_TD = self._product(heads_TC, layer.out)
+        normed_TD = self._normed(rows, layer.post_norm_D)
+        options = LayerOptions(num_valid=place.num_valid, is_deterministic=self.is_deterministic)
+        answer = moe_layer(self._router_logits(normed_TD, layer), normed_TD, layer.experts, self._rule, options=options)
+        rows.x_TD = answer.y_TD
+        return answer.ids_TK
+
+    def logits(self, rows: RowState) -> Tensor:
+        """float32 [T, V] of rows after the last layer; their sum is taken here, so once."""
+        normed_TD = self._normed(rows, self.weights.norm_D)
+        return _linear(normed_TD, self.weights.head_VD, out_dtype=torch.float32, is_deterministic=self.is_deterministic)
+
+    def _normed(self, rows: RowState, weight_D: Tensor) -> Tensor:
+        """Add what the last block gave to the residual, and norm the sum."""
+        normed_TD = add_rms_norm(rows.x_TD, weight_D, self.config.norm_eps, rows.residual_TD)
+        if rows.residual_TD is None:
+            rows.residual_TD = rows.x_TD
+        return normed_TD
+
+    def _attention(self, layer: GpuLayer, normed_TD: Tensor, place: KvPlace, pool_B2NSD: Tensor, attend: Attend) -> Tensor:
+        """Rows -> the heads' outputs, side by side [T, H * Dh]."""
+        num_heads, num_kv_heads, dim = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
+        num_tokens = normed_TD.shape[0]
+        qkv_TC = self._product(normed_TD, layer.qkv)
+        k_TND, v_TND = None, None
+        if place.wants_packed:
+            k_TND = qkv_TC.new_empty(num_tokens, num_kv_heads, dim)
+            v_TND = qkv_TC[:, (num_heads + num_kv_heads) * dim :].unflatten(1, (num_kv_heads, dim)).contiguous()
+        q_THD = qk_rope_write(qkv_TC, num_heads, pool_B2NSD, place.slot_T, place.position_T, self.weights.rope, layer.qk_norm)
+        if k_TND is not None:
+            slot_T, block_tokens = place.slot_T.clamp(min=0), pool_B2NSD.shape[3]
+            k_TND.copy_(pool_B2NSD[slot_T // block_tokens, 0, :, slot_T % block_tokens])
+        return attend(q_THD, k_TND, v_TND).view(num_tokens, num_heads * dim)
+
+    def _product(self, x_TK: Tensor, weights: LinearWeights) -> Tensor:
+        return _linear(x_TK, weights.weight_NK, weights.scale_nk, is_deterministic=self.is_deterministic)
+
+    def _router_logits(self, normed_TD: Tensor, layer: GpuLayer) -> Tensor:
+        """float32 [T, E]; a dense layer's one expert has nothing to be weighed against."""
+        num_tokens = normed_TD.shape[0]
+        if layer.router_ED is not None:
+            return _linear(normed_TD, layer.router_ED, out_dtype=torch.float32, is_deterministic=self.is_deterministic)
+        assert self._one_choice_T1 is not None and num_tokens <= MAX_DENSE_ROWS, num_tokens
+        return self._one_choice_T1[:num_tokens]
+
+
+def _linear(
+    x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None = None, *, out_dtype: torch.dtype | None = None, is_deterministic: bool = False
+) -> Tensor:
+    assert scale_nk is None, "fp8 products come with duomo_kernels.linear"
+    if out_dtype is None:
+        return torch.nn.functional.linear(x_TK, weight_NK)
+    return torch.nn.functional.linear(x_TK.to(out_dtype), weight_NK.to(out_dtype))
