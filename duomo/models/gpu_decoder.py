@@ -1,4 +1,4 @@
-"""Owns the forward of a decoder on one GPU, layer by layer, over rows that lie on the device. Knows no sequence, batch, pool's owner or host.
+"""Owns the forward of a decoder on one GPU, layer by layer, over rows that lie on the device. Knows no sequence, batch or pool.
 
 Pre-norm decoder: h += attention(norm(h)); h += experts(norm(h)); logits = norm(h) @ head.T. The sum is taken by the next norm, so rows
 travel as a pair: what the last block gave, and the residual that has not received it yet.
@@ -107,7 +107,7 @@ class GpuDecoder:
         k_TND, v_TND = None, None
         if place.wants_packed:
             k_TND = qkv_TC.new_empty(num_tokens, num_kv_heads, dim)
-            v_TND = qkv_TC[:, (num_heads + num_kv_heads) * dim :].unflatten(1, (num_kv_heads, dim)).contiguous()
+            v_TND = qkv_TC[:, (num_heads + num_kv_heads) * dim :].contiguous().view(num_tokens, num_kv_heads, dim)
         q_THD = qk_rope_write(qkv_TC, num_heads, pool_B2NSD, place.slot_T, place.position_T, self.weights.rope, layer.qk_norm)
         if k_TND is not None:
             slot_T, block_tokens = place.slot_T.clamp(min=0), pool_B2NSD.shape[3]
