@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from duomo.errors import ModelError
+from duomo.models.config_json import ConfigReader, Json, read_json
+from duomo.models.families import FAMILIES, Family, QkNormKind
 
-SUPPORTED_ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 WHOLE_FILE_BYTES = 256 * 1024 * 1024  # files above are fingerprinted by header and samples: hashing 60 GB takes a minute
 SAMPLE_BYTES = 64 * 1024
 NUM_SAMPLES = 64
-
-Json = dict[str, object]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,8 +25,21 @@ class Fp8Blocks:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Rope:
+    """Llama 3.1's stretch of the rotary frequencies: low ones divided by factor, high ones left, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A mixture-of-experts decoder. Counts are of parameters, as published: scales of quantisation not counted."""
+    """A decoder of experts. Counts are of parameters, as published: scales of quantisation not counted.
+
+    A dense model (has_router False) is one expert that every token takes: num_experts 1, top_k 1, expert_hidden its MLP's width.
+    """
 
     architecture: str
     num_layers: int
@@ -46,13 +59,16 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     quantisation: Fp8Blocks | None
     fingerprint: str
+    qk_norm: QkNormKind
+    has_router: bool
+    rope_scaling: Llama3Rope | None = None
 
     @property
     def _params_outside_experts(self) -> int:
-        heads = self.num_heads + 2 * self.num_kv_heads
-        layer = (
-            self.hidden * self.head_dim * (heads + self.num_heads) + self.hidden * self.num_experts + 2 * self.hidden + 2 * self.head_dim
-        )
+        attention = self.hidden * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
+        qk_norm = {"none": 0, "head": 2, "whole": self.num_heads + self.num_kv_heads}[self.qk_norm] * self.head_dim
+        router = self.hidden * self.num_experts if self.has_router else 0
+        layer = attention + qk_norm + router + 2 * self.hidden
         return self.vocab * self.hidden * (1 if self.ties_embeddings else 2) + self.num_layers * layer + self.hidden
 
     @property
@@ -70,40 +86,45 @@ class ModelConfig:
         return self._params_outside_experts + self.num_layers * self.top_k * self._params_per_expert
 
 
-def load_config(folder: Path) -> ModelConfig:
+def load_config(folder: Path, *, needs_weights: bool = True, random_seed: int = 0) -> ModelConfig:
     """Read config.json (and generation_config.json for further end-of-sequence ids) of a Hugging Face folder.
 
+    needs_weights False: config.json is enough; the fingerprint is of a model whose weights are drawn with random_seed.
     Raises ModelError naming the file, key or architecture at fault.
     """
     raw = read_json(folder / "config.json")
     architectures = raw.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else raw.get("model_type", "none named")
-    if name not in SUPPORTED_ARCHITECTURES:
+    family = FAMILIES.get(str(name))
+    if family is None:
         raise ModelError(
             f"architecture {name} of {folder} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}", code="bad_architecture"
         )
-    reader = _Reader(raw, folder)
+    reader = ConfigReader(raw, folder)
     _refuse_unsupported(reader)
-    num_heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    num_heads = reader.integer("num_attention_heads")
     config = ModelConfig(
         architecture=str(name),
         num_layers=reader.integer("num_hidden_layers"),
-        hidden=hidden,
+        hidden=reader.integer("hidden_size"),
         num_heads=num_heads,
-        num_kv_heads=reader.integer("num_key_value_heads"),
-        head_dim=reader.integer("head_dim", default=hidden // num_heads),
-        num_experts=reader.integer("num_experts", "num_local_experts"),
-        top_k=reader.integer("num_experts_per_tok"),
-        expert_hidden=reader.integer("moe_intermediate_size"),
+        num_kv_heads=reader.integer("num_key_value_heads", default=num_heads if family.can_omit_kv_heads else None),
+        head_dim=_head_dim(reader, family),
+        num_experts=1 if family.is_dense else reader.integer(*family.num_experts),
+        top_k=1 if family.is_dense else reader.integer("num_experts_per_tok"),
+        expert_hidden=reader.integer(family.expert_hidden),
         vocab=reader.integer("vocab_size"),
         max_position_tokens=reader.integer("max_position_embeddings"),
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope_theta=_rope_theta(reader),
-        normalises_topk=raw.get("norm_topk_prob", False) is True,
+        norm_eps=reader.number("rms_norm_eps", family.norm_eps),
+        rope_theta=_rope_section(reader).number("rope_theta", reader.number("rope_theta", family.rope_theta)),
+        normalises_topk=raw.get("norm_topk_prob", False) is True if family.normalises_topk is None else family.normalises_topk,
         ties_embeddings=raw.get("tie_word_embeddings", False) is True,
         eos_ids=_eos_ids(raw, folder),
         quantisation=_quantisation(raw),
-        fingerprint=fingerprint(folder),
+        fingerprint=fingerprint(folder) if needs_weights else random_fingerprint(folder, random_seed),
+        qk_norm=family.qk_norm,
+        has_router=not family.is_dense,
+        rope_scaling=_rope_scaling(reader, family),
     )
     _check_shapes(config, folder)
     return config
@@ -118,69 +139,60 @@ def _check_shapes(config: ModelConfig, folder: Path) -> None:
         raise ModelError(f"head_dim {config.head_dim} of {folder} must be even")
 
 
-def read_json(file: Path) -> Json:
-    """A JSON object from a file. Raises ModelError naming the file."""
-    try:
-        loaded = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {file}: {error}", code="bad_model_file") from error
-    if not isinstance(loaded, dict):
-        raise ModelError(f"{file} must hold a JSON object", code="bad_model_file")
-    return loaded
+def _head_dim(reader: ConfigReader, family: Family) -> int:
+    hidden, num_heads = reader.integer("hidden_size"), reader.integer("num_attention_heads")
+    named = reader.raw.get("head_dim") or family.head_dim
+    if named is None and hidden % num_heads:
+        raise ModelError(f"hidden_size {hidden} of {reader.folder} is no multiple of num_attention_heads {num_heads}")
+    if family.qk_norm == "whole" and named is not None:  # its norms are as wide as the hidden state
+        reader.refuse_unless("head_dim", named, hidden // num_heads)
+    return reader.integer("head_dim", default=family.head_dim or hidden // num_heads)
 
 
-class _Reader:
-    """Typed reads from config.json that name the missing or wrong key."""
-
-    def __init__(self, raw: Json, folder: Path) -> None:
-        self.raw = raw
-        self.folder = folder
-
-    def integer(self, *keys: str, default: int | None = None) -> int:
-        """The first of `keys` that is there; both spellings of a key are in use."""
-        for key in keys:
-            value = self.raw.get(key)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-            if value is not None:
-                raise ModelError(
-                    f"{key} in {self.folder / 'config.json'} must be a positive integer, not {value!r}", code="bad_model_config"
-                )
-        if default is None:
-            raise ModelError(f"{self.folder / 'config.json'} lacks {' or '.join(keys)}", code="bad_model_config")
-        return default
-
-    def number(self, key: str, default: float) -> float:
-        value = self.raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ModelError(f"{key} in {self.folder / 'config.json'} must be a number, not {value!r}", code="bad_model_config")
-        return float(value)
+def _rope_section(reader: ConfigReader) -> ConfigReader:
+    """transformers 5 writes rope_parameters, all before it rope_scaling (mostly null) beside rope_theta."""
+    return reader.inside("rope_parameters", "rope_scaling")
 
 
-def _rope_theta(reader: _Reader) -> float:
-    nested = reader.raw.get("rope_parameters")
-    if nested is None:
-        return reader.number("rope_theta", 10000.0)
-    if not isinstance(nested, dict):
-        raise ModelError(f"rope_parameters in {reader.folder / 'config.json'} must be an object", code="bad_model_config")
-    return _Reader(nested, reader.folder).number("rope_theta", 10000.0)
-
-
-def _refuse_unsupported(reader: _Reader) -> None:
-    raw = reader.raw
-    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
-    wanted: tuple[tuple[str, object, object], ...] = (
-        ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
-        ("attention_bias", raw.get("attention_bias", False), False),
-        ("use_sliding_window", raw.get("use_sliding_window", False), False),
-        ("mlp_only_layers", raw.get("mlp_only_layers") or [], []),
-        ("decoder_sparse_step", raw.get("decoder_sparse_step", 1), 1),
-        ("rope_type", rope_type, "default"),
+def _rope_scaling(reader: ConfigReader, family: Family) -> Llama3Rope | None:
+    section = _rope_section(reader)
+    kind = section.raw.get("rope_type", section.raw.get("type", "default"))
+    if kind not in family.rope_types:
+        supported = " or ".join(repr(each) for each in family.rope_types)
+        raise ModelError(f"rope_type = {kind!r} of {reader.folder} is not supported, only {supported}", code="bad_model_config")
+    if kind == "default":
+        return None
+    scaling = Llama3Rope(
+        factor=section.number("factor"),
+        low_freq_factor=section.number("low_freq_factor"),
+        high_freq_factor=section.number("high_freq_factor"),
+        original_tokens=section.integer("original_max_position_embeddings"),
     )
-    for key, value, supported in wanted:
-        if value != supported:
-            raise ModelError(f"{key} = {value!r} of {reader.folder} is not supported, only {supported!r}", code="bad_model_config")
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ModelError(f"low_freq_factor of {reader.folder} must be below high_freq_factor: {scaling}", code="bad_model_config")
+    return scaling
+
+
+def _refuse_unsupported(reader: ConfigReader) -> None:
+    raw, rope = reader.raw, _rope_section(reader).raw
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
+        reader.refuse_unless(key, raw.get(key) or False, False)
+    reader.refuse_unless("hidden_act", raw.get("hidden_act", "silu"), "silu")
+    reader.refuse_unless("clip_qkv", raw.get("clip_qkv"), None)
+    reader.refuse_unless("mlp_only_layers", raw.get("mlp_only_layers") or [], [])
+    reader.refuse_unless("decoder_sparse_step", raw.get("decoder_sparse_step", 1), 1)
+    layer_types = raw.get("layer_types") or []
+    if isinstance(layer_types, Iterable):
+        for layer_type in layer_types:
+            reader.refuse_unless("layer_types", layer_type, "full_attention")
+    for section in (raw, rope):
+        reader.refuse_unless("partial_rotary_factor", section.get("partial_rotary_factor", 1.0), 1.0)
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ModelError(f"rope_parameters of {reader.folder} differ between layers: not supported", code="bad_model_config")
+    window, limit = raw.get("sliding_window"), raw.get("max_position_embeddings")
+    # Qwen3 asks use_sliding_window first; a window as long as the context is none.
+    if "use_sliding_window" not in raw and isinstance(window, int) and isinstance(limit, int) and window < limit:
+        reader.refuse_unless("sliding_window", window, None)
 
 
 def _quantisation(raw: Json) -> Fp8Blocks | None:
@@ -215,8 +227,17 @@ def fingerprint(folder: Path) -> str:
 
     Weight files up to WHOLE_FILE_BYTES are hashed whole, larger ones by size, head, tail and NUM_SAMPLES samples. Raises ModelError.
     """
-    digest = hashlib.sha256()
-    names = ["config.json", "tokenizer.json", *sorted(file.name for file in folder.glob("*.safetensors"))]
+    return _digest(folder, sorted(file.name for file in folder.glob("*.safetensors")), "")
+
+
+def random_fingerprint(folder: Path, seed: int) -> str:
+    """The same of a model whose weights are drawn: of its config, tokenizer and seed."""
+    return _digest(folder, [], f"random:{seed}")
+
+
+def _digest(folder: Path, weight_files: list[str], beside: str) -> str:
+    digest = hashlib.sha256(beside.encode())
+    names = ["config.json", "tokenizer.json", *weight_files]
     try:
         for name in names:
             file = folder / name

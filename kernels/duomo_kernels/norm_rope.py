@@ -41,10 +41,19 @@ def rms_norm(x: Tensor, weight: RmsWeight) -> Tensor:
     return x.mul(scale).mul_(weight.scaled)
 
 
+def rope_frequencies(head_dim: int, theta: float) -> Tensor:
+    """theta^(-2i/D) [D / 2] in float32: the angle by which a position turns each pair."""
+    return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+
+
 def rope_tables(num_positions: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """cos [P, D] and sin [P, D] in float32; the first half of sin is negated, so that rope needs no other sign."""
-    inverse = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
-    angle_PD = torch.arange(num_positions).float()[:, None] * inverse[None]
+    return rope_tables_of(num_positions, rope_frequencies(head_dim, theta))
+
+
+def rope_tables_of(num_positions: int, frequency_C: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for frequencies [C = D / 2] of any kind."""
+    angle_PD = torch.arange(num_positions).float()[:, None] * frequency_C[None]
     sin_PD = angle_PD.sin()
     return torch.cat((angle_PD.cos(),) * 2, -1), torch.cat((-sin_PD, sin_PD), -1)
 

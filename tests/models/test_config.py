@@ -57,7 +57,7 @@ def test_eos_ids_of_both_files_count(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (lambda raw: raw.update(architectures=["LlamaForCausalLM"]), ["LlamaForCausalLM", "Qwen3MoeForCausalLM"]),
+        (lambda raw: raw.update(architectures=["GPT2LMHeadModel"]), ["GPT2LMHeadModel", "Qwen3MoeForCausalLM", "LlamaForCausalLM"]),
         (lambda raw: raw.pop("hidden_size"), ["hidden_size"]),
         (lambda raw: raw.pop("num_local_experts"), ["num_experts", "num_local_experts"]),
         (lambda raw: raw.update(num_hidden_layers="8"), ["num_hidden_layers", "'8'"]),
