@@ -4,7 +4,7 @@
     rows[p] = act[p] @ down[e].T
 
 Rows of x are gathered in the load, the activation is computed in the first product's epilogue, so neither a routed copy of x nor the
-[R, 2F] product ever exists. Sums in float32, act and rows rounded to x's dtype.
+[R, 2F] product ever exists. Sums in float32, act and rows rounded to x's dtype. float32 itself is multiplied whole, not as TF32: for tests.
 
 A program computes one tile: up to block_m places of one expert times block_n columns. Routing.tiles_M5 says which; within a group of
 tiles the columns run outer and the tiles inner, so that an expert's weights cross HBM once and are shared through L2. A tile of few
@@ -119,7 +119,7 @@ def _up_tile(
     sum_MN = tl.zeros((BM, 2 * BN), tl.float32)
     for k0 in tl.range(0, num_k, BK, num_stages=STAGES):
         part_MK = tl.load(x_MK + k0) if EVEN_K else tl.load(x_MK + k0, mask=(k0 + tl.arange(0, BK))[None, :] < num_k, other=0.0)
-        sum_MN = tl.dot(part_MK, _up_weights(w, w_desc, expert, column, k0, num_k, num_f, BN, BK, EVEN_K), sum_MN)
+        sum_MN = tl.dot(part_MK, _up_weights(w, w_desc, expert, column, k0, num_k, num_f, BN, BK, EVEN_K), sum_MN, input_precision="ieee")
     gate_MN, up_MN = sum_MN.reshape(BM, 2, BN).permute(0, 2, 1).split()
     act_MN = gate_MN / (1.0 + tl.exp(-gate_MN)) * up_MN
     col_N = column * BN + tl.arange(0, BN)
@@ -143,7 +143,7 @@ def _down_tile(
             part_MK = tl.load(act_MK + k0)
         else:
             part_MK = tl.load(act_MK + k0, mask=(k0 + tl.arange(0, BK))[None, :] < num_k, other=0.0)
-        sum_MN = tl.dot(part_MK, _down_weights(w, w_desc, expert, column, k0, num_k, num_d, BN, BK, EVEN_K), sum_MN)
+        sum_MN = tl.dot(part_MK, _down_weights(w, w_desc, expert, column, k0, num_k, num_d, BN, BK, EVEN_K), sum_MN, input_precision="ieee")
     col_N = column * BN + tl.arange(0, BN)
     out_MN = out + (first + row_M).to(tl.int64)[:, None] * num_d + col_N[None, :]
     tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=(row_M < rows)[:, None] & (col_N < num_d)[None, :])
@@ -217,7 +217,7 @@ def _down_flat_kernel(
         for k0 in tl.range(0, num_k, BK):
             part_MK = act_desc.load([first, k0])
             w_KN = w_desc.load([expert, column * BN, k0]).reshape(BN, BK).T
-            sum_MN = tl.dot(part_MK, w_KN, sum_MN)
+            sum_MN = tl.dot(part_MK, w_KN, sum_MN, input_precision="ieee")
         col_N = column * BN + tl.arange(0, BN)
         out_MN = out + (first + row_M).to(tl.int64)[:, None] * num_d + col_N[None, :]
         tl.store(out_MN, sum_MN.to(out.dtype.element_ty), mask=(row_M < rows)[:, None] & (col_N < num_d)[None, :])

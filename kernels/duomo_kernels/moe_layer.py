@@ -159,6 +159,8 @@ def layer_plan(
     weights: ExpertWeights, top_k: int, num_tokens: int, *, may_be_direct: bool = True, is_deterministic: bool = False
 ) -> LayerPlan:
     """The measured configuration for the nearest number of tokens, else the heuristic's."""
+    if weights.down_EDF.dtype == torch.float32:
+        return _FLOAT32_TILES
     if is_deterministic:
         return _deterministic_plan(weights)
     shape = {"num_experts": weights.num_experts, "top_k": top_k, "dim": weights.dim, "hidden": weights.hidden}
@@ -190,6 +192,11 @@ def gemm_tiles(mean_rows: float) -> GemmTiles:
     if mean_rows <= 160:
         return GemmTiles(up=up, down=GemmTile(block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=3, is_flat=True))
     return GemmTiles(up=up, down=GemmTile(block_m=128, block_n=256, block_k=64, num_warps=8, num_stages=4, is_flat=True))
+
+
+# Without tensor cores, which know float32 only cut to TF32: the largest tile whose operands fit into registers. Asked for by tests alone.
+_FLOAT32_TILE = GemmTile(block_m=16, block_n=32, block_k=32, num_warps=4, num_stages=2)
+_FLOAT32_TILES = GemmTiles(up=_FLOAT32_TILE, down=_FLOAT32_TILE)
 
 
 def _deterministic_plan(weights: ExpertWeights) -> LayerPlan:

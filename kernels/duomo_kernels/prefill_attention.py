@@ -86,7 +86,7 @@ def prefill_attention_reference(
 @triton.jit
 def _absorb(q_MD, k_LD, v_LD, top_M, sum_M, acc_MD, live_ML, scale_log2, MASKED: tl.constexpr):
     """One tile of keys into running max, sum and weighted values."""
-    score_ML = tl.dot(q_MD, k_LD.T)
+    score_ML = tl.dot(q_MD, k_LD.T, input_precision="ieee")
     if MASKED:
         score_ML = tl.where(live_ML, score_ML, float("-inf"))
     return _weigh(score_ML, v_LD, top_M, sum_M, acc_MD, scale_log2)
@@ -98,7 +98,7 @@ def _weigh(score_ML, v_LD, top_M, sum_M, acc_MD, scale_log2):
     weight_ML = tl.exp2(score_ML * scale_log2 - new_top_M[:, None])
     shrink_M = tl.exp2(top_M - new_top_M)
     sum_M = sum_M * shrink_M + tl.sum(weight_ML, 1)
-    acc_MD = tl.dot(weight_ML.to(v_LD.dtype), v_LD, acc_MD * shrink_M[:, None])
+    acc_MD = tl.dot(weight_ML.to(v_LD.dtype), v_LD, acc_MD * shrink_M[:, None], input_precision="ieee")
     return new_top_M, sum_M, acc_MD
 
 
@@ -198,7 +198,7 @@ def _prefill_kernel(
         for key in range(0, whole_end, BLOCK_N):
             k_LD = k_desc.load([begin + key, kv_head * D])
             v_LD = v_desc.load([begin + key, kv_head * D])
-            score_ML = tl.dot(q_MD, k_LD.T)
+            score_ML = tl.dot(q_MD, k_LD.T, input_precision="ieee")
             if key >= first:  # a branch, not a loop of its own: a second loop would fill its pipeline anew
                 score_ML = tl.where(row_M[:, None] >= key + lane_L[None, :], score_ML, float("-inf"))
             top_M, sum_M, acc_MD = _weigh(score_ML, v_LD, top_M, sum_M, acc_MD, scale_log2)
@@ -212,12 +212,15 @@ def _prefill_kernel(
         tl.store(out_MD, (acc_MD / sum_M[:, None]).to(out_ptr.dtype.element_ty), mask=row_M[:, None] < rows)
 
 
-def default_config(head_dim: int, *, has_prefix: bool) -> PrefillConfig:
+def default_config(head_dim: int, *, has_prefix: bool, dtype: torch.dtype = torch.bfloat16) -> PrefillConfig:
     """Tiles of 128 rows: those of 64 read each key from L2 twice as often.
 
     Over packed keys 64 keys a tile: finer steps along the diagonal, three tiles in flight in 129 KiB. Under a prefix 128 keys: a block of
     the pool whole, half as many reads of the block table. In bench/results/prefill_attention.json "n32" and "n64" are other widths.
+    float32 goes without tensor cores (tests alone ask for it): tiles whose operands fit into registers.
     """
+    if dtype == torch.float32:
+        return PrefillConfig(block_rows=16, block_keys=16, num_stages=2, num_warps=8)
     if has_prefix:
         return PrefillConfig(block_rows=128, block_keys=128, num_stages=2 if head_dim > 64 else 3, num_warps=8)
     return PrefillConfig(block_rows=128, block_keys=64, num_stages=3, num_warps=8)
@@ -243,10 +246,11 @@ def prefill_attention(
     config: PrefillConfig | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """q [T, H, D], k and v [T, N, D], cu_seqlens [S + 1] int32 on the device -> [T, H, D]; padding rows are not written.
+    """q [T, H, D], k and v [T, N, D] (bf16; float16 and float32 too), cu_seqlens [S + 1] int32 on the device -> [T, H, D].
 
-    scale > 0. tokens_each: the caller's word that every sequence has exactly so many rows and no row is padding; then cuDNN may compute,
-    reads no cu_seqlens, and copies its result where `out` is given. A config is for the kernel, and so chooses it.
+    scale > 0. Padding rows are not written. tokens_each: the caller's word that every sequence has exactly so many rows and no row is
+    padding; then cuDNN may compute, reads no cu_seqlens, and copies its result where `out` is given. A config is for the kernel, and so
+    chooses it.
     """
     num_tokens, num_heads, dim = q_THD.shape
     num_sequences = cu_seqlens_S1.shape[0] - 1
@@ -262,7 +266,7 @@ def prefill_attention(
     check("out", out_THD, q_THD.dtype, *q_THD.shape, device=q_THD.device)
     if num_tokens == 0 or num_sequences == 0:
         return out_THD
-    config = config or default_config(dim, has_prefix=prefix is not None)
+    config = config or default_config(dim, has_prefix=prefix is not None, dtype=q_THD.dtype)
     tiles = num_tokens // config.block_rows + min(num_tokens, num_sequences)  # each sequence has at most one tile that is not full
     _prefill_kernel[(tiles * num_heads,)](
         *_descriptors((q_THD, k_TND, v_TND), config),

@@ -54,6 +54,15 @@ def test_close_to_float64(plan: LayerPlan | None, num_tokens: int, device: torch
     assert answer.counts_E.tolist() == torch.bincount(answer.ids_TK.flatten(), minlength=5).tolist()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 21])
+def test_float32_is_multiplied_whole(num_tokens: int, device: torch.device) -> None:
+    """Not as TF32, on a GPU: its eleven bits of precision would show."""
+    logits, x, weights = layer_of(num_tokens, torch.float32, device)
+    for options in (LayerOptions(), LayerOptions(is_deterministic=True)):
+        y = moe_layer(logits, x, weights, RULE, options=options, out_TD=poisoned(x)).y_TD
+        assert error(y, moe_layer_reference(logits, x, weights, RULE)) <= bound(torch.float32)
+
+
 @pytest.mark.parametrize("plan", PLANS, ids=["gemm", "direct"])
 def test_padded_rows_are_zero_and_counted_nowhere(plan: LayerPlan, device: torch.device, half: torch.dtype) -> None:
     logits, x, weights = layer_of(6, half, device)

@@ -118,6 +118,18 @@ def test_cached_prefixes(device: torch.device, block_tokens: int, block_keys: in
     assert error(attend(case, replace(SMALL, block_keys=block_keys)), case.reference()) <= bound(case.q_THD.dtype)
 
 
+def test_float32_is_multiplied_whole(device: torch.device) -> None:
+    """Not as TF32, on a GPU: its eleven bits of precision would show."""
+    case = make_case(device, [40, 1, 20], cached=([16, 20, 0], 16))
+    assert case.prefix is not None and case.clean is not None
+    q_THD, k_TND, v_TND = (x.float() for x in (case.q_THD, case.k_TND, case.v_TND))
+    prefix, clean = (replace(each, pool=each.pool.float()) for each in (case.prefix, case.clean))
+    wide = replace(case, q_THD=q_THD + torch.rand_like(q_THD) * 2**-13, k_TND=k_TND, v_TND=v_TND, prefix=prefix, clean=clean)
+    assert error(attend(wide, None), wide.reference()) <= bound(torch.float32)
+    alone = replace(wide, prefix=None, clean=None)
+    assert error(attend(alone, None), alone.reference()) <= bound(torch.float32)
+
+
 def test_a_neighbour_with_nan_stays_alone(device: torch.device) -> None:
     case = make_case(device, [40, 33, 20], cached=([16, 20, 0], 16))
     expected = case.reference()
