@@ -6,11 +6,12 @@
              none              x                                                                     (Mixtral)
     rope     y[d] = x[d] cos - x[d + Dh/2] sin,  y[d + Dh/2] = x[d + Dh/2] cos + x[d] sin            (Su et al. 2021; halves as Hugging
              Face stores them), cos and sin of the token's position, tables as norm_rope.rope_tables makes them; v is left as it is
-    q -> q_THD[t];  k, v -> pool[slot // block_tokens, 0 or 1, head, slot % block_tokens]
+    q -> q_THD[t];  k, v -> pool[slot // block_tokens, 0 or 1, head, slot % block_tokens];  k -> k_out[t] too, where asked for
 
 The norm is told by the weights' size. Everything is float32 from load to store, rounded once. slot < 0 marks a padded row: no key and no
-value is written for it and its position does not matter; its q is written, turned by position 0. A head's result does not depend on what
-stands beside it. Bytes: 4 T (H + 2N) Dh in bf16, each element read once and written once, and 4 T Dh of tables.
+value is written for it in the pool and its position does not matter; its q (and k_out) is written, turned by position 0. A head's result
+does not depend on what stands beside it. Bytes: 4 T (H + 2N) Dh in bf16, each element read once and written once, 4 T Dh of tables, and
+2 T N Dh of k_out.
 
 Legend: T tokens, H query heads, N kv heads, Dh (here D) head dim, B blocks, S block tokens, P positions, C = (H + 2N) * Dh columns.
 """
@@ -108,6 +109,7 @@ def _qk_rope_write(
     slot_ptr,
     q_ptr,
     pool_ptr,
+    k_out_ptr,
     num_tokens,
     eps,
     H: tl.constexpr,
@@ -115,6 +117,7 @@ def _qk_rope_write(
     S: tl.constexpr,
     D: tl.constexpr,
     NORM: tl.constexpr,
+    HAS_K_OUT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -158,6 +161,11 @@ def _qk_rope_write(
     q_at = (token.to(tl.int64) * H + head) * D + col
     tl.store(q_ptr + q_at, new_low.to(q_ptr.dtype.element_ty), mask=is_q)
     tl.store(q_ptr + q_at + HALF, new_high.to(q_ptr.dtype.element_ty), mask=is_q)
+    if HAS_K_OUT:
+        k_at = (token.to(tl.int64) * N + head - H) * D + col
+        is_k = is_turned & (head >= H)
+        tl.store(k_out_ptr + k_at, new_low.to(k_out_ptr.dtype.element_ty), mask=is_k)
+        tl.store(k_out_ptr + k_at + HALF, new_high.to(k_out_ptr.dtype.element_ty), mask=is_k)
     kv = head - H  # 0 .. N-1 keys, N .. 2N-1 values: the order of a block's planes
     pool_at = ((slot // S) * (2 * N) + kv) * (S * D) + (slot % S) * D + col
     is_kept = is_here & (kv >= 0) & (slot >= 0)
@@ -175,8 +183,9 @@ def qk_rope_write(
     norm: QkNorm | None = None,
     *,
     out_THD: Tensor | None = None,
+    k_out_TND: Tensor | None = None,
 ) -> Tensor:
-    """q [T, H, Dh]; k and v go into the pool [B, 2, N, S, Dh] of one layer. bf16 (float16 and float32 too).
+    """q [T, H, Dh]; k and v go into the pool [B, 2, N, S, Dh] of one layer, k also into k_out_TND if given. bf16 (float16, float32 too).
 
     slot_T int64 (block * S + offset; all slots >= 0 differ), position_T int32, 0 <= position < P where slot >= 0. Not scaled for attention.
     """
@@ -194,6 +203,8 @@ def qk_rope_write(
     kind = _kind(norm, num_heads, num_kv_heads, dim, device)
     out_THD = torch.empty(num_tokens, num_heads, dim, dtype=dtype, device=device) if out_THD is None else out_THD
     check("out_THD", out_THD, dtype, num_tokens, num_heads, dim, device=device)
+    if k_out_TND is not None:
+        check("k_out_TND", k_out_TND, dtype, num_tokens, num_kv_heads, dim, device=device)
     if num_tokens == 0:
         return out_THD
     block_half = triton.next_power_of_2(dim // 2)
@@ -202,27 +213,11 @@ def qk_rope_write(
         rows = max(rows, triton.next_power_of_2(max(num_heads, num_kv_heads)))
     grid = num_tokens * 3 if kind == "whole" else triton.cdiv(num_tokens * heads, rows)
     _qk_rope_write[(grid,)](
-        qkv_TC,
-        norm.q_weight if norm else qkv_TC,
-        norm.k_weight if norm else qkv_TC,
-        tables.cos_PD,
-        tables.sin_PD,
-        position_T,
-        slot_T,
-        out_THD,
-        pool_B2NSD,
-        num_tokens,
-        norm.eps if norm else 0.0,
-        H=num_heads,
-        N=num_kv_heads,
-        S=block_tokens,
-        D=dim,
-        NORM=kind,
-        ROWS=rows,
-        BLOCK_HALF=block_half,
-        num_warps=max(4, min(16, rows * 2 * block_half // 512)),
-        **pdl_options(device),
-    )
+        qkv_TC, norm.q_weight if norm else qkv_TC, norm.k_weight if norm else qkv_TC, tables.cos_PD, tables.sin_PD, position_T, slot_T,
+        out_THD, pool_B2NSD, out_THD if k_out_TND is None else k_out_TND, num_tokens, norm.eps if norm else 0.0,
+        H=num_heads, N=num_kv_heads, S=block_tokens, D=dim, NORM=kind, HAS_K_OUT=k_out_TND is not None, ROWS=rows, BLOCK_HALF=block_half,
+        num_warps=max(4, min(16, rows * 2 * block_half // 512)), **pdl_options(device),
+    )  # fmt: skip
     return out_THD
 
 

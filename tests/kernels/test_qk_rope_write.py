@@ -130,6 +130,21 @@ def test_only_padded_rows_write_nothing_but_q(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("norm", ["none", "head", "whole"])
+def test_packed_keys_are_those_of_the_pool(norm: str, device: torch.device) -> None:
+    case = Case(heads=5, kv_heads=3, dim=64, tokens=13, norm=norm)
+    given = _inputs(case, device)
+    q_THD, pool = _run(case, given)
+    again, k_TND = given.pool.clone(), torch.full((case.tokens, case.kv_heads, case.dim), float("nan"), dtype=BF16, device=device)
+    rest = (given.slot_T, given.position_T, given.tables, given.norm)
+    q_again = qk_rope_write(given.qkv_TC, case.heads, again, *rest, k_out_TND=k_TND)
+    assert torch.equal(q_THD, q_again) and torch.equal(pool.nan_to_num(7.0), again.nan_to_num(7.0))
+    assert bool(k_TND.isfinite().all())  # padded rows too
+    for token, slot in enumerate(given.slot_T.tolist()):
+        if slot >= 0:
+            assert torch.equal(k_TND[token], pool[slot // case.block_tokens, 0, :, slot % case.block_tokens])
+
+
+@pytest.mark.parametrize("norm", ["none", "head", "whole"])
 def test_a_row_has_the_same_bits_in_every_batch(norm: str, device: torch.device) -> None:
     case = Case(heads=3, kv_heads=2, dim=64, tokens=13, norm=norm)
     given = _inputs(case, device)
@@ -187,6 +202,7 @@ def test_wrong_arguments_are_refused(device: torch.device) -> None:
         partial(qk_rope_write, given.qkv_TC, 2, given.pool, given.slot_T, given.position_T.long(), given.tables),
         partial(call, replace(given.norm, k_weight=given.norm.k_weight[:32])),
         partial(call, out_THD=torch.empty(4, 1, 64, dtype=BF16, device=device)),
+        partial(call, k_out_TND=torch.empty(4, 2, 64, dtype=BF16, device=device)),
     ]
     for each in wrong:
         with pytest.raises(AssertionError):
