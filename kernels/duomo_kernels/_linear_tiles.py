@@ -1,0 +1,182 @@
+"""Owns the dense product by tiles on the tensor cores, weights streamed and touched early, and fp8 weights made wide. Knows no plan.
+
+A program computes block_m rows of x times block_n rows of the weights, whole K: nothing is split, so nothing is summed afterwards. While
+the kernel before still runs, its weights' lines are asked for: they wait in L2 when the product may begin.
+
+Weights in e4m3 are widened in registers, exactly, and the partial sum over 128 columns is multiplied by their block's scale. Swapped, the
+product is w @ x.T: the tensor core's 64 rows (16 in the smaller instruction) are filled by weights, and widened weights may stay in
+registers there.
+
+Legend: T rows of x, N weight rows (outputs), K summed; M rows of a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from duomo_kernels._launch import num_sms, pdl_options, start_next, wait_for_previous
+from duomo_kernels._tile_walk import TMA_BYTES
+from duomo_kernels._weights import SCALE_BLOCK
+
+TOUCHING_PER_SM = 3  # programs that may be there before the kernel before has ended
+TOUCHES = tl.constexpr(16)  # of a weight row at a time
+BAND = tl.constexpr(16)
+TOUCH_BYTES = 12 << 20  # a quarter of an H100's L2: what waits there must not push itself out
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearTile:
+    """The tile of a dense product; powers of two. block_k: columns a step; for fp8 weights a multiple of 128.
+
+    touches: bytes between the touches of a weight row while the kernel before still runs, 0 for none. is_swapped: computed as w @ x.T.
+    Where rows do not start at multiples of 16 bytes, TMA cannot address them, and plain loads take its place.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+    use_tma: bool = False
+    touches: int = 64
+    is_swapped: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.block_n <= SCALE_BLOCK, f"{self}: a tile's weights lie in one row of scale blocks"
+
+
+@triton.jit
+def _place(pid, num_tiles, num_columns):
+    """Which tile of rows and which of columns: columns outer, so that weights cross HBM once; of many rows, BAND tiles at a time."""
+    first_tile = pid // (num_columns * BAND) * BAND
+    band_tiles = tl.minimum(num_tiles - first_tile, BAND)
+    local = pid - first_tile * num_columns
+    return first_tile + local % band_tiles, local // band_tiles
+
+
+@triton.jit
+def _weights(w, w_desc, column, k0, num_n, num_k, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """[BN, BK]. Past the last row another row or zeros: those columns are not stored."""
+    if w_desc is not None:
+        return w_desc.load([column, k0])
+    else:
+        at_N = tl.minimum(column + tl.arange(0, BN), num_n - 1).to(tl.int64)
+        k_K = k0 + tl.arange(0, BK)
+        at_NK = w + at_N[:, None] * num_k + k_K[None, :]
+        return tl.load(at_NK) if EVEN_K else tl.load(at_NK, mask=k_K[None, :] < num_k, other=0.0)
+
+
+@triton.jit
+def _rows(x_M, is_row_M, k0, num_k, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    k_K = k0 + tl.arange(0, BK)
+    is_here_MK = is_row_M[:, None] if EVEN_K else is_row_M[:, None] & (k_K < num_k)[None, :]
+    return tl.load(x_M[:, None] + k_K[None, :], mask=is_here_MK, other=0.0)
+
+
+@triton.jit
+def _product(x_MK, w_NK, sum_, IS_SWAPPED: tl.constexpr):
+    """sum_ + x @ w.T, [M, N], or its transpose. float32 operands are not cut short."""
+    if IS_SWAPPED:
+        return tl.dot(w_NK, x_MK.T, sum_, input_precision="ieee")
+    else:
+        return tl.dot(x_MK, w_NK.T, sum_, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_rows", "touching", "touched"])
+def _tiles_kernel(
+    x, w, w_desc, scale, out, num_rows, num_n, num_k, touching, touched,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
+    STRIDE: tl.constexpr, SCALE: tl.constexpr, IS_SWAPPED: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row, column = _place(pid, tl.cdiv(num_rows, BM), tl.cdiv(num_n, BN))
+    row_M, column = row * BM + tl.arange(0, BM), column * BN
+    if STRIDE > 0 and USE_PDL and (pid < touching and row == 0):
+        touched_N = tl.minimum(column + tl.arange(0, BN), num_n - 1).to(tl.int64)
+        for k0 in tl.range(0, touched, TOUCHES * STRIDE, num_stages=1):
+            touched_K = tl.minimum(k0 + tl.arange(0, TOUCHES) * STRIDE, num_k - 1)
+            tl.load(w + touched_N[:, None] * num_k + touched_K[None, :], volatile=True)  # volatile, or the compiler drops it
+    wait_for_previous(USE_PDL)
+    start_next(USE_PDL)
+    is_row_M = row_M < num_rows
+    x_M = x + row_M.to(tl.int64) * num_k
+    if IS_SWAPPED:
+        sum_ = tl.zeros((BN, BM), tl.float32)
+    else:
+        sum_ = tl.zeros((BM, BN), tl.float32)
+    if SCALE > 0:
+        scale += column // SCALE * tl.cdiv(num_k, SCALE)
+        for k0 in tl.range(0, num_k, BK, num_stages=STAGES):
+            for part in tl.static_range(BK // SCALE):
+                at = k0 + part * SCALE
+                x_MK = _rows(x_M, is_row_M, at, num_k, SCALE, EVEN_K)
+                w_NK = _weights(w, w_desc, column, at, num_n, num_k, BN, SCALE, EVEN_K)
+                w_NK = w_NK.to(tl.float32).to(x.dtype.element_ty)  # straight to bf16 is an instruction of a quarter of the rate
+                block_scale = tl.load(scale + at // SCALE) if EVEN_K else tl.load(scale + at // SCALE, mask=at < num_k, other=0.0)
+                sum_ += _product(x_MK, w_NK, tl.zeros_like(sum_), IS_SWAPPED) * block_scale
+    else:
+        for k0 in tl.range(0, num_k, BK, num_stages=STAGES):
+            x_MK = _rows(x_M, is_row_M, k0, num_k, BK, EVEN_K)
+            w_NK = _weights(w, w_desc, column, k0, num_n, num_k, BN, BK, EVEN_K)
+            sum_ = _product(x_MK, w_NK, sum_, IS_SWAPPED)
+    col_N = column + tl.arange(0, BN)
+    if IS_SWAPPED:
+        at_ = out + row_M.to(tl.int64)[None, :] * num_n + col_N[:, None]
+        tl.store(at_, sum_.to(out.dtype.element_ty), mask=is_row_M[None, :] & (col_N < num_n)[:, None])
+    else:
+        at_ = out + row_M.to(tl.int64)[:, None] * num_n + col_N[None, :]
+        tl.store(at_, sum_.to(out.dtype.element_ty), mask=is_row_M[:, None] & (col_N < num_n)[None, :])
+
+
+@triton.jit
+def _widen_kernel(w, scale, wide, num_n, num_k, BN: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr):
+    """A block of weights times its scale. Weights are constant: there is nothing to wait for but who reads `wide`."""
+    row_N = tl.program_id(0) * BN + tl.arange(0, BN)
+    k_K = tl.program_id(1) * BK + tl.arange(0, BK)
+    at_NK = row_N.to(tl.int64)[:, None] * num_k + k_K[None, :]
+    is_here_NK = (row_N < num_n)[:, None] & (k_K < num_k)[None, :]
+    factor = tl.load(scale + tl.program_id(0) * BN // SCALE * tl.cdiv(num_k, SCALE) + tl.program_id(1) * BK // SCALE)
+    wide_NK = tl.load(w + at_NK, mask=is_here_NK, other=0.0).to(tl.float32) * factor
+    tl.store(wide + at_NK, wide_NK.to(wide.dtype.element_ty), mask=is_here_NK)
+
+
+def linear_tiles(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None, out_TN: Tensor, tile: LinearTile) -> None:
+    """Checked by linear()."""
+    (num_rows, num_k), num_n, device = x_TK.shape, weight_NK.shape[0], x_TK.device
+    scale = 0 if scale_nk is None else SCALE_BLOCK
+    assert not scale or tile.block_k % scale == 0, f"{tile}: fp8 steps are whole scale blocks"
+    num_tiles, num_columns = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_n, tile.block_n)
+    touching = min(num_columns * num_tiles, TOUCHING_PER_SM * num_sms(device))
+    _tiles_kernel[(num_tiles * num_columns,)](
+        x_TK, weight_NK, _descriptor(weight_NK, tile, scale), weight_NK if scale_nk is None else scale_nk, out_TN,
+        num_rows, num_n, num_k, touching, _touched_columns(weight_NK, tile, -(-touching // num_tiles)),
+        BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages, EVEN_K=num_k % tile.block_k == 0,
+        STRIDE=tile.touches // weight_NK.element_size(), SCALE=scale, IS_SWAPPED=tile.is_swapped,
+        num_warps=tile.num_warps, **pdl_options(device),
+    )  # fmt: skip
+
+
+def widen(weight_NK: Tensor, scale_nk: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N, K] in `dtype`, rounded once."""
+    num_n, num_k = weight_NK.shape
+    wide_NK = torch.empty(num_n, num_k, dtype=dtype, device=weight_NK.device)
+    _widen_kernel[(triton.cdiv(num_n, 32), triton.cdiv(num_k, SCALE_BLOCK))](
+        weight_NK, scale_nk, wide_NK, num_n, num_k, BN=32, BK=SCALE_BLOCK, SCALE=SCALE_BLOCK, num_warps=4
+    )
+    return wide_NK
+
+
+def _touched_columns(weight_NK: Tensor, tile: LinearTile, touching: int) -> int:
+    """Columns of a weight row that are touched: no more than L2 should hold for all the programs that touch."""
+    return min(weight_NK.shape[1], TOUCH_BYTES // (touching * tile.block_n * weight_NK.element_size()))
+
+
+def _descriptor(weight_NK: Tensor, tile: LinearTile, scale: int) -> TensorDescriptor | None:
+    is_addressable = weight_NK.stride(0) * weight_NK.element_size() % TMA_BYTES == 0
+    return TensorDescriptor.from_tensor(weight_NK, [tile.block_n, scale or tile.block_k]) if tile.use_tma and is_addressable else None

@@ -1,0 +1,121 @@
+"""Owns dense products on a GPU, and which way each takes. Knows no layer and no expert.
+
+    y[t, n] = sum over k of x[t, k] * w[n, k]        x [T, K] bf16, w [N, K] bf16, or e4m3 with a float32 scale for a block of 128 x 128
+
+Summed in float32, rounded once to the output's dtype: x's, or float32 (router and output head). A row of y depends on its row of x alone.
+
+    few rows     the time is that of reading the weights. They are constants, so every program asks for its own before it waits for the
+                 kernel before: up to a handful of rows into registers (_linear_direct.py), beyond into L2 (_linear_tiles.py)
+    many rows    torch.mm: its library is at the limit there. fp8 weights are first widened into a scratch, once a call
+    is_deterministic    one tile for every T: a row has the same bits alone and among any others
+
+Bytes: N K (of 2 or 1) + T K 2 + T N (of 2 or 4). Legend: T tokens, N outputs, K inputs; n, k blocks of 128.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+
+from duomo_kernels._launch import check, num_sms
+from duomo_kernels._linear_direct import MAX_DIRECT_COLUMNS, DirectTile, linear_direct
+from duomo_kernels._linear_tiles import LinearTile, linear_tiles, widen
+from duomo_kernels._weights import SCALE_BLOCK
+
+LinearPlan: TypeAlias = DirectTile | LinearTile | Literal["library"]
+
+MAX_STREAMED_ROWS = 128  # beyond, operations bind
+DIRECT_ELEMENTS = 16384  # weights of a program by 4 warps: 64 registers a thread in bf16
+COLUMNS_MULTIPLE = 8  # 16 bytes of bf16: rows that vector loads can read
+
+
+def linear_reference(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None = None) -> Tensor:
+    """The formula in float64."""
+    wide_NK = weight_NK.double()
+    if scale_nk is not None:
+        rows_Nk = scale_nk.double().repeat_interleave(SCALE_BLOCK, 0)[: weight_NK.shape[0]]
+        wide_NK = wide_NK * rows_Nk.repeat_interleave(SCALE_BLOCK, 1)[:, : weight_NK.shape[1]]
+    return x_TK.double() @ wide_NK.T
+
+
+def linear_plan(num_rows: int, weight_NK: Tensor, *, is_deterministic: bool = False) -> LinearPlan:
+    """By shape alone, never by what a tensor holds."""
+    (num_n, num_k), is_fp8, sms = weight_NK.shape, weight_NK.dtype == torch.float8_e4m3fn, num_sms(weight_NK.device)
+    if is_deterministic:
+        if is_fp8:
+            return LinearTile(block_m=64, block_n=64, block_k=128, num_stages=4, is_swapped=True, use_tma=True)
+        return LinearTile(block_m=64, block_n=64, block_k=64, num_stages=4)
+    if num_rows > MAX_STREAMED_ROWS:
+        return "library"
+    if num_rows <= 2 and num_k <= MAX_DIRECT_COLUMNS:
+        return direct_tile(num_n, num_k, sms)
+    return streaming_tile(num_rows, num_n, is_fp8, sms)
+
+
+def direct_tile(num_n: int, num_k: int, sms: int) -> DirectTile:
+    """As many weights as registers hold, but no fewer programs than multiprocessors."""
+    block_n = max(1, DIRECT_ELEMENTS // triton.next_power_of_2(num_k))
+    while block_n > 1 and triton.cdiv(num_n, block_n) < sms:
+        block_n //= 2
+    return DirectTile(block_n=min(block_n, SCALE_BLOCK))
+
+
+def streaming_tile(num_rows: int, num_n: int, is_fp8: bool, sms: int) -> LinearTile:
+    """Narrow where there would be fewer programs than multiprocessors; as tall as the rows, so that weights are multiplied once."""
+    is_narrow = num_n < 32 * sms
+    if num_rows <= 32:
+        block_m = 16 if num_rows <= 16 else 32
+        return LinearTile(block_m=block_m, block_n=16 if is_narrow else 32, block_k=256, num_warps=2 if is_narrow else 4, use_tma=is_fp8)
+    if is_fp8:
+        return LinearTile(block_m=64, block_n=64, block_k=128, num_stages=4, is_swapped=True, use_tma=True)
+    return LinearTile(block_m=64, block_n=32 if is_narrow else 64, block_k=128, num_stages=4)
+
+
+def linear(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    scale_nk: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    is_deterministic: bool = False,
+    plan: LinearPlan | None = None,
+) -> Tensor:
+    """y [T, N] in out's dtype: x's or float32. x bf16 (float16, and float32 in tests), K a multiple of 8.
+
+    weight_NK of x's dtype, or float8_e4m3fn with scale_nk float32 [ceil(N / 128), ceil(K / 128)]. `out` is not x. Captured by CUDA graphs
+    after one call of the same shapes. Weights are read before the kernel before has ended: they must be older than it.
+    """
+    (num_rows, num_k), num_n, device = x_TK.shape, weight_NK.shape[0], x_TK.device
+    check("x_TK", x_TK, x_TK.dtype, num_rows, num_k)
+    check("weight_NK", weight_NK, x_TK.dtype if scale_nk is None else torch.float8_e4m3fn, num_n, num_k, device=device)
+    if scale_nk is not None:
+        check("scale_nk", scale_nk, torch.float32, triton.cdiv(num_n, SCALE_BLOCK), triton.cdiv(num_k, SCALE_BLOCK), device=device)
+    assert num_k % COLUMNS_MULTIPLE == 0 and num_k > 0 and num_n > 0, f"weights {num_n} x {num_k}: columns come in {COLUMNS_MULTIPLE}s"
+    if out is None:
+        out = torch.empty(num_rows, num_n, dtype=out_dtype or x_TK.dtype, device=device)
+    assert out.dtype == out_dtype or out_dtype is None, f"out is {out.dtype}, out_dtype {out_dtype}"
+    assert out.dtype in (x_TK.dtype, torch.float32), f"{out.dtype} from {x_TK.dtype}"
+    check("out", out, out.dtype, num_rows, num_n, device=device)
+    if num_rows == 0:
+        return out
+    plan = linear_plan(num_rows, weight_NK, is_deterministic=is_deterministic) if plan is None else plan
+    if isinstance(plan, DirectTile):
+        linear_direct(x_TK, weight_NK, scale_nk, out, plan)
+    elif isinstance(plan, LinearTile):
+        linear_tiles(x_TK, weight_NK, scale_nk, out, plan)
+    else:
+        _by_library(x_TK, weight_NK if scale_nk is None else widen(weight_NK, scale_nk, x_TK.dtype), out)
+    return out
+
+
+def _by_library(x_TK: Tensor, weight_NK: Tensor, out: Tensor) -> None:
+    if out.dtype == x_TK.dtype:
+        torch.mm(x_TK, weight_NK.t(), out=out)
+    elif x_TK.is_cuda:
+        torch.mm(x_TK, weight_NK.t(), out_dtype=out.dtype, out=out)
+    else:  # torch knows no wider output on a CPU
+        torch.mm(x_TK.to(out.dtype), weight_NK.t().to(out.dtype), out=out)
