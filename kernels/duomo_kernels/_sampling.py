@@ -117,11 +117,11 @@ def empty_tables(slots: int, vocab: int, device: torch.device) -> tuple[Tensor, 
 def fill_slot(bits_W: Tensor, counts_V: Tensor, prompt_ids: Tensor, output_ids: Tensor) -> None:
     """Write one slot's tables from int64 ids on the device; what was there is forgotten. Plain torch: once a request, outside a graph."""
     vocab = counts_V.shape[0]
-    seen_B = torch.zeros(bits_W.shape[0] * 32, dtype=torch.int64, device=bits_W.device)
-    seen_B[prompt_ids] = 1
+    seen_B = torch.zeros(bits_W.shape[0] * 32, dtype=torch.int64, device=bits_W.device).index_fill_(0, prompt_ids, 1)
     words_W = (seen_B.view(-1, 32) << torch.arange(32, device=bits_W.device)).sum(-1)
     bits_W.copy_(torch.where(words_W >= 1 << 31, words_W - (1 << 32), words_W))
-    counts_V.copy_(torch.bincount(output_ids, minlength=vocab).clamp(max=MAX_COUNT.value))
+    count_V = torch.zeros(vocab, dtype=torch.int32, device=bits_W.device).index_add_(0, output_ids, torch.ones_like(output_ids).int())
+    counts_V.copy_(count_V.clamp(max=MAX_COUNT.value))  # bincount would wait for the device
 
 
 @triton.jit

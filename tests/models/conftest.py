@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from duomo.models.qwen3_moe import Model, load_model
+from tests.interpreter import prepare
+
+prepare()  # GPU kernels run in the interpreter here
 
 TINY_MOE = Path(__file__).parents[2] / "models" / "tiny-moe"
 

@@ -1,0 +1,193 @@
+"""Owns the parameters by which rows draw, on their way from requests to the tensors that the sampling kernels read. Knows no logits.
+
+All parameters lie in one buffer on the device, side by side by name, and are copied there whole when a row comes, goes or moves; in between
+a step sends nothing. Rows with penalties hold a slot, a table of tokens seen, which the sampling kernels keep up themselves.
+
+Legend: R rows, E ending ids, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from duomo.engine.decode_step import MAX_ENDINGS, DecodeRow, Joining
+from duomo.engine.gpu_host_ring import HostRing
+from duomo_kernels._sampling import Penalties, SampleRows, empty_tables, fill_slot
+from duomo_kernels.sample import Mode
+
+if TYPE_CHECKING:
+    from duomo.engine.sampler import RowSampling
+
+FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
+INTS = ("top_k", "choice", "num_top", "slot", "min_position")
+GREEDY_TEMPERATURE = 1e-5  # as the kernels': below, a row is greedy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampleKind:
+    """What the rows of a step ask for together: which kernels sample it."""
+
+    mode: Mode = "greedy"
+    is_penalised: bool = False
+    has_logprobs: bool = False
+
+
+class _Sections:
+    """Where each parameter lies in a buffer of 32-bit words: seeds [R] of 64 bits, then FLOATS and INTS [R] each, then endings [R, E]."""
+
+    def __init__(self, max_rows: int) -> None:
+        self.stride = -(-max_rows // 4) * 4  # every section starts at a multiple of 16 bytes
+        self.endings = self.stride * (2 + len(FLOATS) + len(INTS))
+        self.num_words = self.endings + self.stride * MAX_ENDINGS
+
+    def start(self, name: str) -> int:
+        return self.stride * (2 + (FLOATS + INTS).index(name))
+
+
+class _Image:
+    """The parameters as the host last wrote them."""
+
+    def __init__(self, sections: _Sections) -> None:
+        self.words = np.zeros(sections.num_words, np.int32)
+        stride = sections.stride
+        self.seed_R = self.words[: 2 * stride].view(np.int64)
+        self.both = self.words[2 * stride : sections.endings].reshape(-1, stride)
+        self.ending_RE = self.words[sections.endings :].reshape(stride, MAX_ENDINGS)
+        self.float_of: dict[str, NDArray[np.float32]] = {name: self.both[at].view(np.float32) for at, name in enumerate(FLOATS)}
+        self.int_of: dict[str, NDArray[np.int32]] = {name: self.both[len(FLOATS) + at] for at, name in enumerate(INTS)}
+
+    def move(self, sources: list[int]) -> None:
+        """Row i becomes what row sources[i] was."""
+        num_rows = len(sources)
+        self.seed_R[:num_rows] = self.seed_R[sources]
+        self.both[:, :num_rows] = self.both[:, sources]
+        self.ending_RE[:num_rows] = self.ending_RE[sources]
+
+    def put(self, row: int, asked: RowSampling, slot: int) -> None:
+        """Row `row` becomes what is asked; slot -1: no penalty."""
+        sampling = asked.sampling
+        self.seed_R[row] = ((sampling.seed + 2**63) % 2**64) - 2**63  # the low 64 bits
+        self.float_of["temperature"][row] = sampling.temperature
+        self.float_of["top_p"][row], self.float_of["min_p"][row] = sampling.top_p, sampling.min_p
+        self.float_of["repetition"][row] = sampling.repetition_penalty
+        self.float_of["frequency"][row], self.float_of["presence"][row] = sampling.frequency_penalty, sampling.presence_penalty
+        self.int_of["top_k"][row], self.int_of["choice"][row] = sampling.top_k, asked.choice
+        self.int_of["num_top"][row] = -1 if sampling.logprobs is None else sampling.logprobs
+        self.int_of["slot"][row] = slot
+        masks = sampling.min_tokens > 0 and len(asked.ending_ids) > 0
+        self.int_of["min_position"][row] = len(asked.prompt_ids) + sampling.min_tokens if masks else 0
+        self.ending_RE[row] = -1
+        if masks:
+            assert len(asked.ending_ids) <= MAX_ENDINGS, "decode_step.check_row refuses such rows before they join"
+            self.ending_RE[row, : len(asked.ending_ids)] = asked.ending_ids
+
+    def kind(self, num_rows: int, last_position: NDArray[np.int64]) -> SampleKind:
+        """What the first rows ask for; last_position: of the tokens that they are fed."""
+        temperature, min_p, top_p = (self.float_of[name][:num_rows] for name in ("temperature", "min_p", "top_p"))
+        draws = temperature >= GREEDY_TEMPERATURE
+        is_limited = draws & ((self.int_of["top_k"][:num_rows] > 0) | (top_p < 1) | (min_p > 0))
+        masks = last_position + 1 < self.int_of["min_position"][:num_rows]
+        return SampleKind(
+            mode="limited" if is_limited.any() else "plain" if draws.any() else "greedy",
+            is_penalised=bool((self.int_of["slot"][:num_rows] >= 0).any() or masks.any()),
+            has_logprobs=bool((self.int_of["num_top"][:num_rows] >= 0).any()),
+        )
+
+
+class GpuSampleRows:
+    """The rows of the step launched last, on the host and on the device. Owns the penalty slots: they come back when rows go."""
+
+    def __init__(self, max_rows: int, vocab: int, device: torch.device) -> None:
+        self._sections = _Sections(max_rows)
+        self._image = _Image(self._sections)
+        self._words = torch.zeros(self._sections.num_words, dtype=torch.int32, device=device)
+        self._ring = HostRing(self._sections.num_words, device)
+        self._prompt_bits_LW, self._output_counts_LV = empty_tables(max_rows, vocab, device)
+        self._free_slots = list(range(max_rows - 1, -1, -1))
+        self._num_rows = 0
+
+    def place(self, rows: Sequence[DecodeRow]) -> SampleKind:
+        """Make these the rows; queues the copy of their parameters, on the current stream, where any came, went or moved."""
+        sources = [row.source if isinstance(row.source, int) else 0 for row in rows]
+        is_same = len(rows) == self._num_rows and all(row.source == at for at, row in enumerate(rows))
+        if not is_same:
+            self._change(rows, sources)
+        return self._image.kind(len(rows), np.array([row.position for row in rows], np.int64))
+
+    def draws(self, num_rows: int, position_R: Tensor, num_valid: Tensor) -> SampleRows:
+        """As the sampling kernels read them. position_R: of the tokens to sample."""
+        return SampleRows(
+            temperature_S=self._floats("temperature", num_rows),
+            top_k_S=self._ints("top_k", num_rows),
+            top_p_S=self._floats("top_p", num_rows),
+            min_p_S=self._floats("min_p", num_rows),
+            seed_S=self._words[: 2 * self._sections.stride].view(torch.int64)[:num_rows],
+            choice_S=self._ints("choice", num_rows),
+            position_S=position_R,
+            num_valid=num_valid,
+        )
+
+    def penalties(self, num_rows: int) -> Penalties:
+        """As the sampling kernels read them."""
+        return Penalties(
+            repetition_S=self._floats("repetition", num_rows),
+            frequency_S=self._floats("frequency", num_rows),
+            presence_S=self._floats("presence", num_rows),
+            slot_S=self._ints("slot", num_rows),
+            ending_ids_SE=self._words[self._sections.endings :].view(-1, MAX_ENDINGS)[:num_rows],
+            min_position_S=self._ints("min_position", num_rows),
+            prompt_bits_LW=self._prompt_bits_LW,
+            output_counts_LV=self._output_counts_LV,
+        )
+
+    def warm(self) -> None:
+        """Fill a slot once: what a first request with a penalty would wait for."""
+        one = _device_ids([0], self._words.device)
+        fill_slot(self._prompt_bits_LW[0], self._output_counts_LV[0], one, one)
+
+    def num_top(self, num_rows: int) -> Tensor:
+        """int32 [R]: how many likeliest tokens each row lists, -1: no log-probability at all."""
+        return self._ints("num_top", num_rows)
+
+    def _change(self, rows: Sequence[DecodeRow], sources: list[int]) -> None:
+        named = [row.source for row in rows if isinstance(row.source, int)]
+        continued = set(named)
+        assert len(continued) == len(named) and all(0 <= at < self._num_rows for at in named), (named, self._num_rows)
+        self._free_slots += [
+            slot for at, slot in enumerate(self._image.int_of["slot"][: self._num_rows].tolist()) if slot >= 0 and at not in continued
+        ]
+        self._image.move(sources)
+        for at, row in enumerate(rows):
+            if isinstance(row.source, Joining):
+                self._image.put(at, row.source.sampling, self._slot_for(row.source.sampling))
+        self._num_rows = len(rows)
+        buffer = self._ring.take()
+        buffer.array[:] = self._image.words
+        buffer.upload(self._words)
+
+    def _slot_for(self, asked: RowSampling) -> int:
+        """A slot filled with what the row has seen, on the current stream; -1 where it has no penalty."""
+        if not asked.has_penalty:
+            return -1
+        slot = self._free_slots.pop()
+        prompt_ids, output_ids = (_device_ids(ids, self._words.device) for ids in (asked.prompt_ids, asked.output_ids))
+        fill_slot(self._prompt_bits_LW[slot], self._output_counts_LV[slot], prompt_ids, output_ids)
+        return slot
+
+    def _floats(self, name: str, num_rows: int) -> Tensor:
+        return self._ints(name, num_rows).view(torch.float32)
+
+    def _ints(self, name: str, num_rows: int) -> Tensor:
+        start = self._sections.start(name)
+        return self._words[start : start + num_rows]
+
+
+def _device_ids(ids: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -1,0 +1,208 @@
+"""PURE: owns the division of one GPU's memory: weights, activations, graphs, buffers, and how many KV blocks are left. Knows no device.
+
+Sizes that a run has measured replace the estimates here. Estimates count every tensor that a wave has alive at once in its widest layer;
+they do not depend on who is routed where, since the kernels' tensors are as large as any routing needs.
+
+    total = taken (others, and the CUDA context) + weights + activations + graphs + buffers + kv + reserve
+
+The reserve is what gpu_memory_fraction leaves alone: the allocator's fragments, libraries' workspaces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from duomo.engine.decode_buckets import buckets_up_to
+from duomo.errors import ConfigError
+from duomo.models.config import ModelConfig
+
+Quantise = Literal["fp8"] | None
+SCALE_BLOCK = 128  # fp8 weights have one float32 scale for each block of 128 x 128
+NODES_PER_LAYER = 12  # kernels of one decode layer
+NODES_PER_STEP = 16  # and of a step around its layers, samplers included
+BYTES_PER_NODE = 16 * 1024  # assumed, until a capture has been measured
+LISTED_BYTES = 16384 * 8  # the sampler's list of candidates of one row: value and id
+MIN_BLOCKS_PER_ROW = 2  # fewer, and a full batch could not hold its prompts' first tokens and grow
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceBytes:
+    """Of the whole card; free: before anything of the engine is loaded."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryLimits:
+    """What the plan must hold. quantise None: weights of `dtype_bytes` each, as activations and KV are."""
+
+    max_batch: int
+    max_wave_tokens: int
+    max_model_tokens: int
+    block_tokens: int = 64
+    gpu_memory_fraction: float = 0.9
+    dtype_bytes: int = 2
+    quantise: Quantise = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measured:
+    """Bytes that a run has seen; None: the estimate counts."""
+
+    weights: int | None = None
+    activations: int | None = None
+    graphs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Bytes by use, and the blocks that fit into what is left."""
+
+    total: int
+    taken: int
+    weights: int
+    activations: int
+    graphs: int
+    buffers: int
+    kv: int
+    reserve: int
+    num_blocks: int
+    block_bytes: int
+    block_tokens: int
+    measured: Measured
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose KV fits."""
+        return self.num_blocks * self.block_tokens
+
+    def lines(self) -> list[str]:
+        """For people, one line each use."""
+
+        def line(name: str, num_bytes: int, note: str = "") -> str:
+            return f"{name:<12}{num_bytes / 1e9:8.2f} GB{'  ' + note if note else ''}"
+
+        def source(value: int | None) -> str:
+            return "measured" if value is not None else "estimated"
+
+        return [
+            line("device", self.total),
+            line("taken", self.taken, "by others and the CUDA context"),
+            line("weights", self.weights, source(self.measured.weights)),
+            line("activations", self.activations, f"{source(self.measured.activations)}, a wave's widest layer"),
+            line("graphs", self.graphs, source(self.measured.graphs)),
+            line("buffers", self.buffers, "logits, sampler's tables"),
+            line("KV", self.kv, f"{self.num_blocks} blocks of {self.block_tokens} tokens ({self.block_bytes / 1e6:.2f} MB)"),
+            line("reserve", self.reserve),
+        ]
+
+
+def plan_memory(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, measured: Measured | None = None) -> MemoryPlan:
+    """The plan. Raises ConfigError with all figures, and what would fit, where too few blocks are left."""
+    measured = Measured() if measured is None else measured
+    plan = _divide(config, device, limits, measured)
+    needed = _needed_blocks(limits)
+    if plan.num_blocks < needed:
+        raise ConfigError(_refusal(config, device, limits, plan), code="does_not_fit")
+    return plan
+
+
+def block_bytes(config: ModelConfig, limits: MemoryLimits) -> int:
+    """One block of all layers, keys and values."""
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * limits.block_tokens * limits.dtype_bytes
+
+
+def weight_bytes(config: ModelConfig, dtype_bytes: int = 2, quantise: Quantise = None) -> int:
+    """Of a whole model on the device; in fp8 embeddings, head, norms and the router keep `dtype_bytes`."""
+    attention = 2 * config.hidden * config.head_dim * (config.num_heads + config.num_kv_heads)
+    products = config.num_layers * (attention + config.num_experts * 3 * config.hidden * config.expert_hidden)
+    rest = config.total_params - products
+    if quantise is None and config.quantisation is None:
+        return (rest + products) * dtype_bytes
+    return rest * dtype_bytes + products + products * 4 // (SCALE_BLOCK * SCALE_BLOCK)
+
+
+def activation_bytes(config: ModelConfig, num_tokens: int, dtype_bytes: int = 2) -> int:
+    """Of so many tokens in the widest layer: residual and normed rows, q, k, v and attention's output, or the experts' rows; the larger."""
+    rows = 4 * config.hidden
+    attention = (3 * config.num_heads + 4 * config.num_kv_heads) * config.head_dim
+    experts = config.top_k * (config.expert_hidden + config.hidden) + config.hidden
+    routing = 4 * (2 * config.num_experts + 6 * config.top_k)  # float32 logits; weights, ids, order and places
+    return num_tokens * ((rows + max(attention, experts)) * dtype_bytes + routing)
+
+
+def graph_bytes(config: ModelConfig, limits: MemoryLimits, num_buckets: int) -> int:
+    """Of the captured decode steps: nodes, and the memory pool that all share."""
+    nodes = num_buckets * (config.num_layers * NODES_PER_LAYER + NODES_PER_STEP)
+    return nodes * BYTES_PER_NODE + activation_bytes(config, limits.max_batch, limits.dtype_bytes) + limits.max_batch * LISTED_BYTES
+
+
+def buffer_bytes(config: ModelConfig, max_batch: int) -> int:
+    """Of the decode runner: float32 logits, and for penalties two tables of tokens seen."""
+    return max_batch * config.vocab * 4 + max_batch * (config.vocab * 2 + config.vocab // 8)
+
+
+def _divide(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, measured: Measured) -> MemoryPlan:
+    def known(value: int | None, estimate: int) -> int:
+        return estimate if value is None else value
+
+    weights = known(measured.weights, weight_bytes(config, limits.dtype_bytes, limits.quantise))
+    activations = known(measured.activations, activation_bytes(config, limits.max_wave_tokens, limits.dtype_bytes))
+    graphs = known(measured.graphs, graph_bytes(config, limits, len(buckets_up_to(limits.max_batch))))
+    buffers = buffer_bytes(config, limits.max_batch)
+    reserve = int(device.total * (1 - limits.gpu_memory_fraction))
+    taken = device.total - device.free
+    left = device.total - reserve - taken - weights - activations - graphs - buffers
+    num_blocks = max(0, left // block_bytes(config, limits))
+    return MemoryPlan(
+        total=device.total,
+        taken=taken,
+        weights=weights,
+        activations=activations,
+        graphs=graphs,
+        buffers=buffers,
+        kv=num_blocks * block_bytes(config, limits),
+        reserve=reserve,
+        num_blocks=num_blocks,
+        block_bytes=block_bytes(config, limits),
+        block_tokens=limits.block_tokens,
+        measured=measured,
+    )
+
+
+def _needed_blocks(limits: MemoryLimits) -> int:
+    return max(-(-limits.max_model_tokens // limits.block_tokens), limits.max_batch * MIN_BLOCKS_PER_ROW)
+
+
+def _refusal(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, plan: MemoryPlan) -> str:
+    needed = _needed_blocks(limits)
+    asked = f"{limits.max_model_tokens} tokens of one sequence, {limits.max_batch} sequences of {MIN_BLOCKS_PER_ROW} blocks"
+    held = plan.weights + plan.activations + plan.graphs + plan.buffers
+    missing = plan.taken + held + plan.reserve + needed * plan.block_bytes - plan.total
+    return (
+        f"{config.architecture} leaves room for {plan.num_blocks} KV blocks, but {needed} are needed ({asked}): {missing / 1e9:.1f} GB too"
+        f" much for {plan.total / 1e9:.1f} GB. " + "; ".join(" ".join(line.split()) for line in plan.lines()) + ". "
+        f"What would fit: {_advice(config, device, limits, plan)}"
+    )
+
+
+def _advice(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, plan: MemoryPlan) -> str:
+    found = []
+    blocks = plan.num_blocks
+    if blocks >= MIN_BLOCKS_PER_ROW:
+        tokens, batch = min(limits.max_model_tokens, blocks * limits.block_tokens), min(limits.max_batch, blocks // MIN_BLOCKS_PER_ROW)
+        found.append(f"max_model_tokens {tokens} with max_batch {batch}")
+    if limits.quantise is None and config.quantisation is None:
+        by_fp8 = _divide(config, device, replace(limits, quantise="fp8"), replace(plan.measured, weights=None))
+        if by_fp8.num_blocks >= _needed_blocks(limits):
+            found.append(
+                f"--quantize fp8: {by_fp8.weights / 1e9:.1f} GB of weights, {by_fp8.num_blocks} blocks ({by_fp8.num_tokens} tokens)"
+            )
+    if limits.max_wave_tokens > 2048:
+        smaller = replace(limits, max_wave_tokens=2048)
+        by_waves = _divide(config, device, smaller, replace(plan.measured, activations=None))
+        if by_waves.num_blocks >= _needed_blocks(limits):
+            found.append(f"max_wave_tokens 2048: {by_waves.num_blocks} blocks")
+    return " or ".join(found) if found else "nothing on this device; a larger one, or several"
