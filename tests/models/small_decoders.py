@@ -1,4 +1,4 @@
-"""Small random decoders of every family, in transformers and as the GPU's tensors, with numbers that make mistakes visible.
+"""Small random decoders of every family, in transformers and loaded for a GPU, with numbers that make mistakes visible.
 
 Weights are spread as 1 / sqrt(summed axis), so that no part of a layer drowns in the residual and scores of attention and router differ by
 about one; norms lie between one half and one and a half. All are rounded to the format of the kernels before either model takes them.
@@ -6,6 +6,7 @@ about one; norms lie between one half and one and a half. All are rounded to the
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from duomo.models.config import ModelConfig, load_config
-from duomo.models.gpu_weights import GpuLayer, GpuWeights, LinearWeights
+from duomo.models.gpu_load import load_gpu_weights
+from duomo.models.gpu_weights import GpuWeights
 from duomo_kernels._bounds import bound
-from duomo_kernels._weights import ExpertWeights
-from duomo_kernels.norm_rope import rope_tables
-from duomo_kernels.qk_rope_write import QkNorm, RopeTables
 
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, {"norm_topk_prob": True}),
@@ -58,7 +56,7 @@ class Sizes:
     vocab: int = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SmallDecoder:
     """The same model twice: transformers' in float64 on the CPU, and the kernels' tensors."""
 
@@ -98,7 +96,7 @@ def small_decoder(family: str, *, dtype: torch.dtype, device: torch.device, size
                 spread = 1.0 if parameter.shape[0] == sizes.vocab else parameter.shape[-1] ** -0.5
                 drawn = torch.randn(parameter.shape, generator=made) * spread
             parameter.copy_(drawn.to(dtype).double())
-    return SmallDecoder(theirs, weights_of(theirs, dtype, device))
+    return SmallDecoder(theirs, _loaded(theirs, dtype, device))
 
 
 def _keys(family: str, sizes: Sizes) -> dict[str, Any]:
@@ -125,48 +123,8 @@ def _keys(family: str, sizes: Sizes) -> dict[str, Any]:
     return keys
 
 
-def config_of(theirs: Any) -> ModelConfig:
-    """What duomo reads in the config.json that transformers writes."""
+def _loaded(theirs: Any, dtype: torch.dtype, device: torch.device) -> GpuWeights:
+    """By way of the folder that transformers writes."""
     with tempfile.TemporaryDirectory() as folder:
-        theirs.config.save_pretrained(folder)
-        return load_config(Path(folder), needs_weights=False)
-
-
-def weights_of(theirs: Any, dtype: torch.dtype, device: torch.device) -> GpuWeights:
-    """transformers' parameters in the kernels' order."""
-    config, state = config_of(theirs), theirs.state_dict()
-
-    def take(name: str) -> Tensor:
-        taken: Tensor = state[name].to(device, dtype)
-        return taken.contiguous()
-
-    def layer(at: str) -> GpuLayer:
-        qk_norm = None
-        if config.qk_norm != "none":
-            q_weight, k_weight = take(f"{at}self_attn.q_norm.weight"), take(f"{at}self_attn.k_norm.weight")
-            qk_norm = QkNorm(q_weight=q_weight, k_weight=k_weight, eps=config.norm_eps)
-        if config.has_router:
-            experts = ExpertWeights(gate_up_EFD=take(f"{at}mlp.experts.gate_up_proj"), down_EDF=take(f"{at}mlp.experts.down_proj"))
-        else:
-            gate_up = torch.cat([take(f"{at}mlp.{side}_proj.weight") for side in ("gate", "up")])
-            experts = ExpertWeights(gate_up_EFD=gate_up[None], down_EDF=take(f"{at}mlp.down_proj.weight")[None])
-        return GpuLayer(
-            input_norm_D=take(f"{at}input_layernorm.weight"),
-            qkv=LinearWeights(weight_NK=torch.cat([take(f"{at}self_attn.{side}_proj.weight") for side in ("q", "k", "v")])),
-            qk_norm=qk_norm,
-            out=LinearWeights(weight_NK=take(f"{at}self_attn.o_proj.weight")),
-            post_norm_D=take(f"{at}post_attention_layernorm.weight"),
-            router_ED=take(f"{at}mlp.gate.weight") if config.has_router else None,
-            experts=experts,
-        )
-
-    cos_PD, sin_PD = rope_tables(config.max_position_tokens, config.head_dim, config.rope_theta)
-    embed_VD = take("model.embed_tokens.weight")
-    return GpuWeights(
-        config=config,
-        embed_VD=embed_VD,
-        layers=tuple(layer(f"model.layers.{index}.") for index in range(config.num_layers)),
-        norm_D=take("model.norm.weight"),
-        head_VD=embed_VD if config.ties_embeddings else take("lm_head.weight"),
-        rope=RopeTables(cos_PD=cos_PD.to(device), sin_PD=sin_PD.to(device)),
-    )
+        copy.deepcopy(theirs).to(dtype).save_pretrained(folder)
+        return load_gpu_weights(Path(folder), device=device, dtype=dtype)
