@@ -20,6 +20,7 @@ from torch import Tensor
 from duomo.models.gpu_weights import GpuLayer, GpuWeights, LinearWeights
 from duomo_kernels._routing import GateRule
 from duomo_kernels.add_rms_norm import add_rms_norm
+from duomo_kernels.linear import linear
 from duomo_kernels.moe_layer import LayerOptions, moe_layer
 from duomo_kernels.qk_rope_write import qk_rope_write
 
@@ -87,10 +88,10 @@ class GpuDecoder:
         rows.x_TD = answer.y_TD
         return answer.ids_TK
 
-    def logits(self, rows: RowState) -> Tensor:
-        """float32 [T, V] of rows after the last layer; their sum is taken here, so once."""
+    def logits(self, rows: RowState, out: Tensor | None = None) -> Tensor:
+        """float32 [T, V] of rows after the last layer, in `out` where given; their sum is taken here, so once."""
         normed_TD = self._normed(rows, self.weights.norm_D)
-        return _linear(normed_TD, self.weights.head_VD, out_dtype=torch.float32, is_deterministic=self.is_deterministic)
+        return linear(normed_TD, self.weights.head_VD, out=out, out_dtype=torch.float32, is_deterministic=self.is_deterministic)
 
     def _normed(self, rows: RowState, weight_D: Tensor) -> Tensor:
         """Add what the last block gave to the residual, and norm the sum."""
@@ -108,28 +109,18 @@ class GpuDecoder:
         if place.wants_packed:
             k_TND = qkv_TC.new_empty(num_tokens, num_kv_heads, dim)
             v_TND = qkv_TC[:, (num_heads + num_kv_heads) * dim :].contiguous().view(num_tokens, num_kv_heads, dim)
-        q_THD = qk_rope_write(qkv_TC, num_heads, pool_B2NSD, place.slot_T, place.position_T, self.weights.rope, layer.qk_norm)
-        if k_TND is not None:
-            slot_T, block_tokens = place.slot_T.clamp(min=0), pool_B2NSD.shape[3]
-            k_TND.copy_(pool_B2NSD[slot_T // block_tokens, 0, :, slot_T % block_tokens])
+        q_THD = qk_rope_write(
+            qkv_TC, num_heads, pool_B2NSD, place.slot_T, place.position_T, self.weights.rope, layer.qk_norm, k_out_TND=k_TND
+        )
         return attend(q_THD, k_TND, v_TND).view(num_tokens, num_heads * dim)
 
     def _product(self, x_TK: Tensor, weights: LinearWeights) -> Tensor:
-        return _linear(x_TK, weights.weight_NK, weights.scale_nk, is_deterministic=self.is_deterministic)
+        return linear(x_TK, weights.weight_NK, weights.scale_nk, is_deterministic=self.is_deterministic)
 
     def _router_logits(self, normed_TD: Tensor, layer: GpuLayer) -> Tensor:
         """float32 [T, E]; a dense layer's one expert has nothing to be weighed against."""
         num_tokens = normed_TD.shape[0]
         if layer.router_ED is not None:
-            return _linear(normed_TD, layer.router_ED, out_dtype=torch.float32, is_deterministic=self.is_deterministic)
+            return linear(normed_TD, layer.router_ED, out_dtype=torch.float32, is_deterministic=self.is_deterministic)
         assert self._one_choice_T1 is not None and num_tokens <= MAX_DENSE_ROWS, num_tokens
         return self._one_choice_T1[:num_tokens]
-
-
-def _linear(
-    x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None = None, *, out_dtype: torch.dtype | None = None, is_deterministic: bool = False
-) -> Tensor:
-    assert scale_nk is None, "fp8 products come with duomo_kernels.linear"
-    if out_dtype is None:
-        return torch.nn.functional.linear(x_TK, weight_NK)
-    return torch.nn.functional.linear(x_TK.to(out_dtype), weight_NK.to(out_dtype))
