@@ -12,6 +12,7 @@ from duomo.models.config_json import ConfigReader, Json, read_json
 from duomo.models.families import FAMILIES, Family, QkNormKind
 
 SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
+CPU_ARCHITECTURES = ("Qwen3MoeForCausalLM",)
 WHOLE_FILE_BYTES = 256 * 1024 * 1024  # files above are fingerprinted by header and samples: hashing 60 GB takes a minute
 SAMPLE_BYTES = 64 * 1024
 NUM_SAMPLES = 64
@@ -128,6 +129,12 @@ def load_config(folder: Path, *, needs_weights: bool = True, random_seed: int = 
     )
     _check_shapes(config, folder)
     return config
+
+
+def refuse_on_cpu(config: ModelConfig) -> None:
+    """Raise ModelError where only a GPU runs the model: asked before anything is started, and by the CPU engine."""
+    if config.architecture not in CPU_ARCHITECTURES:
+        raise ModelError(f"{config.architecture} runs on a GPU only; on the CPU: {', '.join(CPU_ARCHITECTURES)}", code="bad_architecture")
 
 
 def _check_shapes(config: ModelConfig, folder: Path) -> None:

@@ -73,6 +73,8 @@ def build_weights(config: ModelConfig, source: WeightSource, target: WeightTarge
         head_VD=embed_VD if head is None else build.wide(head),
         rope=RopeTables(cos_PD=cos_PD, sin_PD=sin_PD),
     )
+    if target.device.type == "cuda":
+        torch.cuda.empty_cache()  # float32 of the largest tensor, which a plan of the memory would take for in use
     for reason in build.kept_wide:
         log.warning("%s: weights kept in %s, not fp8: %s", config.architecture, target.dtype, reason)
     return weights

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from duomo.errors import ModelError
-from duomo.models.config import ModelConfig, load_config
+from duomo.models.config import ModelConfig, load_config, refuse_on_cpu
 from duomo.models.layers.attention import AttentionPlan, AttentionWeights, attention_layer
 from duomo.models.layers.experts import ExpertWeights, expert_layer
 from duomo.models.weights import WeightFolder
@@ -24,8 +23,6 @@ from duomo_kernels.paged_attention import KvShape, prove_tail
 from duomo_kernels.row_gemm import RowGemm, row_gemm_for
 
 log = logging.getLogger(__name__)
-
-ARCHITECTURE = "Qwen3MoeForCausalLM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +72,12 @@ class Model:
 
 def implementation_of(config: ModelConfig) -> str:
     """What this machine computes the model with, for logs and `duomo doctor` (the names: duomo_kernels/row_gemm.py). Raises ModelError."""
-    _refuse_other_families(config)
+    refuse_on_cpu(config)
     gemm = row_gemm_for(_gemm_shapes(config), config.head_dim)
     exactness = (
         "rows are bit for bit free of their batch" if prove_tail() else "NOT proven free of the batch: results may differ in the last bits"
     )
     return f"products by {gemm.name}, {exactness}"
-
-
-def _refuse_other_families(config: ModelConfig) -> None:
-    if config.architecture != ARCHITECTURE:
-        raise ModelError(f"{config.architecture} runs on a GPU only; on the CPU: {ARCHITECTURE}", code="bad_architecture")
 
 
 def _gemm_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
@@ -108,7 +100,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: str 
     """
     assert dtype is torch.float32 and device == "cpu", "the CPU engine computes in float32"
     config = load_config(folder)
-    _refuse_other_families(config)
+    refuse_on_cpu(config)
     with WeightFolder(
         folder, config.quantisation, num_tensors=3 + config.num_layers * (9 + 3 * config.num_experts), progress=progress
     ) as weights:

@@ -320,3 +320,15 @@ def test_progress_counts_every_tensor(capsys: pytest.CaptureFixture[str], monkey
     load_gpu_weights(TINY_MOE, device=CPU, progress=True)
     captured = capsys.readouterr()
     assert f"/{len(taken)} " in captured.err and len(taken) == len(set(taken)) and not captured.out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_device_gets_what_the_cpu_gets(dtype: torch.dtype) -> None:
+    cuda, cpu = (load_gpu_weights(TINY_MOE, device=torch.device(device), dtype=dtype) for device in ("cuda", "cpu"))
+    assert cuda.device.type == cuda.rope.cos_PD.device.type == "cuda" and torch.equal(cuda.embed_VD.cpu(), cpu.embed_VD)
+    for there, here in zip(cuda.layers, cpu.layers, strict=True):
+        assert there.experts.is_fp8 is here.experts.is_fp8 is (dtype is torch.bfloat16)
+        assert torch.equal(linear(there.qkv).cpu(), linear(here.qkv)) and torch.equal(linear(there.out).cpu(), linear(here.out))
+        for got, want in zip(experts(there.experts), experts(here.experts), strict=True):
+            assert torch.equal(got.cpu(), want)

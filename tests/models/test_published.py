@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from duomo.errors import ModelError
 from duomo.models.checkpoint import all_entries
 from duomo.models.config import Llama3Rope, ModelConfig, load_config
-from duomo.models.qwen3_moe import implementation_of
+from duomo.models.qwen3_moe import implementation_of, load_model
 from duomo.models.rope import tables_for
 from duomo_kernels.norm_rope import rope_tables
 
@@ -145,6 +145,9 @@ def test_a_window_as_long_as_the_context_is_none(tmp_path: Path) -> None:
 def test_the_cpu_refuses_other_families(name: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="on a GPU only; on the CPU: Qwen3MoeForCausalLM"):
         implementation_of(read(name, tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    with pytest.raises(ModelError, match="on a GPU only"):
+        load_model(tmp_path)
 
 
 def test_random_weights_need_a_config_alone(tmp_path: Path) -> None:
