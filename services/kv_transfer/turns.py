@@ -1,0 +1,29 @@
+"""Decides what a thread that both computes layer groups and decodes does next. PURE: knows no thread, wave or sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Turn = Literal["step", "group"]  # a decode step; a layer group of a wave
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnView:
+    """What waits for the thread. is_decoding: sequences run, so that a step comes soon if none waits now. last: what ran last."""
+
+    has_step: bool
+    has_group: bool
+    is_decoding: bool
+    last: Turn
+
+
+def next_turn(view: TurnView) -> Turn | None:
+    """What runs now; None: wait for the next change.
+
+    Steps and groups alternate while both want to run: between two steps runs at most one group (also where the group after it is posted
+    before the next step is), between two groups at most one step.
+    """
+    if view.has_group and (view.last == "step" or not (view.has_step or view.is_decoding)):
+        return "group"
+    return "step" if view.has_step else None

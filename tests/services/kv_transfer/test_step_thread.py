@@ -1,0 +1,97 @@
+"""One thread for steps and groups: order, results, errors, cancels and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from services.kv_transfer.step_thread import StepThread
+
+
+def test_steps_and_groups_take_turns_in_one_thread() -> None:
+    async def go() -> list[str]:
+        thread, hold = StepThread("t"), threading.Event()
+        ran: list[str] = []
+        names: set[str] = set()
+
+        def work(name: str) -> str:
+            ran.append(name)
+            names.add(threading.current_thread().name)
+            return name
+
+        first = thread.run("step", hold.wait, 5)
+        calls = [thread.run("step", work, f"s{number}") for number in range(3)]
+        calls += [thread.run("group", work, f"g{number}") for number in range(3)]
+        hold.set()
+        assert await first
+        assert await asyncio.gather(*calls) == ["s0", "s1", "s2", "g0", "g1", "g2"]
+        thread.close()
+        assert names == {"t"}
+        return ran
+
+    assert asyncio.run(go()) == ["g0", "s0", "g1", "s1", "g2", "s2"]
+
+
+def test_a_second_group_waits_for_the_next_step_as_long_as_one_is_expected() -> None:
+    async def go() -> None:
+        thread = StepThread("t")
+        ran: list[str] = []
+        thread.expect_steps(True)
+        await thread.run("step", ran.append, "s0")
+        await thread.run("group", ran.append, "g0")
+        late = thread.run("group", ran.append, "g1")
+        await asyncio.sleep(0.05)
+        assert ran == ["s0", "g0"] and not late.done()
+        await thread.run("step", ran.append, "s1")
+        await late
+        last = thread.run("group", ran.append, "g2")
+        thread.expect_steps(False)
+        await last
+        assert ran == ["s0", "g0", "s1", "g1", "g2"]
+        thread.close()
+
+    asyncio.run(go())
+
+
+def test_errors_come_back_and_the_thread_goes_on() -> None:
+    async def go() -> None:
+        thread = StepThread("t")
+        with pytest.raises(ZeroDivisionError):
+            await thread.run("group", lambda: 1 // 0)
+        assert await thread.run("step", sum, (1, 2)) == 3
+        thread.close()
+
+    asyncio.run(go())
+
+
+def test_what_was_cancelled_or_waits_at_the_end_never_runs() -> None:
+    async def go() -> None:
+        thread, hold = StepThread("t"), threading.Event()
+        ran: list[str] = []
+        running = thread.run("step", hold.wait, 5)
+        taken_back = thread.run("step", ran.append, "cancelled")
+        taken_back.cancel()
+        waiting = thread.run("group", ran.append, "waiting")
+        closing = asyncio.create_task(asyncio.to_thread(thread.close))
+        await asyncio.sleep(0.05)
+        assert not closing.done(), "what computes is waited for"
+        hold.set()
+        await closing
+        assert await running
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert ran == []
+        thread.close()
+
+    asyncio.run(go())
+
+
+def test_an_idle_thread_uses_no_processor_time() -> None:
+    thread = StepThread("t")
+    before_s = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before_s < 0.05
+    thread.close()
