@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 PrefixHash = bytes
 
@@ -61,6 +62,14 @@ class BlockManager:
     @property
     def num_held(self) -> int:
         return len(self._readers)
+
+    @property
+    def has_prefix_cache(self) -> bool:
+        return self._max_cached > 0
+
+    def num_sole(self, table: Iterable[int]) -> int:
+        """How many of these held blocks come back when one reader of each goes."""
+        return sum(self._readers[block] == 1 for block in table)
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
@@ -184,3 +193,29 @@ class BlockManager:
         prefix = self._hash_of.pop(block, None)
         if prefix is not None:
             del self._block_of[prefix]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTable:
+    """A prompt's block table, one reader of each block its holder's; the KV of its first cached_tokens tokens is there already."""
+
+    blocks: tuple[int, ...]
+    cached_tokens: int
+
+
+def allocate_prompt(manager: BlockManager, token_ids: Sequence[int], salt: str) -> PromptTable | None:
+    """Blocks for the whole prompt, known prefix first; None where too few are available. At least one token is left to compute."""
+    known: list[int] = []
+    if manager.has_prefix_cache:
+        known = manager.lookup(prefix_hashes(token_ids[:-1], manager.block_tokens, salt))
+    rest = manager.allocate(manager.num_blocks_for(len(token_ids)) - len(known))
+    if rest is None:
+        manager.free(known)
+        return None
+    return PromptTable(blocks=(*known, *rest), cached_tokens=len(known) * manager.block_tokens)
+
+
+def commit_prompt(manager: BlockManager, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:
+    """The prompt's KV is computed: its full blocks may be found by others."""
+    if manager.has_prefix_cache:
+        manager.commit(blocks, prefix_hashes(token_ids, manager.block_tokens, salt))

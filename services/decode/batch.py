@@ -82,7 +82,6 @@ class Batch:
             if copy is not None:
                 self._copies.append(copy)
         promise = leg.table_promise(self._pool.limits)
-        num_shared = leg.num_tokens // self._pool.limits.block_tokens if len(live) > 1 else 0
         ends = ending_ids(leg.sampling, self._stops.eos_ids)
         for (number, token_id), own_table in zip(live, tables, strict=True):
             output_ids = [*leg.emitted_ids, token_id]
@@ -91,7 +90,6 @@ class Batch:
                 leg=leg,
                 number=number,
                 table=own_table,
-                num_shared_blocks=num_shared,
                 num_kv=leg.num_tokens,
                 next_token_id=token_id,
                 output_ids=output_ids,
@@ -110,8 +108,10 @@ class Batch:
         if all(choice.num_kv < len(choice.table) * block_tokens for choice in self._choices.values()):
             # The common step: nobody needs a block, so there is nothing to decide but the batch limit.
             return PlannedStep(copies=self._take_copies(), rows=tuple(itertools.islice(self._choices.values(), limits.max_batch)))
-        sequences = [_as_sequence(choice) for choice in self._choices.values()]
-        step = plan_step(limits, self._pool.unpromised_blocks(), sequences)
+        unpromised = self._pool.unpromised_blocks()
+        is_tight = unpromised < len(self._choices)  # else nobody is preempted, and nobody's own blocks matter
+        sequences = [self._as_sequence(choice, is_tight) for choice in self._choices.values()]
+        step = plan_step(limits, unpromised, sequences)
         for sequence_id in step.preempt:
             choice = self._choices[sequence_id]
             self.remove(choice)
@@ -169,19 +169,17 @@ class Batch:
         del choice.leg.choices[choice.number]
         self._pool.give_back(choice.table)
 
-
-def _as_sequence(choice: Choice) -> RunningSequence:
-    num_blocks = len(choice.table)
-    return RunningSequence(
-        sequence_id=choice.sequence_id,
-        order=choice.leg.order,
-        priority=choice.leg.priority,
-        num_tokens=choice.num_kv + 1,
-        num_blocks=num_blocks,
-        own_blocks=num_blocks - (choice.num_shared_blocks if len(choice.leg.choices) > 1 else 0),
-        promised_blocks=choice.promised_blocks,
-        is_protected=choice.leg.is_protected,
-    )
+    def _as_sequence(self, choice: Choice, is_tight: bool) -> RunningSequence:
+        return RunningSequence(
+            sequence_id=choice.sequence_id,
+            order=choice.leg.order,
+            priority=choice.leg.priority,
+            num_tokens=choice.num_kv + 1,
+            num_blocks=len(choice.table),
+            own_blocks=self._pool.manager.num_sole(choice.table) if is_tight else 0,
+            promised_blocks=choice.promised_blocks,
+            is_protected=choice.leg.is_protected,
+        )
 
 
 def _logprob(token: SampledToken) -> TokenLogprob | None:

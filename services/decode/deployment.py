@@ -17,7 +17,7 @@ class DecodeDeployment:
     def __init__(self, config_json: str) -> None:
         # Here, not on top: whoever binds the application imports this file, and needs no torch.
         from duomo.telemetry import logging as telemetry_logging
-        from services.decode.service import run_replica
+        from services.decode.replica import run_replica
 
         config = DuomoConfig.model_validate_json(config_json)
         replica_id = f"decode-{serve.get_replica_context().replica_tag[:8]}"

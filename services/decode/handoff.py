@@ -1,4 +1,4 @@
-"""Owns legs from their announcement until their KV is here: blocks, then slots, then messages. Knows no batch and no tensor.
+"""Owns legs from their announcement until their KV is here: blocks, then a handle, then messages. Knows no batch, tensor or ring.
 
 An announcement may come before its StartDecode (another socket brought it): it waits in `early`. Grants follow the order of
 announcement; a leg that has blocks and finds its ring full waits for slots without holding up the legs of other rings.
@@ -13,29 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from duomo.errors import CapacityError, DuomoError, PeerError, TransferError, WireError
-from duomo.wire.messages import GroupLanded, Handle, HandleOffered, Message, PrefillDone, PullKv, WaveAnnounced
+from duomo.wire.messages import GroupLanded, HandleOffered, Message, PrefillDone, PullKv, WaveAnnounced
+from services.decode.arrivals import Arrivals, HandoffTerms, LandedMessage
 from services.decode.leg import Leg, LegKey, LegState
 from services.decode.policy import plan_grants
 from services.decode.pool import Pool
-from services.decode.worker import DecodeWorker, LandedMessage
-from services.kv_transfer.agent import TransferAgent
-from services.kv_transfer.layout import messages
 
 PULL_AFTER = 0.3  # of write_timeout_s without a message, once everything is computed: a write that was lost is asked for again
 MAX_GRANTS_A_TURN = 32  # how far down the queue one planning looks; the queue is served in order, so nobody is passed over
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HandoffTerms:
-    """What every handle of this replica has in common. stall_timeout_s: longest silence of a producer that still has KV to send."""
-
-    boot_id: str
-    model_fingerprint: str
-    num_layers: int
-    block_bytes: int
-    slot_bytes: int
-    write_timeout_s: float
-    stall_timeout_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +35,9 @@ class EarlyAnnouncement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HandoffEnds:
-    """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs.
-
-    may_offer: False while a landing ring is being replaced.
-    """
+    """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs."""
 
     post: Callable[[str, Message], None]
-    may_offer: Callable[[], bool]
     ready: Callable[[Leg], None]
     fail: Callable[[Leg, DuomoError], None]
 
@@ -64,10 +45,9 @@ class HandoffEnds:
 class Handoffs:
     """Every leg between WAITING and RUNNING, and the handles of those that are landing."""
 
-    def __init__(self, pool: Pool, worker: DecodeWorker, agent: TransferAgent, terms: HandoffTerms, ends: HandoffEnds) -> None:
+    def __init__(self, pool: Pool, arrivals: Arrivals, terms: HandoffTerms, ends: HandoffEnds) -> None:
         self._pool = pool
-        self._worker = worker
-        self._agent = agent
+        self._arrivals = arrivals
         self._terms = terms
         self._ends = ends
         self._early: dict[LegKey, EarlyAnnouncement] = {}
@@ -136,7 +116,8 @@ class Handoffs:
                     self._ends.fail(leg, self._never_fits(leg))
                 elif leg.leg_id in grants:
                     self._for_blocks.remove(leg)
-                    leg.blocks = self._pool.take(grants[leg.leg_id].num_blocks)
+                    table = self._pool.take_prompt(leg.token_ids, leg.cache_salt)
+                    leg.blocks, leg.cached_tokens = list(table.blocks), table.cached_tokens
                     leg.num_landing_blocks = len(leg.blocks)
                     leg.promise_blocks = grants[leg.leg_id].promised_blocks
                     leg.order = next(self._orders)
@@ -158,33 +139,15 @@ class Handoffs:
         return error
 
     def _offer(self, producer: str, queue: deque[Leg], now_s: float) -> None:
-        """Offer handles to one producer, in order, while its ring has slots."""
-        terms = self._terms
-        while queue and self._ends.may_offer():
+        """Offer handles to one producer, in order, while KV of it can arrive."""
+        while queue:
             leg = queue[0]
-            assert leg.announced is not None
-            if not leg.spans:
-                leg.spans = messages(range(len(leg.blocks)), leg.announced.group_bounds, terms.block_bytes, terms.slot_bytes)
-            slots = self._agent.grant(producer, len(leg.spans))
-            if slots is None:
+            handle = self._arrivals.offer(leg)
+            if handle is None:
                 return
             queue.popleft()
-            handle = Handle(
-                handle_id=self._agent.next_handle_id(),
-                producer_boot_id=producer,
-                consumer_boot_id=terms.boot_id,
-                model_fingerprint=terms.model_fingerprint,
-                request_id=leg.request_id,
-                attempt=leg.attempt,
-                ring_name=self._agent.ring_name(producer),
-                slots=slots,
-                num_tokens=leg.num_tokens,
-                num_blocks=len(leg.blocks),
-            )
             leg.handle = handle
             leg.times.offered_s = now_s
-            self._worker.expect(handle.handle_id, leg.blocks)
-            self._agent.expect(handle, leg.spans)
             self._landing[handle.handle_id] = leg
             self._ends.post(
                 producer,
@@ -278,7 +241,7 @@ class Handoffs:
     def _finish_if_complete(self, leg: Leg) -> None:
         if leg.done is not None and leg.is_landed and leg.handle is not None:
             del self._landing[leg.handle.handle_id]
-            self._worker.forget(leg.handle.handle_id)
+            self._arrivals.arrived(leg.handle.handle_id)
             self._ends.ready(leg)
 
     def withdraw(self, leg: Leg) -> None:
@@ -290,8 +253,7 @@ class Handoffs:
             if queue is not None and leg in queue:
                 queue.remove(leg)
         if leg.handle is not None and self._landing.pop(leg.handle.handle_id, None) is not None:
-            self._worker.forget(leg.handle.handle_id)
-            self._agent.abort(leg.handle.handle_id)
+            self._arrivals.withdraw(leg.handle.handle_id)
 
     def retract(self, producer: str, key: LegKey) -> None:
         """A producer took back an announcement that no gateway has asked for yet."""
@@ -311,6 +273,8 @@ class Handoffs:
         """
         for key in [key for key, early in self._early.items() if now_s > early.deadline_s]:
             del self._early[key]
+        if not self._arrivals.is_polled:
+            return  # prefill is this process: its watchdog and each request's deadline bound the wait
         for leg in list(self._landing.values()):
             self._watch(leg, now_s, looked_s)
 
@@ -325,7 +289,7 @@ class Handoffs:
         elif is_computed and silent_s > PULL_AFTER * limit_s:
             assert leg.handle is not None
             window = len(leg.handle.slots)
-            for message_idx in self._agent.missing(leg.handle.handle_id):
+            for message_idx in self._arrivals.missing(leg.handle.handle_id):
                 is_its_turn = message_idx < window or message_idx - window in leg.landed
                 if is_its_turn and message_idx not in leg.pulled:
                     self._pull(leg, leg.spans[message_idx].group, message_idx, now_s)

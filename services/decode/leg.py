@@ -68,7 +68,7 @@ class LegTimes:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Choice:
-    """One choice in the batch. table: its blocks, the shared prompt blocks first; num_kv: tokens whose KV is in them.
+    """One choice in the batch. table: its blocks, those shared with others first; num_kv: tokens whose KV is in them.
 
     next_token_id is fed at position num_kv by the next step. output_ids: every emitted token of the choice, over all attempts; `sampling`
     reads the same list. routed: expert ids of each decoded token.
@@ -78,7 +78,6 @@ class Choice:
     leg: Leg
     number: int
     table: list[int]
-    num_shared_blocks: int
     num_kv: int
     next_token_id: int
     output_ids: list[int]
@@ -93,7 +92,7 @@ class Leg:
     """One attempt of one request. `gateway` is the boot id of who gets its tokens, `prefill` who sends its KV.
 
     silent_s: for how long we have looked and nothing of its KV came. blocks: held while the KV lands; they pass to the choices when the leg
-    joins. promise_blocks: the whole promise while it lands.
+    joins. cached_tokens: tokens whose KV was in them when they were granted. promise_blocks: the whole promise while it lands.
     """
 
     leg_id: int
@@ -110,9 +109,11 @@ class Leg:
     deadline_s: float
     is_protected: bool
     times: LegTimes
+    cache_salt: str = ""
     state: LegState = LegState.EXPECTED
     announced: WaveAnnounced | None = None
     blocks: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
     promise_blocks: int = 0
     order: int = 0
     handle: Handle | None = None
@@ -148,11 +149,17 @@ class Leg:
             deadline_s=now_s + message.remaining_s,
             is_protected=is_resume and message.attempt >= max_preemptions,
             times=LegTimes(started_s=now_s),
+            cache_salt=message.cache_salt,
         )
 
     @property
     def key(self) -> LegKey:
         return (self.request_id, self.attempt)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and emitted tokens."""
+        return self.prompt_ids + self.emitted_ids
 
     @property
     def num_tokens(self) -> int:

@@ -5,19 +5,21 @@ Blocks are taken here (for a leg that is granted, a table that grows, a fork) an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from duomo.engine.blocks import BlockManager
+from duomo.engine.blocks import BlockManager, PromptTable, allocate_prompt
 from services.decode.leg import Leg, LegState
 from services.decode.policy import DecodeLimits, PoolView
+from services.kv_transfer.loans import BlockLoans
 
 
 class Pool:
-    """The block manager and the legs that hold its blocks."""
+    """The block manager and the legs that hold its blocks. loans: the pool is shared with the prefill service of this process."""
 
-    def __init__(self, limits: DecodeLimits) -> None:
+    def __init__(self, limits: DecodeLimits, loans: BlockLoans | None = None) -> None:
         self.limits = limits
-        self.manager = BlockManager(limits.num_blocks, limits.block_tokens, max_cached_blocks=0)
+        self.manager = BlockManager(limits.num_blocks, limits.block_tokens, max_cached_blocks=0) if loans is None else loans.manager
+        self._loans = loans
         self.holders: dict[int, Leg] = {}
 
     @property
@@ -47,6 +49,12 @@ class Pool:
         assert blocks is not None, f"the policy promised {num_blocks} blocks, {self.num_free_blocks} are free"
         return blocks
 
+    def take_prompt(self, token_ids: Sequence[int], salt: str) -> PromptTable:
+        """The table of a prompt that the policy has granted, what is known of it first."""
+        table = allocate_prompt(self.manager, token_ids, salt)
+        assert table is not None, f"the policy granted {len(token_ids)} tokens, {self.num_free_blocks} blocks are free"
+        return table
+
     def fork(self, table: list[int], num_tokens: int) -> tuple[list[int], tuple[int, int] | None]:
         """The table of a second sequence over the same num_tokens, and the block copy (from, to) that it needs before it is written.
 
@@ -66,7 +74,7 @@ class Pool:
     def check_integrity(self) -> None:
         """Raise AssertionError where a block is lost, or held by nobody. Cheap enough whenever the pool is idle."""
         self.manager.check_integrity()
-        if not self.holders:
+        if not self.holders and (self._loans is None or not self._loans.num_taken_blocks):
             assert self.num_free_blocks == self.limits.num_blocks, (
                 f"{self.limits.num_blocks - self.num_free_blocks} of {self.limits.num_blocks} blocks are held by nobody"
             )

@@ -1,4 +1,4 @@
-"""Owns what one decode process is made of, opened and closed together: model, worker, agent, directory, tracing. Knows no request."""
+"""Owns one decode process from its model folder to its end: model, worker, agent, directory, tracing and service. Knows no request."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from duomo.config import DuomoConfig
+from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.errors import ConfigError
 from duomo.models.qwen3_moe import load_model
 from duomo.telemetry import tracing
 from duomo.telemetry.tracing import Tracing
-from services.decode.handoff import HandoffTerms
-from services.decode.policy import DecodeLimits
+from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
@@ -51,14 +51,8 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaP
     try:
         log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
         section = config.decode
-        worker = DecodeWorker(
-            model,
-            num_blocks=section.num_blocks,
-            block_tokens=config.model.block_tokens,
-            torch_threads=section.torch_threads,
-            agent=agent,
-            step_delay_s=config.delays.decode_step_s,
-        )
+        cache = KvCache(kv_spec(model.config, config.model.block_tokens), section.num_blocks)
+        worker = DecodeWorker(model, cache, torch_threads=section.torch_threads, step_delay_s=config.delays.decode_step_s)
         log.info("decode: %d blocks of %d tokens, transport %s", section.num_blocks, config.model.block_tokens, agent.transport_name)
         yield ReplicaParts(card=card, worker=worker, agent=agent, tracing=spans, directory=directory)
     finally:
@@ -67,33 +61,12 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaP
         await asyncio.to_thread(spans.shutdown)
 
 
-def max_model_tokens(card: ReplicaCard, worker: DecodeWorker) -> int:
-    """The most tokens of prompt and output together."""
-    return min(worker.config.max_position_tokens, card.config.model.max_model_tokens or worker.config.max_position_tokens)
-
-
-def limits_of(card: ReplicaCard) -> DecodeLimits:
-    """The policy's limits, from the configuration."""
-    section = card.config.decode
-    return DecodeLimits(
-        num_blocks=section.num_blocks,
-        block_tokens=card.config.model.block_tokens,
-        watermark_blocks=section.watermark_blocks,
-        admit_ahead_tokens=section.admit_ahead_tokens,
-        max_batch=section.max_batch,
-        max_preemptions=section.max_preemptions,
-    )
-
-
-def terms_of(card: ReplicaCard, worker: DecodeWorker) -> HandoffTerms:
-    """What all handles of this replica have in common."""
-    transfer = card.config.kv_transfer
-    return HandoffTerms(
-        boot_id=card.boot_id,
-        model_fingerprint=card.model_fingerprint,
-        num_layers=worker.config.num_layers,
-        block_bytes=worker.block_bytes,
-        slot_bytes=transfer.slot_bytes,
-        write_timeout_s=transfer.write_timeout_s,
-        stall_timeout_s=card.config.prefill.hang_timeout_s,
-    )
+async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
+    """Build one replica, serve until `stop` (or an operator's Drain, or something breaks), drain, unregister. Raises what broke it."""
+    async with opened(config, replica_id) as parts:
+        service = DecodeService(parts.card, parts.worker, parts.agent, parts.tracing, parts.directory)
+        try:
+            await service.start()
+            await service.membership.serve(stop)
+        finally:
+            await service.stop()

@@ -16,7 +16,6 @@ from collections import Counter
 import numpy as np
 from msgspec.structs import replace
 
-from duomo.config import DuomoConfig
 from duomo.errors import DeadlineError, DuomoError, EngineError, WireError
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.connection import Connection
@@ -32,6 +31,7 @@ from duomo.wire.messages import (
     TransferFenced,
     WaveAnnounced,
 )
+from services.decode.arrivals import LandedMessage
 from services.decode.batch import Batch, BatchEnds, PlannedStep, Stops
 from services.decode.handoff import HandoffEnds, Handoffs, producer_lost
 from services.decode.intake import Intake
@@ -39,13 +39,15 @@ from services.decode.leg import Choice, Leg, LegKey, LegState
 from services.decode.outbox import Outbox, cancel_of, failure_of
 from services.decode.pool import Pool
 from services.decode.producers import Producers
-from services.decode.replica import limits_of, max_model_tokens, opened, terms_of
+from services.decode.settings import arrivals_of, limits_of, max_model_tokens, terms_of
 from services.decode.spans import record_handoff, record_stream
 from services.decode.steps import StepLoop
-from services.decode.worker import DecodeWorker, LandedMessage, StepOutput
+from services.decode.worker import DecodeWorker, StepOutput
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
+from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import Membership, Progress, ReplicaCard
+from services.kv_transfer.step_thread import StepThread
 
 TICK_S = 0.05
 
@@ -53,19 +55,25 @@ log = logging.getLogger(__name__)
 
 
 class DecodeService:
-    """One replica. start() once, stop() once; the creator closes agent, directory and tracing afterwards."""
+    """One replica. start() once, stop() once; what it was given is its creator's to close afterwards.
+
+    means: how KV gets here, a TransferAgent or the blocks of this process' own pool. thread: where steps run; None: one of its own.
+    """
 
     def __init__(
-        self, card: ReplicaCard, worker: DecodeWorker, agent: TransferAgent, tracing: Tracing, directory: Directory | None = None
+        self,
+        card: ReplicaCard,
+        worker: DecodeWorker,
+        means: TransferAgent | BlockLoans,
+        tracing: Tracing,
+        directory: Directory | None = None,
+        thread: StepThread | None = None,
     ) -> None:
         self.card = card
-        section = card.config.decode
-        self.progress = Progress(section.hang_timeout_s)
+        self.progress = Progress(card.config.decode.hang_timeout_s)
         self.membership = Membership(card, self, directory)
         self.counters: Counter[str] = Counter()
         self.expert_tokens_LE = np.zeros((worker.config.num_layers, worker.config.num_experts), np.int64)
-        self._worker = worker
-        self._agent = agent
         self._tracing = tracing
         self._legs: dict[LegKey, Leg] = {}
         self._leg_ids = itertools.count(1)
@@ -73,13 +81,14 @@ class DecodeService:
         self._intake = Intake(worker.config.vocab, max_model_tokens(card, worker))
         self._is_pump_due = False
         self._outbox = Outbox()
-        self._producers = Producers(agent, section.ring_slots, card.config.redis.lease_s, directory, self._changed)
-        self.pool = Pool(limits_of(card))
-        ends = HandoffEnds(post=self._producers.post, may_offer=self._producers.may_offer, ready=self._ready.append, fail=self._fail)
-        self._handoffs = Handoffs(self.pool, worker, agent, terms_of(card, worker), ends)
+        self._producers = Producers()
+        self._arrivals = arrivals_of(card, worker, means, self._producers, directory, self._changed)
+        self.pool = Pool(limits_of(card), means if isinstance(means, BlockLoans) else None)
+        ends = HandoffEnds(post=self._producers.post, ready=self._ready.append, fail=self._fail)
+        self._handoffs = Handoffs(self.pool, self._arrivals, terms_of(card, worker), ends)
         stops = Stops(eos_ids=worker.config.eos_ids, max_model_tokens=max_model_tokens(card, worker))
         self._batch = Batch(self.pool, stops, BatchEnds(preempted=self._preempted, finished=self._finish))
-        self._steps = StepLoop(worker, self._batch, self.progress, self)
+        self._steps = StepLoop(worker, self._arrivals, self._batch, self.progress, self, thread)
         self._ticker: asyncio.Task[None] | None = None
 
     # life
@@ -102,7 +111,7 @@ class DecodeService:
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
         await self._steps.stop()
-        await self._producers.close()
+        await self._arrivals.close()
 
     def check_health(self) -> None:
         """Raises EngineError when pending work does not move, what failure() says where something has ended."""
@@ -116,6 +125,7 @@ class DecodeService:
     def joined(self, peer: Connection) -> None:
         if peer.peer.role == "prefill":
             self._producers.joined(peer)
+            self._arrivals.joined(peer)
         elif peer.peer.role == "gateway":
             self._outbox.joined(peer)
 
@@ -130,7 +140,7 @@ class DecodeService:
                 self._handoffs.prefill_done(peer.peer.boot_id, message, self._legs.get((message.request_id, message.attempt)), now_s)
                 self._steps.wake()
             case TransferFenced():
-                self._agent.fence(message.handle_id)
+                self._arrivals.fenced(message.handle_id)
                 self._changed()
             case Cancel():
                 self._cancelled(peer, message)
@@ -145,6 +155,7 @@ class DecodeService:
             for leg in [leg for leg in self._legs.values() if leg.gateway == boot_id]:
                 self._abandon(leg, "gateway_gone")
         elif peer.peer.role == "prefill" and self._producers.left(peer):
+            self._arrivals.left(peer)
             self._handoffs.producer_gone(boot_id)
             for leg in [leg for leg in self._legs.values() if leg.prefill.boot_id == boot_id and leg.state is not LegState.RUNNING]:
                 if leg not in self._ready:
@@ -159,10 +170,10 @@ class DecodeService:
     def failure(self) -> DuomoError | None:
         has_ticker = self._ticker is None or not self._ticker.done()
         ended = None if has_ticker else EngineError("the deadline ticker has ended", phase="decode.stream")
-        return self._steps.failure or self._agent.failure or ended
+        return self._steps.failure or self._arrivals.failure or ended
 
     def report(self) -> ReplicaReport:
-        slots = self._agent.counts()
+        slots = self._arrivals.counts()
         queued = [leg for leg in self._legs.values() if leg.state is not LegState.RUNNING]
         return ReplicaReport(
             replica_id=self.card.replica_id,
@@ -185,7 +196,7 @@ class DecodeService:
             counters=dict(self.counters + Counter(slots.counters)),
             progress_age_s=self.progress.age_s(),
             pid=os.getpid(),
-            transport=self._agent.transport_name,
+            transport=self._arrivals.way,
         )
 
     # StepHost
@@ -193,7 +204,7 @@ class DecodeService:
     def before_step(self, now_s: float) -> None:
         for leg in [leg for leg in self._ready if now_s >= leg.times.ready_s() + self.card.config.delays.decode_admit_s]:
             self._ready.remove(leg)
-            record_handoff(self._tracing, leg)
+            record_handoff(self._tracing, leg, self._arrivals.way)
             self.counters["landed_bytes"] += leg.landed_bytes
             self._batch.join(leg)
         if self._is_pump_due:
@@ -201,7 +212,7 @@ class DecodeService:
             self._handoffs.pump(now_s)
 
     def is_landing(self) -> bool:
-        return self._handoffs.num_landing > 0 or bool(self._ready)
+        return bool(self._ready) or (self._arrivals.is_polled and self._handoffs.num_landing > 0)
 
     def landed(self, messages: tuple[LandedMessage, ...], now_s: float) -> None:
         for message in messages:
@@ -385,14 +396,3 @@ class DecodeService:
             for leg in [leg for leg in self._legs.values() if now_s > leg.deadline_s]:
                 phase = "decode.stream" if leg.state is LegState.RUNNING else "decode.admit"
                 self._fail(leg, DeadlineError(f"the request's time was over in state {leg.state.value}", phase=phase))
-
-
-async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
-    """Build one replica, serve until `stop` (or an operator's Drain, or something breaks), drain, unregister. Raises what broke it."""
-    async with opened(config, replica_id) as parts:
-        service = DecodeService(parts.card, parts.worker, parts.agent, parts.tracing, parts.directory)
-        try:
-            await service.start()
-            await service.membership.serve(stop)
-        finally:
-            await service.stop()

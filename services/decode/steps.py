@@ -1,7 +1,7 @@
 """Owns the step loop: plan on the event loop, run in the step thread, apply on the event loop. Knows no peer and no wire.
 
-While a step runs, the loop serves sockets. With nothing to run it sleeps until something happens; while handles are landing it looks
-into the rings about every millisecond.
+While a step runs, the loop serves sockets. With nothing to run it sleeps until something happens; while messages may land it looks for
+them about every millisecond. What landed is taken in first in each step.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from duomo.errors import DuomoError, EngineError
+from services.decode.arrivals import Arrivals, LandedMessage
 from services.decode.batch import Batch, PlannedStep
-from services.decode.worker import DecodeWorker, LandedMessage, Row, StepInput, StepOutput
+from services.decode.worker import DecodeWorker, Row, StepInput, StepOutput
 from services.kv_transfer.membership import Progress
+from services.kv_transfer.step_thread import StepThread
 
 LAND_PERIOD_S = 0.001
 
@@ -29,7 +30,7 @@ class StepHost(Protocol):
         """Grant and join before the next step is planned."""
 
     def is_landing(self) -> bool:
-        """Whether a handle is open, so that messages may land."""
+        """Whether messages may land, or a leg waits to be let in."""
 
     def landed(self, messages: tuple[LandedMessage, ...], now_s: float) -> None: ...
 
@@ -43,30 +44,34 @@ class StepHost(Protocol):
 
 
 class StepLoop:
-    """The step thread and the task that feeds it. start() once, stop() once."""
+    """The task that feeds the step thread. start() once, stop() once. thread: its creator's to close; None: one of its own."""
 
-    def __init__(self, worker: DecodeWorker, batch: Batch, progress: Progress, host: StepHost) -> None:
+    def __init__(
+        self, worker: DecodeWorker, arrivals: Arrivals, batch: Batch, progress: Progress, host: StepHost, thread: StepThread | None
+    ) -> None:
         self._worker = worker
+        self._arrivals = arrivals
         self._batch = batch
         self._progress = progress
         self._host = host
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode-step")
+        self._thread = thread or StepThread("decode-step")
+        self._owns_thread = thread is None
         self._awake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.failure: EngineError | None = None  # why no step runs any more
 
     async def start(self) -> None:
         """Warm the worker in its thread, then run."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._worker.warm)
-        self._task = loop.create_task(self._guard())
+        await self._thread.run("step", self._worker.warm)
+        self._task = asyncio.get_running_loop().create_task(self._guard())
 
     async def stop(self) -> None:
-        """End the task; a step that runs is waited for."""
+        """End the task; in a thread of its own a step that runs is waited for."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._owns_thread:
+            await asyncio.to_thread(self._thread.close)
 
     def wake(self) -> None:
         """Something changed that the loop may be sleeping on."""
@@ -81,23 +86,26 @@ class StepLoop:
         except Exception as error:  # torch raises RuntimeError and others; broke() answers every request
             log.exception("a decode step failed")
             self._break(EngineError(f"a decode step failed: {type(error).__name__}: {error}", phase="decode.stream"))
+        finally:
+            self._thread.expect_steps(False)
 
     def _break(self, error: EngineError) -> None:
         self.failure = error
         self._host.broke(error)
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             self._awake.clear()
             self._host.before_step(time.monotonic())
             step = self._batch.plan()
-            if step.rows or step.copies:
+            is_step = bool(step.rows or step.copies)
+            self._thread.expect_steps(is_step)
+            if is_step:
                 self._progress.pending()
-                output = await loop.run_in_executor(self._thread, self._worker.run, _input(step))
+                landed, output = await self._thread.run("step", self._turn, _input(step))
                 self._progress.advance()
-                if output.landed:
-                    self._host.landed(output.landed, time.monotonic())
+                if landed:
+                    self._host.landed(landed, time.monotonic())
                 self._host.stepped(step, output)
                 continue
             self._progress.idle()
@@ -105,11 +113,15 @@ class StepLoop:
                 self._host.rested()
                 await self._awake.wait()
                 continue
-            landed = await loop.run_in_executor(self._thread, self._worker.land)
+            landed = await self._thread.run("step", self._arrivals.land)
             if landed:
                 self._host.landed(landed, time.monotonic())
             else:
                 await asyncio.sleep(LAND_PERIOD_S)
+
+    def _turn(self, step: StepInput) -> tuple[tuple[LandedMessage, ...], StepOutput]:
+        """In the step thread."""
+        return self._arrivals.land(), self._worker.run(step)
 
 
 def _input(step: PlannedStep) -> StepInput:

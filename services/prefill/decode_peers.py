@@ -1,7 +1,8 @@
 """Owns the sockets to decode replicas and their attached landing rings. Knows no leg and no policy.
 
 One connection for each decode boot id, opened at first use and kept. A peer is **reachable** once its ring is attached to the
-transfer agent. Attaching blocks (NIXL exchanges metadata), so it runs in a thread of its own.
+transfer agent; one that lends its blocks has no ring, and is once it is connected. Attaching blocks (NIXL exchanges metadata), so it runs
+in a thread of its own.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ class DecodePeer:
 class DecodePeers:
     """All decode replicas that this process talks to.
 
-    connect: opens a socket whose messages come back through the service (Membership.connect).
+    agent: None where decode lends its blocks. connect: opens a socket whose messages come back through the service (Membership.connect).
     on_change: called when a peer became reachable; on_lost: when a peer cannot be reached (any more), with the reason.
     """
 
     def __init__(
         self,
-        agent: TransferAgent,
+        agent: TransferAgent | None,
         connect: Callable[[str], Awaitable[Connection]],
         on_change: Callable[[str], None],
         on_lost: Callable[[str, PeerError], None],
@@ -94,10 +95,10 @@ class DecodePeers:
     def ring_offered(self, connection: Connection, ring: RingOffered) -> None:
         """A peer's landing ring (a new one replaces the old one)."""
         peer = self._peers.get(connection.peer.boot_id)
-        if peer is None:
+        if peer is None or self._agent is None:
             raise WireError("a ring from a decode replica that this side did not connect to", code="unexpected_message")
         peer.num_attaching += 1
-        self._spawn(self._attach(peer, connection, ring))
+        self._spawn(self._attach(self._agent, peer, connection, ring))
 
     def when_attached(self, connection: Connection, act: Callable[[], None]) -> None:
         """Act now, or once the rings that this peer has offered so far are attached."""
@@ -124,7 +125,8 @@ class DecodePeers:
         gone = [key for key, one in self._peers.items() if one.connection is None and one.connecting is None]
         for key in gone[:-MAX_GONE_PEERS]:
             del self._peers[key]
-        self._spawn(self._detach(boot_id))
+        if self._agent is not None:
+            self._spawn(self._detach(self._agent, boot_id))
         self._on_lost(boot_id, PeerError(f"decode replica {connection.peer.replica_id} is gone", phase="kv.handoff"))
 
     async def close(self) -> None:
@@ -151,6 +153,9 @@ class DecodePeers:
             for fence in peer.fences:
                 connection.post(fence)
             peer.fences.clear()
+            if self._agent is None:
+                peer.is_reachable = True
+                self._on_change(peer.address.boot_id)
         except PeerError as error:
             log.warning("cannot reach decode replica %s: %s", peer.address.replica_id, error)
             del self._peers[peer.address.boot_id]
@@ -158,10 +163,10 @@ class DecodePeers:
         finally:
             peer.connecting = None
 
-    async def _attach(self, peer: DecodePeer, connection: Connection, ring: RingOffered) -> None:
+    async def _attach(self, agent: TransferAgent, peer: DecodePeer, connection: Connection, ring: RingOffered) -> None:
         boot_id = peer.address.boot_id
         try:
-            await asyncio.get_running_loop().run_in_executor(self._attach_thread, self._agent.attach_ring, boot_id, ring)
+            await asyncio.get_running_loop().run_in_executor(self._attach_thread, agent.attach_ring, boot_id, ring)
         except DuomoError as error:
             log.warning("cannot attach the ring of %s: %s", peer.address.replica_id, error)
             self._on_lost(boot_id, PeerError(f"its ring cannot be attached: {error.detail}", code=error.code, phase="kv.handoff"))
@@ -182,5 +187,5 @@ class DecodePeers:
             for act in deferred:
                 act()
 
-    async def _detach(self, boot_id: str) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._attach_thread, self._agent.detach, boot_id)
+    async def _detach(self, agent: TransferAgent, boot_id: str) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._attach_thread, agent.detach, boot_id)

@@ -28,15 +28,18 @@ from duomo.wire.messages import (
     TokensEmitted,
     WaveAnnounced,
 )
-from services.kv_transfer import layout
 from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import Progress, ReplicaCard
+from services.kv_transfer.step_thread import StepThread
 from services.prefill import first_tokens
 from services.prefill.decode_peers import DecodePeers
 from services.prefill.handoff import Handoffs
 from services.prefill.leg import Leg, Stage
+from services.prefill.loan_handoffs import LoanHandoffs
 from services.prefill.policy import Key, Limits
-from services.prefill.prompt_blocks import PromptBlocks
+from services.prefill.prompt_blocks import LentTables, PromptBlocks, TableSource
+from services.prefill.ring_handoffs import RingHandoffs
 from services.prefill.waves import WaveLoop
 from services.prefill.worker import PrefillWorker, WaveOutput
 
@@ -45,32 +48,43 @@ ENDED_LEASE_S = 1.0  # where every choice ended here, D needs no KV: what it has
 
 
 class LegBook:
-    """All legs. connect: opens a socket to a decode replica whose messages come back through the service."""
+    """All legs. means: how KV gets to decode, a TransferAgent or, in decode's own process, the blocks that it lends.
+
+    connect: opens a socket to a decode replica whose messages come back through the service. thread: the caller's to close.
+    """
 
     def __init__(
         self,
         card: ReplicaCard,
         worker: PrefillWorker,
-        agent: TransferAgent,
+        means: TransferAgent | BlockLoans,
         tracing: Tracing,
         progress: Progress,
         connect: Callable[[str], Awaitable[Connection]],
+        thread: StepThread,
     ) -> None:
         section = card.config.prefill
         self.card = card
         self.counters: Counter[str] = Counter()
         self.is_draining = False
-        self.blocks = PromptBlocks(section.num_blocks, card.config.model.block_tokens, section.prefix_cache_blocks)
-        self.peers = DecodePeers(agent, connect, self._peer_changed, self._peer_lost)
-        self.handoffs = Handoffs(agent, self.peers, worker.pack, tracing, self._moved, self.fail)
+        self.blocks: TableSource
+        self.handoffs: Handoffs
+        if isinstance(means, BlockLoans):
+            self.peers = DecodePeers(None, connect, self._peer_changed, self._peer_lost)
+            self.blocks, self.handoffs = LentTables(means), LoanHandoffs(means)
+        else:
+            self.peers = DecodePeers(means, connect, self._peer_changed, self._peer_lost)
+            self.blocks = PromptBlocks(section.num_blocks, card.config.model.block_tokens, section.prefix_cache_blocks)
+            self.handoffs = RingHandoffs(means, self.peers, worker, tracing, self._moved, self.fail)
         limits = Limits(
             max_wave_tokens=section.max_wave_tokens,
             max_wave_prompts=section.max_wave_prompts,
             num_groups=worker.num_groups,
-            num_blocks=section.num_blocks,
+            num_blocks=self.blocks.manager.num_blocks,
             grant_timeout_s=section.grant_timeout_s,
         )
-        self.waves = WaveLoop(worker, limits, progress, lambda: self.blocks.num_available, self, card.config.delays.prefill_queue_s)
+        delay_s = card.config.delays.prefill_queue_s
+        self.waves = WaveLoop(worker, limits, progress, thread, lambda: self.blocks.num_available, self, delay_s)
         self._worker = worker
         self._tracing = tracing
         self._progress = progress
@@ -135,14 +149,11 @@ class LegBook:
             self.handoffs.refuse(message)
             return
         is_ours = handle.producer_boot_id == self.card.boot_id and handle.model_fingerprint == self.card.model_fingerprint
-        slot_bytes = self.peers.slot_bytes(handle.consumer_boot_id, handle.ring_name)
-        if not is_ours or slot_bytes is None or (handle.num_tokens, handle.num_blocks) != (len(leg.token_ids), leg.num_blocks):
+        is_for_leg = (handle.num_tokens, handle.num_blocks) == (len(leg.token_ids), leg.num_blocks)
+        if not is_ours or not is_for_leg or not self.handoffs.accept(leg, handle):
             self.handoffs.refuse(message)
             self.fail(leg, TransferError("the handle offered is for another process, model, ring or prompt", code="stale_handle"))
             return
-        to_send = range(handle.first_block, handle.num_blocks)
-        spans = layout.messages(to_send, self._worker.group_bounds, self._worker.block_bytes, slot_bytes)
-        self.handoffs.open(leg, handle, spans)
         leg.stage = Stage.GRANTED
         leg.look(is_reachable=True)
         self.waves.wake()
@@ -167,7 +178,12 @@ class LegBook:
 
     def allocate(self, leg: Leg, wave_id: int) -> bool:
         """See WaveEvents."""
-        table = self.blocks.allocate(leg.token_ids, leg.request.cache_salt)
+        assert leg.handoff is not None
+        try:
+            table = self.blocks.allocate(leg.handoff.handle.handle_id, leg.token_ids, leg.request.cache_salt)
+        except TransferError as error:
+            self.fail(leg, error)
+            return False
         if table is None:
             return False
         leg.blocks, leg.cached_tokens = table.blocks, table.cached_tokens
@@ -195,7 +211,7 @@ class LegBook:
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
         """See WaveEvents."""
         for leg in legs:
-            self.handoffs.push_group(leg, group)
+            self.handoffs.group_computed(leg, group)
 
     def wave_computed(self, legs: Sequence[Leg], outputs: Sequence[WaveOutput]) -> None:
         """First tokens go out before anything else, in one frame for each gateway."""
@@ -267,6 +283,9 @@ class LegBook:
         token_ids = request.prompt_ids + request.emitted_ids
         if self.is_draining:
             return CapacityError("this prefill replica is draining", code="draining", phase="prefill.queue")
+        if not self.handoffs.reaches(request.decode.boot_id):
+            detail = f"{request.decode.replica_id} lives in another process, and this replica hands over within its own alone"
+            return PeerError(detail, code="not_colocated", phase="kv.handoff")
         if not token_ids or not request.choices or len(request.emitted_ids) >= request.sampling.max_tokens:
             return RequestError("a prefill needs a token, a choice and a token left to generate", code="bad_request")
         if len(token_ids) > self._max_tokens:

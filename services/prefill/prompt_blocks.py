@@ -1,4 +1,4 @@
-"""Owns the KV blocks of prompts and the prefix cache over them. Knows no leg, no tensor and no thread.
+"""Owns the sources of prompts' block tables: a pool of prefill's own with its prefix cache, or decode's grants. Knows no leg and no tensor.
 
 The prefix cache is off at capacity 0. Blocks come back by free(), once for each allocate().
 """
@@ -6,46 +6,71 @@ The prefix cache is off at capacity 0. Blocks come back by free(), once for each
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Protocol
 
-from duomo.engine.blocks import BlockManager, prefix_hashes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptTable:
-    """A prompt's block table; the KV of its first cached_tokens tokens is there already."""
-
-    blocks: tuple[int, ...]
-    cached_tokens: int
+from duomo.engine.blocks import BlockManager, PromptTable, allocate_prompt, commit_prompt
+from services.kv_transfer.loans import BlockLoans
 
 
-class PromptBlocks:
-    """All blocks of one prefill replica."""
+class TableSource(Protocol):
+    """Gives a prompt its block table when its wave starts. manager: the pool that the blocks are of."""
 
-    def __init__(self, num_blocks: int, block_tokens: int, prefix_cache_blocks: int) -> None:
-        self.manager = BlockManager(num_blocks, block_tokens, max_cached_blocks=prefix_cache_blocks)
-        self._uses_cache = prefix_cache_blocks > 0
+    @property
+    def manager(self) -> BlockManager: ...
 
     @property
     def num_available(self) -> int:
-        """Blocks that a prompt could get now."""
-        return self.manager.num_available
+        """Blocks that granted prompts could get now."""
 
-    def allocate(self, token_ids: Sequence[int], salt: str) -> PromptTable | None:
-        """Blocks for the whole prompt, known prefix first; None where too few are available. At least one token is left to compute."""
-        known: list[int] = []
-        if self._uses_cache:
-            known = self.manager.lookup(prefix_hashes(token_ids[:-1], self.manager.block_tokens, salt))
-        rest = self.manager.allocate(self.manager.num_blocks_for(len(token_ids)) - len(known))
-        if rest is None:
-            self.manager.free(known)
-            return None
-        return PromptTable(blocks=(*known, *rest), cached_tokens=len(known) * self.manager.block_tokens)
+    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
+        """The table of the prompt that was granted this handle; None where too few blocks are free. Raises TransferError."""
 
     def commit(self, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:
         """The prompt's KV is computed: its full blocks may be found by others."""
-        if self._uses_cache:
-            self.manager.commit(blocks, prefix_hashes(token_ids, self.manager.block_tokens, salt))
+
+    def free(self, blocks: Sequence[int]) -> None: ...
+
+
+class PromptBlocks:
+    """All blocks of one prefill replica. Handles say nothing about them."""
+
+    def __init__(self, num_blocks: int, block_tokens: int, prefix_cache_blocks: int) -> None:
+        self.manager = BlockManager(num_blocks, block_tokens, max_cached_blocks=prefix_cache_blocks)
+
+    @property
+    def num_available(self) -> int:
+        return self.manager.num_available
+
+    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
+        return allocate_prompt(self.manager, token_ids, salt)
+
+    def commit(self, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:
+        commit_prompt(self.manager, token_ids, blocks, salt)
 
     def free(self, blocks: Sequence[int]) -> None:
         self.manager.free(blocks)
+
+
+class LentTables:
+    """The tables that decode's grants hold in the pool of this process: every granted prompt has its blocks."""
+
+    def __init__(self, loans: BlockLoans) -> None:
+        self._loans = loans
+
+    @property
+    def manager(self) -> BlockManager:
+        return self._loans.manager
+
+    @property
+    def num_available(self) -> int:
+        """No wave waits for blocks. Prompts that share a prefix may count more of them together than there are: a wave of fewer, then."""
+        return self.manager.num_blocks
+
+    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
+        return self._loans.take(handle_id)
+
+    def commit(self, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:
+        commit_prompt(self.manager, token_ids, blocks, salt)
+
+    def free(self, blocks: Sequence[int]) -> None:
+        self._loans.give_back(blocks)

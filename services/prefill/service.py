@@ -1,6 +1,6 @@
 """Owns one prefill replica: its parts' start and end, which message goes where, its report. Knows no leg's state and no torch.
 
-Everything here runs on the event loop. Threads: the step thread (waves.py), the agent's writer thread (handoff.py), and one that
+Everything here runs on the event loop. Threads: the step thread (waves.py), the agent's writer thread (ring_handoffs.py), and one that
 attaches rings (decode_peers.py).
 """
 
@@ -33,7 +33,9 @@ from duomo.wire.messages import (
 )
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
+from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import Membership, Progress, ReplicaCard
+from services.kv_transfer.step_thread import StepThread
 from services.kv_transfer.transport_nixl import NixlTransport
 from services.prefill.leg_book import LegBook
 from services.prefill.worker import PrefillWorker, WorkerSizes
@@ -44,17 +46,28 @@ log = logging.getLogger(__name__)
 
 
 class PrefillService:
-    """One replica: a ReplicaLogic. start() once, stop() once; agent and tracing are their creator's to close afterwards."""
+    """One replica: a ReplicaLogic. start() once, stop() once; what it was given is its creator's to close afterwards.
+
+    means: how KV gets to decode (LegBook). thread: where groups are computed; None: one of its own.
+    """
 
     def __init__(
-        self, card: ReplicaCard, worker: PrefillWorker, agent: TransferAgent, tracing: Tracing, directory: Directory | None = None
+        self,
+        card: ReplicaCard,
+        worker: PrefillWorker,
+        means: TransferAgent | BlockLoans,
+        tracing: Tracing,
+        directory: Directory | None = None,
+        thread: StepThread | None = None,
     ) -> None:
         self.card = card
         self.progress = Progress(card.config.prefill.hang_timeout_s)
         self.membership = Membership(card, self, directory)
-        self._agent = agent
+        self._means = means
         self._tracing = tracing
-        self._book = LegBook(card, worker, agent, tracing, self.progress, self.membership.connect)
+        self._thread = thread or StepThread("prefill-step")
+        self._owns_thread = thread is None
+        self._book = LegBook(card, worker, means, tracing, self.progress, self.membership.connect, self._thread)
         self._loop_task: asyncio.Task[None] | None = None
 
     # life
@@ -75,7 +88,8 @@ class PrefillService:
         if self._loop_task is not None:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
-        self._book.waves.close()
+        if self._owns_thread:
+            await asyncio.to_thread(self._thread.close)
         await self._book.peers.close()
 
     def check_health(self) -> None:
@@ -133,11 +147,11 @@ class PrefillService:
         if self._loop_task is not None and self._loop_task.done():
             error = None if self._loop_task.cancelled() else self._loop_task.exception()
             return error if isinstance(error, DuomoError) else EngineError(f"the wave loop has ended: {error!r}")
-        return self._agent.failure
+        return self._means.failure
 
     def report(self) -> ReplicaReport:
         """What the router's policy and the invariants read."""
-        slots = self._agent.counts()
+        slots = self._means.counts()
         waiting = self._book.waves.waiting.values()
         blocks = self._book.blocks.manager
         return ReplicaReport(
@@ -161,7 +175,7 @@ class PrefillService:
             counters=dict(self._book.counters + Counter(slots.counters)),
             progress_age_s=self.progress.age_s(),
             pid=os.getpid(),
-            transport=self._agent.transport_name,
+            transport=self._means.transport_name,
         )
 
 

@@ -1,4 +1,4 @@
-"""Owns the live waves and the step thread: plan, run a group, apply. Knows no socket and no handle; what follows is told to WaveEvents.
+"""Owns the live waves: plan, run a group in the step thread, apply. Knows no socket and no handle; what follows is told to WaveEvents.
 
 One task on the event loop plans whenever something changed; at most one layer group is in the step thread at a time. Between groups
 everything is decided anew by policy.plan.
@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from duomo.errors import DeadlineError, DuomoError, EngineError
 from services.kv_transfer.membership import Progress
+from services.kv_transfer.step_thread import StepThread
 from services.prefill.leg import Leg
 from services.prefill.policy import Failure, Key, Limits, NewWave, NextGroup, Plan, Snapshot, WaveView, plan
 from services.prefill.worker import Computation, PrefillWorker, WaveOutput
@@ -24,7 +24,7 @@ class WaveEvents(Protocol):
     """What the loop asks of, and tells to, the service. All on the event loop."""
 
     def allocate(self, leg: Leg, wave_id: int) -> bool:
-        """Give the leg its blocks: it starts in this wave. False when there are not enough."""
+        """Give the leg its blocks: it starts in this wave. False when there are not enough, or when it has failed."""
 
     def announce(self, leg: Leg) -> None: ...
 
@@ -65,7 +65,7 @@ class WaveLoop:
     """Drives the waves of one replica.
 
     waiting: legs that are not in a wave, by key; the service adds and removes them and calls wake(). num_free_blocks: how many blocks
-    could be allocated now. delay_s: slept before a wave's first group (config.DelaySection).
+    could be allocated now. delay_s: slept before a wave's first group, for tests (config.DelaySection). thread: the service's to close.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class WaveLoop:
         worker: PrefillWorker,
         limits: Limits,
         progress: Progress,
+        thread: StepThread,
         num_free_blocks: Callable[[], int],
         events: WaveEvents,
         delay_s: float = 0.0,
@@ -89,7 +90,7 @@ class WaveLoop:
         self._waves: dict[int, Wave] = {}
         self._running: RunningGroup | None = None
         self._woken = asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefill-step", initializer=worker.enter_step_thread)
+        self._thread = thread
 
     @property
     def num_running(self) -> int:
@@ -101,7 +102,8 @@ class WaveLoop:
 
     async def warm(self) -> None:
         """Run the worker's dummy waves in the step thread."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._worker.warm)
+        await self._thread.run("group", self._worker.enter_step_thread)
+        await self._thread.run("group", self._worker.warm)
 
     async def run(self) -> None:
         """Plan, run, apply until cancelled."""
@@ -115,10 +117,6 @@ class WaveLoop:
             self._apply(decision)
             if decision.run is None or self._running is not None:
                 await self._wait(decision.wake_s)
-
-    def close(self) -> None:
-        """Wait for the group in the step thread, then end the thread."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
 
     async def _wait(self, wake_s: float | None) -> None:
         timeout_s = None if wake_s is None else max(wake_s - time.monotonic(), 0.0)
@@ -185,8 +183,7 @@ class WaveLoop:
         for other in self._waves.values():
             other.num_passes = 0 if other is wave else other.num_passes + 1
         wave.next_group += 1
-        loop = asyncio.get_running_loop()
-        done = loop.run_in_executor(self._thread, self._compute, wave, group)
+        done = self._thread.run("group", self._compute, wave, group)
         done.add_done_callback(lambda _: self._woken.set())
         self._running = RunningGroup(wave=wave, group=group, done=done)
         self._progress.pending()

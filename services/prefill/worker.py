@@ -83,14 +83,14 @@ def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int
 
 
 class PrefillWorker:
-    """One rank. delays: slept on purpose, for tests (config.DelaySection)."""
+    """One rank. delays: slept on purpose, for tests (config.DelaySection). cache: shared with decode; None: one of sizes.num_blocks."""
 
-    def __init__(self, model: Model, sizes: WorkerSizes, delays: DelaySection | None = None) -> None:
+    def __init__(self, model: Model, sizes: WorkerSizes, delays: DelaySection | None = None, cache: KvCache | None = None) -> None:
         self._group_delay_s = delays.prefill_group_s if delays is not None else 0.0
         self._message_delay_s = delays.kv_handoff_s if delays is not None else 0.0
         self.config = model.config
         self.sizes = sizes
-        self.cache = KvCache(kv_spec(model.config, sizes.block_tokens), sizes.num_blocks)
+        self.cache = cache or KvCache(kv_spec(model.config, sizes.block_tokens), sizes.num_blocks)
         self.group_bounds = group_bounds(model.config.num_layers, sizes.units, sizes.units_per_group)
         self._runner = ModelRunner(model, self.cache)
         self._sampler = Sampler()
@@ -111,7 +111,7 @@ class PrefillWorker:
     def warm(self) -> None:
         """Run waves at sizes that are not the repetition of a smaller one. Nobody holds a block yet, so any may be written."""
         for num_tokens in WARM_TOKENS:
-            table = list(range(min(-(-num_tokens // self.sizes.block_tokens), self.sizes.num_blocks)))
+            table = list(range(min(-(-num_tokens // self.sizes.block_tokens), self.cache.num_blocks)))
             fitting = min(num_tokens, len(table) * self.sizes.block_tokens)
             computation = self.begin([WaveRow(token_ids=(0,) * fitting, start=0, block_table=table)])
             for group in range(self.num_groups):

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from duomo.config import DuomoConfig
+from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.telemetry.tracing import configure
 from duomo.wire.messages import PeerAddress, RequestFailed, Sampling, StartDecode, StartPrefill
 from services.decode.service import DecodeService
@@ -102,7 +103,8 @@ async def system(config: DuomoConfig, num_p: int, num_d: int, faults: FaultPlan 
             card = ReplicaCard.of(config, "decode", f"d{number}", fingerprint)
             agent = TransferAgent(card.boot_id, hub.agent(card.boot_id), config.kv_transfer, num_send_slots=1)
             stack.callback(agent.close)
-            worker = DecodeWorker(model(), num_blocks=config.decode.num_blocks, block_tokens=16, torch_threads=1, agent=agent)
+            cache = KvCache(kv_spec(model().config, 16), config.decode.num_blocks)
+            worker = DecodeWorker(model(), cache, torch_threads=1)
             made.decodes.append((await _serve(stack, DecodeService(card, worker, agent, tracing)), await _gateway(stack, config)))
         for number in range(num_p):
             card = ReplicaCard.of(config, "prefill", f"p{number}", fingerprint)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duomo.config import DuomoConfig
+from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.telemetry.tracing import Tracing, configure
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker
@@ -81,9 +82,8 @@ async def running(config: DuomoConfig, faults: FaultPlan | None = None) -> Async
     card = ReplicaCard.of(config, "decode", "decode-0", model().config.fingerprint)
     agent = TransferAgent(card.boot_id, hub.agent(card.boot_id), config.kv_transfer, num_send_slots=1)
     tracing = configure(config.tracing, "duomo-decode", "decode", "decode-0")
-    worker = DecodeWorker(
-        model(), num_blocks=config.decode.num_blocks, block_tokens=BLOCK_TOKENS, torch_threads=config.decode.torch_threads, agent=agent
-    )
+    cache = KvCache(kv_spec(model().config, BLOCK_TOKENS), config.decode.num_blocks)
+    worker = DecodeWorker(model(), cache, torch_threads=config.decode.torch_threads)
     service = DecodeService(card, worker, agent, tracing)
     prefill, gateway = ScriptedPrefill(config, hub), ScriptedGateway(config)
     try:

@@ -9,7 +9,7 @@ import pytest
 
 from duomo.config import DuomoConfig
 from duomo.errors import ConfigError
-from services.decode.service import run_replica
+from services.decode.replica import run_replica
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.embedded_redis import EmbeddedRedis
 from tests.services.decode.rig import configuration

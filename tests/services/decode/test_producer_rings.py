@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.decode.producers import GIVEN_UP_WITHOUT_DIRECTORY_S, Fate, LostProducer
+from services.decode.producer_rings import GIVEN_UP_WITHOUT_DIRECTORY_S, Fate, LostProducer
 from services.kv_transfer.directory import Member
 from tests.services.decode.rig import configuration, running, serve
 from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, until
@@ -71,7 +71,7 @@ def test_without_a_directory_a_silent_producer_is_given_up_too() -> None:
 
 def test_a_stopped_producer_gives_everything_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It falls silent with a write under way, and no fence ever comes."""
-    monkeypatch.setattr("services.decode.producers.GIVEN_UP_WITHOUT_DIRECTORY_S", 0.5)
+    monkeypatch.setattr("services.decode.producer_rings.GIVEN_UP_WITHOUT_DIRECTORY_S", 0.5)
 
     async def go() -> None:
         async with running(configuration(tmp_path, {"wire": {"heartbeat_s": 0.1, "silence_timeout_s": 0.5}})) as rig:
