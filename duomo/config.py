@@ -148,9 +148,14 @@ class RaySection(Section):
 
 
 class DuomoConfig(Section):
-    """Everything a Duomo system is told."""
+    """Everything a Duomo system is told.
+
+    layout: "split" runs prefill and decode as two pools of processes; "colocated" runs both in one process with one copy of the weights
+    and one block pool of decode.num_blocks (prefill.num_blocks says nothing then, kv_transfer neither).
+    """
 
     model: ModelSection
+    layout: Literal["split", "colocated"] = "split"
     gateway: GatewaySection = GatewaySection()
     prefill: PrefillSection = PrefillSection()
     decode: DecodeSection = DecodeSection()
@@ -170,7 +175,21 @@ class DuomoConfig(Section):
             raise ValueError(
                 f"decode.watermark_blocks ({self.decode.watermark_blocks}) must be below decode.num_blocks ({self.decode.num_blocks})"
             )
+        if self.layout == "colocated":
+            self._check_colocated()
         return self
+
+    def _check_colocated(self) -> None:
+        if (self.prefill.replicas, self.decode.replicas) != (1, 1):
+            raise ValueError(
+                f"layout is colocated, which is one process: prefill.replicas ({self.prefill.replicas}) and decode.replicas "
+                f"({self.decode.replicas}) must be 1; layout split has more"
+            )
+        if self.prefill.torch_threads != self.decode.torch_threads:
+            raise ValueError(
+                f"layout is colocated, where one thread computes: prefill.torch_threads ({self.prefill.torch_threads}) and "
+                f"decode.torch_threads ({self.decode.torch_threads}) must be equal"
+            )
 
 
 def load_config(file: Path | None, overrides: dict[str, object]) -> DuomoConfig:

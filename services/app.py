@@ -1,11 +1,12 @@
 """Owns the Serve application: binds router, prefill, decode and directory, starts and stops Ray around it. Knows no request.
 
-The only file that knows all four services. Ray places, counts, health-checks and restarts their replicas; no request, token or
-byte of KV passes through Ray (docs/decisions/0003-ingress.md).
+The only file that knows all four services' deployments; in the layout colocated one of them, engine, is prefill and decode. Ray places,
+counts, health-checks and restarts their replicas; no request, token or byte of KV passes through Ray (docs/decisions/0003-ingress.md).
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -27,6 +28,8 @@ from duomo.config import DuomoConfig
 from duomo.errors import ConfigError, EngineError
 from services.decode.deployment import DecodeDeployment
 from services.kv_transfer.deployment import DirectoryDeployment
+from services.kv_transfer.registration import until_registered
+from services.kv_transfer.service_thread import ServiceThread
 from services.prefill.deployment import PrefillDeployment
 from services.router.deployment import RouterDeployment
 
@@ -46,13 +49,51 @@ ScalablePool = Literal["prefill", "decode"]
 log = logging.getLogger(__name__)
 
 
+class EngineDeployment:
+    """One process that is both pools (services/colocated.py). The constructor returns when both are warm and registered."""
+
+    def __init__(self, config_json: str) -> None:
+        # Here, not on top: whoever binds the application imports this file, and needs no torch.
+        from duomo.telemetry import logging as telemetry_logging
+        from services.colocated import run_replica
+
+        config = DuomoConfig.model_validate_json(config_json)
+        replica_id = f"engine-{serve.get_replica_context().replica_tag[:8]}"
+        telemetry_logging.configure("engine", replica_id)
+
+        async def run(stop: asyncio.Event) -> None:
+            await run_replica(config, replica_id, stop)
+
+        async def ready() -> None:
+            for pool in ("decode", "prefill"):
+                await until_registered(config.redis, f"{replica_id}.{pool}")
+
+        self._drain_s = config.gateway.request_deadline_s
+        self._thread = ServiceThread(replica_id, run, ready)
+        self._thread.start(config.ray.start_timeout_s)
+
+    async def check_health(self) -> None:
+        """Serve's health check: raises, and so has this replica replaced, when either service has ended or stands still."""
+        self._thread.check()
+
+    async def __del__(self) -> None:
+        """Serve's shutdown hook (it has no other): take no new request, finish the live ones, unregister."""
+        await self._thread.stop(self._drain_s)
+
+
+def pool_deployments(config: DuomoConfig) -> dict[str, tuple[type, int]]:
+    """The deployments that compute, by name: class and replicas."""
+    if config.layout == "colocated":
+        return {"engine": (EngineDeployment, 1)}
+    return {"prefill": (PrefillDeployment, config.prefill.replicas), "decode": (DecodeDeployment, config.decode.replicas)}
+
+
 def build_application(config: DuomoConfig) -> serve.Application:
-    """The four deployments, bound. The router is the ingress by name only: it listens itself."""
+    """All deployments, bound. The router is the ingress by name only: it listens itself."""
     told = config.model_dump_json()
     directory = _deployed(DirectoryDeployment, "directory", 1, config).bind(told)
-    prefill = _deployed(PrefillDeployment, "prefill", config.prefill.replicas, config).bind(told)
-    decode = _deployed(DecodeDeployment, "decode", config.decode.replicas, config).bind(told)
-    return _deployed(RouterDeployment, "router", 1, config).bind(told, directory, prefill, decode)
+    pools = [_deployed(one, name, replicas, config).bind(told) for name, (one, replicas) in pool_deployments(config).items()]
+    return _deployed(RouterDeployment, "router", 1, config).bind(told, directory, *pools)
 
 
 def _deployed(service: type, name: str, replicas: int, config: DuomoConfig) -> serve.Deployment:
@@ -100,7 +141,9 @@ class RaySystem:
         self._wait_until_running(began_s, deadline_s)
 
     def scale(self, pool: ScalablePool, replicas: int) -> None:
-        """Set a pool's number of replicas. Replicas that go drain first: they finish their streams."""
+        """Set a pool's number of replicas. Replicas that go drain first: they finish their streams. ConfigError: not in this layout."""
+        if pool not in pool_deployments(self._config):
+            raise ConfigError(f"layout is colocated: {pool} is a part of the one engine, which is not scaled")
         client = serve.context._get_global_client()
         assert client is not None, "scale() before start()"
         controller = client._controller
@@ -164,7 +207,7 @@ class RaySystem:
         if not self._config.ray.pin_by_resource:
             return
         offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray ships no type for it
-        for name in ("directory", "prefill", "decode", "router"):
+        for name in ("directory", *pool_deployments(self._config), "router"):
             if f"duomo_{name}" not in offered:
                 raise ConfigError(
                     f"ray.pin_by_resource is set, but no node offers the resource duomo_{name} "
@@ -184,7 +227,7 @@ class RaySystem:
             if overview.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
                 raise EngineError(_worst_message(overview), code="start_failed", phase="start")
             if time.monotonic() > deadline_s:
-                missing = ", ".join(sorted({"router", "prefill", "decode", "directory"} - running))
+                missing = ", ".join(sorted({"router", "directory", *pool_deployments(self._config)} - running))
                 limit = f"ray.start_timeout_s ({self._config.ray.start_timeout_s:.0f} s)"
                 raise EngineError(
                     f"{missing} not running after {limit}: {_worst_message(overview)}",

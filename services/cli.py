@@ -82,7 +82,7 @@ def serve(
 
 @app.command()
 def replica(
-    role: Annotated[Literal["prefill", "decode", "router"], typer.Argument(help="which process to be")],
+    role: Annotated[Literal["prefill", "decode", "engine", "router"], typer.Argument(help="which process; engine: layout colocated")],
     config: ConfigFile = None,
     replica_id: Annotated[str, typer.Option("--id", help="this replica's name, unique in its system")] = "",
     settings: Settings = None,

@@ -295,12 +295,16 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
     if role == "router":
         check_port(config)
         from services.router.service import serve_gateway as run
+    elif role == "engine":
+        from services.colocated import run_replica as run
+    elif config.layout == "colocated" and role in ("prefill", "decode"):
+        raise ConfigError(f"layout is colocated, where one engine is prefill and decode: run `duomo replica engine`, not {role}")
     elif role == "prefill":
         from services.prefill.service import run_replica as run
     elif role == "decode":
-        from services.decode.service import run_replica as run
+        from services.decode.replica import run_replica as run
     else:
-        raise ConfigError(f"ROLE must be prefill, decode or router, not {role!r}")
+        raise ConfigError(f"ROLE must be prefill, decode, engine or router, not {role!r}")
     from duomo.telemetry import logging as telemetry_logging
 
     telemetry_logging.configure(role, replica_id)

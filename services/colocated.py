@@ -1,0 +1,152 @@
+"""Owns one process that is both a prefill and a decode replica: one model, one KV cache, one block pool, one step thread. Knows no request.
+
+docs/decisions/0007-one-process.md. Both services run on one event loop, each with its own socket, lease and reports. They live and die
+together:
+
+    await run_replica(config, "engine-0", stop)     # registers "engine-0.prefill" and "engine-0.decode"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from duomo.config import DuomoConfig
+from duomo.engine.blocks import BlockManager
+from duomo.engine.kv_cache import KvCache, kv_spec
+from duomo.errors import ConfigError, DuomoError
+from duomo.models.qwen3_moe import Model, load_model
+from duomo.telemetry import tracing
+from duomo.telemetry.tracing import Tracing
+from duomo.wire.messages import PeerAddress
+from services.decode.service import DecodeService
+from services.decode.worker import DecodeWorker
+from services.kv_transfer.directory import Directory
+from services.kv_transfer.loans import BlockLoans
+from services.kv_transfer.membership import FAILED_DRAIN_S, ReplicaCard
+from services.kv_transfer.step_thread import StepThread
+from services.prefill.service import PrefillService
+from services.prefill.worker import PrefillWorker, WorkerSizes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workers:
+    """What computes waves and steps, over one cache."""
+
+    prefill: PrefillWorker
+    decode: DecodeWorker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineMeans:
+    """What both services share besides model and pool; the creator closes it."""
+
+    thread: StepThread
+    prefill_spans: Tracing
+    decode_spans: Tracing
+    directory: Directory | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """Both services of one process. start() once, stop() once."""
+
+    prefill: PrefillService
+    decode: DecodeService
+
+    async def start(self) -> None:
+        """Decode first: nothing reaches prefill before its decode is there."""
+        await self.decode.start()
+        await self.prefill.start()
+        identity = self.decode.membership.identity
+        self.prefill.prepare(PeerAddress(replica_id=identity.replica_id, boot_id=identity.boot_id, address=identity.address))
+
+    async def serve(self, stop: asyncio.Event) -> None:
+        """Until `stop`, or an operator's Drain of either: then both drain. Where one breaks both end. Raises what broke."""
+        over = asyncio.Event()
+        members = (self.prefill.membership, self.decode.membership)
+        serving = [asyncio.create_task(member.serve(over)) for member in members]
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait((*serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            over.set()
+            await asyncio.wait(serving, return_when=asyncio.FIRST_EXCEPTION)
+            if not all(task.done() for task in serving):  # one has broken: what the other can still finish, it may
+                await asyncio.gather(*(member.drain(FAILED_DRAIN_S) for member in members))
+        finally:
+            for task in (*serving, stopping):
+                task.cancel()
+            ends = await asyncio.gather(*serving, return_exceptions=True)
+        for end in ends:
+            if isinstance(end, DuomoError):
+                raise end
+
+    async def stop(self) -> None:
+        await self.prefill.stop()
+        await self.decode.stop()
+
+
+def workers_of(model: Model, config: DuomoConfig) -> Workers:
+    """Both workers over one cache of decode.num_blocks."""
+    cache = KvCache(kv_spec(model.config, config.model.block_tokens), config.decode.num_blocks)
+    return Workers(
+        prefill=PrefillWorker(model, WorkerSizes.of(config), config.delays, cache),
+        decode=DecodeWorker(model, cache, torch_threads=config.decode.torch_threads, step_delay_s=config.delays.decode_step_s),
+    )
+
+
+def loans_of(config: DuomoConfig, lender_boot_id: str) -> BlockLoans:
+    """The one block pool, with prefill's prefix cache over it."""
+    pool = BlockManager(config.decode.num_blocks, config.model.block_tokens, max_cached_blocks=config.prefill.prefix_cache_blocks)
+    return BlockLoans(lender_boot_id, pool)
+
+
+def engine_of(model: Model, config: DuomoConfig, replica_id: str, means: EngineMeans) -> Engine:
+    """Both services over one cache, pool and thread."""
+    prefill_card = ReplicaCard.of(config, "prefill", f"{replica_id}.prefill", model.config.fingerprint)
+    decode_card = ReplicaCard.of(config, "decode", f"{replica_id}.decode", model.config.fingerprint)
+    workers, loans = workers_of(model, config), loans_of(config, decode_card.boot_id)
+    return Engine(
+        prefill=PrefillService(prefill_card, workers.prefill, loans, means.prefill_spans, means.directory, means.thread),
+        decode=DecodeService(decode_card, workers.decode, loans, means.decode_spans, means.directory, means.thread),
+    )
+
+
+@asynccontextmanager
+async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[Engine]:
+    """Load and open everything, close it in reverse. Raises ModelError naming what is wrong."""
+    model = await asyncio.to_thread(load_model, config.model.path, progress=False)
+    means = EngineMeans(
+        thread=StepThread("engine-step"),
+        prefill_spans=tracing.configure(config.tracing, "duomo-prefill", "prefill", f"{replica_id}.prefill"),
+        decode_spans=tracing.configure(config.tracing, "duomo-decode", "decode", f"{replica_id}.decode"),
+        directory=Directory(config.redis.url, config.redis.lease_s),
+    )
+    try:
+        log.info("one process for prefill and decode: %d blocks of %d tokens", config.decode.num_blocks, config.model.block_tokens)
+        yield engine_of(model, config, replica_id, means)
+    finally:
+        await asyncio.to_thread(means.thread.close)
+        assert means.directory is not None
+        await means.directory.close()
+        for spans in (means.prefill_spans, means.decode_spans):
+            await asyncio.to_thread(spans.shutdown)
+
+
+async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
+    """The process from its model folder to its end: load, warm, register both, serve until `stop`, drain, unregister."""
+    if config.layout != "colocated":
+        raise ConfigError("layout is 'split': an engine serves layout 'colocated'; start prefill and decode replicas instead")
+    if not config.redis.url:
+        raise ConfigError("redis.url (DUOMO_REDIS_URL) is empty: a replica that runs by itself must be told where its directory is")
+    async with opened(config, replica_id) as engine:
+        try:
+            await engine.start()
+            await engine.serve(stop)
+        finally:
+            await engine.stop()
