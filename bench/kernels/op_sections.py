@@ -18,9 +18,10 @@ from bench.kernels.layer_section import Run
 from bench.kernels.shapes import LayerShape, make_logits, seeded
 from bench.kernels.targets import OURS, Case
 from duomo_kernels._bounds import bound, error
-from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape, decode_workspace
+from duomo_kernels._decode_pieces import DecodeConfig, DecodeShape, allocate_plan, decode_workspace
 from duomo_kernels._routing import Routing, routing_reference
 from duomo_kernels.decode_attention import decode_attention, decode_attention_reference
+from duomo_kernels.decode_plan import decode_plan
 from duomo_kernels.gate import gate
 
 CHAIN = 50  # calls of a small operation in one graph, each after the one before
@@ -121,17 +122,18 @@ def attention_calls(
     if num_bytes > POOL_BYTES:
         return None
     sets = _make_sets(shape, batch, device)
-    cut = _cut(shape, sets[0])
+    return _cut(shape, sets[0]).heuristic(device), lambda config: _calls(shape, sets, config)
 
-    def calls_of(config: DecodeConfig) -> list[Callable[[], Tensor]]:
-        workspace = decode_workspace(cut, device, config)
-        scale = shape.head_dim**-0.5
-        return [
-            partial(decode_attention, s.q_SHD, s.pool, s.table_SB, s.lengths_S, scale=scale, workspace=workspace, config=config)
-            for s in sets
-        ]
 
-    return cut.heuristic(device), calls_of
+def _calls(shape: LayerShape, sets: list[_Cache], config: DecodeConfig | None) -> list[Callable[[], Tensor]]:
+    """One a set. Plans are made here, as the peer's schedule is: once a step, for all layers."""
+    device, cut = sets[0].pool.device, _cut(shape, sets[0])
+    workspace, scale = decode_workspace(cut, device, config), shape.head_dim**-0.5
+    plans = [decode_plan(s.lengths_S, s.table_SB, allocate_plan(cut, device, config)) for s in sets]
+    return [
+        partial(decode_attention, s.q_SHD, s.pool, plan, scale=scale, workspace=workspace, is_settled=True)
+        for s, plan in zip(sets, plans, strict=True)
+    ]
 
 
 def _pool_bytes(shape: LayerShape, batch: Contexts) -> int:
@@ -166,9 +168,7 @@ def measure_attention(run: Run, shape: LayerShape) -> list[Case]:
         if not shape.num_kv_heads or num_bytes > POOL_BYTES or not run.wants(case.tokens) or not run.has_time(case):
             continue
         sets = _make_sets(shape, batch, run.device)
-        workspace = decode_workspace(_cut(shape, sets[0]), run.device)
-        scale = shape.head_dim**-0.5
-        ours = [partial(decode_attention, s.q_SHD, s.pool, s.table_SB, s.lengths_S, scale=scale, workspace=workspace) for s in sets]
+        ours, scale = _calls(shape, sets, None), shape.head_dim**-0.5
         some = torch.linspace(0, case.tokens - 1, min(8, case.tokens)).long().to(run.device)
         one = sets[0]
         expected = decode_attention_reference(one.q_SHD[some], one.pool, one.table_SB[some], one.lengths_S[some], scale)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from duomo_kernels._decode_pieces import DecodeConfig
+from duomo_kernels._decode_pieces import DecodeConfig, Merge
 from duomo_kernels.expert_direct import DirectTiles
 from duomo_kernels.expert_gemm import GemmTile
 from duomo_kernels.expert_gemm_fp8 import Fp8Tile
@@ -100,11 +100,14 @@ def down_tiles_fp8(block_m: int) -> list[Fp8Tile]:
 
 
 def decode_configs(usual: DecodeConfig) -> list[DecodeConfig]:
-    """Around the heuristic's: keys a tile, depth, programs a multiprocessor, who adds the pieces."""
+    """Around the heuristic's: keys a tile, depth, programs a multiprocessor, who adds the pieces, whether short runs come late."""
     return [
-        DecodeConfig(block_keys=keys, num_stages=stages, num_warps=warps, programs_per_sm=programs, merge=merge)
-        for keys, warps in ((usual.block_keys, 4), (2 * usual.block_keys, 4), (2 * usual.block_keys, 8))
-        for stages in (3, usual.num_stages)
+        replace(usual, block_keys=keys, num_stages=stages, num_warps=warps, programs_per_sm=programs, merge=merge, late=late)
+        for keys, warps in ((usual.block_keys, 4), (2 * usual.block_keys, 8))
+        for stages in (7, usual.num_stages)
         for programs in (1, 2)
-        for merge in ("ticket", "kernel")
+        for merge, late in _MERGES
     ]
+
+
+_MERGES: tuple[tuple[Merge, int], ...] = (("ticket", 0), ("kernel", 0), ("ticket", 16))

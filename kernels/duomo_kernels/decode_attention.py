@@ -1,21 +1,20 @@
-"""Owns attention of one query row a sequence over paged keys, cut by the device so that every multiprocessor reads as much. Knows no batch.
+"""Owns attention of one query row a sequence over paged keys, by a plan that the device made. Knows no batch and no cut (decode_plan.py).
 
     out[s, h] = sum over j < lengths[s] of softmax_j(q[s, h] . k[j, h / G] * scale) v[j, h / G]; zeros where lengths[s] = 0
 
 The pool of one layer is [blocks, 2 (k, v), kv heads N, block tokens, head dim D]; position j of sequence s lies in block
 table[s, j / block_tokens]. Only positions under lengths[s] are read: neither later table entries nor later slots of the last block.
 
-The work is a row of tiles: items (sequence, kv head) one after another, each ceil(length / BLOCK) tiles. Every program takes an equal run
-of it, whatever the lengths, so one long sequence among short ones is spread over as many programs as it is worth. What a program reads of
-an item is a piece. An item in one piece is written at once; otherwise pieces leave (max, sum, sum of weighted values) in float32, added in
-the order of the pieces by the last program to arrive (an integer ticket, which it sets back) or by a second kernel: the same bits in every
-run, since arrival decides only who adds. A program runs through its tiles in one loop, whose copies do not pause where an item ends.
+A program reads one run of tiles of one kv head, whatever sequences they belong to: one long sequence among short ones is spread over as
+many programs as it is worth. It runs through them in one loop, whose copies do not pause where a sequence ends. Every warp has its own keys
+of a tile and its own running softmax, so that warps meet where a piece ends and nowhere else. A sequence in one piece is written at once;
+otherwise pieces leave (max, sum, sum of weighted values) in float32, added in the order of the pieces by the last program to arrive (an
+integer ticket, which it sets back) or by a second kernel: the same bits in every run, since arrival decides only who adds.
 
-With `chunk_tokens` pieces are cut there instead, belong to the program in whose run they begin and are added by the second kernel: a
-sequence's bits then depend on nothing but itself. Without it they depend on the lengths beside it (and on nothing else: the same call
-gives the same bits).
+A plan in chunks makes a sequence's bits depend on nothing but itself; its pieces are added by the second kernel. Otherwise they depend on
+the lengths beside it (and on nothing else: the same call gives the same bits).
 
-Legend: S sequences, H query heads, N kv heads, G = H / N, D head dim, P programs, U pieces.
+Legend: S sequences, H query heads, N kv heads, G = H / N, D head dim, W warps, K keys of a warp, R query heads of a merge, T tiles.
 """
 
 from __future__ import annotations
@@ -25,24 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duomo_kernels._decode_pieces import (
-    MERGE_ROWS,
-    DecodeConfig,
-    DecodeShape,
-    DecodeWorkspace,
-    check_workspace,
-    chunk_start,
-    item_ends,
-    locate,
-    merge,
-    merge_kernel,
-    pieces,
-    run_start,
-)
-from duomo_kernels._launch import check, num_sms, pdl_options, start_next, wait_for_previous
+from duomo_kernels._decode_pieces import MERGE_ROWS, DecodePlan, DecodeWorkspace, check_workspace, merge, merge_kernel
+from duomo_kernels._launch import check, pdl_options, start_next, wait_for_previous
+from duomo_kernels.decode_plan import check_plan
 
 LOG2_E = 1.4426950408889634
-MAX_SEQUENCES = 4096  # lengths that a program holds in registers: 32 a thread
+LEAST = tl.constexpr(-1e30)  # below every score and finite: what has seen no key has no share
+TOUCH_TILES = tl.constexpr(8)  # of a run's records, brought in beside the run's own
 
 
 def decode_attention_reference(q_SHD: Tensor, pool: Tensor, block_table_SB: Tensor, lengths_S: Tensor, scale: float) -> Tensor:
@@ -63,246 +51,252 @@ def decode_attention_reference(q_SHD: Tensor, pool: Tensor, block_table_SB: Tens
 
 @triton.jit
 def _load_tile(
-    pool_ptr, table_row_ptr, head, tile, length, N: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Which keys of an item's tile live, keys [D, BLOCK] and values [BLOCK, D]."""
-    lane_L = tl.arange(0, BLOCK)
+    pool_ptr, blocks_ptr, at, head, live,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Keys [W, D, K] and values [W, K, D] of tile `at`, zeros where no key lives."""
+    KEYS: tl.constexpr = BLOCK // WARPS
+    key_WK = tl.arange(0, WARPS)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
     lane_D = tl.arange(0, D)
-    key_L = tile * BLOCK + lane_L
-    live_L = key_L < length
+    live_WK = key_WK < live
     if BLOCK_TOKENS >= BLOCK:  # one block holds the tile: one scalar address, the rest is constant
-        block = tl.load(table_row_ptr + tile * BLOCK // BLOCK_TOKENS)
-        from_ptr = pool_ptr + ((block.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + tile * BLOCK % BLOCK_TOKENS) * D
-        row_L = lane_L * D
-    else:
-        block_L = tl.load(table_row_ptr + key_L // BLOCK_TOKENS, mask=live_L, other=0)
+        MANY: tl.constexpr = BLOCK_TOKENS // BLOCK
+        part = tl.load(blocks_ptr + at)
+        from_ptr = pool_ptr + (((part // MANY).to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + part % MANY * BLOCK) * D
+        row_WK = key_WK * D
+    elif BLOCK_TOKENS >= KEYS:  # one block holds a warp's keys
+        lane_W = tl.arange(0, WARPS)
+        block_W = tl.load(blocks_ptr + at * (BLOCK // BLOCK_TOKENS) + lane_W * KEYS // BLOCK_TOKENS)
         from_ptr = pool_ptr
-        row_L = ((block_L.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_L % BLOCK_TOKENS) * D
-    k_DL = tl.load(from_ptr + row_L[None, :] + lane_D[:, None], mask=live_L[None, :], other=0.0)
-    v_LD = tl.load(from_ptr + N * BLOCK_TOKENS * D + row_L[:, None] + lane_D[None, :], mask=live_L[:, None], other=0.0)
-    return live_L, k_DL, v_LD
+        row_W = ((block_W.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + lane_W * KEYS % BLOCK_TOKENS) * D
+        row_WK = row_W[:, None] + tl.arange(0, KEYS)[None, :] * D
+    else:
+        block_WK = tl.load(blocks_ptr + at * (BLOCK // BLOCK_TOKENS) + key_WK // BLOCK_TOKENS)
+        from_ptr = pool_ptr
+        row_WK = ((block_WK.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_WK % BLOCK_TOKENS) * D
+    k_WDK = tl.load(from_ptr + row_WK[:, None, :] + lane_D[None, :, None], mask=live_WK[:, None, :], other=0.0)
+    # masked, since slots never written may hold NaN, which a weight of zero does not silence
+    v_ptr = from_ptr + N * BLOCK_TOKENS * D
+    v_WKD = tl.load(v_ptr + row_WK[:, :, None] + lane_D[None, None, :], mask=live_WK[:, :, None], other=0.0)
+    return k_WDK, v_WKD
+
+
+@triton.jit
+def _lower_rows(x_WGX):
+    """The first half of the query heads: of an mma's 16 rows, those that a group of 8 or fewer fills. No element leaves its register."""
+    W: tl.constexpr = x_WGX.shape[0]
+    G: tl.constexpr = x_WGX.shape[1]
+    X: tl.constexpr = x_WGX.shape[2]
+    lower, _ = tl.split(x_WGX.reshape(W, 2, G // 2, X).permute(0, 2, 3, 1))
+    return lower
+
+
+@triton.jit
+def _halves(x_WGD):
+    """The lower and the upper half of the columns. No element leaves its register."""
+    W: tl.constexpr = x_WGD.shape[0]
+    G: tl.constexpr = x_WGD.shape[1]
+    D: tl.constexpr = x_WGD.shape[2]
+    return tl.split(x_WGD.reshape(W, G, 2, D // 2).permute(0, 1, 3, 2))
+
+
+@triton.jit
+def _beside(lower_GD, upper_GD):
+    G: tl.constexpr = lower_GD.shape[0]
+    D: tl.constexpr = lower_GD.shape[1]
+    return tl.join(lower_GD, upper_GD).permute(0, 2, 1).reshape(G, 2 * D)
+
+
+@triton.jit
+def _add_warps(x_WGD):
+    """The sum over warps [G, D], a quarter of the columns at a time: warps meet in shared memory, which copies fill."""
+    lower, upper = _halves(x_WGD)
+    a, b = _halves(lower)
+    c, d = _halves(upper)
+    return _beside(_beside(tl.sum(a, 0), tl.sum(b, 0)), _beside(tl.sum(c, 0), tl.sum(d, 0)))
+
+
+@triton.jit
+def _join_warps(top_WG, sum_WGK, acc_WGD, G: tl.constexpr):
+    """What the warps have of a piece, together: max, sum and acc of G query heads, padded."""
+    ROWS: tl.constexpr = acc_WGD.shape[1]
+    W: tl.constexpr = acc_WGD.shape[0]
+    sum_WG = tl.sum(sum_WGK, 2)
+    if G * 2 <= ROWS:
+        top_WG = tl.reshape(_lower_rows(top_WG[:, :, None]), (W, ROWS // 2))
+        sum_WG = tl.reshape(_lower_rows(sum_WG[:, :, None]), (W, ROWS // 2))
+        acc_WGD = _lower_rows(acc_WGD)
+    top_G = tl.max(top_WG, 0)
+    share_WG = tl.exp2(top_WG - top_G[None, :])
+    sum_G = tl.sum(sum_WG * share_WG, 0)
+    return top_G, sum_G, _add_warps(acc_WGD * share_WG[:, :, None])
 
 
 @triton.jit
 def _add_pieces(
-    out_ptr, acc_ptr, max_ptr, sum_ptr, tickets_ptr, start, stop, total, programs, ends_S, keys_S,
-    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, MERGE_ROWS: tl.constexpr,
+    out_ptr, acc_ptr, max_ptr, sum_ptr, tickets_ptr, run_ptr, head,
+    N: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PIECES: tl.constexpr, MERGE_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Tickets of a run's first and last item, the only ones that others share, and the sum of those whose pieces are then all there."""
-    seq, head, begin, tiles, _ = locate(stop - 1, ends_S, keys_S, N, BLOCK)
-    last_item = seq * N + head
-    last_slot, last_count = pieces(last_item, begin, tiles, total, programs, 0)
-    seq, head, begin, tiles, _ = locate(start, ends_S, keys_S, N, BLOCK)
-    item = seq * N + head
-    slot, count = pieces(item, begin, tiles, total, programs, 0)
-    lane_E = tl.arange(0, 2)  # the first item, then the last where it is another: both tickets in one round trip
-    item_E = tl.where(lane_E == 0, item, last_item)
-    count_E = tl.where(lane_E == 0, count, tl.where(item != last_item, last_count, 0))
-    is_due_E = count_E > 1
-    tl.debug_barrier()  # every thread's part is written before one thread takes a ticket for all
-    ticket_E = tl.atomic_add(tickets_ptr + item_E, 1, mask=is_due_E, sem="acq_rel", scope="gpu")
-    is_ours_E = (is_due_E & (ticket_E == count_E - 1)).to(tl.int32)
-    for end in range(2):
-        if tl.max(tl.where(lane_E == end, is_ours_E, 0), 0) > 0:
-            item = tl.where(end == 0, item, last_item)
-            slot = tl.where(end == 0, slot, last_slot)
-            count = tl.where(end == 0, count, last_count)
-            tl.store(tickets_ptr + item, 0)
-            lane_R = tl.arange(0, MERGE_ROWS)
-            out_RD = merge(acc_ptr, max_ptr, sum_ptr, slot, count, lane_R, G, D, PIECES)
-            at_RD = (item.to(tl.int64) * G + lane_R)[:, None] * D + tl.arange(0, D)[None, :]
-            tl.store(out_ptr + at_RD, out_RD.to(out_ptr.dtype.element_ty), mask=lane_R[:, None] < G)
+    """Tickets of a run's first and last sequence, the only ones that others share, and the sum of those whose pieces are then all there."""
+    lane_E = tl.arange(0, 2)  # the first, then the last: both tickets in one round trip
+    seq_E = tl.load(run_ptr + 2 + lane_E * 3)
+    count_E = tl.load(run_ptr + 4 + lane_E * 3)
+    if tl.max(count_E, 0) > 1:
+        tl.debug_barrier()  # every thread's part is written before one thread takes a ticket for all
+        ticket_E = tl.atomic_add(tickets_ptr + seq_E * N + head, 1, mask=count_E > 1, sem="acq_rel", scope="gpu")
+        is_ours_E = ((count_E > 1) & (ticket_E == count_E - 1)).to(tl.int32)
+        for end in range(2):
+            if tl.max(tl.where(lane_E == end, is_ours_E, 0), 0) > 0:
+                item = tl.load(run_ptr + 2 + end * 3) * N + head
+                slot = tl.load(run_ptr + 3 + end * 3)
+                count = tl.load(run_ptr + 4 + end * 3)
+                tl.store(tickets_ptr + item, 0)
+                lane_R = tl.arange(0, MERGE_ROWS)
+                out_RD = merge(acc_ptr, max_ptr, sum_ptr, slot, count, head, lane_R, N, G, D, PIECES)
+                at_RD = (item.to(tl.int64) * G + lane_R)[:, None] * D + tl.arange(0, D)[None, :]
+                tl.store(out_ptr + at_RD, out_RD.to(out_ptr.dtype.element_ty), mask=lane_R[:, None] < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def _decode_kernel(
     q_ptr,
     pool_ptr,
-    table_ptr,
-    lengths_ptr,
+    words_ptr,
+    tiles_ptr,
+    blocks_ptr,
+    runs_ptr,
     out_ptr,
     acc_ptr,
     max_ptr,
     sum_ptr,
     tickets_ptr,
     scale_log2,
-    num_sequences,
-    max_blocks,
+    max_tiles,
     N: tl.constexpr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
-    S_PAD: tl.constexpr,
-    CHUNK_TILES: tl.constexpr,
+    WARPS: tl.constexpr,
     PIECES: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     HAS_TICKETS: tl.constexpr,
+    IS_SETTLED: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
+    KEYS: tl.constexpr = BLOCK // WARPS
     lane_G = tl.arange(0, ROWS)
     lane_D = tl.arange(0, D)
     in_G = lane_G < G
-    pid = tl.program_id(0)
-    wait_for_previous(USE_PDL)
-    ends_S, keys_S = item_ends(lengths_ptr, num_sequences, N, BLOCK, S_PAD)
+    head = tl.program_id(0) % N  # heads side by side: what lies side by side in a block is read at one time
+    run_ptr = runs_ptr + tl.program_id(0) // N * 8
+    if not IS_SETTLED:
+        wait_for_previous(USE_PDL)
+    start = tl.load(run_ptr)
+    stop = tl.load(run_ptr + 1)
+    if IS_SETTLED:
+        touch_T = start + tl.arange(0, TOUCH_TILES)
+        BLOCKS: tl.constexpr = BLOCK // BLOCK_TOKENS if BLOCK > BLOCK_TOKENS else 1
+        tl.load(tiles_ptr + touch_T, mask=touch_T < max_tiles, volatile=True)
+        tl.load(words_ptr + touch_T, mask=touch_T < max_tiles, volatile=True)  # volatile, or the compiler drops it
+        tl.load(blocks_ptr + touch_T * BLOCKS, mask=touch_T < max_tiles, volatile=True)
+        wait_for_previous(USE_PDL)
     start_next(USE_PDL)
-    total = tl.max(ends_S, 0)
-    programs = tl.minimum(tl.num_programs(0), total)  # every program that takes part has a tile
-    start = tl.minimum(run_start(pid, total, programs), total)
-    stop = tl.minimum(run_start(pid + 1, total, programs), total)
-    if CHUNK_TILES > 0:
-        start = chunk_start(start, total, ends_S, keys_S, N, BLOCK, CHUNK_TILES)
-        stop = chunk_start(stop, total, ends_S, keys_S, N, BLOCK, CHUNK_TILES)
-    top_G = tl.full((ROWS,), float("-inf"), tl.float32)
-    sum_GL = tl.zeros((ROWS, BLOCK), tl.float32)
-    acc_GD = tl.zeros((ROWS, D), tl.float32)
-    for at in range(start, stop):  # one loop over all items: the next one's copies are under way while a piece is stored
-        seq, head, begin, tiles, length = locate(at, ends_S, keys_S, N, BLOCK)
-        tile = at - begin
-        item = seq * N + head
-        at_GD = item.to(tl.int64) * G * D + lane_G[:, None] * D + lane_D[None, :]
-        q_GD = tl.load(q_ptr + at_GD, mask=in_G[:, None], other=0.0)
-        table_row_ptr = table_ptr + seq.to(tl.int64) * max_blocks
-        live_L, k_DL, v_LD = _load_tile(pool_ptr, table_row_ptr, head, tile, length, N, D, BLOCK_TOKENS, BLOCK)
-        score_GL = tl.where(live_L[None, :], tl.dot(q_GD, k_DL) * scale_log2, float("-inf"))
-        new_top_G = tl.maximum(top_G, tl.max(score_GL, 1))  # finite: the first key of every tile lives
-        shrink_G = tl.exp2(top_G - new_top_G)
-        weight_GL = tl.exp2(score_GL - new_top_G[:, None])
-        sum_GL = sum_GL * shrink_G[:, None] + weight_GL
-        acc_GD = tl.dot(weight_GL.to(v_LD.dtype), v_LD, acc_GD * shrink_G[:, None])
-        top_G = new_top_G
-        if CHUNK_TILES > 0:
-            is_last = (tile + 1 == tiles) | ((tile + 1) % CHUNK_TILES == 0)
-            is_whole = tiles <= CHUNK_TILES
-        else:
-            is_last = (tile + 1 == tiles) | (at + 1 == stop)
-            is_whole = (tile + 1 == tiles) & (begin >= start)
-        if is_last:
-            sum_G = tl.sum(sum_GL, 1)
-            if is_whole:
-                tl.store(out_ptr + at_GD, (acc_GD / sum_G[:, None]).to(out_ptr.dtype.element_ty), mask=in_G[:, None])
+    top_WG = tl.full((WARPS, ROWS), LEAST, tl.float32)
+    sum_WGK = tl.zeros((WARPS, ROWS, KEYS), tl.float32)
+    acc_WGD = tl.zeros((WARPS, ROWS, D), tl.float32)
+    for at in range(start, stop):  # one loop over all sequences: the next one's copies are under way while a piece is stored
+        ahead = tl.load(tiles_ptr + at)
+        from_GD = ((ahead >> 10) * N + head).to(tl.int64) * (G * D) + lane_G[:, None] * D + lane_D[None, :]
+        q_GD = tl.load(q_ptr + from_GD, mask=in_G[:, None], other=0.0)
+        k_WDK, v_WKD = _load_tile(pool_ptr, blocks_ptr, at, head, ahead & 1023, N, D, BLOCK_TOKENS, BLOCK, WARPS)
+        word = tl.load(words_ptr + at)  # the same and the mark again, when the tile is there: nothing is held from stage to stage
+        mark = word.to(tl.int32)
+        live_WK = tl.arange(0, WARPS)[:, None] * KEYS + tl.arange(0, KEYS)[None, :] < (word >> 32).to(tl.int32) & 1023
+        q_WGD = tl.broadcast_to(q_GD[None, :, :], (WARPS, ROWS, D))
+        score_WGK = tl.where(live_WK[:, None, :], tl.dot(q_WGD, k_WDK) * scale_log2, float("-inf"))
+        new_top_WG = tl.maximum(top_WG, tl.max(score_WGK, 2))
+        shrink_WG = tl.exp2(top_WG - new_top_WG)
+        weight_WGK = tl.exp2(score_WGK - new_top_WG[:, :, None])
+        sum_WGK = sum_WGK * shrink_WG[:, :, None] + weight_WGK
+        acc_WGD = tl.dot(weight_WGK.to(v_WKD.dtype), v_WKD, acc_WGD * shrink_WG[:, :, None])
+        top_WG = new_top_WG
+        if mark > 0:
+            top_G, sum_G, acc_GD = _join_warps(top_WG, sum_WGK, acc_WGD, G)
+            row_G = tl.arange(0, acc_GD.shape[0])
+            in_out_G = row_G < G
+            if mark == 1:
+                out_GD = acc_GD / tl.where(sum_G > 0, sum_G, 1.0)[:, None]  # no key: zeros
+                at_GD = (((word >> 42) * N + head) * G + row_G)[:, None] * D + lane_D[None, :]
+                tl.store(out_ptr + at_GD, out_GD.to(out_ptr.dtype.element_ty), mask=in_out_G[:, None])
             else:
-                slot, count = pieces(item, begin, tiles, total, programs, CHUNK_TILES)
-                if CHUNK_TILES > 0:
-                    mine = slot + tile // CHUNK_TILES
-                else:
-                    mine = item + pid
-                at_G = mine.to(tl.int64) * G + lane_G
-                tl.store(max_ptr + at_G, top_G, mask=in_G)
-                tl.store(sum_ptr + at_G, sum_G, mask=in_G)
-                tl.store(acc_ptr + at_G[:, None] * D + lane_D[None, :], acc_GD, mask=in_G[:, None])
-            top_G = tl.full((ROWS,), float("-inf"), tl.float32)
-            sum_GL = tl.zeros((ROWS, BLOCK), tl.float32)
-            acc_GD = tl.zeros((ROWS, D), tl.float32)
-    if HAS_TICKETS and start < stop:  # outside the loop, whose pipeline a barrier or a loop inside would end
-        _add_pieces(
-            out_ptr,
-            acc_ptr,
-            max_ptr,
-            sum_ptr,
-            tickets_ptr,
-            start,
-            stop,
-            total,
-            programs,
-            ends_S,
-            keys_S,
-            N,
-            G,
-            D,
-            BLOCK,
-            PIECES,
-            MERGE_ROWS,
-        )
-    for seq in range(pid, num_sequences, tl.num_programs(0)):
-        if tl.load(lengths_ptr + seq) == 0:
-            for head in range(N):
-                at_GD = ((seq * N + head) * G + lane_G.to(tl.int64))[:, None] * D + lane_D[None, :]
-                tl.store(out_ptr + at_GD, tl.zeros((ROWS, D), out_ptr.dtype.element_ty), mask=in_G[:, None])
+                at_G = ((mark - 2).to(tl.int64) * N + head) * G + row_G
+                tl.store(max_ptr + at_G, top_G, mask=in_out_G)
+                tl.store(sum_ptr + at_G, sum_G, mask=in_out_G)
+                tl.store(acc_ptr + at_G[:, None] * D + lane_D[None, :], acc_GD, mask=in_out_G[:, None])
+            top_WG = tl.full((WARPS, ROWS), LEAST, tl.float32)
+            sum_WGK = tl.zeros((WARPS, ROWS, KEYS), tl.float32)
+            acc_WGD = tl.zeros((WARPS, ROWS, D), tl.float32)
+    if HAS_TICKETS:  # outside the loop, whose pipeline a barrier or a loop inside would end
+        _add_pieces(out_ptr, acc_ptr, max_ptr, sum_ptr, tickets_ptr, run_ptr, head, N, G, D, PIECES, MERGE_ROWS)
 
 
 def decode_attention(
     q_SHD: Tensor,
     pool: Tensor,
-    block_table_SB: Tensor,
-    lengths_S: Tensor,
+    plan: DecodePlan,
     *,
     scale: float,
     workspace: DecodeWorkspace,
-    chunk_tokens: int | None = None,
-    config: DecodeConfig | None = None,
+    is_settled: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """q [S, H, D], pool [blocks, 2, N, block tokens, D] of its dtype, block_table [S, B] and lengths [S] int32 -> [S, H, D].
+    """q [S, H, D], pool [blocks, 2, N, block tokens, D] of its dtype and the plan of this step's lengths and blocks -> [S, H, D].
 
-    chunk_tokens (a whole number of tiles) makes a sequence's bits independent of its company. Calls that share a workspace must follow each
-    other on one stream.
+    is_settled: the caller's word that a kernel stands between the plan and this call that waited for the plan before it let this one start
+    (any kernel of this package does: wait_for_previous, then start_next). The plan is then read while the kernel before still runs.
+    Calls that share a workspace must follow each other on one stream.
     """
-    device, shape = q_SHD.device, _shape_of(q_SHD, pool, block_table_SB, chunk_tokens)
-    config = config or shape.config(device)
-    _check_arguments(q_SHD, pool, block_table_SB, lengths_S)
+    device, shape, config = q_SHD.device, plan.shape, plan.config
+    _check_arguments(q_SHD, pool, plan)
     check_workspace(workspace, shape, config, device)
     out_SHD = torch.empty_like(q_SHD) if out is None else out
     check("out", out_SHD, q_SHD.dtype, *q_SHD.shape, device=device)
     if shape.num_sequences == 0:
         return out_SHD
-    group, programs = shape.num_heads // shape.num_kv_heads, config.programs_per_sm * num_sms(device)
+    group = shape.num_heads // shape.num_kv_heads
     rows = triton.next_power_of_2(group)
-    by_kernel = config.merge == "kernel" or chunk_tokens is not None  # a run may hold chunks of many items
-    layout = {
-        "N": shape.num_kv_heads,
-        "G": group,
-        "D": shape.head_dim,
-        "BLOCK": config.block_keys,
-        "S_PAD": max(16, triton.next_power_of_2(shape.num_sequences)),
-        "CHUNK_TILES": 0 if chunk_tokens is None else chunk_tokens // config.block_keys,
-    }
-    room = (workspace.acc_UGD, workspace.max_UG, workspace.sum_UG)
-    _decode_kernel[(programs,)](
-        *(q_SHD, pool, block_table_SB, lengths_S, out_SHD, *room, workspace.tickets),
-        *(scale * LOG2_E, shape.num_sequences, shape.max_blocks),
+    by_kernel = config.merge == "kernel" or shape.chunk_tokens is not None  # a run may hold chunks of many sequences
+    layout = {"N": shape.num_kv_heads, "G": group, "D": shape.head_dim}
+    room = (workspace.acc_UNGD, workspace.max_UNG, workspace.sum_UNG)
+    _decode_kernel[(plan.runs_C8.shape[0] * shape.num_kv_heads,)](
+        *(q_SHD, pool, plan.words_T, plan.tiles_T, plan.blocks_TB, plan.runs_C8, out_SHD, *room, workspace.tickets_SN),
+        *(scale * LOG2_E, plan.words_T.shape[0]),
         **layout,
         ROWS=max(16, rows),
         BLOCK_TOKENS=shape.block_tokens,
+        BLOCK=config.block_keys,
+        WARPS=config.num_warps,
         PIECES=max(1, MERGE_ROWS // rows),
         MERGE_ROWS=rows,
         HAS_TICKETS=not by_kernel,
+        IS_SETTLED=is_settled,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **pdl_options(device),
     )
     if by_kernel:
-        merge_kernel[(shape.num_sequences * shape.num_heads,)](
-            *(lengths_S, out_SHD, *room, shape.num_sequences, programs),
-            **layout,
-            PIECES=MERGE_ROWS,
-            num_warps=4,
-            **pdl_options(device),
-        )
+        grid = (shape.num_sequences * shape.num_heads,)
+        merge_kernel[grid](*(plan.merges_S2, out_SHD, *room), **layout, PIECES=MERGE_ROWS, num_warps=4, **pdl_options(device))
     return out_SHD
 
 
-def _shape_of(q_SHD: Tensor, pool: Tensor, block_table_SB: Tensor, chunk_tokens: int | None) -> DecodeShape:
-    return DecodeShape(
-        num_sequences=q_SHD.shape[0],
-        num_heads=q_SHD.shape[1],
-        num_kv_heads=pool.shape[2],
-        head_dim=q_SHD.shape[2],
-        block_tokens=pool.shape[3],
-        max_blocks=block_table_SB.shape[1],
-        chunk_tokens=chunk_tokens,
-    )
-
-
-def _check_arguments(q_SHD: Tensor, pool: Tensor, block_table_SB: Tensor, lengths_S: Tensor) -> None:
-    device, (num_sequences, num_heads, dim) = q_SHD.device, q_SHD.shape
-    check("q", q_SHD, q_SHD.dtype, None, None, None)
-    check("pool", pool, q_SHD.dtype, None, 2, None, None, dim, device=device)
-    check("block_table", block_table_SB, torch.int32, num_sequences, None, device=device)
-    check("lengths", lengths_S, torch.int32, num_sequences, device=device)
-    assert num_heads % pool.shape[2] == 0, f"{num_heads} query heads over {pool.shape[2]} kv heads"
-    assert num_sequences <= MAX_SEQUENCES, f"{num_sequences} sequences, at most {MAX_SEQUENCES}"
-    for name, size in (("head dim", dim), ("block tokens", pool.shape[3])):
+def _check_arguments(q_SHD: Tensor, pool: Tensor, plan: DecodePlan) -> None:
+    device, shape = q_SHD.device, plan.shape
+    check("q", q_SHD, q_SHD.dtype, shape.num_sequences, shape.num_heads, shape.head_dim)
+    check("pool", pool, q_SHD.dtype, None, 2, shape.num_kv_heads, shape.block_tokens, shape.head_dim, device=device)
+    check_plan(plan, device)
+    assert shape.num_heads % shape.num_kv_heads == 0, f"{shape.num_heads} query heads over {shape.num_kv_heads} kv heads"
+    for name, size in (("head dim", shape.head_dim), ("block tokens", shape.block_tokens)):
         assert size >= 16 and size & (size - 1) == 0, f"{name} {size}: a power of two from 16 on"

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 from duomo_kernels._bounds import bound, error
-from duomo_kernels._decode_pieces import MOST_PROGRAMS_PER_SM, DecodeConfig, DecodeShape, DecodeWorkspace, Merge, decode_workspace
+from duomo_kernels._decode_pieces import (
+    MOST_PROGRAMS_PER_SM,
+    DecodeConfig,
+    DecodePlan,
+    DecodeShape,
+    DecodeWorkspace,
+    Merge,
+    allocate_plan,
+    decode_workspace,
+)
 from duomo_kernels.decode_attention import decode_attention, decode_attention_reference
+from duomo_kernels.decode_plan import decode_plan
 
 TILE = 32
 MERGES = pytest.mark.parametrize("merge", ["ticket", "kernel"])
@@ -59,13 +69,13 @@ def make_case(device: torch.device, lengths: list[int], heads: tuple[int, int], 
     return Case(q_SHD, pool, clean, table_SB, torch.tensor(lengths, dtype=torch.int32, device=device), dim**-0.5)
 
 
-def small_config(merge: Merge) -> DecodeConfig:
-    return DecodeConfig(block_keys=TILE, num_stages=2, num_warps=4, programs_per_sm=2, merge=merge)
+def small_config(merge: Merge, late: int = 0) -> DecodeConfig:
+    return DecodeConfig(block_keys=TILE, num_stages=2, num_warps=2, programs_per_sm=2, merge=merge, late=late)
 
 
-def room(case: Case, config: DecodeConfig | None, chunk_tokens: int | None) -> DecodeWorkspace:
+def shape_of(case: Case, chunk_tokens: int | None) -> DecodeShape:
     (num_sequences, num_heads, dim), pool = case.q_SHD.shape, case.pool
-    shape = DecodeShape(
+    return DecodeShape(
         num_sequences=num_sequences,
         num_heads=num_heads,
         num_kv_heads=pool.shape[2],
@@ -74,8 +84,19 @@ def room(case: Case, config: DecodeConfig | None, chunk_tokens: int | None) -> D
         max_blocks=case.table_SB.shape[1],
         chunk_tokens=chunk_tokens,
     )
-    workspace = decode_workspace(shape, pool.device, config)
-    for piece in (workspace.acc_UGD, workspace.max_UG, workspace.sum_UG):
+
+
+def plan_of(case: Case, config: DecodeConfig | None, chunk_tokens: int | None) -> DecodePlan:
+    """Made over garbage: what it does not write, nobody may read."""
+    plan = allocate_plan(shape_of(case, chunk_tokens), case.pool.device, config)
+    for part in (plan.words_T, plan.tiles_T, plan.blocks_TB, plan.runs_C8, plan.merges_S2):
+        part.fill_(OUT_OF_RANGE)
+    return decode_plan(case.lengths_S, case.table_SB, plan)
+
+
+def room(case: Case, config: DecodeConfig | None, chunk_tokens: int | None) -> DecodeWorkspace:
+    workspace = decode_workspace(shape_of(case, chunk_tokens), case.pool.device, config)
+    for piece in (workspace.acc_UNGD, workspace.max_UNG, workspace.sum_UNG):
         piece.fill_(torch.nan)
     return workspace
 
@@ -85,9 +106,8 @@ def attend(
 ) -> Tensor:
     workspace = workspace or room(case, config, chunk_tokens)
     out = torch.full_like(case.q_SHD, torch.nan)
-    inputs = (case.q_SHD, case.pool, case.table_SB, case.lengths_S)
-    decode_attention(*inputs, scale=case.scale, workspace=workspace, chunk_tokens=chunk_tokens, config=config, out=out)
-    assert not workspace.tickets.any(), "tickets must be set back"
+    decode_attention(case.q_SHD, case.pool, plan_of(case, config, chunk_tokens), scale=case.scale, workspace=workspace, out=out)
+    assert not workspace.tickets_SN.any(), "tickets must be set back"
     return out
 
 
@@ -99,6 +119,13 @@ def test_any_lengths_any_cut(device: torch.device, lengths: list[int], chunk_tok
     assert error(attend(case, small_config(merge), chunk_tokens), case.reference()) <= bound(case.pool.dtype)
 
 
+@MERGES
+@pytest.mark.parametrize("lengths", [[900], [300, 0, 17, 400]], ids=str)
+def test_late_runs(device: torch.device, lengths: list[int], merge: Merge) -> None:
+    case = make_case(device, lengths, (4, 4), 32, 16)
+    assert error(attend(case, small_config(merge, late=2)), case.reference()) <= bound(case.pool.dtype)
+
+
 @pytest.mark.parametrize(("heads", "dim"), [((32, 4), 128), ((32, 8), 64), ((3, 3), 128), ((6, 2), 64), ((16, 1), 16)], ids=str)
 def test_heads_and_dims(device: torch.device, heads: tuple[int, int], dim: int) -> None:
     case = make_case(device, [70, 0, 5], heads, dim, 16)
@@ -106,9 +133,9 @@ def test_heads_and_dims(device: torch.device, heads: tuple[int, int], dim: int) 
 
 
 def test_blocks_smaller_and_larger_than_a_tile(device: torch.device) -> None:
-    for block_tokens in (16, 32, 64):
+    for block_tokens, warps in ((16, 2), (16, 1), (32, 2), (64, 2)):
         case = make_case(device, [129, 31], (2, 1), 32, block_tokens)
-        assert error(attend(case, small_config("kernel")), case.reference()) <= bound(case.pool.dtype)
+        assert error(attend(case, replace(small_config("kernel"), num_warps=warps)), case.reference()) <= bound(case.pool.dtype)
 
 
 @MERGES
@@ -140,7 +167,7 @@ def _joined(beside: Case, last: Case) -> Case:
 def test_a_workspace_without_a_configuration_serves_any(device: torch.device) -> None:
     """A table may give fewer sequences more programs than the shape that the workspace was made for."""
     many, one = make_case(device, [3] * 9, (2, 1), 32, 16), make_case(device, [300], (2, 1), 32, 16)
-    config = replace(small_config("kernel"), programs_per_sm=MOST_PROGRAMS_PER_SM)
+    config = replace(small_config("kernel"), programs_per_sm=MOST_PROGRAMS_PER_SM, late=3, late_runs=4)
     assert error(attend(one, config, workspace=room(many, None, None)), one.reference()) <= bound(one.pool.dtype)
 
 
@@ -172,11 +199,15 @@ def test_wrong_arguments_are_refused(device: torch.device) -> None:
     case = make_case(device, [40], (4, 2), 64, 16)
     with pytest.raises(AssertionError, match="lengths"):
         attend(replace(case, lengths_S=case.lengths_S.long()))
+    with pytest.raises(AssertionError, match="keys a warp"):
+        replace(small_config("ticket"), num_warps=4)
     with pytest.raises(AssertionError, match="workspace holds"):
         small = room(case, None, None)
-        attend(case, workspace=replace(small, max_UG=small.max_UG[:1]))
+        attend(case, workspace=replace(small, max_UNG=small.max_UNG[:1]))
     with pytest.raises(AssertionError, match="chunk_tokens"):
         attend(case, small_config("ticket"), TILE + 1, room(case, None, None))
+    with pytest.raises(AssertionError, match="pool"):
+        attend(replace(case, pool=case.pool.float()))
 
 
 @pytest.mark.gpu
@@ -189,7 +220,7 @@ def test_real_shapes(heads: tuple[int, int], dim: int, block_tokens: int, merge:
     case = make_case(device, [8191, *[1000 + 7 * i for i in range(14)], 0, 1], heads, dim, block_tokens)
     config = None
     if merge is not None:
-        config = replace(small_config(merge), block_keys=64 if dim == 128 else 128, num_stages=7)
+        config = DecodeConfig(block_keys=64, num_stages=5, num_warps=4, programs_per_sm=2, merge=merge, late=16)
     workspace, expected = room(case, config, chunk_tokens), case.reference()
     first = attend(case, config, chunk_tokens, workspace)
     assert error(first, expected) <= bound(case.pool.dtype)
@@ -199,11 +230,14 @@ def test_real_shapes(heads: tuple[int, int], dim: int, block_tokens: int, merge:
 @pytest.mark.gpu
 def test_a_captured_graph_follows_new_lengths() -> None:
     case = make_case(torch.device("cuda"), [1500, 40, 0, 700], (32, 4), 128, 64)
-    workspace, out = room(case, None, None), torch.full_like(case.q_SHD, torch.nan)
+    workspace, out, other = room(case, None, None), torch.full_like(case.q_SHD, torch.nan), torch.empty_like(case.q_SHD)
+    plan = plan_of(case, None, None)
 
     def call() -> None:
-        inputs = (case.q_SHD, case.pool, case.table_SB, case.lengths_S)
-        decode_attention(*inputs, scale=case.scale, workspace=workspace, out=out)
+        """A step of two layers."""
+        decode_plan(case.lengths_S, case.table_SB, plan)
+        decode_attention(case.q_SHD, case.pool, plan, scale=case.scale, workspace=workspace, out=other)
+        decode_attention(case.q_SHD, case.pool, plan, scale=case.scale, workspace=workspace, is_settled=True, out=out)
 
     call()
     torch.cuda.synchronize()
@@ -214,4 +248,5 @@ def test_a_captured_graph_follows_new_lengths() -> None:
         case.lengths_S.copy_(torch.tensor(lengths, dtype=torch.int32))
         out.fill_(torch.nan)
         graph.replay()
+        assert torch.equal(out, other)
         assert error(out, case.reference()) <= bound(case.pool.dtype)

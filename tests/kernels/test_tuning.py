@@ -107,7 +107,7 @@ def test_decode_attention_follows_its_table_but_not_in_chunks(tmp_path: Path, mo
     here, elsewhere = torch.device("cuda:0"), torch.device("cuda:1")
     sizes = {"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64}
     configs: dict[int, dict[str, int | str]] = {
-        batch: {"block_keys": keys, "num_stages": 3, "num_warps": 8, "programs_per_sm": programs, "merge": "kernel"}
+        batch: {"block_keys": keys, "num_stages": 3, "num_warps": 2, "programs_per_sm": programs, "merge": "kernel", "late": 8}
         for batch, keys, programs in ((1, 32, 4), (64, 256, 1))
     }
     written(tmp_path / "gpu_0.json", *(entry(b, op="decode_attention", shape=sizes, config=config) for b, config in configs.items()))
@@ -127,7 +127,9 @@ def test_decode_attention_follows_its_table_but_not_in_chunks(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"block_keys": 48}, {"num_warps": 3}, {"num_stages": 0}, {"programs_per_sm": 5}, {"merge": "vote"}], ids=str
+    "wrong",
+    [{"block_keys": 48}, {"block_keys": 32}, {"num_warps": 3}, {"num_stages": 0}, {"programs_per_sm": 5}, {"merge": "vote"}],
+    ids=str,
 )
 def test_a_decode_configuration_is_checked(wrong: dict[str, int | str]) -> None:
     right: dict[str, int | str] = {"block_keys": 64, "num_stages": 3, "num_warps": 4, "programs_per_sm": 2, "merge": "ticket"}
