@@ -100,7 +100,7 @@ class GpuPrefill:
             if is_deterministic:
                 packed = (q_THD, k_TND, v_TND, wave.cu_seqlens_S1)
                 return prefill_attention(*packed, scale=scale, prefix=prefix, way="ours", config=DETERMINISTIC_TILES)
-            if not wave.has_prefix and _suits_library(q_THD, wave):
+            if not wave.has_prefix and suits_library(q_THD, wave):
                 return _equal_attention(q_THD, k_TND, v_TND, wave, scale)
             used = prefix if wave.has_prefix else None
             return prefill_attention(q_THD, k_TND, v_TND, wave.cu_seqlens_S1, scale=scale, prefix=used, way="ours")
@@ -108,7 +108,8 @@ class GpuPrefill:
         return attend
 
 
-def _suits_library(q_THD: Tensor, wave: GpuWave) -> bool:
+def suits_library(q_THD: Tensor, wave: GpuWave) -> bool:
+    """Whether cuDNN attends over a wave without prefixes: one long prompt, or several of one length that comes back."""
     if wave.tokens_each is None or wave.tokens_each < LIBRARY_MIN_TOKENS:
         return False
     is_right_length = wave.num_sequences == 1 or wave.tokens_each % LIBRARY_STEP == 0
