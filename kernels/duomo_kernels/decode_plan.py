@@ -128,7 +128,7 @@ def _write_runs(
     start_C = _run_start(run_C, total, main, LATE, LATE_RUNS)
     stop_C = _run_start(run_C + 1, total, main, LATE, LATE_RUNS)
     is_here_C = (start_C >= begin) & (start_C < begin + tiles)
-    is_past_C = (start_C >= total) & (seq == 0)
+    is_past_C = start_C >= tl.where(seq == 0, total, total + 1)  # one sequence writes the runs that no tile is left for
     cut_C = start_C
     if CHUNK > 0:
         cut_C = tl.where(is_here_C, begin + tl.minimum((start_C - begin + CHUNK - 1) // CHUNK * CHUNK, tiles), start_C)
@@ -136,14 +136,14 @@ def _write_runs(
     tl.store(row_C, cut_C, mask=(is_here_C | is_past_C) & (run_C < num_runs))
     tl.store(row_C - 7, cut_C, mask=(is_here_C | is_past_C) & (run_C > 0) & (run_C <= num_runs))
     is_first_C = (is_here_C | is_past_C) & (run_C < num_runs)
-    is_shared = (count > 1) & (CHUNK == 0)
-    shared_C = tl.where(is_here_C & is_shared, 1, 0)
+    shared = tl.where(count > 1, 1, 0) if CHUNK == 0 else 0
+    shared_C = tl.where(is_here_C, shared, 0)
     tl.store(row_C + 2, shared_C * seq, mask=is_first_C)
     tl.store(row_C + 3, shared_C * slot, mask=is_first_C)
     tl.store(row_C + 4, shared_C * count, mask=is_first_C)
     ends_here_C = (start_C < stop_C) & (stop_C > begin) & (stop_C <= begin + tiles)
     is_last_C = (ends_here_C | is_past_C) & (run_C < num_runs)
-    shared_C = tl.where(ends_here_C & is_shared & (start_C < begin), 1, 0)
+    shared_C = tl.where(ends_here_C & (start_C < begin), shared, 0)
     tl.store(row_C + 5, shared_C * seq, mask=is_last_C)
     tl.store(row_C + 6, shared_C * slot, mask=is_last_C)
     tl.store(row_C + 7, shared_C * count, mask=is_last_C)
@@ -214,10 +214,12 @@ def _plan_kernel(
         tl.store(words_ptr + at_L, (upper_L.to(tl.int64) << 32) + mark_L, mask=is_tile_L)
         tl.store(tiles_ptr + at_L, upper_L, mask=is_tile_L)
         index_LB = (tile_L // MANY * BLOCKS)[:, None] + tl.arange(0, BLOCKS)[None, :]
-        is_live_LB = is_tile_L[:, None] & (index_LB >= 0) & (length > 0)
+        is_live_LB = is_tile_L[:, None] & (index_LB < tl.where(length > 0, 0x7FFFFFFF, 0))
         block_LB = tl.load(table_row_ptr + tl.minimum(index_LB, last_block), mask=is_live_LB, other=0)
         part_LB = block_LB * MANY + tl.where(length > 0, tile_L % MANY, 0)[:, None]
-        tl.store(blocks_ptr + at_L[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :], part_LB, mask=is_tile_L[:, None] & (index_LB >= 0))
+        tl.store(
+            blocks_ptr + at_L[:, None] * BLOCKS + tl.arange(0, BLOCKS)[None, :], part_LB, mask=is_tile_L[:, None] & (index_LB < 0x7FFFFFFF)
+        )
 
 
 def decode_plan(lengths_S: Tensor, block_table_SB: Tensor, out: DecodePlan) -> DecodePlan:

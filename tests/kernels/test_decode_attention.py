@@ -119,10 +119,9 @@ def test_any_lengths_any_cut(device: torch.device, lengths: list[int], chunk_tok
     assert error(attend(case, small_config(merge), chunk_tokens), case.reference()) <= bound(case.pool.dtype)
 
 
-@MERGES
-@pytest.mark.parametrize("lengths", [[900], [300, 0, 17, 400]], ids=str)
+@pytest.mark.parametrize(("lengths", "merge"), [([900], "kernel"), ([500, 0, 17, 400], "ticket")], ids=str)
 def test_late_runs(device: torch.device, lengths: list[int], merge: Merge) -> None:
-    case = make_case(device, lengths, (4, 4), 32, 16)
+    case = make_case(device, lengths, (2, 2), 16, 16)
     assert error(attend(case, small_config(merge, late=2)), case.reference()) <= bound(case.pool.dtype)
 
 
