@@ -129,7 +129,7 @@ class GpuDecode:
             self.decoder.layer(layer_idx, rows, place, self.cache.layer(layer_idx), self._attention.of_layer(layer_idx, plan))
             for layer_idx in range(config.num_layers)
         ]
-        self._logits_RV[:bucket].copy_(self.decoder.logits(rows))
+        self.decoder.logits(rows, out=self._logits_RV[:bucket])
         # all layers' ids in one launch: a copy behind each layer would stand between kernels that start each other early
         routed_LRK = self._sampler.extra[: bucket * self._routed_words].view(config.num_layers, bucket, config.top_k)
         torch.stack(routed_ids, out=routed_LRK)
