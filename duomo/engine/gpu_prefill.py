@@ -64,6 +64,7 @@ class GpuPrefill:
     def begin(self, batch: StepBatch) -> GpuBoundaryState:
         """Embed the tokens and lay out the wave. Token ids must be below the vocabulary, positions below the context limit."""
         config = self.decoder.config
+        assert all(part.end <= config.max_position_tokens for part in batch.slices), f"past {config.max_position_tokens} positions"
         wave = upload_wave(batch, self.cache.spec.block_tokens, self.cache.device)
         rows = RowState(self.decoder.embed(wave.token_id_T))
         return GpuBoundaryState(batch, wave, rows, 0, config.num_layers, config.num_experts)
