@@ -34,6 +34,7 @@ SEED = 0
 STD = 0.02
 MAX_TOKENS = 16384  # of a wave; positions of every model are raised to it: OLMoE is published with 4,096
 DECODE_STEPS = 64  # timed
+LEAD_STEPS = 6  # before them
 CHECK_PROMPTS, CHECK_LENGTH, CHECK_STEPS = 16, 64, 8
 
 
@@ -62,7 +63,7 @@ class EngineCase:
     @property
     def lead_steps(self) -> int:
         """Decode steps before the timed ones: a peer that mixes waves with decode has its first prompts this far ahead of its last."""
-        return self.num_waves + 6
+        return self.num_waves + LEAD_STEPS
 
     @property
     def last_tokens(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.model_loader import register_model_loader  # type: ignore[import-not-found]  # the peer: never a dependency
-from vllm.model_executor.model_loader.base_loader import BaseModelLoader  # type: ignore[import-not-found]
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader  # type: ignore[import-not-found]  # the peer: never a dependency
 
 from bench.engine.engine_cases import SEED, STD
 from bench.engine.engine_vllm import LOAD_FORMAT
@@ -53,7 +53,7 @@ class RandomLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is absent whe
         torch.set_default_dtype(torch.float32)  # vLLM's is the model's while it loads: ours draws as it does in our own engine
         device = torch.device("cuda", torch.cuda.current_device())
         try:
-            loaded = set(model.load_weights(named_tensors(Path(model_config.model), device)))  # type: ignore[operator]
+            loaded = set(model.load_weights(named_tensors(Path(model_config.model), device)))  # type: ignore[operator]  # a method, says vLLM
         finally:
             torch.set_default_dtype(outer)
         missing = {name for name, _ in model.named_parameters() if ".attn." not in name} - loaded
