@@ -27,7 +27,7 @@ from duomo_kernels.qk_rope_write import qk_rope_write
 MAX_DENSE_ROWS = 131072  # zeros kept for the one expert of a dense model: half a MiB
 
 Attend = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""(q [T, H, Dh], packed k [T, N, Dh], packed v [T, N, Dh]) -> [T, H, Dh]; k and v are there where the place wants them packed."""
+"""(q [T, H, Dh], k [T, N, Dh], v [T, N, Dh]) -> [T, H, Dh]; k and v are there where the place wants them packed, v as columns of qkv."""
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ class GpuDecoder:
         k_TND, v_TND = None, None
         if place.wants_packed:
             k_TND = qkv_TC.new_empty(num_tokens, num_kv_heads, dim)
-            v_TND = qkv_TC[:, (num_heads + num_kv_heads) * dim :].contiguous().view(num_tokens, num_kv_heads, dim)
+            v_TND = qkv_TC.view(num_tokens, -1, dim)[:, num_heads + num_kv_heads :]
         q_THD = qk_rope_write(
             qkv_TC, num_heads, pool_B2NSD, place.slot_T, place.position_T, self.weights.rope, layer.qk_norm, k_out_TND=k_TND
         )

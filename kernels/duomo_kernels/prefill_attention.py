@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duomo_kernels._launch import check, pdl_options, start_next, wait_for_previous
 from duomo_kernels._prefill_library import equal_attention, takes
+from duomo_kernels._tile_walk import TMA_BYTES
 
 LOG2_E = 1.4426950408889634
 MAX_SEQUENCES = 4096  # lengths that a program holds in registers
@@ -149,7 +150,7 @@ def _locate(tile_rank, cu_ptr, num_sequences, BLOCK_M: tl.constexpr, S_PAD: tl.c
     return seq, at - first, begin, tl.where(at >= 0, rows, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "max_blocks"])  # nothing to compile later
 def _prefill_kernel(
     q_desc,
     k_desc,
@@ -248,9 +249,9 @@ def prefill_attention(
 ) -> Tensor:
     """q [T, H, D], k and v [T, N, D] (bf16; float16 and float32 too), cu_seqlens [S + 1] int32 on the device -> [T, H, D].
 
-    scale > 0. Padding rows are not written. tokens_each: the caller's word that every sequence has exactly so many rows and no row is
-    padding; then cuDNN may compute, reads no cu_seqlens, and copies its result where `out` is given. A config is for the kernel, and so
-    chooses it.
+    v may be columns of a wider matrix (of the joined projection: nothing need be copied). scale > 0. Padding rows are not written.
+    tokens_each: the caller's word that every sequence has exactly so many rows and no row is padding; then cuDNN may compute, reads no
+    cu_seqlens, and copies its result where `out` is given. A config is for the kernel, and so chooses it.
     """
     num_tokens, num_heads, dim = q_THD.shape
     num_sequences = cu_seqlens_S1.shape[0] - 1
@@ -314,7 +315,11 @@ def _check_arguments(q_THD: Tensor, k_TND: Tensor, v_TND: Tensor, cu_seqlens_S1:
     device, (num_tokens, num_heads, dim) = q_THD.device, q_THD.shape
     check("q", q_THD, q_THD.dtype, None, None, None)
     check("k", k_TND, q_THD.dtype, num_tokens, None, dim, device=device)
-    check("v", v_TND, q_THD.dtype, *k_TND.shape, device=device)
+    is_like_k = v_TND.dtype == q_THD.dtype and v_TND.shape == k_TND.shape and v_TND.device == device
+    assert is_like_k, f"v: {v_TND.dtype} {tuple(v_TND.shape)} on {v_TND.device}, expected {q_THD.dtype} {tuple(k_TND.shape)} on {device}"
+    is_side_by_side = v_TND.stride()[1:] == (dim, 1) or not num_tokens
+    is_addressable = v_TND.stride(0) * v_TND.element_size() % TMA_BYTES == 0 or num_tokens <= 1
+    assert is_side_by_side and is_addressable, f"v: strides {v_TND.stride()}, expected heads side by side, rows at multiples of 16 bytes"
     check("cu_seqlens", cu_seqlens_S1, torch.int32, None, device=device)
     assert num_heads % k_TND.shape[1] == 0, f"{num_heads} query heads over {k_TND.shape[1]} kv heads"
     assert dim >= 16 and dim & (dim - 1) == 0, f"head dim {dim}: a power of two from 16 on"

@@ -167,7 +167,7 @@ def test_the_library_is_given_whole_steps(weights: GpuWeights, lengths: list[int
 
     def counted(q_THD: Tensor, *arguments: object, **named: object) -> Tensor:
         calls.append(q_THD.shape[0])
-        return equal_attention(q_THD, *arguments, **named)  # type: ignore[arg-type]  # passed on
+        return equal_attention(q_THD, *arguments, **named)  # type: ignore[arg-type]  # only handed on
 
     monkeypatch.setattr("duomo_kernels.prefill_attention.equal_attention", counted)
     slices = [part(name, 0, length) for name, length in zip("ab", lengths, strict=False)]

@@ -118,6 +118,13 @@ def test_cached_prefixes(device: torch.device, block_tokens: int, block_keys: in
     assert error(attend(case, replace(SMALL, block_keys=block_keys)), case.reference()) <= bound(case.q_THD.dtype)
 
 
+def test_values_may_be_columns_of_the_joined_projection(device: torch.device) -> None:
+    case = make_case(device, [40, 3], (4, 2), cached=([16, 20], 16))
+    joined = torch.full((case.v_TND.shape[0], 8, 32), torch.nan, dtype=case.v_TND.dtype, device=device)
+    joined[:, 6:] = case.v_TND
+    assert torch.equal(attend(replace(case, v_TND=joined[:, 6:])), attend(case))
+
+
 def test_float32_is_multiplied_whole(device: torch.device) -> None:
     """Not as TF32, on a GPU: its eleven bits of precision would show."""
     case = make_case(device, [40, 1, 20], cached=([16, 20, 0], 16))
@@ -187,6 +194,8 @@ def test_wrong_arguments_are_refused(device: torch.device) -> None:
         attend(replace(case, cu_seqlens_S1=case.cu_seqlens_S1.long()))
     with pytest.raises(AssertionError, match="v:"):
         attend(replace(case, v_TND=case.v_TND[1:]))
+    with pytest.raises(AssertionError, match="side by side"):
+        attend(replace(case, v_TND=case.v_TND.repeat_interleave(2, 2)[..., ::2]))
     with pytest.raises(AssertionError, match="prefix"):
         cached = make_case(device, [40], cached=([16], 16)).prefix
         prefill_attention(case.q_THD, case.k_TND, case.v_TND, case.cu_seqlens_S1, scale=1.0, prefix=cached, way="cudnn")
@@ -240,6 +249,7 @@ def test_tiles_of_one_warpgroup() -> None:
 @pytest.mark.parametrize("lengths", [[512, 512, 512], [1025]], ids=str)
 def test_cudnn_takes_equal_lengths_into_a_graph(heads: tuple[int, int], lengths: list[int]) -> None:
     case = without_padding(make_case(torch.device("cuda"), lengths, heads, 128))
+    case = replace(case, v_TND=torch.cat((case.q_THD, case.k_TND, case.v_TND), 1)[:, -heads[1] :])
     packed = (case.q_THD, case.k_TND, case.v_TND, case.cu_seqlens_S1)
     assert choose_way(case.q_THD, tokens_each=lengths[0], has_prefix=False) == "cudnn"
     prefill_attention(*packed, scale=case.scale, tokens_each=lengths[0])

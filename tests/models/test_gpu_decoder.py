@@ -114,7 +114,7 @@ def broken_layers(weights: GpuWeights) -> dict[str, GpuWeights]:
         return replace(layer, experts=replace(layer.experts, gate_up_EFD=torch.cat((gate_EFD, up_EFD), 1)))
 
     def wrong(**fields: object) -> GpuWeights:
-        return replace(weights, config=replace(weights.config, **fields))  # type: ignore[arg-type]  # any field
+        return replace(weights, config=replace(weights.config, **fields))  # type: ignore[arg-type]  # any field of it
 
     faster = wrong(rope_theta=weights.config.rope_theta / 2)
     cos_PD, sin_PD = (table.to(weights.device) for table in tables_for(faster.config))
