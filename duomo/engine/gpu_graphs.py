@@ -21,6 +21,7 @@ class GpuGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.pool_bytes = 0
 
     def __len__(self) -> int:
@@ -32,8 +33,8 @@ class GpuGraphs:
         if self._device.type != "cuda":
             yield
             return
-        caller, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
+        caller = torch.cuda.current_stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]  # torch ships no types for it
         gc.collect()
         gc.disable()  # a collection would free tensors, and so call CUDA, in the middle of a capture
         torch.cuda.synchronize(self._device)

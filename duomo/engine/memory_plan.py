@@ -23,6 +23,8 @@ NODES_PER_LAYER = 12  # kernels of one decode layer
 NODES_PER_STEP = 16  # and of a step around its layers, samplers included
 BYTES_PER_NODE = 16 * 1024  # assumed, until a capture has been measured
 LISTED_BYTES = 16384 * 8  # the sampler's list of candidates of one row: value and id
+MAX_PIECES = 32  # of a sequence in deterministic attention (gpu_decode_attention.MAX_CHUNKS): more than it has otherwise
+CUT_BYTES = 16  # of a tile of keys in the cut that all layers share
 MIN_BLOCKS_PER_ROW = 2  # fewer, and a full batch could not hold its prompts' first tokens and grow
 
 
@@ -93,7 +95,7 @@ class MemoryPlan:
             line("weights", self.weights, source(self.measured.weights)),
             line("activations", self.activations, f"{source(self.measured.activations)}, a wave's widest layer"),
             line("graphs", self.graphs, source(self.measured.graphs)),
-            line("buffers", self.buffers, "logits, sampler's tables"),
+            line("buffers", self.buffers, "logits, sampler's tables, attention's pieces"),
             line("KV", self.kv, f"{self.num_blocks} blocks of {self.block_tokens} tokens ({self.block_bytes / 1e6:.2f} MB)"),
             line("reserve", self.reserve),
         ]
@@ -139,9 +141,13 @@ def graph_bytes(config: ModelConfig, limits: MemoryLimits, num_buckets: int) -> 
     return nodes * BYTES_PER_NODE + activation_bytes(config, limits.max_batch, limits.dtype_bytes) + limits.max_batch * LISTED_BYTES
 
 
-def buffer_bytes(config: ModelConfig, max_batch: int) -> int:
-    """Of the decode runner: float32 logits, and for penalties two tables of tokens seen."""
-    return max_batch * config.vocab * 4 + max_batch * (config.vocab * 2 + config.vocab // 8)
+def buffer_bytes(config: ModelConfig, limits: MemoryLimits) -> int:
+    """Of the decode runner: float32 logits, for penalties two tables of tokens seen, for attention every bucket's cut and pieces."""
+    buckets = buckets_up_to(limits.max_batch)
+    logits_and_tables = config.vocab * 4 + config.vocab * 2 + config.vocab // 8
+    pieces = (1 + MAX_PIECES) * config.num_heads * config.head_dim * 4
+    cuts = sum(buckets) * -(-limits.max_model_tokens // limits.block_tokens) * CUT_BYTES
+    return buckets[-1] * (logits_and_tables + pieces) + cuts
 
 
 def _divide(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, measured: Measured) -> MemoryPlan:
@@ -151,7 +157,7 @@ def _divide(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, meas
     weights = known(measured.weights, weight_bytes(config, limits.dtype_bytes, limits.quantise))
     activations = known(measured.activations, activation_bytes(config, limits.max_wave_tokens, limits.dtype_bytes))
     graphs = known(measured.graphs, graph_bytes(config, limits, len(buckets_up_to(limits.max_batch))))
-    buffers = buffer_bytes(config, limits.max_batch)
+    buffers = buffer_bytes(config, limits)
     reserve = int(device.total * (1 - limits.gpu_memory_fraction))
     taken = device.total - device.free
     left = device.total - reserve - taken - weights - activations - graphs - buffers

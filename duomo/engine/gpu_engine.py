@@ -1,0 +1,143 @@
+"""Owns the start of an engine on one GPU: weights, memory plan, pool, prefill and captured decode, in that order. Knows no service.
+
+What does not fit is refused with figures, before anything is loaded where estimates say so. The profile is one wave as large as waves may
+be, of one token over and over: all of it goes to the same experts, the worst routing there is. (Kernels' tensors are as large as any
+routing needs; were one not, it would show here.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.compile_counter import CompileCounter
+from duomo.engine.decode_step import DecodeLimits
+from duomo.engine.gpu_decode import GpuDecode
+from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
+from duomo.engine.gpu_prefill import GpuPrefill
+from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, plan_memory
+from duomo.engine.startup import Startup
+from duomo.errors import ConfigError
+from duomo.models.config import ModelConfig
+from duomo.models.gpu_decoder import GpuDecoder
+from duomo.models.gpu_weights import GpuWeights
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStart:
+    """What an engine starts with. load: fills the weights on the device. memory: of the device, None where it is asked itself."""
+
+    config: ModelConfig
+    load: Callable[[], GpuWeights]
+    limits: MemoryLimits
+    device: torch.device
+    is_deterministic: bool = False
+    memory: DeviceBytes | None = None
+    shows_progress: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuEngine:
+    """Prefill and decode over one pool and one copy of the weights, warm. compilations: counted after ready, which is now."""
+
+    plan: MemoryPlan
+    cache: GpuKvCache
+    prefill: GpuPrefill
+    decode: GpuDecode
+    compilations: CompileCounter
+
+
+def start_engine(start: EngineStart, startup: Startup) -> GpuEngine:
+    """Raises ConfigError with figures where it does not fit, and what start.load raises. Whoever ends the engine closes `compilations`."""
+    compilations = CompileCounter()
+    try:
+        return _started(start, startup, compilations)
+    except BaseException:
+        compilations.close()
+        raise
+
+
+def _started(start: EngineStart, startup: Startup, compilations: CompileCounter) -> GpuEngine:
+    memory = _device_bytes(start.device) if start.memory is None else start.memory
+    plan_memory(start.config, memory, start.limits)
+    with startup.phase("weights"):
+        weights = start.load()
+    decoder = GpuDecoder(weights, is_deterministic=start.is_deterministic)
+    measured = Measured(weights=_taken_since(memory, start.device))
+    with startup.phase("profile"):
+        plan_memory(start.config, memory, start.limits, measured)
+        measured = replace(measured, activations=_wave_bytes(decoder, start))
+    plan = plan_memory(start.config, memory, start.limits, measured)
+    for line in plan.lines():
+        log.info("memory: %s", line)
+    spec = gpu_kv_spec(start.config, block_tokens=start.limits.block_tokens, dtype=weights.dtype)
+    cache = GpuKvCache(spec, plan.num_blocks, start.device)
+    limits = DecodeLimits(
+        max_batch=start.limits.max_batch, max_model_tokens=start.limits.max_model_tokens, is_deterministic=start.is_deterministic
+    )
+    decode = GpuDecode(decoder, cache, limits)
+    with startup.phase("capture"):
+        decode.capture(progress=start.shows_progress)
+    graphs = decode.graphs.pool_bytes
+    if graphs > plan.graphs:
+        log.warning("graphs took %.2f GB, planned were %.2f GB: the reserve has less", graphs / 1e9, plan.graphs / 1e9)
+    log.info("%d graphs, %d kernels compiled; %s", len(decode.graphs), compilations.num_before_ready, startup.line())
+    compilations.ready()
+    return GpuEngine(plan=plan, cache=cache, prefill=GpuPrefill(decoder, cache), decode=decode, compilations=compilations)
+
+
+def _device_bytes(device: torch.device) -> DeviceBytes:
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceBytes(total=total, free=free)
+
+
+def _taken_since(memory: DeviceBytes, device: torch.device) -> int | None:
+    """What the device has less than at the start; None where there is no device to ask."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()
+    return max(0, memory.free - torch.cuda.mem_get_info(device)[0])
+
+
+def _wave_bytes(decoder: GpuDecoder, start: EngineStart) -> int | None:
+    """The allocator's peak over one wave of the largest size, less its pool of KV; None where there is no device to ask.
+
+    The same wave compiles what waves run.
+    """
+    if start.device.type != "cuda":
+        return None
+    limits = start.limits
+    spec = gpu_kv_spec(start.config, block_tokens=limits.block_tokens, dtype=decoder.weights.dtype)
+    lengths = _prompt_lengths(limits)
+    blocks_each = -(-max(lengths) // limits.block_tokens)
+    try:
+        cache = GpuKvCache(spec, blocks_each * len(lengths), start.device)
+        torch.cuda.synchronize(start.device)
+        before = torch.cuda.memory_reserved(start.device)
+        torch.cuda.reset_peak_memory_stats(start.device)
+        slices = tuple(
+            PromptSlice(token_ids=(0,) * length, start=0, block_table=range(at * blocks_each, (at + 1) * blocks_each))
+            for at, length in enumerate(lengths)
+        )
+        GpuPrefill(decoder, cache).run(StepBatch(slices=slices))
+        torch.cuda.synchronize(start.device)
+        peak = torch.cuda.max_memory_reserved(start.device) - before
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a wave of {limits.max_wave_tokens} tokens does not fit beside the weights: lower max_wave_tokens", code="does_not_fit"
+        ) from error
+    del cache
+    torch.cuda.empty_cache()
+    return int(peak)
+
+
+def _prompt_lengths(limits: MemoryLimits) -> list[int]:
+    """Prompts as long as may be that fill a wave."""
+    whole, rest = divmod(limits.max_wave_tokens, limits.max_model_tokens)
+    return [limits.max_model_tokens] * whole + ([rest] if rest else [])
