@@ -213,16 +213,17 @@ def _prefill_kernel(
         tl.store(out_MD, (acc_MD / sum_M[:, None]).to(out_ptr.dtype.element_ty), mask=row_M[:, None] < rows)
 
 
-def default_config(head_dim: int, *, has_prefix: bool, dtype: torch.dtype = torch.bfloat16) -> PrefillConfig:
+def default_config(head_dim: int, *, has_prefix: bool, dtype: torch.dtype = torch.bfloat16, block_tokens: int = 128) -> PrefillConfig:
     """Tiles of 128 rows: those of 64 read each key from L2 twice as often.
 
     Over packed keys 64 keys a tile: finer steps along the diagonal, three tiles in flight in 129 KiB. Under a prefix 128 keys: a block of
     the pool whole, half as many reads of the block table. In bench/results/prefill_attention.json "n32" and "n64" are other widths.
+    Where blocks hold 64 tokens, 64 keys there too: a tile of 128 would lie in two places, out of TMA's reach.
     float32 goes without tensor cores (tests alone ask for it): tiles whose operands fit into registers.
     """
     if dtype == torch.float32:
         return PrefillConfig(block_rows=16, block_keys=16, num_stages=2, num_warps=8)
-    if has_prefix:
+    if has_prefix and block_tokens != 64:
         return PrefillConfig(block_rows=128, block_keys=128, num_stages=2 if head_dim > 64 else 3, num_warps=8)
     return PrefillConfig(block_rows=128, block_keys=64, num_stages=3, num_warps=8)
 
@@ -267,7 +268,8 @@ def prefill_attention(
     check("out", out_THD, q_THD.dtype, *q_THD.shape, device=q_THD.device)
     if num_tokens == 0 or num_sequences == 0:
         return out_THD
-    config = config or default_config(dim, has_prefix=prefix is not None, dtype=q_THD.dtype)
+    block_tokens = 128 if prefix is None else prefix.pool.shape[3]
+    config = config or default_config(dim, has_prefix=prefix is not None, dtype=q_THD.dtype, block_tokens=block_tokens)
     tiles = num_tokens // config.block_rows + min(num_tokens, num_sequences)  # each sequence has at most one tile that is not full
     _prefill_kernel[(tiles * num_heads,)](
         *_descriptors((q_THD, k_TND, v_TND), config),
