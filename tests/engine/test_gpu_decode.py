@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.decode_step import DecodeLimits, DecodeRow, DecodeStep, Joining
 from duomo.engine.gpu_decode import GpuDecode
-from tests.engine.gpu_tiny import TinyEngine, joining, tiny_engine
+from tests.engine.gpu_tiny import TINY, UNROUTED, TinyEngine, engine_of, joining
 
 PROMPTS = {"A": (3, 1, 4, 1, 5), "B": (9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6), "C": (26, 43, 38, 32, 79, 50, 28, 84, 19)}
 TABLES = {"A": [0, 1], "B": [5, 2, 7], "C": [4, 3]}
@@ -27,7 +27,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def engine(device: torch.device) -> TinyEngine:
-    return tiny_engine(device)
+    return engine_of(UNROUTED if device.type == "cuda" else TINY, device, 32, 16)
 
 
 class Driver:
@@ -78,9 +78,11 @@ def test_rows_that_join_move_and_leave_go_on_as_prefill_would(engine: TinyEngine
         driver.step(*names)
     driver.settle()
     for name, tokens in driver.tokens.items():
-        greedy, routed_LTK = engine.greedy_after(PROMPTS[name], tokens, SPARE)
-        assert tokens == greedy, name
-        assert np.array_equal(np.stack(driver.routed[name], axis=1), routed_LTK[:, len(PROMPTS[name]) :]), name
+        routed_LTK = engine.judge_greedy(PROMPTS[name], tokens, SPARE)[:, len(PROMPTS[name]) :]
+        mine_LTK = np.stack(driver.routed[name], axis=1)
+        if engine.decoder.weights.dtype != torch.float32:  # which of two scores as near as bf16's roundings is larger, nobody can say
+            mine_LTK, routed_LTK = np.sort(mine_LTK), np.sort(routed_LTK)
+        assert np.array_equal(mine_LTK, routed_LTK), name
 
 
 def test_a_token_from_the_host_is_as_good_as_the_one_left_on_the_device(engine: TinyEngine) -> None:
@@ -120,7 +122,7 @@ def test_a_row_without_finite_logits_is_an_error_and_not_a_token(engine: TinyEng
     after = tuple(DecodeRow(source=at, position=row.position + 1, table=row.table) for at, row in enumerate(rows))
     second = driver.decode.launch(DecodeStep(rows=after)).wait()
     tokens = [first.token_id, int(result.token_id_R[0]), int(second.token_id_R[0])]
-    assert tokens == engine.greedy_after(PROMPTS["A"], tokens, SPARE)[0]
+    engine.judge_greedy(PROMPTS["A"], tokens, SPARE)
 
 
 def test_blocks_are_copied_between_two_steps(engine: TinyEngine) -> None:
@@ -130,4 +132,4 @@ def test_blocks_are_copied_between_two_steps(engine: TinyEngine) -> None:
     driver.decode.enqueue_copies([(0, 13)])
     row = DecodeRow(source=0, position=6, table=[13])
     tokens = driver.tokens["A"] + driver.decode.launch(DecodeStep(rows=(row,))).wait().token_id_R.tolist()
-    assert tokens == engine.greedy_after(PROMPTS["A"], tokens, SPARE)[0]
+    engine.judge_greedy(PROMPTS["A"], tokens, SPARE)
