@@ -161,7 +161,7 @@ class Engine:
 
 
 def step_times(arrivals: Sequence[Arrival], batch: int, tokens: int) -> tuple[list[float], float]:
-    """(microseconds of the last DECODE_STEPS pure decode steps, their mean context). Empty where too few were pure.
+    """(microseconds of DECODE_STEPS pure decode steps, their mean context). Empty where too few were pure.
 
     A step is pure where it and the one before gave every sequence one token. The step before a sequence ends is left out.
     """
@@ -171,7 +171,7 @@ def step_times(arrivals: Sequence[Arrival], batch: int, tokens: int) -> tuple[li
         for i, (before, after) in enumerate(itertools.pairwise(arrivals))
         if before.num_tokens == after.num_tokens == before.num_sequences == after.num_sequences == batch
     ]
-    window = pure[3:-1][-DECODE_STEPS:]
+    window = pure[3:-1][:DECODE_STEPS]  # early ones: of no more keys than ours are
     if len(window) < DECODE_STEPS // 2:
         return [], 0.0
     return [us for us, _ in window], statistics.fmean(context for _, context in window)

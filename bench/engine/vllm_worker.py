@@ -22,6 +22,7 @@ from duomo.models.config import load_config
 from duomo.models.gpu_random import random_checkpoint
 from duomo_kernels._weights_fp8 import quantise_blocks_fp8
 
+HELD = ("weight", "weight_scale_inv")  # how names of what a checkpoint holds end; vLLM has scales of its own for the KV cache
 QUANTISED = (".q_proj.", ".k_proj.", ".v_proj.", ".o_proj.", ".experts.")  # what our engine turns to fp8 on load
 
 
@@ -45,10 +46,7 @@ class RandomLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is absent whe
         """Nothing to fetch."""
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Every parameter of the model gets numbers, or this fails: a forgotten one would leave what the memory held before.
-
-        Scales of the KV cache are in no checkpoint of ours: vLLM then takes 1.
-        """
+        """Every weight of the model gets numbers, or this fails: a forgotten one would leave what the memory held before."""
         outer = torch.get_default_dtype()
         torch.set_default_dtype(torch.float32)  # vLLM's is the model's while it loads: ours draws as it does in our own engine
         device = torch.device("cuda", torch.cuda.current_device())
@@ -56,7 +54,8 @@ class RandomLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is absent whe
             loaded = set(model.load_weights(named_tensors(Path(model_config.model), device)))  # type: ignore[operator]  # a method, says vLLM
         finally:
             torch.set_default_dtype(outer)
-        missing = {name for name, _ in model.named_parameters() if ".attn." not in name} - loaded
+        torch.cuda.empty_cache()  # vLLM's pool of KV gets what is free now
+        missing = {name for name, _ in model.named_parameters() if name.endswith(HELD)} - loaded
         assert not missing, f"{len(missing)} parameters of vLLM's model got no numbers, such as {sorted(missing)[:3]}"
 
 

@@ -160,8 +160,8 @@ def test_only_steps_of_the_whole_batch_are_timed() -> None:
     ending = [(9.0, 3), (10.0, 1)]
     times_us, context = step_times(arrivals(*waves, *pure, *ending), batch=4, tokens=100)
     assert len(times_us) == DECODE_STEPS and times_us == pytest.approx([1000.0] * DECODE_STEPS)
-    # before the last timed step but one: (2 + 3 + 4) / 4 tokens each, and 73 of the pure steps less the one left out
-    assert context == pytest.approx(100 + 9 / 4 + 72 - (DECODE_STEPS - 1) / 2)
+    # the first step of the whole batch is no pure one, three more are left out
+    assert context == pytest.approx(100 + 9 / 4 + 3 + (DECODE_STEPS - 1) / 2)
     assert step_times(arrivals(*waves, *pure[:20]), batch=4, tokens=100) == ([], 0.0)
 
 
