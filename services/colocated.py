@@ -54,10 +54,11 @@ class EngineMeans:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """Both services of one process. start() once, stop() once."""
+    """Both services of one process, and the blocks that they share. start() once, stop() once."""
 
     prefill: PrefillService
     decode: DecodeService
+    loans: BlockLoans
 
     async def start(self) -> None:
         """Decode first: nothing reaches prefill before its decode is there."""
@@ -114,6 +115,7 @@ def engine_of(model: Model, config: DuomoConfig, replica_id: str, means: EngineM
     return Engine(
         prefill=PrefillService(prefill_card, workers.prefill, loans, means.prefill_spans, means.directory, means.thread),
         decode=DecodeService(decode_card, workers.decode, loans, means.decode_spans, means.directory, means.thread),
+        loans=loans,
     )
 
 

@@ -43,6 +43,7 @@ def test_options_lie_over_the_file_and_the_environment_over_both(tmp_path: Path,
     ("option", "value"),
     [
         ("decode.replicas", 0),
+        ("layout", "beside"),
         ("decode.max_batch", 257),
         ("decode.num_blocks", 7),
         ("model.block_tokens", 17),
@@ -66,6 +67,8 @@ def test_a_wrong_value_or_an_unknown_key_names_its_option(option: str, value: ob
     ("options", "named"),
     [
         ({"prefill.units_per_group": 5}, "prefill.units_per_group is 5, but model.units is only 4"),
+        ({"layout": "colocated", "decode.replicas": 2}, r"decode.replicas \(2\) must be 1"),
+        ({"layout": "colocated", "prefill.torch_threads": 2}, r"prefill.torch_threads \(2\) and decode.torch_threads \(1\) must be equal"),
         ({"decode.num_blocks": 8, "decode.watermark_blocks": 8}, r"decode.watermark_blocks \(8\) must be below decode.num_blocks \(8\)"),
     ],
 )

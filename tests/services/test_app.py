@@ -46,6 +46,13 @@ def test_four_deployments_are_bound_with_their_counts() -> None:
         assert deployment._deployment_config.graceful_shutdown_timeout_s > 300, "a draining replica finishes its streams"
 
 
+def test_colocated_binds_one_engine_for_both_pools() -> None:
+    application = build_application(config(layout="colocated"))
+    router: Any = application._bound_deployment
+    bound = {pool._bound_deployment.name: pool._bound_deployment.num_replicas for pool in router.init_args[1:]}
+    assert bound == {"directory": 1, "engine": 1}
+
+
 def test_pools_are_pinned_by_resource_only_when_asked() -> None:
     def resources(one: DuomoConfig) -> dict[str, object]:
         actor: dict[str, Any] = build_application(one)._bound_deployment.ray_actor_options or {}

@@ -4,7 +4,8 @@
     scaled_system       one_system with 2 decode replicas for this test; 1 again afterwards
     pair_system         session; 2 x 2 by `duomo replica`, without Ray
     small_pool_system   1 x 1 by `duomo replica`, the decode pool sized for 16 requests of 80 tokens
-    replica_system      a factory for one test: replica_system(num_prefill=2, num_decode=1, **{"kv_transfer.max_bytes_per_s": 1e6})
+    replica_system      a factory for one test: replica_system(num_prefill=2, num_decode=1, **{"kv_transfer.max_bytes_per_s": 1e6});
+                        with layout="colocated" one engine is both
 
 What each of them offers:
 
@@ -260,16 +261,19 @@ class ReplicaSystem(System):
         self.config.write_text(yaml.safe_dump(self._configuration(settings)))
         try:
             self.start("router", "router-0")
-            for number in range(num_prefill):
-                self.start("prefill", f"prefill-{number}")
-            for number in range(num_decode):
-                self.start("decode", f"decode-{number}")
+            if settings.get("layout") == "colocated":
+                self.start("engine", "engine-0")
+            else:
+                for number in range(num_prefill):
+                    self.start("prefill", f"prefill-{number}")
+                for number in range(num_decode):
+                    self.start("decode", f"decode-{number}")
             self.wait_for_pools(num_prefill, num_decode)
         except BaseException:
             self.stop(is_checked=False)
             raise
 
-    def _configuration(self, settings: dict[str, object]) -> dict[str, dict[str, object]]:
+    def _configuration(self, settings: dict[str, object]) -> dict[str, object]:
         """One torch thread a replica: two cores are shared by all."""
         told: dict[str, Any] = {"run_dir": str(self.run_dir)}
         own = {
@@ -282,8 +286,9 @@ class ReplicaSystem(System):
             "tracing.directory": str(self.trace_dir),
         }
         for dotted, value in (own | SETTINGS | settings).items():
-            section, key = dotted.split(".")
-            told.setdefault(section, {})[key] = value
+            section, _, key = dotted.rpartition(".")
+            place = told.setdefault(section, {}) if section else told
+            place[key] = value
         return told
 
     def start(self, role: str, replica_id: str) -> None:

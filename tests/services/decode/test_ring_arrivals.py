@@ -42,7 +42,7 @@ def granted_leg(blocks: list[int]) -> Leg:
         prefill=PeerAddress(replica_id="p", boot_id="p", address=""),
     )
     leg = Leg.of(start, leg_id=1, gateway="g", now_s=0.0, max_preemptions=2)
-    leg.announced = WaveAnnounced(**common, wave_id=1, num_tokens=leg.num_tokens, group_bounds=GROUP_BOUNDS)  # type: ignore[arg-type]
+    leg.announced = WaveAnnounced(**common, wave_id=1, num_tokens=leg.num_tokens, group_bounds=GROUP_BOUNDS)  # type: ignore[arg-type]  # one dict for both
     leg.blocks = blocks
     return leg
 
