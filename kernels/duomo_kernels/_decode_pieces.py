@@ -18,15 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duomo_kernels._launch import check, num_sms, start_next, wait_for_previous
+from duomo_kernels._launch import check, num_sms, pdl_options, start_next, wait_for_previous
 from duomo_kernels._tuning import Config, tuned
 
 MERGE_ROWS = 64  # rows (piece, query head) of D float32 that a merge loads at one time: 32 KiB of 128, 64 registers a thread
-TICKET_ROUNDS = 4  # such loads an item, on average, up to which its last program adds it; beyond, a kernel of one program a query head
+LIGHT_GROUP = 2  # query heads of a kv head whose pieces a program adds by the way
 TUNING_OP = "decode_attention"
 MOST_PROGRAMS_PER_SM = 4  # that a configuration may ask for: a workspace has room for as many, whatever the table says of other batches
+MERGES_PER_SM = 2  # programs of the second kernel that find room beside those of the first
 MOST_LATE_RUNS = 4
 KEYS_A_WARP = 16  # at least: what one mma takes of weights times values
+EVEN_SHARE = 16  # one multiprocessor in so many may be left without a run
 RUN_WORDS = 8  # of a run's record, see DecodePlan
 Merge = Literal["ticket", "kernel"]
 
@@ -37,6 +39,7 @@ class DecodeConfig:
 
     late: one in so many tiles is left to further runs, short ones, late_runs for each of the others, which start as multiprocessors become
     free: equal runs do not end together, since memory does not serve all multiprocessors alike. 0 for none.
+    touch: tiles of a run, a power of two or none, brought into L2 while the kernel before still runs; only where the plan is settled.
     """
 
     block_keys: int
@@ -46,6 +49,7 @@ class DecodeConfig:
     merge: Merge
     late: int = 0
     late_runs: int = 1
+    touch: int = 0
 
     def __post_init__(self) -> None:
         assert self.block_keys & (self.block_keys - 1) == 0 and self.block_keys <= 512, f"{self}: keys are a power of two up to 512"
@@ -66,15 +70,23 @@ def config_from(config: Config) -> DecodeConfig:
 
 
 def _default_config(num_items: int, group: int, head_dim: int, device: torch.device) -> DecodeConfig:
-    """One program a multiprocessor leaves the fewest pieces; five tiles of 32 KiB in flight in it, beside the room in which its warps meet.
+    """Few items: one program a multiprocessor, which leaves the fewest pieces, five tiles of 32 KiB in flight. Many: two, one of which
+    reads while the other ends a sequence, three tiles in flight in each, and late runs where a piece costs little.
 
-    Where programs outnumber items by far, an item has many pieces and one program would add them alone: a second kernel is wider.
+    A piece of many query heads takes long to add; where items have several, a second kernel, which is wider, adds them sooner.
     """
     if device.type != "cuda":
         return DecodeConfig(block_keys=16, num_stages=1, num_warps=1, programs_per_sm=2, merge="ticket")
-    rows = num_sms(device) * group
-    merge: Merge = "ticket" if rows <= TICKET_ROUNDS * MERGE_ROWS * num_items else "kernel"
-    return DecodeConfig(block_keys=64 if head_dim > 64 else 128, num_stages=11, num_warps=4, programs_per_sm=1, merge=merge)
+    keys, is_many, is_light = 64 if head_dim > 64 else 128, num_items >= 2 * num_sms(device), group <= LIGHT_GROUP
+    return DecodeConfig(
+        block_keys=keys,
+        num_stages=7 if is_many else 11,
+        num_warps=4,
+        programs_per_sm=2 if is_many else 1,
+        merge="ticket" if is_many or is_light else "kernel",
+        late=8 if is_many and is_light else 0,
+        late_runs=2,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,8 +115,13 @@ class DecodeShape:
         return _default_config(self.num_sequences * self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_dim, device)
 
     def num_main_runs(self, config: DecodeConfig, device: torch.device) -> int:
-        """Runs that start together, one for each program of a head."""
-        return max(1, config.programs_per_sm * num_sms(device) // self.num_kv_heads)
+        """Runs that start together, one for each program of a head.
+
+        A power of two where that leaves few multiprocessors out: runs of many sequences of one length then end where sequences do.
+        """
+        most = max(1, config.programs_per_sm * num_sms(device) // self.num_kv_heads)
+        even = 1 << (most.bit_length() - 1)
+        return even if EVEN_SHARE * even >= (EVEN_SHARE - 1) * most else most
 
     def num_runs(self, config: DecodeConfig, device: torch.device) -> int:
         return self.num_main_runs(config, device) * (1 + config.late_runs if config.late else 1)
@@ -230,21 +247,41 @@ def merge_kernel(
     N: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     PIECES: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Program (sequence, query head): adds the pieces of an item that has several.
+    """Program (sequence, kv head, one of PARTS parts of its query heads): adds the pieces of an item that has several.
 
     The plan is read before the wait: the attention kernel lets this one start only once it has itself waited for all before it.
     """
-    pid = tl.program_id(0)
-    seq = pid // (N * G)
-    slot = tl.load(merges_ptr + seq * 2)
-    count = tl.load(merges_ptr + seq * 2 + 1)
+    item = tl.program_id(0) // PARTS
+    row_R = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
+    slot = tl.load(merges_ptr + item // N * 2)
+    count = tl.load(merges_ptr + item // N * 2 + 1)
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)
     if count > 1:
-        row_R = pid % G + tl.arange(0, 1)
-        out_RD = merge(acc_ptr, max_ptr, sum_ptr, slot, count, pid // G % N, row_R, N, G, D, PIECES)
-        at_RD = pid.to(tl.int64) * D + tl.arange(0, D)[None, :]
-        tl.store(out_ptr + at_RD, out_RD.to(out_ptr.dtype.element_ty))
+        out_RD = merge(acc_ptr, max_ptr, sum_ptr, slot, count, item % N, row_R, N, G, D, PIECES)
+        at_RD = (item.to(tl.int64) * G + row_R)[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(out_ptr + at_RD, out_RD.to(out_ptr.dtype.element_ty), mask=row_R[:, None] < G)
+
+
+def merge_by_kernel(plan: DecodePlan, workspace: DecodeWorkspace, out_SHD: Tensor) -> None:
+    """As many programs as are there at one time, where items are that few: those that wait for a place come late."""
+    shape, device = plan.shape, out_SHD.device
+    group, items = shape.num_heads // shape.num_kv_heads, shape.num_sequences * shape.num_kv_heads
+    padded = triton.next_power_of_2(group)
+    rows = min(padded, triton.next_power_of_2(triton.cdiv(items * padded, MERGES_PER_SM * num_sms(device))))
+    merge_kernel[(items * padded // rows,)](
+        *(plan.merges_S2, out_SHD, workspace.acc_UNGD, workspace.max_UNG, workspace.sum_UNG),
+        N=shape.num_kv_heads,
+        G=group,
+        D=shape.head_dim,
+        ROWS=rows,
+        PARTS=padded // rows,
+        PIECES=max(1, MERGE_ROWS // rows),
+        num_warps=4,
+        **pdl_options(device),
+    )

@@ -24,13 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duomo_kernels._decode_pieces import MERGE_ROWS, DecodePlan, DecodeWorkspace, check_workspace, merge, merge_kernel
+from duomo_kernels._decode_pieces import MERGE_ROWS, DecodePlan, DecodeWorkspace, check_workspace, merge, merge_by_kernel
 from duomo_kernels._launch import check, pdl_options, start_next, wait_for_previous
 from duomo_kernels.decode_plan import check_plan
 
 LOG2_E = 1.4426950408889634
 LEAST = tl.constexpr(-1e30)  # below every score and finite: what has seen no key has no share
-TOUCH_TILES = tl.constexpr(8)  # of a run's records, brought in beside the run's own
+RECORDS = tl.constexpr(16)  # of tiles, a line of them, brought in beside a run's own
 
 
 def decode_attention_reference(q_SHD: Tensor, pool: Tensor, block_table_SB: Tensor, lengths_S: Tensor, scale: float) -> Tensor:
@@ -54,31 +54,54 @@ def _load_tile(
     pool_ptr, blocks_ptr, at, head, live,
     N: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Keys [W, D, K] and values [W, K, D] of tile `at`, zeros where no key lives."""
+    """Keys [W, D, K] and values [W, K, D] of tile `at`; values are zeros where no key lives."""
     KEYS: tl.constexpr = BLOCK // WARPS
-    key_WK = tl.arange(0, WARPS)[:, None] * KEYS + tl.arange(0, KEYS)[None, :]
-    lane_D = tl.arange(0, D)
-    live_WK = key_WK < live
-    if BLOCK_TOKENS >= BLOCK:  # one block holds the tile: one scalar address, the rest is constant
-        MANY: tl.constexpr = BLOCK_TOKENS // BLOCK
-        part = tl.load(blocks_ptr + at)
-        from_ptr = pool_ptr + (((part // MANY).to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + part % MANY * BLOCK) * D
-        row_WK = key_WK * D
-    elif BLOCK_TOKENS >= KEYS:  # one block holds a warp's keys
-        lane_W = tl.arange(0, WARPS)
-        block_W = tl.load(blocks_ptr + at * (BLOCK // BLOCK_TOKENS) + lane_W * KEYS // BLOCK_TOKENS)
-        from_ptr = pool_ptr
-        row_W = ((block_W.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + lane_W * KEYS % BLOCK_TOKENS) * D
-        row_WK = row_W[:, None] + tl.arange(0, KEYS)[None, :] * D
+    lane_W, lane_K, lane_D = tl.arange(0, WARPS), tl.arange(0, KEYS), tl.arange(0, D)
+    key_WK = lane_W[:, None] * KEYS + lane_K[None, :]
+    at_WDK = lane_K[None, None, :] * D + lane_D[None, :, None]
+    at_WKD = lane_K[None, :, None] * D + lane_D[None, None, :]
+    if BLOCK_TOKENS >= KEYS:  # one block holds a warp's keys: one address for each warp, the rest is constant
+        if BLOCK_TOKENS >= BLOCK:
+            MANY: tl.constexpr = BLOCK_TOKENS // BLOCK
+            part = tl.load(blocks_ptr + at)
+            from_ptr = pool_ptr + (((part // MANY).to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + part % MANY * BLOCK) * D
+            from_W = from_ptr + lane_W * (KEYS * D)
+        else:
+            block_W = tl.load(blocks_ptr + at * (BLOCK // BLOCK_TOKENS) + lane_W * KEYS // BLOCK_TOKENS)
+            from_W = pool_ptr + ((block_W.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + lane_W * KEYS % BLOCK_TOKENS) * D
+        k_ptr = from_W[:, None, None] + at_WDK
+        v_ptr = from_W[:, None, None] + N * BLOCK_TOKENS * D + at_WKD
     else:
         block_WK = tl.load(blocks_ptr + at * (BLOCK // BLOCK_TOKENS) + key_WK // BLOCK_TOKENS)
-        from_ptr = pool_ptr
-        row_WK = ((block_WK.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_WK % BLOCK_TOKENS) * D
-    k_WDK = tl.load(from_ptr + row_WK[:, None, :] + lane_D[None, :, None], mask=live_WK[:, None, :], other=0.0)
-    # masked, since slots never written may hold NaN, which a weight of zero does not silence
-    v_ptr = from_ptr + N * BLOCK_TOKENS * D
-    v_WKD = tl.load(v_ptr + row_WK[:, :, None] + lane_D[None, None, :], mask=live_WK[:, :, None], other=0.0)
+        from_WK = pool_ptr + ((block_WK.to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_WK % BLOCK_TOKENS) * D
+        k_ptr = from_WK[:, None, :] + lane_D[None, :, None]
+        v_ptr = from_WK[:, :, None] + N * BLOCK_TOKENS * D + lane_D[None, None, :]
+    # no mask: what lies past the last key is in a block of the sequence, whatever it holds; scores are masked. Of values a NaN would stay,
+    # and slots never written may hold one: a weight of zero does not silence it
+    k_WDK = tl.load(k_ptr)
+    v_WKD = tl.load(v_ptr, mask=(key_WK < live)[:, :, None], other=0.0)
     return k_WDK, v_WKD
+
+
+@triton.jit
+def _touch_tiles(
+    pool_ptr, tiles_ptr, blocks_ptr, start, stop, head,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK: tl.constexpr, TOUCH: tl.constexpr,
+):  # fmt: skip
+    """Bring a run's first tiles into L2, one load every 64 bytes, whose value nobody needs."""
+    BLOCKS: tl.constexpr = BLOCK // BLOCK_TOKENS if BLOCK > BLOCK_TOKENS else 1
+    MANY: tl.constexpr = BLOCK_TOKENS // BLOCK if BLOCK_TOKENS > BLOCK else 1
+    row_R = tl.arange(0, TOUCH * BLOCK)
+    at_R = start + row_R // BLOCK
+    key_R = row_R % BLOCK
+    live_R = tl.load(tiles_ptr + at_R, mask=at_R < stop, other=0) & 1023
+    is_live_R = key_R < live_R
+    part_R = tl.load(blocks_ptr + at_R * BLOCKS + key_R // BLOCK_TOKENS % BLOCKS, mask=is_live_R, other=0)
+    key_R = part_R % MANY * BLOCK + key_R % BLOCK_TOKENS
+    from_R = pool_ptr + (((part_R // MANY).to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_R) * D
+    from_RD = from_R[:, None] + tl.arange(0, D // 32 if D > 32 else 1)[None, :] * 32
+    tl.load(from_RD, mask=is_live_R[:, None], volatile=True)  # volatile, or the compiler drops it
+    tl.load(from_RD + N * BLOCK_TOKENS * D, mask=is_live_R[:, None], volatile=True)
 
 
 @triton.jit
@@ -157,7 +180,7 @@ def _add_pieces(
                 tl.store(out_ptr + at_RD, out_RD.to(out_ptr.dtype.element_ty), mask=lane_R[:, None] < G)
 
 
-@triton.jit(do_not_specialize=["max_tiles"])
+@triton.jit
 def _decode_kernel(
     q_ptr,
     pool_ptr,
@@ -171,7 +194,6 @@ def _decode_kernel(
     sum_ptr,
     tickets_ptr,
     scale_log2,
-    max_tiles,
     N: tl.constexpr,
     G: tl.constexpr,
     ROWS: tl.constexpr,
@@ -183,6 +205,7 @@ def _decode_kernel(
     MERGE_ROWS: tl.constexpr,
     HAS_TICKETS: tl.constexpr,
     IS_SETTLED: tl.constexpr,
+    TOUCH: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     KEYS: tl.constexpr = BLOCK // WARPS
@@ -196,11 +219,10 @@ def _decode_kernel(
     start = tl.load(run_ptr)
     stop = tl.load(run_ptr + 1)
     if IS_SETTLED:
-        touch_T = start + tl.arange(0, TOUCH_TILES)
-        BLOCKS: tl.constexpr = BLOCK // BLOCK_TOKENS if BLOCK > BLOCK_TOKENS else 1
-        tl.load(tiles_ptr + touch_T, mask=touch_T < max_tiles, volatile=True)
-        tl.load(words_ptr + touch_T, mask=touch_T < max_tiles, volatile=True)  # volatile, or the compiler drops it
-        tl.load(blocks_ptr + touch_T * BLOCKS, mask=touch_T < max_tiles, volatile=True)
+        touch_T = start + tl.arange(0, RECORDS)
+        tl.load(words_ptr + touch_T, mask=touch_T < stop, volatile=True)
+        if TOUCH > 0:
+            _touch_tiles(pool_ptr, tiles_ptr, blocks_ptr, start, stop, head, N, D, BLOCK_TOKENS, BLOCK, TOUCH)
         wait_for_previous(USE_PDL)
     start_next(USE_PDL)
     top_WG = tl.full((WARPS, ROWS), LEAST, tl.float32)
@@ -268,13 +290,14 @@ def decode_attention(
     group = shape.num_heads // shape.num_kv_heads
     rows = triton.next_power_of_2(group)
     by_kernel = config.merge == "kernel" or shape.chunk_tokens is not None  # a run may hold chunks of many sequences
-    layout = {"N": shape.num_kv_heads, "G": group, "D": shape.head_dim}
     room = (workspace.acc_UNGD, workspace.max_UNG, workspace.sum_UNG)
     _decode_kernel[(plan.runs_C8.shape[0] * shape.num_kv_heads,)](
         *(q_SHD, pool, plan.words_T, plan.tiles_T, plan.blocks_TB, plan.runs_C8, out_SHD, *room, workspace.tickets_SN),
-        *(scale * LOG2_E, plan.words_T.shape[0]),
-        **layout,
+        scale * LOG2_E,
+        N=shape.num_kv_heads,
+        G=group,
         ROWS=max(16, rows),
+        D=shape.head_dim,
         BLOCK_TOKENS=shape.block_tokens,
         BLOCK=config.block_keys,
         WARPS=config.num_warps,
@@ -282,13 +305,13 @@ def decode_attention(
         MERGE_ROWS=rows,
         HAS_TICKETS=not by_kernel,
         IS_SETTLED=is_settled,
+        TOUCH=config.touch,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **pdl_options(device),
     )
     if by_kernel:
-        grid = (shape.num_sequences * shape.num_heads,)
-        merge_kernel[grid](*(plan.merges_S2, out_SHD, *room), **layout, PIECES=MERGE_ROWS, num_warps=4, **pdl_options(device))
+        merge_by_kernel(plan, workspace, out_SHD)
     return out_SHD
 
 
