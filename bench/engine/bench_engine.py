@@ -35,7 +35,7 @@ from bench.gpu_stopwatch import RESULTS, require_gpu, write_result
 from duomo.models.config import load_config
 
 SIDES: dict[str, tuple[Mode, ...]] = {"both": MODES, "ours": ("ours",), "vllm": MODES[1:]}
-LEAST_JOB_S = 60.0  # a child that starts later would be killed before its first case
+LEAST_JOB_S = 100.0  # a child that starts later would have loaded its model and have no time for a case
 PARTS = Path(tempfile.gettempdir()) / "duomo-bench-engine"
 
 
