@@ -100,7 +100,8 @@ class GpuPrefill:
             assert k_TND is not None and v_TND is not None, "a wave attends over packed keys"
             if is_deterministic:
                 packed = (q_THD, k_TND, v_TND, wave.cu_seqlens_S1)
-                return prefill_attention(*packed, scale=scale, prefix=prefix, way="ours", config=DETERMINISTIC_TILES)
+                config = None if q_THD.dtype == torch.float32 else DETERMINISTIC_TILES  # float32 has one configuration anyhow
+                return prefill_attention(*packed, scale=scale, prefix=prefix, way="ours", config=config)
             if not wave.has_prefix and suits_library(q_THD, wave):
                 return _equal_attention(q_THD, k_TND, v_TND, wave, scale)
             used = prefix if wave.has_prefix else None

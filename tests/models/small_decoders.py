@@ -108,7 +108,7 @@ def _keys(family: str, sizes: Sizes) -> dict[str, Any]:
         "num_attention_heads": sizes.num_heads,
         "num_key_value_heads": sizes.num_kv_heads,
         "head_dim": sizes.head_dim,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-6,
         "eos_token_id": 2,
         "bos_token_id": 1,
