@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -26,15 +27,22 @@ MeasureJob = Callable[[Job, Part, Path, float], None]
 
 
 def run_job(measure: MeasureJob) -> int:
-    """The child: `JOB.json PART.json`. Exit 0 measured, 1 wrong, 2 not called rightly."""
+    """The child: `JOB.json PART.json`. Returns 2 where it was not called rightly; else it ends the process: 0 measured, 1 wrong."""
     if len(sys.argv) != 3:
         print(f"usage: {sys.argv[0]} JOB.json PART.json; started by `duomo bench engine`", file=sys.stderr)
         return 2
     job, out = job_from_json(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
     part = Part(job=job, facts={})
     part.write(out)
-    measure(job, part, out, time.monotonic() + job.budget_s)
-    return 1 if part.red else 0
+    code = 1
+    try:
+        measure(job, part, out, time.monotonic() + job.budget_s)
+        code = 1 if part.red else 0
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a peer's threads may keep an ordinary exit waiting for ever, and the GPU with it
 
 
 def start(job: Job, out: Path) -> Part | None:
