@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from duomo.engine.decode_buckets import bucket_of, buckets_up_to
 from duomo.engine.decode_step import DecodeLimits, DecodeStep, StepResult
+from duomo.engine.gpu_compile_ahead import compiling_ahead
 from duomo.engine.gpu_decode_attention import GpuDecodeAttention
 from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_host_ring import HostBuffer, HostRing
@@ -63,6 +64,7 @@ class GpuDecode:
         max_rows, width = self.buckets[-1], _table_width(limits.max_model_tokens, cache.spec.block_tokens)
         self._plan = GpuStepPlan(max_rows, width, cache.spec.block_tokens, device)
         self._inputs = empty_decode_inputs(max_rows, width, device)
+        self._inputs.token_id_R.zero_()  # a row of the embeddings, also for kernels that are compiled before any has run
         self._attention = GpuDecodeAttention(config, cache, self.buckets, width, is_deterministic=limits.is_deterministic)
         self._logits_RV = torch.empty(max_rows, config.vocab, dtype=torch.float32, device=device)
         self._routed_words = config.num_layers * config.top_k
@@ -72,16 +74,17 @@ class GpuDecode:
 
     @torch.inference_mode()
     def capture(self, *, progress: bool = False) -> None:
-        """Run everything that a step may run once, so that all is compiled, then capture it, largest bucket first. Touches no KV."""
+        """Compile everything that a step may run, by threads; run it once; capture it, largest bucket first. Touches no KV."""
         with self.graphs.capturing():
             self._plan.clear()
             self._sampler.rows.warm()
+            with compiling_ahead():
+                for bucket in self.buckets:
+                    self._warm(bucket)
             for bucket in tqdm(
                 self.buckets[::-1], desc="capturing decode steps", unit="bucket", file=sys.stderr, disable=not progress, leave=False
             ):
-                self._forward(bucket)
-                for kind in ALL_KINDS if bucket == self.buckets[-1] else CAPTURED_KINDS:
-                    self._sample(bucket, kind)
+                self._warm(bucket)
                 self.graphs.capture(bucket, partial(self._forward, bucket))
                 for kind in CAPTURED_KINDS:
                     self.graphs.capture((bucket, kind), partial(self._sample, bucket, kind))
@@ -133,6 +136,12 @@ class GpuDecode:
         # all layers' ids in one launch: a copy behind each layer would stand between kernels that start each other early
         routed_LRK = self._sampler.extra[: bucket * self._routed_words].view(config.num_layers, bucket, config.top_k)
         torch.stack(routed_ids, out=routed_LRK)
+
+    def _warm(self, bucket: int) -> None:
+        """What a step of this bucket launches; what depends on the vocabulary alone, in the largest."""
+        self._forward(bucket)
+        for kind in ALL_KINDS if bucket == self.buckets[-1] else CAPTURED_KINDS:
+            self._sample(bucket, kind)
 
     def _sample(self, bucket: int, kind: SampleKind) -> None:
         next_position_R = self._inputs.next_position_R[:bucket]

@@ -16,9 +16,11 @@ import torch
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.compile_counter import CompileCounter
 from duomo.engine.decode_step import DecodeLimits
+from duomo.engine.gpu_compile_ahead import compiling_ahead
 from duomo.engine.gpu_decode import GpuDecode
 from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
 from duomo.engine.gpu_prefill import GpuPrefill
+from duomo.engine.gpu_warm import warm_prefill
 from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, plan_memory
 from duomo.engine.startup import Startup
 from duomo.errors import ConfigError
@@ -82,14 +84,17 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
         max_batch=start.limits.max_batch, max_model_tokens=start.limits.max_model_tokens, is_deterministic=start.is_deterministic
     )
     decode = GpuDecode(decoder, cache, limits)
+    prefill = GpuPrefill(decoder, cache)
     with startup.phase("capture"):
         decode.capture(progress=start.shows_progress)
+        if start.device.type == "cuda":  # an interpreter has nothing to compile
+            warm_prefill(prefill, start.limits)
     graphs = decode.graphs.pool_bytes
     if graphs > plan.graphs:
         log.warning("graphs took %.2f GB, planned were %.2f GB: the reserve has less", graphs / 1e9, plan.graphs / 1e9)
     log.info("%d graphs, %d kernels compiled; %s", len(decode.graphs), compilations.num_before_ready, startup.line())
     compilations.ready()
-    return GpuEngine(plan=plan, cache=cache, prefill=GpuPrefill(decoder, cache), decode=decode, compilations=compilations)
+    return GpuEngine(plan=plan, cache=cache, prefill=prefill, decode=decode, compilations=compilations)
 
 
 def _device_bytes(device: torch.device) -> DeviceBytes:
@@ -106,10 +111,7 @@ def _taken_since(memory: DeviceBytes, device: torch.device) -> int | None:
 
 
 def _wave_bytes(decoder: GpuDecoder, start: EngineStart) -> int | None:
-    """The allocator's peak over one wave of the largest size, less its pool of KV; None where there is no device to ask.
-
-    The same wave compiles what waves run.
-    """
+    """The allocator's peak over one wave of the largest size, less its pool of KV; None where there is no device to ask."""
     if start.device.type != "cuda":
         return None
     limits = start.limits
@@ -125,7 +127,11 @@ def _wave_bytes(decoder: GpuDecoder, start: EngineStart) -> int | None:
             PromptSlice(token_ids=(0,) * length, start=0, block_table=range(at * blocks_each, (at + 1) * blocks_each))
             for at, length in enumerate(lengths)
         )
-        GpuPrefill(decoder, cache).run(StepBatch(slices=slices))
+        prefill, batch = GpuPrefill(decoder, cache), StepBatch(slices=slices)
+        with compiling_ahead():
+            prefill.run(batch)
+        torch.cuda.empty_cache()
+        prefill.run(batch)
         torch.cuda.synchronize(start.device)
         peak = torch.cuda.max_memory_reserved(start.device) - before
     except torch.cuda.OutOfMemoryError as error:

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
+from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.decode_step import DecodeRow, DecodeStep
 from duomo.engine.gpu_engine import EngineStart, start_engine
 from duomo.engine.memory_plan import DeviceBytes, MemoryLimits
@@ -64,6 +65,13 @@ def test_a_gpu_is_measured_and_nothing_is_compiled_after_ready() -> None:
         for count in (1, 3, 16):
             rows = tuple(DecodeRow(source=joining((), 7 + at), position=0, table=[at]) for at in range(count))
             assert not engine.decode.launch(DecodeStep(rows=rows)).wait().errors
+        for lengths in ((1,), (7,), (100,), (333, 12), (512,) * 4, (511,), (2, 3, 4, 5, 6)):
+            for start in (0, 64):
+                slices = (
+                    PromptSlice(token_ids=(5,) * min(length, 512 - start), start=start, block_table=range(8 * at, 8 * at + 8))
+                    for at, length in enumerate(lengths)
+                )
+                engine.prefill.run(StepBatch(slices=tuple(slices)))
         assert engine.compilations.num_after_ready == 0
     finally:
         engine.compilations.close()

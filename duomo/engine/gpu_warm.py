@@ -1,0 +1,90 @@
+"""Owns the waves that are run before an engine is ready, so that no prompt waits for a compiler. Knows no request.
+
+Triton compiles a kernel anew for another configuration, which goes by ranges of rows, and for sizes that are 1, multiples of 16, or neither
+(of rows, and of rows times experts a token). So waves are of every size on a ladder whose steps are at most half as large again, and of the
+two above it; and of one, several and sixteen prompts, with and without a cached prefix. Two layers of each: the first adds to no residual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.gpu_compile_ahead import compiling_ahead
+from duomo.engine.gpu_prefill import GpuPrefill
+from duomo.engine.gpu_wave import upload_rows
+from duomo.engine.memory_plan import MemoryLimits
+
+FEW = (1, 2, 3, 4, 5, 8, 9, 16)
+WARM_LAYERS = 2
+MIXED_TOKENS = (48, 1024)  # in waves of several prompts and with prefixes: attention's variants are not the rows'
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmWave:
+    """num_prompts of num_tokens together, each behind prefix_blocks of cached blocks."""
+
+    num_tokens: int
+    num_prompts: int = 1
+    prefix_blocks: int = 0
+
+
+def ladder(max_tokens: int) -> list[int]:
+    """Sizes up to max_tokens, max_tokens itself among them."""
+    sizes, step = set(FEW), 16
+    while step <= max_tokens:
+        sizes |= {base + more for base in (step, step + step // 2) for more in (0, 1, 2)}
+        step *= 2
+    return sorted(size for size in sizes | {max_tokens} if size <= max_tokens)
+
+
+def warm_waves(limits: MemoryLimits, num_blocks: int) -> list[WarmWave]:
+    """What to run, as far as num_blocks hold it."""
+    whole = [WarmWave(num_tokens=size, num_prompts=-(-size // limits.max_model_tokens)) for size in ladder(limits.max_wave_tokens)]
+    mixed = [
+        WarmWave(num_tokens=size + more, num_prompts=num_prompts, prefix_blocks=prefix_blocks)
+        for size in MIXED_TOKENS
+        for more in (0, 1)
+        for num_prompts in (1, 2, 3, 16)
+        for prefix_blocks in (0, 1)
+    ]
+    return [wave for wave in (*whole, *mixed) if _fits(wave, limits, num_blocks)]
+
+
+def warm_prefill(prefill: GpuPrefill, limits: MemoryLimits) -> None:
+    """Compile for every wave by threads, then run each. Writes into blocks from 0 on: nobody holds one yet."""
+    batches = [_batch_of(wave, limits.block_tokens) for wave in warm_waves(limits, prefill.cache.num_blocks)]
+    with compiling_ahead():
+        for batch in batches:
+            _run(prefill, batch)
+    for batch in batches:
+        _run(prefill, batch)
+    prefill.cache.tensor.zero_()
+
+
+@torch.inference_mode()
+def _run(prefill: GpuPrefill, batch: StepBatch) -> None:
+    state = prefill.begin(batch)
+    layers = min(WARM_LAYERS, prefill.decoder.config.num_layers)
+    prefill.run_layers(0, layers, state)
+    prefill.decoder.logits(state.rows.select(upload_rows(batch.last_rows, prefill.cache.device)))
+
+
+def _fits(wave: WarmWave, limits: MemoryLimits, num_blocks: int) -> bool:
+    tokens_each = -(-wave.num_tokens // wave.num_prompts) + wave.prefix_blocks * limits.block_tokens
+    is_short = wave.num_prompts <= wave.num_tokens <= limits.max_wave_tokens and tokens_each <= limits.max_model_tokens
+    return is_short and wave.num_prompts * -(-tokens_each // limits.block_tokens) <= num_blocks
+
+
+def _batch_of(wave: WarmWave, block_tokens: int) -> StepBatch:
+    start = wave.prefix_blocks * block_tokens
+    each, rest = divmod(wave.num_tokens, wave.num_prompts)
+    lengths = [each + (at < rest) for at in range(wave.num_prompts)]
+    width = -(-(start + max(lengths)) // block_tokens)
+    slices = (
+        PromptSlice(token_ids=(0,) * length, start=start, block_table=range(at * width, (at + 1) * width))
+        for at, length in enumerate(lengths)
+    )
+    return StepBatch(slices=tuple(slices))
