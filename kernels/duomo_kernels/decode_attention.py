@@ -276,8 +276,9 @@ def decode_attention(
 ) -> Tensor:
     """q [S, H, D], pool [blocks, 2, N, block tokens, D] of its dtype and the plan of this step's lengths and blocks -> [S, H, D].
 
-    is_settled: the caller's word that a kernel stands between the plan and this call that waited for the plan before it let this one start
-    (any kernel of this package does: wait_for_previous, then start_next). The plan is then read while the kernel before still runs.
+    is_settled: the caller's word that a kernel stands between the plan and this call that waited for those before it and only then let the
+    next one start (qk_rope_write and the norms do, a gate and the experts' products need not): the plan had ended when that one passed its
+    wait. It is then read, and first tiles are touched, while the kernel just before still runs.
     Calls that share a workspace must follow each other on one stream.
     """
     device, shape, config = q_SHD.device, plan.shape, plan.config
