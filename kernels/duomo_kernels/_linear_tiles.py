@@ -1,7 +1,6 @@
-"""Owns the dense product by tiles on the tensor cores, weights streamed and touched early, and fp8 weights made wide. Knows no plan.
+"""Owns the dense product by tiles on the tensor cores, and fp8 weights made wide. Knows no plan.
 
-A program computes block_m rows of x times block_n rows of the weights, whole K: nothing is split, so nothing is summed afterwards. While
-the kernel before still runs, its weights' lines are asked for: they wait in L2 when the product may begin.
+A program computes block_m rows of x times block_n rows of the weights, whole K: nothing is split, so nothing is summed afterwards.
 
 Weights in e4m3 are widened in registers, exactly, and the partial sum over 128 columns is multiplied by their block's scale. Swapped, the
 product is w @ x.T: the tensor core's 64 rows (16 in the smaller instruction) are filled by weights, and widened weights may stay in
@@ -20,22 +19,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from duomo_kernels._launch import num_sms, pdl_options, start_next, wait_for_previous
+from duomo_kernels._launch import pdl_options, start_next, wait_for_previous
 from duomo_kernels._tile_walk import TMA_BYTES
 from duomo_kernels._weights import SCALE_BLOCK
 
-TOUCHING_PER_SM = 3  # programs that may be there before the kernel before has ended
-TOUCHES = tl.constexpr(16)  # of a weight row at a time
 BAND = tl.constexpr(16)
-TOUCH_BYTES = 12 << 20  # a quarter of an H100's L2: what waits there must not push itself out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LinearTile:
     """The tile of a dense product; powers of two. block_k: columns a step; for fp8 weights a multiple of 128.
 
-    touches: bytes between the touches of a weight row while the kernel before still runs, 0 for none. is_swapped: computed as w @ x.T.
-    Where rows do not start at multiples of 16 bytes, TMA cannot address them, and plain loads take its place.
+    is_swapped: computed as w @ x.T. Where rows do not start at multiples of 16 bytes, TMA cannot address them: plain loads take its place.
     """
 
     block_m: int
@@ -44,7 +39,6 @@ class LinearTile:
     num_warps: int = 4
     num_stages: int = 3
     use_tma: bool = False
-    touches: int = 64
     is_swapped: bool = False
 
     def __post_init__(self) -> None:
@@ -88,20 +82,15 @@ def _product(x_MK, w_NK, sum_, IS_SWAPPED: tl.constexpr):
         return tl.dot(x_MK, w_NK.T, sum_, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["num_rows", "touching", "touched"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _tiles_kernel(
-    x, w, w_desc, scale, out, num_rows, num_n, num_k, touching, touched,
+    x, w, w_desc, scale, out, num_rows, num_n, num_k,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, EVEN_K: tl.constexpr,
-    STRIDE: tl.constexpr, SCALE: tl.constexpr, IS_SWAPPED: tl.constexpr, USE_PDL: tl.constexpr,
+    SCALE: tl.constexpr, IS_SWAPPED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row, column = _place(pid, tl.cdiv(num_rows, BM), tl.cdiv(num_n, BN))
     row_M, column = row * BM + tl.arange(0, BM), column * BN
-    if STRIDE > 0 and USE_PDL and (pid < touching and row == 0):
-        touched_N = tl.minimum(column + tl.arange(0, BN), num_n - 1).to(tl.int64)
-        for k0 in tl.range(0, touched, TOUCHES * STRIDE, num_stages=1):
-            touched_K = tl.minimum(k0 + tl.arange(0, TOUCHES) * STRIDE, num_k - 1)
-            tl.load(w + touched_N[:, None] * num_k + touched_K[None, :], volatile=True)  # volatile, or the compiler drops it
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)
     is_row_M = row_M < num_rows
@@ -152,12 +141,11 @@ def linear_tiles(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None, out_T
     scale = 0 if scale_nk is None else SCALE_BLOCK
     assert not scale or tile.block_k % scale == 0, f"{tile}: fp8 steps are whole scale blocks"
     num_tiles, num_columns = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_n, tile.block_n)
-    touching = min(num_columns * num_tiles, TOUCHING_PER_SM * num_sms(device))
     _tiles_kernel[(num_tiles * num_columns,)](
         x_TK, weight_NK, _descriptor(weight_NK, tile, scale), weight_NK if scale_nk is None else scale_nk, out_TN,
-        num_rows, num_n, num_k, touching, _touched_columns(weight_NK, tile, -(-touching // num_tiles)),
+        num_rows, num_n, num_k,
         BM=tile.block_m, BN=tile.block_n, BK=tile.block_k, STAGES=tile.num_stages, EVEN_K=num_k % tile.block_k == 0,
-        STRIDE=tile.touches // weight_NK.element_size(), SCALE=scale, IS_SWAPPED=tile.is_swapped,
+        SCALE=scale, IS_SWAPPED=tile.is_swapped,
         num_warps=tile.num_warps, **pdl_options(device),
     )  # fmt: skip
 
@@ -170,11 +158,6 @@ def widen(weight_NK: Tensor, scale_nk: Tensor, dtype: torch.dtype) -> Tensor:
         weight_NK, scale_nk, wide_NK, num_n, num_k, BN=32, BK=SCALE_BLOCK, SCALE=SCALE_BLOCK, num_warps=4
     )
     return wide_NK
-
-
-def _touched_columns(weight_NK: Tensor, tile: LinearTile, touching: int) -> int:
-    """Columns of a weight row that are touched: no more than L2 should hold for all the programs that touch."""
-    return min(weight_NK.shape[1], TOUCH_BYTES // (touching * tile.block_n * weight_NK.element_size()))
 
 
 def _descriptor(weight_NK: Tensor, tile: LinearTile, scale: int) -> TensorDescriptor | None:

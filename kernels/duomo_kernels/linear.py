@@ -4,10 +4,14 @@
 
 Summed in float32, rounded once to the output's dtype: x's, or float32 (router and output head). A row of y depends on its row of x alone.
 
-    few rows     the time is that of reading the weights. They are constants, so every program asks for its own before it waits for the
-                 kernel before: up to a handful of rows into registers (_linear_direct.py), beyond into L2 (_linear_tiles.py)
-    many rows    torch.mm: its library is at the limit there. fp8 weights are first widened into a scratch, once a call
-    is_deterministic    one tile for every T: a row has the same bits alone and among any others
+    a handful of rows    the time is that of reading the weights. They are constants, so every program asks for its own, into registers,
+                         before it waits for the kernel before (_linear_direct.py; _linear_early.py with tensor cores)
+    few rows             tiles on the tensor cores (_linear_tiles.py)
+    many rows            torch.mm: its library is at the limit there. fp8 weights are first widened into a scratch, once a call
+    is_deterministic     tiles that all sum in the same steps: a row has the same bits alone and among any others
+
+Touching the weights' lines early for the tiles, so that they wait in L2, was tried and cost 1 to 4 us a call: the loads, whose values
+nobody needs, still take registers, and those wait.
 
 Bytes: N K (of 2 or 1) + T K 2 + T N (of 2 or 4). Legend: T tokens, N outputs, K inputs; n, k blocks of 128.
 """
@@ -22,13 +26,14 @@ from torch import Tensor
 
 from duomo_kernels._launch import check, num_sms
 from duomo_kernels._linear_direct import MAX_DIRECT_COLUMNS, DirectTile, linear_direct
+from duomo_kernels._linear_early import EarlyTile, linear_early
 from duomo_kernels._linear_tiles import LinearTile, linear_tiles, widen
 from duomo_kernels._weights import SCALE_BLOCK
 
-LinearPlan: TypeAlias = DirectTile | LinearTile | Literal["library"]
+LinearPlan: TypeAlias = DirectTile | EarlyTile | LinearTile | Literal["library"]
 
-MAX_STREAMED_ROWS = 128  # beyond, operations bind
-DIRECT_ELEMENTS = 16384  # weights of a program by 4 warps: 64 registers a thread in bf16
+MAX_STREAMED_ROWS = 64  # beyond, the library's tiles are as fast
+MAX_ROUTED_ROWS = 64  # beyond, a router's x is worth the tensor cores
 COLUMNS_MULTIPLE = 8  # 16 bytes of bf16: rows that vector loads can read
 
 
@@ -44,34 +49,39 @@ def linear_reference(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None = 
 def linear_plan(num_rows: int, weight_NK: Tensor, *, is_deterministic: bool = False) -> LinearPlan:
     """By shape alone, never by what a tensor holds."""
     (num_n, num_k), is_fp8, sms = weight_NK.shape, weight_NK.dtype == torch.float8_e4m3fn, num_sms(weight_NK.device)
+    if weight_NK.dtype == torch.float32:  # tests alone: no tensor core multiplies it whole
+        return LinearTile(block_m=32, block_n=32, block_k=64, num_stages=2) if is_deterministic else "library"
     if is_deterministic:
-        if is_fp8:
-            return LinearTile(block_m=64, block_n=64, block_k=128, num_stages=4, is_swapped=True, use_tma=True)
-        return LinearTile(block_m=64, block_n=64, block_k=64, num_stages=4)
+        return deterministic_tile(num_rows if weight_NK.is_cuda else MAX_STREAMED_ROWS, is_fp8)
+    if num_n <= sms and num_k <= MAX_DIRECT_COLUMNS and num_rows <= MAX_ROUTED_ROWS:
+        return DirectTile(block_n=2)  # a router: the time of one trip, however many programs share it
     if num_rows > MAX_STREAMED_ROWS:
         return "library"
-    if num_rows <= 2 and num_k <= MAX_DIRECT_COLUMNS:
-        return direct_tile(num_n, num_k, sms)
+    if num_rows <= (2 if is_fp8 else 4) and num_k <= MAX_DIRECT_COLUMNS:
+        return DirectTile(block_n=4 if is_fp8 else 2)
     return streaming_tile(num_rows, num_n, is_fp8, sms)
 
 
-def direct_tile(num_n: int, num_k: int, sms: int) -> DirectTile:
-    """As many weights as registers hold, but no fewer programs than multiprocessors."""
-    block_n = max(1, DIRECT_ELEMENTS // triton.next_power_of_2(num_k))
-    while block_n > 1 and triton.cdiv(num_n, block_n) < sms:
-        block_n //= 2
-    return DirectTile(block_n=min(block_n, SCALE_BLOCK))
-
-
-def streaming_tile(num_rows: int, num_n: int, is_fp8: bool, sms: int) -> LinearTile:
-    """Narrow where there would be fewer programs than multiprocessors; as tall as the rows, so that weights are multiplied once."""
-    is_narrow = num_n < 32 * sms
-    if num_rows <= 32:
-        block_m = 16 if num_rows <= 16 else 32
-        return LinearTile(block_m=block_m, block_n=16 if is_narrow else 32, block_k=256, num_warps=2 if is_narrow else 4, use_tma=is_fp8)
+def deterministic_tile(num_rows: int, is_fp8: bool) -> LinearTile:
+    """All of these give the same bits on a GPU, as its tests hold: every element is summed in the same steps of 16 columns in ascending
+    order, whatever the tile (and in blocks of 128 in fp8). Not so in Triton's interpreter, which multiplies by numpy: one tile there."""
     if is_fp8:
-        return LinearTile(block_m=64, block_n=64, block_k=128, num_stages=4, is_swapped=True, use_tma=True)
-    return LinearTile(block_m=64, block_n=32 if is_narrow else 64, block_k=128, num_stages=4)
+        block_m = 64 if num_rows <= 64 else 128
+        return LinearTile(block_m=block_m, block_n=64, block_k=128, num_warps=block_m // 16, num_stages=4, is_swapped=True, use_tma=True)
+    if num_rows <= 16:
+        return LinearTile(block_m=16, block_n=32, block_k=256)
+    if num_rows <= 64:
+        return LinearTile(block_m=64, block_n=64, block_k=128, num_stages=4, use_tma=True)
+    return LinearTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, use_tma=True)
+
+
+def streaming_tile(num_rows: int, num_n: int, is_fp8: bool, sms: int) -> LinearPlan:
+    """As tall as the rows, so that weights are multiplied once."""
+    if num_rows <= 32:
+        return LinearTile(block_m=16 if num_rows <= 16 else 32, block_n=32, block_k=256, use_tma=is_fp8)
+    if is_fp8 or num_n <= 32 * sms:
+        return "library"
+    return LinearTile(block_m=64, block_n=64, block_k=128, num_stages=4, use_tma=True)
 
 
 def linear(
@@ -105,6 +115,8 @@ def linear(
     plan = linear_plan(num_rows, weight_NK, is_deterministic=is_deterministic) if plan is None else plan
     if isinstance(plan, DirectTile):
         linear_direct(x_TK, weight_NK, scale_nk, out, plan)
+    elif isinstance(plan, EarlyTile):
+        linear_early(x_TK, weight_NK, scale_nk, out, plan)
     elif isinstance(plan, LinearTile):
         linear_tiles(x_TK, weight_NK, scale_nk, out, plan)
     else:
