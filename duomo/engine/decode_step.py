@@ -48,7 +48,10 @@ class Joining:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodeRow:
     """One token of one sequence. source: the row of the step launched before whose sampled token is fed (no two rows name the same), or
-    who joins. position: of the fed token, whose KV goes into `table`, which covers it; one token is sampled after it."""
+    who joins. position: of the fed token, whose KV goes into `table`, which covers it; one token is sampled after it.
+
+    A row that goes on is fed at the next position, and of its table only the block that the token is written to may be another than before.
+    """
 
     source: int | Joining
     position: int

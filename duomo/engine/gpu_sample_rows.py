@@ -112,14 +112,19 @@ class GpuSampleRows:
         self._prompt_bits_LW, self._output_counts_LV = empty_tables(max_rows, vocab, device)
         self._free_slots = list(range(max_rows - 1, -1, -1))
         self._num_rows = 0
+        self._kind = SampleKind()
+        self._may_mask = False  # whether the kind depends on positions
 
     def place(self, rows: Sequence[DecodeRow]) -> SampleKind:
         """Make these the rows; queues the copy of their parameters, on the current stream, where any came, went or moved."""
-        sources = [row.source if isinstance(row.source, int) else 0 for row in rows]
-        is_same = len(rows) == self._num_rows and all(row.source == at for at, row in enumerate(rows))
+        sources = [row.source if isinstance(row.source, int) else -1 for row in rows]
+        is_same = sources == list(range(self._num_rows))
         if not is_same:
             self._change(rows, sources)
-        return self._image.kind(len(rows), np.array([row.position for row in rows], np.int64))
+        if not is_same or self._may_mask:
+            self._kind = self._image.kind(len(rows), np.array([row.position for row in rows], np.int64))
+            self._may_mask = bool(self._image.int_of["min_position"][: len(rows)].any())
+        return self._kind
 
     def draws(self, num_rows: int, position_R: Tensor, num_valid: Tensor) -> SampleRows:
         """As the sampling kernels read them. position_R: of the tokens to sample."""

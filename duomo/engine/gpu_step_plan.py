@@ -10,23 +10,24 @@ Legend: R rows of a bucket, W blocks of a table.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from duomo.engine.decode_step import DecodeRow, DecodeStep
+from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining
 from duomo.engine.gpu_host_ring import HostRing
 from duomo_kernels.decode_inputs import PLAN_COLUMNS
 
 
 class GpuStepPlan:
-    """The device's copy, which captured steps read, and the way there."""
+    """The device's copy, which captured steps read, and the way there. The host keeps an image: little of it changes."""
 
     def __init__(self, max_rows: int, table_width: int, block_tokens: int, device: torch.device) -> None:
         self.table_width = table_width
         self._block_tokens = block_tokens
-        num_words = max_rows * (PLAN_COLUMNS + table_width)
-        self._words = torch.zeros(num_words, dtype=torch.int32, device=device)
-        self._ring = HostRing(num_words, device)
+        self._image_RW = np.zeros((max_rows, PLAN_COLUMNS + table_width), np.int32)
+        self._words = torch.zeros(self._image_RW.size, dtype=torch.int32, device=device)
+        self._ring = HostRing(self._image_RW.size, device)
 
     def rows(self, bucket: int) -> Tensor:
         """int32 [R, 4 + W], as decode_inputs reads it."""
@@ -38,23 +39,29 @@ class GpuStepPlan:
 
     def upload(self, step: DecodeStep, bucket: int) -> None:
         """Queue the step's plan on the current stream, behind whatever reads the one before."""
-        buffer, num_rows = self._ring.take(), len(step.rows)
-        plan_RW = buffer.array[: self._end(bucket)].reshape(bucket, -1)
-        plan_RW[:num_rows, :PLAN_COLUMNS] = [_columns(row) for row in step.rows]
-        plan_RW[num_rows:, :PLAN_COLUMNS] = (-1, 0, 0, 0)
-        for blocks_W, row in zip(plan_RW[:, PLAN_COLUMNS:], step.rows, strict=False):
-            num_blocks = row.position // self._block_tokens + 1
-            assert num_blocks <= min(len(row.table), self.table_width), (
-                f"position {row.position} lies past a table of {len(row.table)} blocks"
-            )
-            blocks_W[:num_blocks] = row.table[:num_blocks]
+        self._write(step.rows)
+        self._image_RW[len(step.rows) : bucket, :PLAN_COLUMNS] = (-1, 0, 0, 0)
+        buffer = self._ring.take()
+        buffer.array[: self._end(bucket)] = self._image_RW[:bucket].reshape(-1)
         buffer.upload(self._words[: self._end(bucket)])
+
+    def _write(self, rows: tuple[DecodeRow, ...]) -> None:
+        num_rows, image_RW = len(rows), self._image_RW
+        sources = [row.source if isinstance(row.source, int) else -1 for row in rows]
+        position_R = np.array([row.position for row in rows])
+        if sources != list(range(num_rows)):
+            image_RW[:num_rows] = image_RW[sources]
+        goes_on_R = np.array(sources) >= 0
+        assert (position_R == image_RW[:num_rows, 2] + 1)[goes_on_R].all(), "a row that goes on is fed at the next position"
+        last_R = position_R // self._block_tokens
+        assert last_R.max() < self.table_width, f"position {position_R.max()} lies past {self.table_width} blocks"
+        image_RW[:num_rows, 0], image_RW[:num_rows, 2], image_RW[:num_rows, 3] = sources, position_R, 1
+        image_RW[np.arange(num_rows), PLAN_COLUMNS + last_R] = [row.table[last] for row, last in zip(rows, last_R.tolist(), strict=True)]
+        for at in (~goes_on_R).nonzero()[0].tolist():
+            row, num_blocks = rows[at], int(last_R[at]) + 1
+            assert isinstance(row.source, Joining)
+            image_RW[at, 1] = row.source.token_id
+            image_RW[at, PLAN_COLUMNS : PLAN_COLUMNS + num_blocks] = row.table[:num_blocks]
 
     def _end(self, bucket: int) -> int:
         return bucket * (PLAN_COLUMNS + self.table_width)
-
-
-def _columns(row: DecodeRow) -> tuple[int, int, int, int]:
-    if isinstance(row.source, int):
-        return row.source, 0, row.position, 1
-    return -1, row.source.token_id, row.position, 1
