@@ -207,16 +207,9 @@ def test_wider_waves_in_bf16(family: str) -> None:
     assert_is_float64s(weights, logits_TV[70:], ids, tokens[:1000])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("is_deterministic", [False, True])
-def test_greedy_tokens_of_the_embedded_model_equal_the_cpus(model: Model, is_deterministic: bool) -> None:
-    """Dequantised to float32, without TF32: a prompt as one wave, then one token a wave over what is cached; all prompts side by side."""
-    device, num_tokens = torch.device("cuda"), 24
-    assert not torch.backends.cuda.matmul.allow_tf32
-    made = torch.Generator().manual_seed(4)  # no call among these is closer than 4e-5 of the logits' length: far more than float32 rounds
-    prompts = [torch.randint(3, 8192, (n,), generator=made).tolist() for n in (1, 2, 17, 63, 64, 257)]
-    sampling = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-    expected = generate(model, [GenerateRequest(prompt_ids=ids, sampling=sampling) for ids in prompts])
+def tiny_greedy(prompts: list[list[int]], num_tokens: int, *, is_deterministic: bool = False) -> list[list[int]]:
+    """Of the embedded model, dequantised to float32: a prompt as one wave, then one token a wave over what is cached; side by side."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = load_gpu_weights(TINY_MOE, device=device, dtype=torch.float32)
     cache = GpuKvCache(gpu_kv_spec(weights.config, dtype=torch.float32), 6 * len(prompts), device)
     prefill = GpuPrefill(GpuDecoder(weights, is_deterministic=is_deterministic), cache)
@@ -230,4 +223,31 @@ def test_greedy_tokens_of_the_embedded_model_equal_the_cpus(model: Model, is_det
         given = [[int(token)] for token in logits_SV.argmax(-1)]
         for output, ids in zip(outputs, given, strict=True):
             output += ids
-    assert outputs == [[token.token_id for token in tokens] for tokens in expected]
+    return outputs
+
+
+def cpu_greedy(model: Model, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    sampling = Sampling(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+    answers = generate(model, [GenerateRequest(prompt_ids=ids, sampling=sampling) for ids in prompts])
+    return [[token.token_id for token in tokens] for tokens in answers]
+
+
+def tiny_prompts(*lengths: int) -> list[list[int]]:
+    """No call among those of the test below is closer than 4e-5 of the logits' length: far more than float32 rounds."""
+    made = torch.Generator().manual_seed(4)
+    return [torch.randint(3, 8192, (length,), generator=made).tolist() for length in lengths]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_greedy_tokens_of_the_embedded_model_equal_the_cpus(model: Model, is_deterministic: bool) -> None:
+    """Without TF32."""
+    assert not torch.backends.cuda.matmul.allow_tf32
+    prompts = tiny_prompts(1, 2, 17, 63, 64, 257)
+    assert tiny_greedy(prompts, 24, is_deterministic=is_deterministic) == cpu_greedy(model, prompts, 24)
+
+
+@pytest.mark.slow
+def test_two_greedy_tokens_of_the_embedded_model_equal_the_cpus(model: Model) -> None:
+    prompts = tiny_prompts(1, 2)
+    assert tiny_greedy(prompts, 2) == cpu_greedy(model, prompts, 2)

@@ -10,7 +10,7 @@ import copy
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -81,14 +81,16 @@ def decoder_bound(dtype: torch.dtype, num_layers: int) -> float:
     return float(bound(dtype) * (2 * num_layers + 1) ** 0.5)
 
 
-def small_decoder(family: str, *, dtype: torch.dtype, device: torch.device, sizes: Sizes | None = None, seed: int = 0) -> SmallDecoder:
-    """Random weights, rounded to dtype in both."""
+def small_decoder(
+    family: str, *, dtype: torch.dtype, device: torch.device, sizes: Sizes | None = None, quantise: Literal["fp8"] | None = None
+) -> SmallDecoder:
+    """Random weights, rounded to dtype in both; quantise turns the kernels' alone to fp8."""
     sizes = Sizes() if sizes is None else sizes
     config_class, model_class, extra = FAMILIES[family]
     config = config_class(**_keys(family, sizes) | extra, architectures=[model_class.__name__], attn_implementation="eager")
     config._experts_implementation = "eager"  # the others take no float64
     theirs = model_class(config).double().eval()
-    made = torch.Generator().manual_seed(seed)
+    made = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
             drawn = torch.rand(parameter.shape, generator=made) + 0.5
@@ -96,7 +98,10 @@ def small_decoder(family: str, *, dtype: torch.dtype, device: torch.device, size
                 spread = 1.0 if parameter.shape[0] == sizes.vocab else parameter.shape[-1] ** -0.5
                 drawn = torch.randn(parameter.shape, generator=made) * spread
             parameter.copy_(drawn.to(dtype).double())
-    return SmallDecoder(theirs, _loaded(theirs, dtype, device))
+    with tempfile.TemporaryDirectory() as folder:
+        copy.deepcopy(theirs).to(dtype).save_pretrained(folder)
+        weights = load_gpu_weights(Path(folder), device=device, dtype=dtype, quantise=quantise)
+    return SmallDecoder(theirs, weights)
 
 
 def _keys(family: str, sizes: Sizes) -> dict[str, Any]:
@@ -121,10 +126,3 @@ def _keys(family: str, sizes: Sizes) -> dict[str, Any]:
     if family == "qwen3_moe":
         keys |= {"moe_intermediate_size": sizes.expert_hidden}
     return keys
-
-
-def _loaded(theirs: Any, dtype: torch.dtype, device: torch.device) -> GpuWeights:
-    """By way of the folder that transformers writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy.deepcopy(theirs).to(dtype).save_pretrained(folder)
-        return load_gpu_weights(Path(folder), device=device, dtype=dtype)

@@ -178,6 +178,23 @@ def test_keys_are_packed_where_asked_alone(qwen: SmallDecoder) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_fp8_weights(is_deterministic: bool, device: torch.device) -> None:
+    """Against float64 with the same weights, dequantised: what rows lose is that the experts' inputs are fp8 too."""
+    sizes = Sizes(num_layers=1, hidden=256, num_heads=4, num_kv_heads=2, head_dim=64, num_experts=4, expert_hidden=128)
+    weights = small_decoder("qwen3_moe", dtype=torch.bfloat16, device=device, sizes=sizes, quantise="fp8").weights
+    layer = weights.layers[0]
+    assert layer.qkv.is_fp8 and layer.out.scale_nk is not None and layer.experts.is_fp8
+    forward = Forward(weights, TOKENS, is_deterministic=is_deterministic)
+    expected = float64_run(weights, TOKENS, forward.ids)
+    limit = decoder_bound(torch.float8_e4m3fn, 1)
+    logits_TV = forward.decoder.logits(forward.rows)
+    assert error(logits_TV, expected.logits_TV) <= limit
+    unscaled = replace(layer, out=replace(layer.out, scale_nk=torch.ones_like(layer.out.scale_nk)))
+    assert error(logits_TV, float64_run(replace(weights, layers=(unscaled,)), TOKENS, forward.ids).logits_TV) > limit
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("num_layers", [1, 8])
 def test_wider_models_in_bf16(family: str, num_layers: int) -> None:
