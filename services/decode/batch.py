@@ -1,7 +1,12 @@
 """Owns the sequences that decode runs: they join, grow, are preempted, emit and end. Knows no socket, no handle and no tensor.
 
-A turn is planned on the event loop (policy.plan_step), run by the step thread, and applied here. Blocks given back while a turn
-runs may still be written by it; they are used again only by a later turn, which the same thread runs after it.
+A turn is planned on the event loop (policy.plan_step), run by the step thread, and applied here. Where a worker answers late, the next
+turn is planned before this one is applied: a choice then has a token in flight, whose place in its blocks is counted, whose id is unknown.
+
+Blocks given back while a turn runs, or is queued on a GPU, may still be written by it; they are used again only by later turns (steps,
+copies, prefill's groups), which the same thread runs after it, on the same stream. So a choice that ends gives its blocks back at once,
+though a turn planned before the host knew may have one row more of it: nobody reads what that row writes before the blocks' new owner has
+written there.
 """
 
 from __future__ import annotations
@@ -13,11 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from duomo.engine.decode_step import DecodeRow, Joining
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.wire.messages import EmittedToken, FinishReason, TokenLogprob
 from services.decode.leg import Choice, Leg, LegState
 from services.decode.policy import RunningSequence, plan_step
 from services.decode.pool import Pool
+from services.decode.worker import StepInput
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,10 +45,14 @@ class Stops:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedStep:
-    """One step: block copies to make first (forks), then the rows to run, oldest sequence first."""
+    """One step: whose rows it has, oldest sequence first, and what the worker is given; before the rows forks' blocks are copied."""
 
-    copies: tuple[tuple[int, int], ...]
     rows: tuple[Choice, ...]
+    work: StepInput
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.rows or self.work.copies)
 
 
 class Batch:
@@ -102,15 +113,16 @@ class Batch:
             self._choices[choice.sequence_id] = choice
 
     def plan(self) -> PlannedStep:
-        """Preempt, grow, and say who runs."""
+        """Preempt, grow, and say who runs. Every plan that is not empty is run and applied, in this order."""
+        going_on = [choice for choice in self._choices.values() if not self._ends_in_flight(choice)]
         limits = self._pool.limits
         block_tokens = limits.block_tokens
-        if all(choice.num_kv < len(choice.table) * block_tokens for choice in self._choices.values()):
+        if all(choice.position < len(choice.table) * block_tokens for choice in going_on):
             # The common step: nobody needs a block, so there is nothing to decide but the batch limit.
-            return PlannedStep(copies=self._take_copies(), rows=tuple(itertools.islice(self._choices.values(), limits.max_batch)))
+            return self._planned(going_on[: limits.max_batch])
         unpromised = self._pool.unpromised_blocks()
-        is_tight = unpromised < len(self._choices)  # else nobody is preempted, and nobody's own blocks matter
-        sequences = [self._as_sequence(choice, is_tight) for choice in self._choices.values()]
+        is_tight = unpromised < len(going_on)  # else nobody is preempted, and nobody's own blocks matter
+        sequences = [self._as_sequence(choice, is_tight) for choice in going_on]
         step = plan_step(limits, unpromised, sequences)
         for sequence_id in step.preempt:
             choice = self._choices[sequence_id]
@@ -118,11 +130,19 @@ class Batch:
             self._ends.preempted(choice)
         for sequence_id in step.grow:
             self._choices[sequence_id].table.extend(self._pool.take(1))
-        return PlannedStep(copies=self._take_copies(), rows=tuple(self._choices[sequence_id] for sequence_id in step.run))
+        return self._planned([self._choices[sequence_id] for sequence_id in step.run])
 
-    def _take_copies(self) -> tuple[tuple[int, int], ...]:
+    def _ends_in_flight(self, choice: Choice) -> bool:
+        """Whether the token in flight is the last one, whatever it is."""
+        return choice.num_in_flight > 0 and self._is_full(choice, len(choice.output_ids) + choice.num_in_flight)
+
+    def _planned(self, choices: Sequence[Choice]) -> PlannedStep:
+        rows = tuple(_fed(choice) for choice in choices)
+        for row, choice in enumerate(choices):
+            choice.num_in_flight += 1
+            choice.row = row
         copies, self._copies = tuple(self._copies), []
-        return copies
+        return PlannedStep(rows=tuple(choices), work=StepInput(copies=copies, rows=rows))
 
     def apply(self, step: PlannedStep, tokens: Sequence[SampledToken], routed_RE: NDArray[np.int16]) -> list[tuple[Choice, EmittedToken]]:
         """Take in a step's tokens: what to emit, in row order. Choices that ended meanwhile (cancelled) emit nothing."""
@@ -131,6 +151,7 @@ class Batch:
             if not choice.is_alive:
                 continue
             leg = choice.leg
+            choice.num_in_flight -= 1
             choice.num_kv += 1
             index = len(choice.output_ids)
             choice.output_ids.append(token.token_id)
@@ -157,9 +178,11 @@ class Batch:
         num_output = len(choice.output_ids)
         if token_id in choice.sampling.ending_ids and num_output > sampling.min_tokens:
             return "stop"
-        if num_output >= sampling.max_tokens or len(choice.leg.prompt_ids) + num_output >= self._stops.max_model_tokens:
-            return "length"
-        return None
+        return "length" if self._is_full(choice, num_output) else None
+
+    def _is_full(self, choice: Choice, num_output: int) -> bool:
+        """Whether no token may follow so many."""
+        return num_output >= choice.leg.sampling.max_tokens or len(choice.leg.prompt_ids) + num_output >= self._stops.max_model_tokens
 
     def remove(self, choice: Choice) -> None:
         """A choice ends: its blocks come back at once. The leg is over when the caller sees that no choice is left."""
@@ -174,12 +197,19 @@ class Batch:
             sequence_id=choice.sequence_id,
             order=choice.leg.order,
             priority=choice.leg.priority,
-            num_tokens=choice.num_kv + 1,
+            num_tokens=choice.position + 1,
             num_blocks=len(choice.table),
             own_blocks=self._pool.manager.num_sole(choice.table) if is_tight else 0,
             promised_blocks=choice.promised_blocks,
             is_protected=choice.leg.is_protected,
         )
+
+
+def _fed(choice: Choice) -> DecodeRow:
+    """A token in flight is that of the choice's row in the step planned last: who was not in that step has none."""
+    assert choice.num_in_flight <= 1, "a worker is one step ahead at most"
+    source = choice.row if choice.num_in_flight else Joining(token_id=choice.next_token_id, sampling=choice.sampling)
+    return DecodeRow(source=source, position=choice.position, table=choice.table)
 
 
 def _logprob(token: SampledToken) -> TokenLogprob | None:

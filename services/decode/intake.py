@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
-from duomo.errors import CapacityError, DuomoError, WireError
+from duomo.errors import CapacityError, DuomoError, RequestError, WireError
+from duomo.wire.messages import Sampling
 from services.decode.leg import Leg
 
 MAX_VOID_REQUESTS = 4096  # how many cancelled requests are remembered, to drop what was under way for them
 
 
 class Intake:
-    """vocab and max_model_tokens are the model's."""
+    """vocab and max_model_tokens are the model's. check: raises RequestError for what the worker cannot sample."""
 
-    def __init__(self, vocab: int, max_model_tokens: int) -> None:
+    def __init__(self, vocab: int, max_model_tokens: int, check: Callable[[Sampling], None]) -> None:
         self._vocab = vocab
         self._max_model_tokens = max_model_tokens
+        self._check = check
         self._void: OrderedDict[str, int] = OrderedDict()
         self.is_draining = False
         self.failure: DuomoError | None = None
@@ -41,4 +44,8 @@ class Intake:
             return WireError(f"a token id is not below the vocabulary of {self._vocab}", code="bad_field")
         if leg.num_tokens >= self._max_model_tokens:
             return WireError(f"{leg.num_tokens} tokens leave no room below the context limit of {self._max_model_tokens}", code="bad_field")
+        try:
+            self._check(leg.sampling)
+        except RequestError as error:
+            return error
         return None

@@ -71,7 +71,8 @@ class Choice:
     """One choice in the batch. table: its blocks, those shared with others first; num_kv: tokens whose KV is in them.
 
     next_token_id is fed at position num_kv by the next step. output_ids: every emitted token of the choice, over all attempts; `sampling`
-    reads the same list. routed: expert ids of each decoded token.
+    reads the same list. routed: expert ids of each decoded token. num_in_flight: steps planned and not applied, in the last of which it has
+    this row: then next_token_id is not known, and the row's token is fed.
     """
 
     sequence_id: int
@@ -83,8 +84,15 @@ class Choice:
     output_ids: list[int]
     sampling: RowSampling
     promised_blocks: int
+    num_in_flight: int = 0
+    row: int = 0
     routed: list[NDArray[np.int16]] = field(default_factory=list)
     is_alive: bool = True
+
+    @property
+    def position(self) -> int:
+        """Where the next step's token is fed."""
+        return self.num_kv + self.num_in_flight
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

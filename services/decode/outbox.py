@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+from msgspec.structs import replace
 
 from duomo.errors import DuomoError, PeerError
 from duomo.wire.connection import Connection
 from duomo.wire.messages import Cancel, EmittedToken, Message, Preempted, RequestFailed, RequestFinished, Timings, TokensEmitted
 from services.decode.leg import Choice, Leg
+from services.decode.worker import StepOutput
+
+
+def frame_of(
+    emitted: Sequence[tuple[Choice, EmittedToken]], step: StepOutput, rtt_s: Callable[[str], float], now_s: float
+) -> list[tuple[str, EmittedToken]]:
+    """A step's tokens, each with its gateway; the first of a leg from here tells the times that led to it. rtt_s: to a prefill replica."""
+    frame: list[tuple[str, EmittedToken]] = []
+    for choice, token in emitted:
+        leg = choice.leg
+        if leg.times.first_token_s is None:
+            timings = leg.times.first_token(step.started_s, now_s, rtt_s(leg.prefill.boot_id), len(step.tokens))
+            token = replace(token, timings=timings)
+        frame.append((leg.gateway, token))
+    return frame
 
 
 class Outbox:

@@ -14,14 +14,12 @@ import time
 from collections import Counter
 
 import numpy as np
-from msgspec.structs import replace
 
 from duomo.errors import DeadlineError, DuomoError, EngineError, WireError
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.connection import Connection
 from duomo.wire.messages import (
     Cancel,
-    EmittedToken,
     Message,
     PrefillDone,
     ReplicaReport,
@@ -36,13 +34,13 @@ from services.decode.batch import Batch, BatchEnds, PlannedStep, Stops
 from services.decode.handoff import HandoffEnds, Handoffs, producer_lost
 from services.decode.intake import Intake
 from services.decode.leg import Choice, Leg, LegKey, LegState
-from services.decode.outbox import Outbox, cancel_of, failure_of
+from services.decode.outbox import Outbox, cancel_of, failure_of, frame_of
 from services.decode.pool import Pool
 from services.decode.producers import Producers
 from services.decode.settings import arrivals_of, limits_of, max_model_tokens, terms_of
 from services.decode.spans import record_handoff, record_stream
 from services.decode.steps import StepLoop
-from services.decode.worker import DecodeWorker, StepOutput
+from services.decode.worker import StepOutput, StepWorker
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.loans import BlockLoans
@@ -63,7 +61,7 @@ class DecodeService:
     def __init__(
         self,
         card: ReplicaCard,
-        worker: DecodeWorker,
+        worker: StepWorker,
         means: TransferAgent | BlockLoans,
         tracing: Tracing,
         directory: Directory | None = None,
@@ -75,10 +73,11 @@ class DecodeService:
         self.counters: Counter[str] = Counter()
         self.expert_tokens_LE = np.zeros((worker.config.num_layers, worker.config.num_experts), np.int64)
         self._tracing = tracing
+        self._worker = worker
         self._legs: dict[LegKey, Leg] = {}
         self._leg_ids = itertools.count(1)
         self._ready: list[Leg] = []
-        self._intake = Intake(worker.config.vocab, max_model_tokens(card, worker))
+        self._intake = Intake(worker.config.vocab, max_model_tokens(card, worker), worker.check)
         self._is_pump_due = False
         self._outbox = Outbox()
         self._producers = Producers()
@@ -193,7 +192,7 @@ class DecodeService:
             num_open_spans=self._tracing.num_open_spans(),
             num_steps=self.progress.num_steps,
             block_tokens=self.pool.limits.block_tokens,
-            counters=dict(self.counters + Counter(slots.counters)),
+            counters={**(self.counters + Counter(slots.counters)), **self._worker.counters()},
             progress_age_s=self.progress.age_s(),
             pid=os.getpid(),
             transport=self._arrivals.way,
@@ -221,16 +220,11 @@ class DecodeService:
         self._is_pump_due = True  # slots came back
 
     def stepped(self, step: PlannedStep, output: StepOutput) -> None:
+        for row, error in output.errors.items():
+            if step.rows[row].is_alive:
+                self._fail(step.rows[row].leg, error)
         emitted = self._batch.apply(step, output.tokens, output.routed_RE)
-        now_s = time.monotonic()
-        frame: list[tuple[str, EmittedToken]] = []
-        for choice, token in emitted:
-            leg = choice.leg
-            if leg.times.first_token_s is None:
-                rtt_s = self._producers.rtt_s(leg.prefill.boot_id)
-                token = replace(token, timings=leg.times.first_token(output.started_s, now_s, rtt_s, len(step.rows)))
-            frame.append((leg.gateway, token))
-        self._outbox.emit(frame)
+        self._outbox.emit(frame_of(emitted, output, self._producers.rtt_s, time.monotonic()))
         self.counters["tokens"] += len(emitted)
         for choice, token in emitted:
             if token.finish_reason is not None:

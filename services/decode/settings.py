@@ -10,14 +10,14 @@ from services.decode.policy import DecodeLimits
 from services.decode.producer_rings import ProducerRings
 from services.decode.producers import Producers
 from services.decode.ring_arrivals import RingArrivals
-from services.decode.worker import DecodeWorker
+from services.decode.worker import DecodeWorker, StepWorker
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import ReplicaCard
 
 
-def max_model_tokens(card: ReplicaCard, worker: DecodeWorker) -> int:
+def max_model_tokens(card: ReplicaCard, worker: StepWorker) -> int:
     """The most tokens of prompt and output together."""
     return min(worker.config.max_position_tokens, card.config.model.max_model_tokens or worker.config.max_position_tokens)
 
@@ -35,7 +35,7 @@ def limits_of(card: ReplicaCard) -> DecodeLimits:
     )
 
 
-def terms_of(card: ReplicaCard, worker: DecodeWorker) -> HandoffTerms:
+def terms_of(card: ReplicaCard, worker: StepWorker) -> HandoffTerms:
     """What all handles of this replica have in common."""
     transfer = card.config.kv_transfer
     return HandoffTerms(
@@ -51,7 +51,7 @@ def terms_of(card: ReplicaCard, worker: DecodeWorker) -> HandoffTerms:
 
 def arrivals_of(
     card: ReplicaCard,
-    worker: DecodeWorker,
+    worker: StepWorker,
     means: TransferAgent | BlockLoans,
     producers: Producers,
     directory: Directory | None,
@@ -61,6 +61,7 @@ def arrivals_of(
     terms = terms_of(card, worker)
     if isinstance(means, BlockLoans):
         return LoanArrivals(means, terms, on_room)
+    assert isinstance(worker, DecodeWorker), "what lands is scattered by a CPU"
     config = card.config
     rings = ProducerRings(producers, means, config.decode.ring_slots, config.redis.lease_s, directory, on_room)
     return RingArrivals(means, worker.cache, rings, terms)

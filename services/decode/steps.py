@@ -1,5 +1,8 @@
 """Owns the step loop: plan on the event loop, run in the step thread, apply on the event loop. Knows no peer and no wire.
 
+A worker on a GPU answers with the step before: while step n + 1 runs, step n is applied and step n + 2 planned. The loop keeps what is out
+and applies the oldest when an output comes; where nothing is left to plan it asks for the last.
+
 While a step runs, the loop serves sockets. With nothing to run it sleeps until something happens; while messages may land it looks for
 them about every millisecond. What landed is taken in first in each step.
 """
@@ -9,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from typing import Protocol
 
 from duomo.errors import DuomoError, EngineError
 from services.decode.arrivals import Arrivals, LandedMessage
 from services.decode.batch import Batch, PlannedStep
-from services.decode.worker import DecodeWorker, Row, StepInput, StepOutput
+from services.decode.worker import StepInput, StepOutput, StepWorker
 from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 
@@ -47,7 +51,7 @@ class StepLoop:
     """The task that feeds the step thread. start() once, stop() once. thread: its creator's to close; None: one of its own."""
 
     def __init__(
-        self, worker: DecodeWorker, arrivals: Arrivals, batch: Batch, progress: Progress, host: StepHost, thread: StepThread | None
+        self, worker: StepWorker, arrivals: Arrivals, batch: Batch, progress: Progress, host: StepHost, thread: StepThread | None
     ) -> None:
         self._worker = worker
         self._arrivals = arrivals
@@ -57,6 +61,7 @@ class StepLoop:
         self._thread = thread or StepThread("decode-step")
         self._owns_thread = thread is None
         self._awake = asyncio.Event()
+        self._out: deque[PlannedStep] = deque()
         self._task: asyncio.Task[None] | None = None
         self.failure: EngineError | None = None  # why no step runs any more
 
@@ -98,15 +103,9 @@ class StepLoop:
             self._awake.clear()
             self._host.before_step(time.monotonic())
             step = self._batch.plan()
-            is_step = bool(step.rows or step.copies)
-            self._thread.expect_steps(is_step)
-            if is_step:
-                self._progress.pending()
-                landed, output = await self._thread.run("step", self._turn, _input(step))
-                self._progress.advance()
-                if landed:
-                    self._host.landed(landed, time.monotonic())
-                self._host.stepped(step, output)
+            self._thread.expect_steps(not step.is_empty)
+            if not step.is_empty or self._out:
+                await self._take_turn(step)
                 continue
             self._progress.idle()
             if not self._host.is_landing():
@@ -119,13 +118,18 @@ class StepLoop:
             else:
                 await asyncio.sleep(LAND_PERIOD_S)
 
-    def _turn(self, step: StepInput) -> tuple[tuple[LandedMessage, ...], StepOutput]:
+    async def _take_turn(self, step: PlannedStep) -> None:
+        """Run the step, or where it is empty wait for what is out; apply the oldest that is over."""
+        if not step.is_empty:
+            self._out.append(step)
+        self._progress.pending()
+        landed, output = await self._thread.run("step", self._turn, None if step.is_empty else step.work)
+        self._progress.advance()
+        if landed:
+            self._host.landed(landed, time.monotonic())
+        if output is not None:
+            self._host.stepped(self._out.popleft(), output)
+
+    def _turn(self, step: StepInput | None) -> tuple[tuple[LandedMessage, ...], StepOutput | None]:
         """In the step thread."""
-        return self._arrivals.land(), self._worker.run(step)
-
-
-def _input(step: PlannedStep) -> StepInput:
-    rows = tuple(
-        Row(token_id=choice.next_token_id, position=choice.num_kv, table=choice.table, sampling=choice.sampling) for choice in step.rows
-    )
-    return StepInput(copies=step.copies, rows=rows)
+        return self._arrivals.land(), self._worker.finish() if step is None else self._worker.run(step)

@@ -1,23 +1,28 @@
 """Owns what one decode rank computes with: model, KV cache, sampler. Knows no request, policy, socket or handoff.
 
-Everything runs in the step thread, one call at a time.
+Everything runs in the step thread, one call at a time. StepWorker is what the services ask of a rank: this one on a CPU, gpu_worker.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.decode_step import DecodeRow, Joining
 from duomo.engine.kv_cache import KvCache
 from duomo.engine.runner import BoundaryState, ModelRunner
-from duomo.engine.sampler import RowSampling, SampledToken, Sampler
+from duomo.engine.sampler import SampledToken, Sampler
+from duomo.errors import EngineError
+from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
+from duomo.wire.messages import Sampling
 from services.decode.policy import blocks_for
 
 WARM_BATCHES = (1, 2, 3, 4, 8, 16)  # torch picks a kernel by the number of rows; the fixed 16-row tiles make larger ones repeat these
@@ -25,31 +30,55 @@ WARM_TOKENS = 33
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One token of one sequence: it is fed at `position`, its KV goes into `table`, and one token is sampled after it."""
-
-    token_id: int
-    position: int
-    table: Sequence[int]
-    sampling: RowSampling
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class StepInput:
-    """copies: (from, to) blocks to copy before anything else; rows may be empty."""
+    """copies: (from, to) blocks to copy before anything else; rows may be empty.
+
+    A row names a row of the step before where that step's token is not known yet, which happens where a worker answers late.
+    """
 
     copies: tuple[tuple[int, int], ...]
-    rows: tuple[Row, ...]
+    rows: tuple[DecodeRow, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
-    """One token and one row of routed expert ids [R, layers * top_k] for each row; times are monotonic."""
+    """One token and one row of routed expert ids [R, layers * top_k] for each row; times are monotonic. A row in `errors` has no token."""
 
     tokens: list[SampledToken]
     routed_RE: NDArray[np.int16]
     started_s: float
     ended_s: float
+    errors: Mapping[int, EngineError] = field(default_factory=dict)
+
+    @classmethod
+    def of_no_rows(cls, started_s: float) -> StepOutput:
+        """Of a step that only copied blocks."""
+        return cls(tokens=[], routed_RE=np.empty((0, 0), np.int16), started_s=started_s, ended_s=started_s)
+
+
+class StepWorker(Protocol):
+    """One rank that decodes. warm, run and finish are called in the step thread."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of one layer."""
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises RequestError for what no step of this worker can sample."""
+
+    def counters(self) -> Mapping[str, int]:
+        """Event counts of its own, for the replica's report."""
+
+    def warm(self) -> None: ...
+
+    def run(self, step: StepInput) -> StepOutput | None:
+        """Begin this step. Returns its output; a worker that is a step ahead of its host that of the step before, None for the first."""
+
+    def finish(self) -> StepOutput:
+        """The output of the step that is still under way. Only where one is."""
 
 
 class DecodeWorker:
@@ -67,6 +96,12 @@ class DecodeWorker:
     def block_bytes(self) -> int:
         """Bytes of one block of one layer."""
         return self.cache.spec.block_bytes
+
+    def check(self, sampling: Sampling) -> None:
+        """Everything that the wire can say can be sampled."""
+
+    def counters(self) -> Mapping[str, int]:
+        return {}
 
     def warm(self) -> None:
         """Take one step at every size that is not the repetition of a smaller one. Nobody holds a block yet, so any may be written."""
@@ -86,14 +121,26 @@ class DecodeWorker:
         for source, target in step.copies:
             self.cache.copy_block(source, target)
         if not step.rows:
-            return StepOutput(tokens=[], routed_RE=np.empty((0, 0), np.int16), started_s=started_s, ended_s=started_s)
+            return StepOutput.of_no_rows(started_s)
         if self._step_delay_s:
             time.sleep(self._step_delay_s)
-        slices = tuple(PromptSlice(token_ids=(row.token_id,), start=row.position, block_table=row.table) for row in step.rows)
+        fed = [_known(row) for row in step.rows]
+        slices = tuple(
+            PromptSlice(token_ids=(token.token_id,), start=row.position, block_table=row.table)
+            for token, row in zip(fed, step.rows, strict=True)
+        )
         state, logits_RV = self.runner.run(StepBatch(slices=slices))
-        tokens = self._sampler.sample(logits_RV, [row.sampling for row in step.rows])
+        tokens = self._sampler.sample(logits_RV, [token.sampling for token in fed])
         routed_RE = _routed(state, len(step.rows))
         return StepOutput(tokens=tokens, routed_RE=routed_RE, started_s=started_s, ended_s=time.monotonic())
+
+    def finish(self) -> StepOutput:
+        raise AssertionError("a CPU's step is over when run() returns")
+
+
+def _known(row: DecodeRow) -> Joining:
+    assert isinstance(row.source, Joining), "a CPU's step knows every token"
+    return row.source
 
 
 def _routed(state: BoundaryState, num_rows: int) -> NDArray[np.int16]:
