@@ -23,11 +23,18 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """Which model is served, and under which name the API offers it (default: the folder's name)."""
+    """Which model is served, by which device, and under which name the API offers it (default: the folder's name).
+
+    "auto" and an unnamed block_tokens are settled by the host that starts the system: duomo/engine/settle.py.
+    """
 
     path: Path
     name: str = ""
-    block_tokens: int = Field(default=16, ge=16, le=256, multiple_of=16)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    quantize: Literal["", "fp8"] = Field(default="", description="bf16 weights made fp8 as they are loaded; a GPU's")
+    random_weights: bool = Field(default=False, description="draw the weights: config.json suffices; a GPU's")
+    random_seed: int = Field(default=0, ge=0, description="of those weights: the same seed draws the same model")
+    block_tokens: int = Field(default=16, ge=16, le=256, multiple_of=16, description="16 on a CPU, 64 on a GPU, unless named")
     max_model_tokens: int | None = Field(default=None, ge=1, description="context limit below the model's own")
     units: int = Field(default=4, ge=1, description="units (fixed runs of layers) the model is cut into; a layer group is one or more")
 
@@ -151,11 +158,15 @@ class DuomoConfig(Section):
     """Everything a Duomo system is told.
 
     layout: "split" runs prefill and decode as two pools of processes; "colocated" runs both in one process with one copy of the weights
-    and one block pool of decode.num_blocks (prefill.num_blocks says nothing then, kv_transfer neither).
+    and one block pool of decode.num_blocks (prefill.num_blocks says nothing then, kv_transfer neither). "auto" is colocated on a GPU, where
+    memory is planned and decode.num_blocks says nothing either, and split on a CPU.
+    deterministic: an answer's bytes do not depend on what else runs; a CPU's never do.
     """
 
     model: ModelSection
-    layout: Literal["split", "colocated"] = "split"
+    layout: Literal["auto", "split", "colocated"] = "auto"
+    deterministic: bool = False
+    gpu_memory_fraction: float = Field(default=0.9, gt=0, lt=1, description="of the whole card; what it leaves alone is a reserve")
     gateway: GatewaySection = GatewaySection()
     prefill: PrefillSection = PrefillSection()
     decode: DecodeSection = DecodeSection()
@@ -175,9 +186,21 @@ class DuomoConfig(Section):
             raise ValueError(
                 f"decode.watermark_blocks ({self.decode.watermark_blocks}) must be below decode.num_blocks ({self.decode.num_blocks})"
             )
+        self._check_device()
         if self.layout == "colocated":
             self._check_colocated()
         return self
+
+    def _check_device(self) -> None:
+        model = self.model
+        if model.device == "cpu" and model.quantize:
+            raise ValueError(f"model.quantize is {model.quantize}, but model.device is cpu: weights are quantised on a GPU alone")
+        if model.device == "cpu" and model.random_weights:
+            raise ValueError("model.random_weights is set, but model.device is cpu: weights are drawn on a GPU alone")
+        if model.device == "cuda" and self.layout == "split":
+            raise ValueError(
+                "layout is split, but model.device is cuda: on a GPU one process is prefill and decode; layout must be colocated"
+            )
 
     def _check_colocated(self) -> None:
         if (self.prefill.replicas, self.decode.replicas) != (1, 1):
@@ -208,13 +231,26 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> DuomoConfig:
         raw = loaded
     for dotted, value in (overrides | _environment()).items():
         _set(raw, dotted, value)
+    return validated(raw, f"in {file}" if file else "")
+
+
+def changed(config: DuomoConfig, changes: dict[str, object], why: str) -> DuomoConfig:
+    """`config` with some options ("model.device": "cpu") settled, checked again as a whole. ConfigError ends with `why`."""
+    raw = config.model_dump()
+    for dotted, value in changes.items():
+        _set(raw, dotted, value)
+    return validated(raw, why)
+
+
+def validated(raw: dict[str, object], note: str) -> DuomoConfig:
+    """Raises ConfigError naming the first option that is wrong and, behind it, the note."""
     try:
         return DuomoConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "configuration"
         said = _known_options(first["loc"]) if first["type"] == "extra_forbidden" else first["msg"]
-        raise ConfigError(f"{where}: {said}" + (f" (in {file})" if file else "")) from error
+        raise ConfigError(f"{where}: {said}" + (f" ({note})" if note else "")) from error
 
 
 def _known_options(where: tuple[int | str, ...]) -> str:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from duomo.engine.kv_cache import KvSpec
+from duomo.engine.memory_plan import GPU_BLOCK_TOKENS
 from duomo.models.config import ModelConfig
-
-GPU_BLOCK_TOKENS = 64
 
 
 def gpu_kv_spec(config: ModelConfig, *, block_tokens: int = GPU_BLOCK_TOKENS, dtype: torch.dtype = torch.bfloat16) -> KvSpec:

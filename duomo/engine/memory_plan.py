@@ -18,6 +18,7 @@ from duomo.errors import ConfigError
 from duomo.models.config import ModelConfig
 
 Quantise = Literal["fp8"] | None
+GPU_BLOCK_TOKENS = 64
 SCALE_BLOCK = 128  # fp8 weights have one float32 scale for each block of 128 x 128
 NODES_PER_LAYER = 12  # kernels of one decode layer
 NODES_PER_STEP = 16  # and of a step around its layers, samplers included
@@ -43,7 +44,7 @@ class MemoryLimits:
     max_batch: int
     max_wave_tokens: int
     max_model_tokens: int
-    block_tokens: int = 64
+    block_tokens: int = GPU_BLOCK_TOKENS
     gpu_memory_fraction: float = 0.9
     dtype_bytes: int = 2
     quantise: Quantise = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from duomo.config import ModelSection
 from duomo.errors import ModelError
 from duomo.models.config_json import ConfigReader, Json, read_json
 from duomo.models.families import FAMILIES, Family, QkNormKind
@@ -129,6 +130,11 @@ def load_config(folder: Path, *, needs_weights: bool = True, random_seed: int = 
     )
     _check_shapes(config, folder)
     return config
+
+
+def served_config(section: ModelSection) -> ModelConfig:
+    """load_config of the model that the configuration names, its weights a folder's or drawn: every process reads it by this."""
+    return load_config(section.path, needs_weights=not section.random_weights, random_seed=section.random_seed)
 
 
 def refuse_on_cpu(config: ModelConfig) -> None:

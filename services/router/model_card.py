@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from duomo.config import ModelSection
 from duomo.errors import ConfigError
-from duomo.models.config import load_config
+from duomo.models.config import served_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class ModelCard:
 
 def read_model_card(section: ModelSection) -> ModelCard:
     """Raises ModelError where the folder cannot be served, ConfigError where model.max_model_tokens exceeds what the model can do."""
-    config = load_config(section.path)
+    config = served_config(section)
     limit = section.max_model_tokens or config.max_position_tokens
     if limit > config.max_position_tokens:
         raise ConfigError(f"model.max_model_tokens is {limit}, but {section.path} reads at most {config.max_position_tokens} tokens")

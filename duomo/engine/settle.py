@@ -1,0 +1,82 @@
+"""Owns what a configuration becomes on this host: device, layout and block size named, and refusals before anything starts. Knows no torch.
+
+    settled = settle(config)        # nothing is "auto" in settled.config; on a GPU settled.plan divides the card
+
+A system is settled once, by whoever starts it (`duomo serve`, `duomo replica`) or looks at it (`duomo doctor`): a replica under Ray sees
+only the cards that were set apart for it, the gateway none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from duomo.config import DuomoConfig, changed
+from duomo.engine.device import Card, Host, Pick, pick_device
+from duomo.engine.memory_plan import GPU_BLOCK_TOKENS, DeviceBytes, MemoryLimits, MemoryPlan, plan_memory
+from duomo.models.config import ModelConfig, refuse_on_cpu, served_config
+
+GPU_START_TIMEOUT_S = 900.0  # tens of gigabytes are read and kernels compiled; a CPU's default is for a small model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """why: one line on device and layout. plan: by estimates, where the card could be looked at; None on a CPU."""
+
+    config: DuomoConfig
+    model: ModelConfig
+    why: str
+    plan: MemoryPlan | None = None
+
+
+def settle(config: DuomoConfig, look: Callable[[], Host] | None = None) -> Settled:
+    """Raises ConfigError or ModelError naming what this host cannot do, with figures where memory is short."""
+    model = served_config(config.model)
+    pick = _pick(config, look)
+    config = changed_for(config, pick)
+    why = f"{pick.why}; layout {config.layout}"
+    if pick.device == "cpu":
+        refuse_on_cpu(model)
+        return Settled(config=config, model=model, why=why)
+    limits = memory_limits(config, model)
+    plan = None if pick.card is None else plan_memory(model, device_bytes(pick.card), limits)
+    return Settled(config=config, model=model, why=why, plan=plan)
+
+
+def changed_for(config: DuomoConfig, pick: Pick) -> DuomoConfig:
+    """Everything that follows from the device, named; what the operator named stays. Raises ConfigError with the device's reason."""
+    is_gpu = pick.device == "cuda"
+    changes: dict[str, object] = {"model.device": pick.device}
+    if config.layout == "auto":
+        changes["layout"] = "colocated" if is_gpu else "split"
+    if is_gpu and "block_tokens" not in config.model.model_fields_set:
+        changes["model.block_tokens"] = GPU_BLOCK_TOKENS
+    if is_gpu and "start_timeout_s" not in config.ray.model_fields_set:
+        changes["ray.start_timeout_s"] = GPU_START_TIMEOUT_S
+    return changed(config, changes, pick.why)
+
+
+def memory_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
+    """What the memory plan must hold, by the configuration."""
+    return MemoryLimits(
+        max_batch=config.decode.max_batch,
+        max_wave_tokens=config.prefill.max_wave_tokens,
+        max_model_tokens=config.model.max_model_tokens or model.max_position_tokens,
+        block_tokens=config.model.block_tokens,
+        gpu_memory_fraction=config.gpu_memory_fraction,
+        quantise=config.model.quantize or None,
+    )
+
+
+def device_bytes(card: Card) -> DeviceBytes:
+    """Of a card whose free memory is unknown the whole is taken for free: the replica, which can ask, plans again."""
+    return DeviceBytes(total=card.total_bytes, free=card.total_bytes if card.free_bytes is None else card.free_bytes)
+
+
+def _pick(config: DuomoConfig, look: Callable[[], Host] | None) -> Pick:
+    wanted = config.model.device
+    if config.ray.address != "local" and wanted != "cpu":
+        if wanted == "cuda":
+            return Pick(device="cuda", why="device cuda: model.device says so, of the Ray cluster's machines")
+        return Pick(device="cpu", why="device cpu: the Ray cluster's machines are not looked at; --device cuda asks for their cards")
+    return pick_device(wanted, look)
