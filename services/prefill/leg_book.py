@@ -41,7 +41,7 @@ from services.prefill.policy import Key, Limits
 from services.prefill.prompt_blocks import LentTables, PromptBlocks, TableSource
 from services.prefill.ring_handoffs import RingHandoffs
 from services.prefill.waves import WaveLoop
-from services.prefill.worker import PrefillWorker, WaveOutput
+from services.prefill.worker import PrefillWorker, WaveOutput, WaveWorker
 
 LEASE_S = 10.0  # after the last push: D lands, verifies or pulls within this, or the handoff has failed
 ENDED_LEASE_S = 1.0  # where every choice ended here, D needs no KV: what it has not released by then nobody misses
@@ -56,7 +56,7 @@ class LegBook:
     def __init__(
         self,
         card: ReplicaCard,
-        worker: PrefillWorker,
+        worker: WaveWorker,
         means: TransferAgent | BlockLoans,
         tracing: Tracing,
         progress: Progress,
@@ -73,6 +73,7 @@ class LegBook:
             self.peers = DecodePeers(None, connect, self._peer_changed, self._peer_lost)
             self.blocks, self.handoffs = LentTables(means), LoanHandoffs(means)
         else:
+            assert isinstance(worker, PrefillWorker), "what is pushed is packed by a CPU"
             self.peers = DecodePeers(means, connect, self._peer_changed, self._peer_lost)
             self.blocks = PromptBlocks(section.num_blocks, card.config.model.block_tokens, section.prefix_cache_blocks)
             self.handoffs = RingHandoffs(means, self.peers, worker, tracing, self._moved, self.fail)
@@ -293,6 +294,10 @@ class LegBook:
         vocab = self._worker.config.vocab
         if not 0 <= min(token_ids) <= max(token_ids) < vocab:
             return RequestError(f"token ids must lie in 0..{vocab - 1}", code="bad_token_id")
+        try:
+            self._worker.check(request.sampling)
+        except RequestError as error:
+            return error
         return None
 
     def _prefill_done(self, leg: Leg, output: WaveOutput, first: first_tokens.FirstTokens) -> None:

@@ -38,7 +38,7 @@ from services.kv_transfer.membership import Membership, Progress, ReplicaCard
 from services.kv_transfer.step_thread import StepThread
 from services.kv_transfer.transport_nixl import NixlTransport
 from services.prefill.leg_book import LegBook
-from services.prefill.worker import PrefillWorker, WorkerSizes
+from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes
 
 CONNECT_AHEAD_PERIOD_S = 0.5
 
@@ -54,7 +54,7 @@ class PrefillService:
     def __init__(
         self,
         card: ReplicaCard,
-        worker: PrefillWorker,
+        worker: WaveWorker,
         means: TransferAgent | BlockLoans,
         tracing: Tracing,
         directory: Directory | None = None,

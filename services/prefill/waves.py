@@ -17,7 +17,7 @@ from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.leg import Leg
 from services.prefill.policy import Failure, Key, Limits, NewWave, NextGroup, Plan, Snapshot, WaveView, plan
-from services.prefill.worker import Computation, PrefillWorker, WaveOutput
+from services.prefill.worker import Computation, WaveOutput, WaveWorker
 
 
 class WaveEvents(Protocol):
@@ -70,7 +70,7 @@ class WaveLoop:
 
     def __init__(
         self,
-        worker: PrefillWorker,
+        worker: WaveWorker,
         limits: Limits,
         progress: Progress,
         thread: StepThread,
@@ -220,6 +220,9 @@ class WaveLoop:
                 self._events.fail(leg, DeadlineError("the deadline passed between two layer groups", phase="prefill.compute"))
         live = [leg for leg in wave.legs if not leg.is_over]
         outputs = running.done.result()
+        for leg, output in zip(wave.legs, outputs, strict=False):
+            if output.error is not None and not leg.is_over:
+                self._events.fail(leg, output.error)
         if outputs:
             chosen = [(leg, output) for leg, output in zip(wave.legs, outputs, strict=True) if not leg.is_over]
             self._events.wave_computed([leg for leg, _ in chosen], [output for _, output in chosen])

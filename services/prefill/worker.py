@@ -1,7 +1,7 @@
 """Owns what one prefill rank computes with: model, KV cache, runner, sampler. Knows no request, policy, block count or socket.
 
 Everything but pack() runs in the step thread, one call at a time; pack() runs in the agent's writer thread and reads layers that the
-step thread has left behind.
+step thread has left behind. WaveWorker is what the services ask of a rank: this one on a CPU, gpu_worker.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -17,9 +18,14 @@ from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.runner import BoundaryState, ModelRunner
 from duomo.engine.sampler import RowSampling, SampledToken, Sampler
-from duomo.errors import ConfigError
+from duomo.errors import ConfigError, EngineError
+from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
+from duomo.wire.messages import Sampling
 from services.kv_transfer.layout import MessageSpan
+
+if TYPE_CHECKING:  # a CPU serves without Triton
+    from duomo.engine.gpu_prefill import GpuBoundaryState
 
 WARM_TOKENS = (1, 2, 16, 33)  # torch picks a kernel by the number of rows; fixed 16-row tiles make larger waves repeat these
 
@@ -60,17 +66,50 @@ class Computation:
     """A wave between two groups; belongs to the step thread."""
 
     batch: StepBatch
-    state: BoundaryState
+    state: BoundaryState | GpuBoundaryState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveOutput:
-    """One prompt of a finished wave. computed_s, sampled_s: monotonic. expert_counts[layer][expert]: computed tokens routed there."""
+    """One prompt of a finished wave. computed_s, sampled_s: monotonic. expert_counts[layer][expert]: computed tokens routed there.
+
+    error: why it has no tokens.
+    """
 
     sampled: tuple[SampledToken, ...]
     expert_counts: tuple[tuple[int, ...], ...]
     computed_s: float
     sampled_s: float
+    error: EngineError | None = None
+
+
+class WaveWorker(Protocol):
+    """One rank that prefills. All but config, group_bounds, num_groups and check is called in the step thread."""
+
+    group_bounds: tuple[int, ...]
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def num_groups(self) -> int: ...
+
+    def check(self, sampling: Sampling) -> None:
+        """Raises RequestError for what this worker cannot sample."""
+
+    def enter_step_thread(self) -> None:
+        """Called once."""
+
+    def warm(self) -> None: ...
+
+    def begin(self, rows: Sequence[WaveRow]) -> Computation:
+        """Embed a wave."""
+
+    def run_group(self, computation: Computation, group: int) -> None:
+        """Compute the layers of one group for the whole wave; they are over, and their KV is in the cache, afterwards."""
+
+    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
+        """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
 
 
 def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int, ...]:
@@ -104,6 +143,9 @@ class PrefillWorker:
     def num_groups(self) -> int:
         return len(self.group_bounds) - 1
 
+    def check(self, sampling: Sampling) -> None:
+        """Everything that the wire can say can be sampled."""
+
     def enter_step_thread(self) -> None:
         """Called once, in the step thread: torch's threads are set per calling thread."""
         torch.set_num_threads(self.sizes.torch_threads)
@@ -116,7 +158,7 @@ class PrefillWorker:
             computation = self.begin([WaveRow(token_ids=(0,) * fitting, start=0, block_table=table)])
             for group in range(self.num_groups):
                 self.run_group(computation, group)
-            self._runner.logits(computation.state, computation.batch.last_rows)
+            self._runner.logits(_state(computation), computation.batch.last_rows)
         self.cache.tensor.zero_()
 
     def begin(self, rows: Sequence[WaveRow]) -> Computation:
@@ -129,15 +171,13 @@ class PrefillWorker:
         """Compute the layers of one group for the whole wave; their KV is in the cache afterwards."""
         if self._group_delay_s:
             time.sleep(self._group_delay_s)
-        computation.state = self._runner.run_layers(self.group_bounds[group], self.group_bounds[group + 1], computation.state)
+        computation.state = self._runner.run_layers(self.group_bounds[group], self.group_bounds[group + 1], _state(computation))
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
-        wanted = [row for row, choices in zip(computation.batch.last_rows, rows, strict=True) if choices]
-        logits_SV = self._runner.logits(computation.state, wanted)
+        logits_SV = self._runner.logits(_state(computation), wanted_rows(computation, rows))
         computed_s = time.monotonic()
-        places = [place for place, choices in enumerate(choices for choices in rows if choices) for _ in choices]
-        sampled = iter(self._sampler.sample(logits_SV[places], [row for choices in rows for row in choices]))
+        sampled = iter(self._sampler.sample(logits_SV[places_of(rows)], [row for choices in rows for row in choices]))
         tokens = [tuple(next(sampled) for _ in choices) for choices in rows]
         counts = computation.state.expert_counts.tolist()
         sampled_s = time.monotonic()
@@ -157,3 +197,18 @@ class PrefillWorker:
             time.sleep(self._message_delay_s)
         num_bytes = self.cache.pack(span.layers, blocks[span.block_lo : span.block_hi], out)
         assert num_bytes == span.num_bytes, (num_bytes, span)
+
+
+def wanted_rows(computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> list[int]:
+    """The last row of each prompt that has choices left."""
+    return [row for row, choices in zip(computation.batch.last_rows, rows, strict=True) if choices]
+
+
+def places_of(rows: Sequence[Sequence[RowSampling]]) -> list[int]:
+    """For every choice the place of its prompt among those that have any."""
+    return [place for place, choices in enumerate(choices for choices in rows if choices) for _ in choices]
+
+
+def _state(computation: Computation) -> BoundaryState:
+    assert isinstance(computation.state, BoundaryState)
+    return computation.state
