@@ -14,6 +14,7 @@ import triton.language as tl
 
 LOWEST = tl.constexpr(-2147483648)  # below every real key: won rounds and columns that are no expert
 HIGH_HALF = tl.constexpr(-65536)  # a bf16 value is the high half of its float32
+LANES = tl.constexpr(32)
 
 
 @triton.jit
@@ -34,19 +35,22 @@ def load_logits(
 ):
     """[T, C] float32; zeros in padding.
 
-    More than 128 columns are loaded as [T, C // 128, 128]: that leaves a row to one warp. As [T, C], warps would share a row that is wider
-    than what 32 lanes load at once, and every maximum would go through shared memory.
+    More than 128 columns are loaded as [T, LANES, H, 4], said to be contiguous along lanes too: that leaves a row to one warp and columns
+    that follow each other to one lane. As [T, C], warps would share a row that is wider than what 32 lanes load at once, and every maximum
+    would go through shared memory.
     """
-    if C == 128:
+    if C <= 128:
         expert_C, is_expert_C = expert_at(tl.arange(0, C), E, NUM_GROUPS, GROUP_PAD)
         mask_TC = (row_T < valid)[:, None] & is_expert_C[None, :]
         logits_TC = tl.load(logits_ptr + (row_T.to(tl.int64)[:, None] * E + expert_C[None, :]), mask=mask_TC, other=0).to(tl.float32)
     else:
-        column_SL = tl.arange(0, C // 128)[None, :, None] * 128 + tl.arange(0, 128)[None, None, :]
-        expert_SL, is_expert_SL = expert_at(column_SL, E, NUM_GROUPS, GROUP_PAD)
-        mask_TSL = (row_T < valid)[:, None, None] & is_expert_SL
-        logits_TSL = tl.load(logits_ptr + (row_T.to(tl.int64)[:, None, None] * E + expert_SL), mask=mask_TSL, other=0)
-        logits_TC = tl.reshape(logits_TSL.to(tl.float32), (T, C))
+        H: tl.constexpr = C // LANES // 4
+        word_LH = tl.arange(0, LANES)[:, None] * H + tl.arange(0, H)[None, :]
+        column_LH4 = word_LH[None, :, :, None] * 4 + tl.arange(0, 4)[None, None, None, :]
+        expert_LH4, is_expert_LH4 = expert_at(column_LH4, E, NUM_GROUPS, GROUP_PAD)
+        at_TLH4 = tl.max_contiguous(row_T.to(tl.int64)[:, None, None, None] * E + expert_LH4, (1, 2, 1, 4 if E % 4 == 0 else 1))
+        logits_TLH4 = tl.load(logits_ptr + at_TLH4, mask=(row_T < valid)[:, None, None, None] & is_expert_LH4, other=0)
+        logits_TC = tl.reshape(logits_TLH4.to(tl.float32), (T, C))
     return logits_TC
 
 
@@ -91,17 +95,18 @@ def in_best_groups(
 ):
     """Whether a column's group is among the TOP_GROUPS best by the sum of its two best choices. Columns that are no expert hold -inf."""
     G: tl.constexpr = C // GROUP_PAD
-    inner = tl.arange(0, GROUP_PAD)[None, None, :]
     choice_TGI = tl.reshape(choice_TC, (T, G, GROUP_PAD))
     best_TG = tl.max(choice_TGI, 2)
-    first_TG = tl.min(tl.where(choice_TGI == best_TG[:, :, None], inner, GROUP_PAD), 2)
-    second_TG = tl.max(tl.where(inner == first_TG[:, :, None], float("-inf"), choice_TGI), 2)
-    group = tl.arange(0, G)
-    worth_TG = tl.where((group < NUM_GROUPS)[None, :], ordered(best_TG + second_TG), LOWEST)
-    # A group's position by counting who beats it: G * G comparisons, no further rounds.
-    mine, other = worth_TG[:, :, None], worth_TG[:, None, :]
-    is_beaten = (other > mine) | ((other == mine) & (group[None, None, :] < group[None, :, None]))
-    position_TG = tl.sum(is_beaten.to(tl.int32), 2)
+    is_best_TGI = choice_TGI == best_TG[:, :, None]
+    next_TG = tl.max(tl.where(is_best_TGI, float("-inf"), choice_TGI), 2)
+    second_TG = tl.where(tl.sum(is_best_TGI.to(tl.int32), 2) > 1, best_TG, next_TG)
+    group = tl.arange(0, G)[None, :]
+    worth_TG = tl.where(group < NUM_GROUPS, ordered(best_TG + second_TG), LOWEST)
+    # A group's position by counting who beats it, one group after the other: none waits for the one before.
+    position_TG = tl.zeros((T, G), tl.int32)
+    for g in tl.static_range(NUM_GROUPS):
+        other_T = tl.max(tl.where(group == g, worth_TG, LOWEST), 1)[:, None]
+        position_TG += ((other_T > worth_TG) | ((other_T == worth_TG) & (group > g))).to(tl.int32)
     is_in_TGI = tl.broadcast_to((position_TG < TOP_GROUPS).to(tl.int32)[:, :, None], (T, G, GROUP_PAD))
     return tl.reshape(is_in_TGI, (T, C)) != 0
 
@@ -134,11 +139,14 @@ def choose(
     TOP_GROUPS: tl.constexpr,
     GROUP_PAD: tl.constexpr,
 ):
-    """(rank_TC, value_TC, peak_T, sum_T), of which weigh() makes weights once the histogram is on its way.
+    """(rank_TC, value_TC, peak_T, sum_T, won_TC, column_TL, best_TL); what a caller does not use costs nothing.
 
-    value: the score where the choice needs it (BY_SCORE), else the logit; peak: the row's largest logit; sum: the chosen scores'.
+    value: the score where the choice needs it (BY_SCORE), else the logit; peak: the row's largest logit; sum: the chosen scores';
+    won: whether a column was chosen; column, best: lane k has the column that won round k and its key's value (the logit, unless BY_SCORE).
     """
-    column = tl.arange(0, C)[None, :]
+    lane = tl.arange(0, LANES)[None, :]
+    column_TL = tl.zeros((T, LANES), tl.int32)
+    best_TL = tl.zeros((T, LANES), tl.float32)
     is_expert_TC = tl.broadcast_to(is_expert_C[None, :], (T, C))
     # Softmax and sigmoid keep the logits' order, so the scores are needed before the choice only for a bias or for groups' sums.
     BY_SCORE: tl.constexpr = HAS_BIAS or NUM_GROUPS > 1
@@ -154,31 +162,39 @@ def choose(
         value_TC = logits_TC
         key_TC = ordered(logits_TC)
         if IS_PACKED:  # the value's 16 bits above, the column below: one maximum finds both
-            key_TC = (key_TC & HIGH_HALF) | (65535 - column)
+            key_TC = (key_TC & HIGH_HALF) | (65535 - tl.arange(0, C)[None, :])
     key_TC = tl.where(may_win_TC, tl.maximum(key_TC, LOWEST + 1), LOWEST)
     peak_T = tl.zeros((T,), tl.float32)
     sum_T = tl.zeros((T,), tl.float32)
-    rank_TC = tl.full((T, C), K, tl.int32)
+    # By lanes of R columns each: a maximum of registers, then one of the warp; what a row has but once then lies once in each lane.
+    R: tl.constexpr = C // LANES
+    key_TLR, column_LR = tl.reshape(key_TC, (T, LANES, R)), tl.reshape(tl.arange(0, C), (LANES, R))[None, :, :]
+    bits_TLR = tl.reshape(value_TC.to(tl.int32, bitcast=True), (T, LANES, R))
+    rank_TLR = tl.full((T, LANES, R), K, tl.int32)
     for k in tl.static_range(K):
-        best_T = tl.max(key_TC, 1)
+        best_T = tl.max(tl.max(key_TLR, 2), 1)
         if IS_PACKED:
-            is_best_TC = key_TC == best_T[:, None]
+            is_best_TLR = key_TLR == best_T[:, None, None]
+            column_T = 65535 - (best_T & 65535)
             best = high_half(value_of(best_T & HIGH_HALF))
         else:
-            column_T = tl.min(tl.where(key_TC == best_T[:, None], column, C), 1)
-            is_best_TC = column == column_T[:, None]
+            column_T = tl.min(tl.min(tl.where(key_TLR == best_T[:, None, None], column_LR, C), 2), 1)
+            is_best_TLR = column_LR == column_T[:, None, None]
             best = value_of(best_T)
-        rank_TC = tl.where(is_best_TC, k, rank_TC)
-        key_TC = tl.where(is_best_TC, LOWEST, key_TC)
+        rank_TLR = tl.where(is_best_TLR, k, rank_TLR)
+        key_TLR = tl.where(is_best_TLR, LOWEST, key_TLR)
+        column_TL = tl.where(lane == k, column_T[:, None], column_TL)
+        best_TL = tl.where(lane == k, best[:, None], best_TL)
         if BY_SCORE:  # a sum of bits with one term: an integer's reduction is one instruction, a float's is five
-            sum_T += tl.sum(tl.where(is_best_TC, value_TC.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
+            sum_T += tl.sum(tl.sum(tl.where(is_best_TLR, bits_TLR, 0), 2), 1).to(tl.float32, bitcast=True)
         elif IS_SIGMOID:
             sum_T += 1 / (1 + tl.exp(-best))
         else:
             if k == 0:
                 peak_T = best
             sum_T += tl.exp(best - peak_T)
-    return rank_TC, value_TC, peak_T, sum_T
+    won_TC = tl.reshape(key_TLR == LOWEST, (T, C)) & may_win_TC
+    return tl.reshape(rank_TLR, (T, C)), value_TC, peak_T, sum_T, won_TC, column_TL, best_TL
 
 
 @triton.jit
@@ -198,6 +214,52 @@ def weigh(
     elif not (BY_SCORE or IS_SIGMOID):
         weight_TC = weight_TC / tl.sum(score_TC, 1)[:, None]
     return weight_TC
+
+
+@triton.jit
+def in_lanes(at_TL):
+    """Addresses of scattered stores, said to lie as lanes do, each at a multiple of one: Triton then keeps one value a lane and writes no
+    two at once."""
+    return tl.max_contiguous(tl.multiple_of(at_TL.to(tl.int64), (1, 1)), (1, LANES))
+
+
+@triton.jit
+def at_columns(x_TC, column_TL, T: tl.constexpr, C: tl.constexpr):
+    """x of these columns, int32: one shuffle for each of a lane's columns."""
+    R: tl.constexpr = C // LANES
+    r_R = tl.arange(0, R)[None, None, :]
+    x_TLR = tl.reshape(x_TC, (T, LANES, R))
+    found_TL = tl.zeros((T, LANES), tl.int32)
+    for r in tl.static_range(R):
+        x_TL = tl.sum(tl.where(r_R == r, x_TLR, 0), 2)  # a lane's column number r, no sum in truth
+        found_TL = tl.where(column_TL % R == r, tl.gather(x_TL, column_TL // R, 1), found_TL)
+    return found_TL
+
+
+@triton.jit
+def weigh_chosen(
+    logits_TC, value_TC, best_TL, column_TL, peak_T, sum_T, is_expert_C, T: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    BY_SCORE: tl.constexpr, IS_SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """weigh() of the chosen alone: lane k has the weight of round k's column."""
+    if BY_SCORE:
+        score_TL = at_columns(value_TC.to(tl.int32, bitcast=True), column_TL, T, C).to(tl.float32, bitcast=True)
+        if NORMALISE:  # in choose()'s order; a sum of bits with one term is one instruction
+            lane = tl.arange(0, LANES)[None, :]
+            sum_T = tl.zeros_like(sum_T)
+            for k in tl.static_range(K):
+                sum_T += tl.sum(tl.where(lane == k, score_TL.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
+    elif IS_SIGMOID:
+        score_TL = 1 / (1 + tl.exp(-best_TL))
+    else:
+        score_TL = tl.exp(best_TL - peak_T[:, None])
+    weight_TL = score_TL * SCALE
+    if NORMALISE:  # 1e-20 as DeepSeek-V3: no division by zero where every chosen score underflows
+        weight_TL = weight_TL / (sum_T + 1e-20)[:, None]
+    elif not (BY_SCORE or IS_SIGMOID):
+        exp_TC = tl.where(is_expert_C[None, :], tl.exp(logits_TC - peak_T[:, None]), 0.0)
+        weight_TL = weight_TL / tl.sum(exp_TC, 1)[:, None]
+    return weight_TL
 
 
 @triton.jit

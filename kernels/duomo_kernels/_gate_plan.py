@@ -10,18 +10,20 @@ from torch import Tensor
 
 from ._launch import is_interpreted, num_sms
 
-SOLO_TOKENS = 16  # one row a warp in one program, which waits for nobody
-FUSED_TOKENS = 1024  # 8 or 16 rows in each of at most 64 programs, one row a warp: an H100 has 132 multiprocessors
+SOLO_TOKENS = 8  # one program, which waits for nobody, up to 128 columns
+FUSED_TOKENS = 1024
+WAVE_ROWS = (4, 8)  # of a program of several, one row a warp: the fewest of which all programs are resident
 SPLIT_ELEMENTS = 4096  # 4 rows of 128 columns a warp hide each other's latency; more and the kernel that places them spills
 MAX_PROGRAMS = 128  # histograms that each program reads at once: 16 KiB where E is 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """P programs of `chunks` chunks of T rows; C columns."""
+    """P programs of `chunks` chunks of T rows; C columns, of a group group_pad."""
 
     T: int
     C: int
+    group_pad: int
     programs: int
     chunks: int
     num_warps: int
@@ -33,36 +35,45 @@ class Plan:
         """Whether a program can count more than a byte holds: 128 programs of 255 rows also keep all counts in 16 bits."""
         return self.T * self.chunks > 255
 
+    @property
+    def run(self) -> int:
+        """Successive programs' histograms that a warp adds up in the bytes of a word."""
+        padded: int = triton.next_power_of_2(self.programs)
+        at_most: int = triton.next_power_of_2(255 // self.T + 1) // 2
+        return max(1, min(padded // self.num_warps, at_most))
+
     def histograms(self, device: torch.device) -> Tensor:
         """Scratch [P, C] for one call."""
         return torch.empty(self.programs, self.C, dtype=torch.int32 if self.is_wide else torch.uint8, device=device)
 
 
-def plan_of(num_tokens: int, columns: int, device: torch.device) -> Plan:
+def plan_of(num_tokens: int, num_experts: int, num_groups: int, device: torch.device) -> Plan:
     """One program, one kernel whose programs wait for each other, or several kernels (so in the interpreter, which cannot wait)."""
-    if num_tokens <= SOLO_TOKENS:
-        rows = 1 if num_tokens == 1 and columns <= 256 else 8 if num_tokens <= 8 else SOLO_TOKENS  # one warp has registers for 256
-        return Plan(T=rows, C=columns, programs=1, chunks=1, num_warps=rows if columns <= 128 else min(rows, 8), is_fused=True)
-    rows = 8 if columns <= 256 and (columns > 128 or num_tokens <= 256) else 16
-    programs = triton.cdiv(num_tokens, rows)
-    if columns > 512 or num_tokens > (FUSED_TOKENS if columns <= 128 else 512) or programs > num_sms(device) or is_interpreted():
-        return split_plan(num_tokens, columns)
-    # At least two grids fit on an H100 beside each other (_grid_board says why that matters): with 128 columns four programs a
-    # multiprocessor, with 256 two, with 512 one, but half as many programs.
-    # Sixteen rows where eight would make so many histograms that their reading spills.
-    registers = 64 if columns <= 128 else 128
-    return Plan(T=rows, C=columns, programs=programs, chunks=1, num_warps=rows, is_fused=True, max_registers=registers)
+    columns, group_pad = columns_of(num_experts, num_groups, 32)
+    if num_tokens <= 4 or (num_tokens <= SOLO_TOKENS and columns <= 128):
+        rows = 1 if num_tokens == 1 and columns <= 256 else 4 if num_tokens <= 4 else SOLO_TOKENS  # one warp has registers for 256
+        return Plan(T=rows, C=columns, group_pad=group_pad, programs=1, chunks=1, num_warps=rows, is_fused=True)
+    if num_tokens <= (FUSED_TOKENS if columns <= 256 else FUSED_TOKENS // 2) and not is_interpreted():
+        for rows in WAVE_ROWS:
+            programs = triton.cdiv(num_tokens, rows)
+            if programs <= min(num_sms(device), MAX_PROGRAMS):
+                # 128 registers: two grids of 8 warps fit beside each other (_grid_board says why that matters).
+                return Plan(
+                    T=rows, C=columns, group_pad=group_pad, programs=programs, chunks=1, num_warps=rows, is_fused=True, max_registers=128
+                )
+    return split_plan(num_tokens, num_experts, num_groups)
 
 
-def split_plan(num_tokens: int, columns: int) -> Plan:
+def split_plan(num_tokens: int, num_experts: int, num_groups: int) -> Plan:
     """Chunks grow with the rows, programs do not: every program reads all histograms."""
+    columns, group_pad = columns_of(num_experts, num_groups, 128)
     rows = SPLIT_ELEMENTS // columns
     chunks = triton.cdiv(num_tokens, rows * MAX_PROGRAMS)
-    return Plan(T=rows, C=columns, programs=triton.cdiv(num_tokens, rows * chunks), chunks=chunks, num_warps=8)
+    return Plan(T=rows, C=columns, group_pad=group_pad, programs=triton.cdiv(num_tokens, rows * chunks), chunks=chunks, num_warps=8)
 
 
-def columns_of(num_experts: int, num_groups: int) -> tuple[int, int]:
-    """(C, columns of a group). At least 128 columns: four float32 of each of 32 lanes, so that a warp holds a row whole."""
+def columns_of(num_experts: int, num_groups: int, least: int) -> tuple[int, int]:
+    """(C, columns of a group). At least as many as the lanes that hold a row: 32, one float32 each, or 128, four each."""
     groups = triton.next_power_of_2(num_groups)
-    group_pad = max(triton.next_power_of_2(triton.cdiv(num_experts, num_groups)), 128 // groups)
+    group_pad = max(triton.next_power_of_2(triton.cdiv(num_experts, num_groups)), least // groups)
     return groups * group_pad, group_pad

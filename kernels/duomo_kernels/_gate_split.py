@@ -40,7 +40,7 @@ def _choose_kernel(
     for chunk in range(chunks):
         row_T = (program * chunks + chunk) * T + tl.arange(0, T)
         logits_TC = load_logits(logits_ptr, row_T, valid, E, NUM_GROUPS, GROUP_PAD, T, C)
-        rank_TC, value_TC, peak_T, sum_T = choose(
+        rank_TC, value_TC, peak_T, sum_T, _, _, _ = choose(
             logits_TC, bias_C, is_expert_C, T, C, E, K, HAS_BIAS, IS_BF16, IS_SIGMOID, NUM_GROUPS, TOP_GROUPS, GROUP_PAD
         )
         weight_TC = weigh(value_TC, peak_T, sum_T, is_expert_C, HAS_BIAS or NUM_GROUPS > 1, IS_SIGMOID, NORMALISE, SCALE)
@@ -113,11 +113,10 @@ class Call:
     capacity: Capacity | None
     overflow: Overflow | None
     out: Routing
-    group_pad: int
 
     def run_split(self, plan: Plan, is_invariant: bool) -> None:
         if self.is_plain and not is_invariant:
-            return self._run_many()
+            return self._run_many(plan)
         hist_PC = plan.histograms(self.logits_TE.device)
         self._choose(plan, hist_PC)
         self._place(plan, hist_PC, self.out.ids_TK, self.capacity)
@@ -127,7 +126,7 @@ class Call:
         """Whether _gate_many knows all that is asked."""
         return self.rule.num_groups == 1 and self.bias_E is None and self.capacity is None and self.logits_TE.shape[1] <= 128
 
-    def _run_many(self) -> None:
+    def _run_many(self, plan: Plan) -> None:
         (num_tokens, num_experts), device, out = self.logits_TE.shape, self.logits_TE.device, self.out
         columns = max(triton.next_power_of_2(num_experts), 64)
         rows = MANY_ELEMENTS // columns
@@ -135,7 +134,7 @@ class Call:
         hist_PW = torch.empty(programs, columns // 4, dtype=torch.int32, device=device)
         before_PC = torch.empty(programs + 1, columns, dtype=torch.int32, device=device)
         nth_TK = torch.empty(num_tokens, self.rule.top_k, dtype=torch.uint8, device=device)
-        pdl, choice = pdl_options(device), self.choice_constants()
+        pdl, choice = pdl_options(device), self.choice_constants(plan)
         shape = {"E": num_experts, "K": self.rule.top_k, "K_PAD": triton.next_power_of_2(self.rule.top_k), "T": rows, "C": columns}
         choose_many_kernel[(programs,)](
             self.logits_TE, self.num_valid, out.weights_TK, out.ids_TK, nth_TK, hist_PW, num_tokens, num_warps=8,
@@ -155,7 +154,7 @@ class Call:
         marked_TK = torch.empty_like(self.out.ids_TK)
         self._choose(plan, hist_PC)
         constants = self.capacity_constants(self.capacity)
-        rule = {name: value for name, value in self.choice_constants().items() if name not in ("IS_BF16", "NORMALISE", "SCALE")}
+        rule = {name: value for name, value in self.choice_constants(plan).items() if name not in ("IS_BF16", "NORMALISE", "SCALE")}
         reroute_kernel[(1,)](
             self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, marked_TK, self.out.place_R,
             self.out.counts_E, *self.counters(), hist_PC, plan.programs, num_tokens,
@@ -165,7 +164,7 @@ class Call:
         )  # fmt: skip
         count_kernel[(plan.programs,)](
             marked_TK, self.num_valid, moved_PC, num_tokens, plan.chunks,
-            E=num_experts, K=self.rule.top_k, T=plan.T, C=plan.C, NUM_GROUPS=self.rule.num_groups, GROUP_PAD=self.group_pad,
+            E=num_experts, K=self.rule.top_k, T=plan.T, C=plan.C, NUM_GROUPS=self.rule.num_groups, GROUP_PAD=plan.group_pad,
             num_warps=plan.num_warps, **pdl_options(device),
         )  # fmt: skip
         self._place(plan, moved_PC, marked_TK, None)
@@ -174,7 +173,7 @@ class Call:
         _choose_kernel[(plan.programs,)](
             self.logits_TE, self.bias_E, self.num_valid, self.out.weights_TK, self.out.ids_TK, hist_PC, self.logits_TE.shape[0],
             plan.chunks, E=self.logits_TE.shape[1], T=plan.T, C=plan.C, num_warps=plan.num_warps,
-            **self.choice_constants(), **pdl_options(hist_PC.device),
+            **self.choice_constants(plan), **pdl_options(hist_PC.device),
         )  # fmt: skip
 
     def _place(self, plan: Plan, hist_PC: Tensor, ids_TK: Tensor, capacity: Capacity | None) -> None:
@@ -183,7 +182,7 @@ class Call:
             ids_TK, self.num_valid, self.out.weights_TK, *self.order(), *self.counters(), hist_PC, self.logits_TE.shape[0], plan.chunks,
             E=self.logits_TE.shape[1], K=self.rule.top_k, K_PAD=triton.next_power_of_2(self.rule.top_k), T=plan.T, C=plan.C,
             P=triton.next_power_of_2(plan.programs), TILE_ROWS=self.out.tile_rows, NUM_GROUPS=self.rule.num_groups,
-            GROUP_PAD=self.group_pad, IS_WIDE=plan.is_wide, COUNTS=ids_TK is self.out.ids_TK, num_warps=plan.num_warps,
+            GROUP_PAD=plan.group_pad, IS_WIDE=plan.is_wide, COUNTS=ids_TK is self.out.ids_TK, num_warps=plan.num_warps,
             **self.capacity_constants(capacity), **pdl_options(hist_PC.device),
         )  # fmt: skip
 
@@ -195,7 +194,7 @@ class Call:
         over = self.overflow
         return (None,) * 5 if over is None else (over.overflow_E, over.dropped, over.rerouted, over.exceeded, over.lost_T)
 
-    def choice_constants(self) -> dict[str, int | float | bool]:
+    def choice_constants(self, plan: Plan) -> dict[str, int | float | bool]:
         rule = self.rule
         return {
             "K": rule.top_k,
@@ -206,7 +205,7 @@ class Call:
             "SCALE": rule.routed_scale,
             "NUM_GROUPS": rule.num_groups,
             "TOP_GROUPS": rule.top_groups,
-            "GROUP_PAD": self.group_pad,
+            "GROUP_PAD": plan.group_pad,
         }
 
     def capacity_constants(self, capacity: Capacity | None) -> dict[str, int | float | bool]:

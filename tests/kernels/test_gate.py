@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duomo_kernels import _gate_plan
+from duomo_kernels import _gate_plan, _grid_board
 from duomo_kernels._bounds import bound, error
 from duomo_kernels._gate_capacity import Capacity, Overflow
 from duomo_kernels._routing import GROUP_TILES, GateRule, Routing
@@ -266,15 +266,54 @@ def test_what_residual_adds_is_what_was_lost(device: torch.device) -> None:
     assert int(over.dropped) > 0 and error(ours.weights_TK.sum(-1) + over.lost_T, full.weights_TK.double().sum(-1)) <= bound(torch.float32)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_valid"), [(50, None), (41, 33), (300, None)])
-def test_programs_that_share_a_board(num_tokens: int, num_valid: int | None, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """The interpreter runs one program after the other and cannot wait: a second launch finds the first's counts on the board."""
+@pytest.mark.parametrize("rows", [4, 8])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_valid", "num_experts", "rule"),
+    [
+        (50, None, 24, MIXTRAL),
+        (41, 33, 5, SWITCH),
+        (70, None, 32, MIXTRAL),
+        (37, 30, 60, replace(OLMOE, scoring="sigmoid")),
+        (33, None, 128, QWEN),
+        (21, 19, 256, DEEPSEEK),
+        (18, None, 60, replace(DEEPSEEK, num_groups=3, top_groups=2)),
+        (19, 17, 512, GateRule(top_k=10, normalise=True)),
+    ],
+)
+def test_programs_that_share_a_board(
+    num_tokens: int,
+    num_valid: int | None,
+    num_experts: int,
+    rule: GateRule,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    """The interpreter runs one program after the other and cannot wait: a second launch finds the first's counts on the board.
+
+    A new board, because the first launch would take another test's counts for its own, and write past its tensors.
+    """
+    _grid_board.board.cache_clear()
     monkeypatch.setattr(_gate_plan, "is_interpreted", lambda: False)
     monkeypatch.setattr(_gate_plan, "num_sms", lambda device: 132)
-    logits = random_logits(num_tokens, 24, device)
+    monkeypatch.setattr(_gate_plan, "WAVE_ROWS", (rows,))
+    logits = random_logits(num_tokens, num_experts, device)
+    bias = bias_of(num_experts, device) if rule.num_groups > 1 else None
     for _ in range(2):
-        ours, ref = both(logits, MIXTRAL, 4, num_valid=num_valid)
+        ours, ref = both(logits, rule, 4, bias, num_valid=num_valid)
     assert differing(ours, ref) == []
+
+
+@pytest.mark.parametrize("overflow", ["drop", "residual", "error"])
+def test_a_capacity_over_a_board(overflow: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    _grid_board.board.cache_clear()
+    monkeypatch.setattr(_gate_plan, "is_interpreted", lambda: False)
+    monkeypatch.setattr(_gate_plan, "num_sms", lambda device: 132)
+    logits = random_logits(29, 64, device) + torch.linspace(2, 0, 64, device=device)
+    capacity = Capacity(factor=1.1, overflow=overflow)  # type: ignore[arg-type]  # parametrised by name
+    for _ in range(2):
+        ours, ours_over, ref, ref_over = run_capacity(logits, OLMOE, capacity, num_valid=27)
+    assert differing(ours, ref) == [] and same_overflow(ours_over, ref_over)
 
 
 @pytest.mark.gpu
