@@ -50,7 +50,7 @@ def _direct_kernel(
     start_next(USE_PDL)
     rows = ()
     for t in tl.static_range(BM):
-        is_here_W = (col_W < K) & (token + t < num_rows)
+        is_here_W = (col_W < K) & (token + t + 0 * col_W < num_rows)  # tensors: a number among masks is none to an interpreter
         rows = rows + (tl.load(x_ptr + (token + t).to(tl.int64) * K + col_W, mask=is_here_W, other=0.0),)  # type: ignore[assignment]  # grows
     for t in tl.static_range(BM):
         x_W = rows[t].to(tl.float32)  # type: ignore[var-annotated]  # a growing tuple
@@ -58,7 +58,7 @@ def _direct_kernel(
             x_W = x_W * scale_W
         y_B = tl.sum(w_BW.to(tl.float32) * x_W[None, :], axis=1)
         y_ptrs = out_ptr + (token + t).to(tl.int64) * num_n + row_B
-        tl.store(y_ptrs, y_B.to(out_ptr.dtype.element_ty), mask=(row_B < num_n) & (token + t < num_rows))
+        tl.store(y_ptrs, y_B.to(out_ptr.dtype.element_ty), mask=(row_B < num_n) & (token + t + 0 * row_B < num_rows))
 
 
 def linear_direct(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None, out_TN: Tensor, tile: DirectTile) -> None:

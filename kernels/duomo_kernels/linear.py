@@ -10,8 +10,8 @@ Summed in float32, rounded once to the output's dtype: x's, or float32 (router a
     many rows            torch.mm: its library is at the limit there. fp8 weights are first widened into a scratch, once a call
     is_deterministic     tiles that all sum in the same steps: a row has the same bits alone and among any others
 
-Touching the weights' lines early for the tiles, so that they wait in L2, was tried and cost 1 to 4 us a call: the loads, whose values
-nobody needs, still take registers, and those wait.
+Touching the weights' lines early for the tiles, so that they wait in L2, was tried and cost more than it
+gave: the loads, whose values nobody needs, still take registers, and those wait.
 
 Bytes: N K (of 2 or 1) + T K 2 + T N (of 2 or 4). Legend: T tokens, N outputs, K inputs; n, k blocks of 128.
 """
@@ -34,6 +34,7 @@ LinearPlan: TypeAlias = DirectTile | EarlyTile | LinearTile | Literal["library"]
 
 MAX_STREAMED_ROWS = 64  # beyond, the library's tiles are as fast
 MAX_ROUTED_ROWS = 64  # beyond, a router's x is worth the tensor cores
+NARROW = 256  # outputs of a router at most
 COLUMNS_MULTIPLE = 8  # 16 bytes of bf16: rows that vector loads can read
 
 
@@ -53,7 +54,7 @@ def linear_plan(num_rows: int, weight_NK: Tensor, *, is_deterministic: bool = Fa
         return LinearTile(block_m=32, block_n=32, block_k=64, num_stages=2) if is_deterministic else "library"
     if is_deterministic:
         return deterministic_tile(num_rows if weight_NK.is_cuda else MAX_STREAMED_ROWS, is_fp8)
-    if num_n <= sms and num_k <= MAX_DIRECT_COLUMNS and num_rows <= MAX_ROUTED_ROWS:
+    if num_n <= NARROW and num_k <= MAX_DIRECT_COLUMNS and num_rows <= MAX_ROUTED_ROWS:
         return DirectTile(block_n=2)  # a router: the time of one trip, however many programs share it
     if num_rows > MAX_STREAMED_ROWS:
         return "library"
