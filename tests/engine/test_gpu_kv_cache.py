@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from duomo.engine.gpu_kv_cache import GPU_BLOCK_TOKENS, GpuKvCache, gpu_kv_spec
+from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
 from duomo.engine.kv_cache import KvSpec
+from duomo.engine.memory_plan import GPU_BLOCK_TOKENS
 from duomo.models.qwen3_moe import Model
 
 
