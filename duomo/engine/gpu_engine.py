@@ -18,6 +18,7 @@ from duomo.engine.compile_counter import CompileCounter
 from duomo.engine.decode_step import DecodeLimits
 from duomo.engine.gpu_compile_ahead import compiling_ahead
 from duomo.engine.gpu_decode import GpuDecode
+from duomo.engine.gpu_first_tokens import GpuFirstTokens
 from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
 from duomo.engine.gpu_prefill import GpuPrefill
 from duomo.engine.gpu_warm import warm_prefill
@@ -52,6 +53,7 @@ class GpuEngine:
     cache: GpuKvCache
     prefill: GpuPrefill
     decode: GpuDecode
+    first_tokens: GpuFirstTokens
     compilations: CompileCounter
 
 
@@ -71,6 +73,7 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
     with startup.phase("weights"):
         weights = start.load()
     decoder = GpuDecoder(weights, is_deterministic=start.is_deterministic)
+    first_tokens = GpuFirstTokens(start.config.vocab, start.device)  # before memory is measured: its buffers count with the weights
     measured = Measured(weights=_taken_since(memory, start.device))
     with startup.phase("profile"):
         plan_memory(start.config, memory, start.limits, measured)
@@ -89,12 +92,13 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
         decode.capture(progress=start.shows_progress)
         if start.device.type == "cuda":  # an interpreter has nothing to compile
             warm_prefill(prefill, start.limits)
+            first_tokens.warm()
     graphs = decode.graphs.pool_bytes
     if graphs > plan.graphs:
         log.warning("graphs took %.2f GB, planned were %.2f GB: the reserve has less", graphs / 1e9, plan.graphs / 1e9)
     log.info("%d graphs, %d kernels compiled; %s", len(decode.graphs), compilations.num_before_ready, startup.line())
     compilations.ready()
-    return GpuEngine(plan=plan, cache=cache, prefill=prefill, decode=decode, compilations=compilations)
+    return GpuEngine(plan=plan, cache=cache, prefill=prefill, decode=decode, first_tokens=first_tokens, compilations=compilations)
 
 
 def _device_bytes(device: torch.device) -> DeviceBytes:
