@@ -1,7 +1,7 @@
 """Owns one process that is both a prefill and a decode replica: one model, one KV cache, one block pool, one step thread. Knows no request.
 
 docs/decisions/0007-one-process.md. Both services run on one event loop, each with its own socket, lease and reports. They live and die
-together:
+together. On a GPU the engine of 0006-gpu-engine.md computes for both, and its memory plan says how many blocks there are:
 
     await run_replica(config, "engine-0", stop)     # registers "engine-0.prefill" and "engine-0.decode"
 """
@@ -10,36 +10,40 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from duomo.config import DuomoConfig
 from duomo.engine.blocks import BlockManager
 from duomo.engine.kv_cache import KvCache, kv_spec
+from duomo.engine.startup import StartPhase, Startup
 from duomo.errors import ConfigError, DuomoError
 from duomo.models.qwen3_moe import Model, load_model
 from duomo.telemetry import tracing
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.messages import PeerAddress
 from services.decode.service import DecodeService
-from services.decode.worker import DecodeWorker
+from services.decode.worker import DecodeWorker, StepWorker
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import FAILED_DRAIN_S, ReplicaCard
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.service import PrefillService
-from services.prefill.worker import PrefillWorker, WorkerSizes
+from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """What computes waves and steps, over one cache."""
+    """What computes waves and steps, over one cache of config.decode.num_blocks. Whoever starts them calls close() at the end."""
 
-    prefill: PrefillWorker
-    decode: DecodeWorker
+    prefill: WaveWorker
+    decode: StepWorker
+    config: DuomoConfig
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +102,39 @@ def workers_of(model: Model, config: DuomoConfig) -> Workers:
     return Workers(
         prefill=PrefillWorker(model, WorkerSizes.of(config), config.delays, cache),
         decode=DecodeWorker(model, cache, torch_threads=config.decode.torch_threads, step_delay_s=config.delays.decode_step_s),
+        config=config,
     )
+
+
+async def started_workers(config: DuomoConfig, means: EngineMeans) -> Workers:
+    """The device's. Raises ConfigError and ModelError naming what is wrong."""
+    if config.model.device != "cuda":
+        return workers_of(await asyncio.to_thread(load_model, config.model.path, progress=False), config)
+    startup, started_s = Startup(_log_phase), time.monotonic()
+    try:
+        return await means.thread.run("step", _gpu_workers, config, startup)
+    finally:
+        record_start(means.decode_spans, startup, started_s)
+
+
+def _gpu_workers(config: DuomoConfig, startup: Startup) -> Workers:
+    """In the step thread: who captures and plans is who runs."""
+    with startup.phase("import"):
+        from services.gpu_workers import start_gpu_workers  # Triton and all kernels: a CPU serves without
+    made = start_gpu_workers(config, startup)
+    return Workers(prefill=made.prefill, decode=made.decode, config=made.config, close=made.engine.compilations.close)
+
+
+def _log_phase(phase: StartPhase) -> None:
+    log.info("engine start: %s took %.1f s", phase.name, phase.duration_s)
+
+
+def record_start(spans: Tracing, startup: Startup, started_s: float) -> None:
+    """engine.start and its phases, also of a start that failed."""
+    whole = spans.start_span("engine.start", start_s=started_s)
+    for phase in startup.phases:
+        spans.record_span("engine.phase", whole.traceparent, phase.started_s, phase.ended_s, {"duomo.phase": phase.name})
+    whole.end()
 
 
 def loans_of(config: DuomoConfig, lender_boot_id: str) -> BlockLoans:
@@ -107,11 +143,12 @@ def loans_of(config: DuomoConfig, lender_boot_id: str) -> BlockLoans:
     return BlockLoans(lender_boot_id, pool)
 
 
-def engine_of(model: Model, config: DuomoConfig, replica_id: str, means: EngineMeans) -> Engine:
+def engine_of(workers: Workers, replica_id: str, means: EngineMeans) -> Engine:
     """Both services over one cache, pool and thread."""
-    prefill_card = ReplicaCard.of(config, "prefill", f"{replica_id}.prefill", model.config.fingerprint)
-    decode_card = ReplicaCard.of(config, "decode", f"{replica_id}.decode", model.config.fingerprint)
-    workers, loans = workers_of(model, config), loans_of(config, decode_card.boot_id)
+    config, fingerprint = workers.config, workers.decode.config.fingerprint
+    prefill_card = ReplicaCard.of(config, "prefill", f"{replica_id}.prefill", fingerprint)
+    decode_card = ReplicaCard.of(config, "decode", f"{replica_id}.decode", fingerprint)
+    loans = loans_of(config, decode_card.boot_id)
     return Engine(
         prefill=PrefillService(prefill_card, workers.prefill, loans, means.prefill_spans, means.directory, means.thread),
         decode=DecodeService(decode_card, workers.decode, loans, means.decode_spans, means.directory, means.thread),
@@ -122,7 +159,7 @@ def engine_of(model: Model, config: DuomoConfig, replica_id: str, means: EngineM
 @asynccontextmanager
 async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[Engine]:
     """Load and open everything, close it in reverse. Raises ModelError naming what is wrong."""
-    model = await asyncio.to_thread(load_model, config.model.path, progress=False)
+    workers: Workers | None = None
     means = EngineMeans(
         thread=StepThread("engine-step"),
         prefill_spans=tracing.configure(config.tracing, "duomo-prefill", "prefill", f"{replica_id}.prefill"),
@@ -130,10 +167,14 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[Engine]:
         directory=Directory(config.redis.url, config.redis.lease_s),
     )
     try:
-        log.info("one process for prefill and decode: %d blocks of %d tokens", config.decode.num_blocks, config.model.block_tokens)
-        yield engine_of(model, config, replica_id, means)
+        workers = await started_workers(config, means)
+        planned = workers.config
+        log.info("one process for prefill and decode: %d blocks of %d tokens", planned.decode.num_blocks, planned.model.block_tokens)
+        yield engine_of(workers, replica_id, means)
     finally:
         await asyncio.to_thread(means.thread.close)
+        if workers is not None:
+            workers.close()
         assert means.directory is not None
         await means.directory.close()
         for spans in (means.prefill_spans, means.decode_spans):

@@ -124,11 +124,13 @@ class StepLoop:
             self._out.append(step)
         self._progress.pending()
         landed, output = await self._thread.run("step", self._turn, None if step.is_empty else step.work)
-        self._progress.advance()
         if landed:
             self._host.landed(landed, time.monotonic())
-        if output is not None:
-            self._host.stepped(self._out.popleft(), output)
+        if output is None:
+            self._progress.idle()  # begun: the next turn waits for it
+            return
+        self._progress.advance()
+        self._host.stepped(self._out.popleft(), output)
 
     def _turn(self, step: StepInput | None) -> tuple[tuple[LandedMessage, ...], StepOutput | None]:
         """In the step thread."""

@@ -11,7 +11,7 @@ from duomo.config import DuomoConfig
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.telemetry.tracing import configure
 from duomo.wire.messages import PeerAddress, RequestFailed, Sampling, StartDecode, StartPrefill
-from services.colocated import Engine, EngineMeans, engine_of
+from services.colocated import Engine, EngineMeans, Workers, engine_of, workers_of
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker
 from services.kv_transfer.agent import TransferAgent
@@ -127,11 +127,11 @@ async def _gateway(stack: AsyncExitStack, config: DuomoConfig) -> ScriptedGatewa
 
 
 @asynccontextmanager
-async def colocated(config: DuomoConfig) -> AsyncIterator[tuple[Engine, System]]:
-    """Both services of one process, with a gateway's socket to each."""
+async def colocated(config: DuomoConfig, workers: Workers | None = None) -> AsyncIterator[tuple[Engine, System]]:
+    """Both services of one process, with a gateway's socket to each. workers: the embedded model's on this CPU where none are given."""
     spans = configure(config.tracing, "duomo-test")
     means = EngineMeans(thread=StepThread("engine-step"), prefill_spans=spans, decode_spans=spans)
-    engine = engine_of(model(), config, "engine-0", means)
+    engine = engine_of(workers or workers_of(model(), config), "engine-0", means)
     async with AsyncExitStack() as stack:
         stack.callback(means.thread.close)
         stack.push_async_callback(engine.stop)

@@ -170,7 +170,7 @@ def test_groups_and_steps_take_turns(tmp_path: Path) -> None:
         decode, prefill = engine.decode._steps._worker, engine.prefill._book.waves._worker
         run, run_group = decode.run, prefill.run_group
 
-        def seen_step(step: StepInput) -> StepOutput:
+        def seen_step(step: StepInput) -> StepOutput | None:
             ran.append("step")
             return run(step)
 

@@ -1,0 +1,104 @@
+"""Owns what one decode rank on a GPU computes with: the engine's captured steps, one of them always ahead. Knows no request and no policy.
+
+    run(step n + 1)     copies, launch n + 1, wait for n: its tokens come back while n + 1 runs
+    finish()            wait for the step that is still under way
+
+Copies, steps and prefill's groups are queued by one thread on one stream, in the order of its calls: owners of blocks rely on that order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining, StepResult, check_row
+from duomo.engine.gpu_decode import PendingStep
+from duomo.engine.gpu_engine import GpuEngine
+from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
+from duomo.wire.messages import Sampling
+from services.decode.worker import StepInput, StepOutput
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Launched:
+    """A step under way; pending None: it has no rows. rows: how each of them is sampled."""
+
+    pending: PendingStep | None
+    rows: tuple[RowSampling, ...]
+    started_s: float
+
+    def output(self) -> StepOutput:
+        """Of the step, when it is over."""
+        if self.pending is None:
+            return StepOutput.of_no_rows(self.started_s)
+        result = self.pending.wait()
+        return StepOutput(
+            tokens=_tokens(result, self.rows),
+            routed_RE=result.routed_RE,
+            started_s=self.started_s,
+            ended_s=time.monotonic(),
+            errors=result.errors,
+        )
+
+
+class GpuDecodeWorker:
+    """One rank over an engine that prefill shares, and that is warm. Whoever made the engine closes what it counts with."""
+
+    def __init__(self, engine: GpuEngine, step_delay_s: float = 0.0) -> None:
+        self.config = engine.decode.decoder.config
+        self._decode = engine.decode
+        self._block_bytes = engine.cache.spec.block_bytes
+        self._compilations = engine.compilations
+        self._step_delay_s = step_delay_s
+        self._under_way: _Launched | None = None
+        self._last_rows: tuple[RowSampling, ...] = ()
+
+    @property
+    def block_bytes(self) -> int:
+        return self._block_bytes
+
+    def check(self, sampling: Sampling) -> None:
+        ends = ending_ids(sampling, self.config.eos_ids)
+        check_row(RowSampling(sampling=sampling, choice=0, prompt_ids=(), output_ids=(), ending_ids=ends))
+
+    def counters(self) -> Mapping[str, int]:
+        return {"kernel_compilations_after_ready": self._compilations.num_after_ready}
+
+    def warm(self) -> None:
+        """Nothing is left to do."""
+
+    def run(self, step: StepInput) -> StepOutput | None:
+        before, self._under_way = self._under_way, self._launch(step)
+        return None if before is None else before.output()
+
+    def finish(self) -> StepOutput:
+        before, self._under_way = self._under_way, None
+        assert before is not None, "no step is under way"
+        return before.output()
+
+    def _launch(self, step: StepInput) -> _Launched:
+        if self._step_delay_s:
+            time.sleep(self._step_delay_s)
+        started_s = time.monotonic()
+        self._decode.enqueue_copies(step.copies)
+        if not step.rows:
+            return _Launched(pending=None, rows=(), started_s=started_s)
+        self._last_rows = tuple(self._sampling(row) for row in step.rows)
+        return _Launched(pending=self._decode.launch(DecodeStep(rows=step.rows)), rows=self._last_rows, started_s=started_s)
+
+    def _sampling(self, row: DecodeRow) -> RowSampling:
+        return row.source.sampling if isinstance(row.source, Joining) else self._last_rows[row.source]
+
+
+def _tokens(result: StepResult, rows: tuple[RowSampling, ...]) -> list[SampledToken]:
+    """One for each row; that of a row in result.errors is none, and is not looked at."""
+    ids, listed = result.token_id_R.tolist(), result.logprobs
+    if listed is None:
+        return [SampledToken(token_id=token_id) for token_id in ids]
+    return [
+        SampledToken(token_id=ids[at])
+        if row.sampling.logprobs is None
+        else SampledToken(token_id=ids[at], logprob=float(listed.logprob_R[at]), top=listed.top(at, row.sampling.logprobs))
+        for at, row in enumerate(rows)
+    ]

@@ -1,0 +1,79 @@
+"""Owns the start of both workers over one engine on a GPU, from a configuration. Knows no request. Imported where there is a GPU alone.
+
+The thread that starts them is the one that computes with them: libraries keep their plans for the thread that made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from duomo.config import DuomoConfig, changed
+from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
+from duomo.engine.memory_plan import MemoryLimits
+from duomo.engine.settle import memory_limits
+from duomo.engine.startup import Startup
+from duomo.models.config import ModelConfig, served_config
+from duomo.models.gpu_load import load_gpu_weights
+from duomo.models.gpu_random import random_gpu_weights
+from duomo.models.gpu_weights import GpuWeights
+from services.decode.gpu_worker import GpuDecodeWorker
+from services.prefill.gpu_worker import GpuPrefillWorker
+from services.prefill.worker import WorkerSizes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuWorkers:
+    """config: with the planned number of blocks. The engine's to be closed by whoever started it: engine.compilations.close()."""
+
+    prefill: GpuPrefillWorker
+    decode: GpuDecodeWorker
+    config: DuomoConfig
+    engine: GpuEngine
+
+
+def start_gpu_workers(config: DuomoConfig, startup: Startup) -> GpuWorkers:
+    """Load, plan, capture; for minutes. Raises ConfigError with figures where the card is too small, ModelError for a bad folder."""
+    model = served_config(config.model)
+    device = torch.device("cuda", 0)
+    limits = served_limits(config, model)
+    start = EngineStart(
+        config=model,
+        load=_loader(config, model, device),
+        limits=limits,
+        device=device,
+        is_deterministic=config.deterministic,
+    )
+    return gpu_workers(start_engine(start, startup), config)
+
+
+def served_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
+    """A prompt longer than a wave goes alone, so the longest prompt is the least that a wave may be."""
+    limits = memory_limits(config, model)
+    longest = min(limits.max_model_tokens, model.max_position_tokens)
+    return replace(limits, max_model_tokens=longest, max_wave_tokens=max(limits.max_wave_tokens, longest))
+
+
+def gpu_workers(engine: GpuEngine, config: DuomoConfig) -> GpuWorkers:
+    """Both workers over an engine that has started."""
+    plan = engine.plan
+    planned = changed(
+        config, {"decode.num_blocks": plan.num_blocks, "model.block_tokens": plan.block_tokens}, f"{plan.num_blocks} KV blocks are planned"
+    )
+    return GpuWorkers(
+        prefill=GpuPrefillWorker(engine, WorkerSizes.of(planned), config.delays.prefill_group_s),
+        decode=GpuDecodeWorker(engine, config.delays.decode_step_s),
+        config=planned,
+        engine=engine,
+    )
+
+
+def _loader(config: DuomoConfig, model: ModelConfig, device: torch.device) -> Callable[[], GpuWeights]:
+    section = config.model
+    quantise = section.quantize or None
+    if section.random_weights:
+        return partial(random_gpu_weights, model, device=device, quantise=quantise, seed=section.random_seed)
+    return partial(load_gpu_weights, section.path, device=device, quantise=quantise)

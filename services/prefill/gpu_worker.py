@@ -1,0 +1,95 @@
+"""Owns what one prefill rank on a GPU computes with: the engine's prefill and its sampler of first tokens. Knows no request and no policy.
+
+A group's kernels are queued at once, then its end is waited for without holding the interpreter: between two groups the step thread
+launches a decode step, which so waits for one group at most. The engine was warm before there was a worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.decode_step import check_row
+from duomo.engine.gpu_engine import GpuEngine
+from duomo.engine.gpu_prefill import GpuBoundaryState
+from duomo.engine.gpu_wave import upload_rows
+from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
+from duomo.errors import EngineError
+from duomo.wire.messages import Sampling
+from services.prefill.worker import Computation, WaveOutput, WaveRow, WorkerSizes, group_bounds, places_of, wanted_rows
+
+
+class GpuPrefillWorker:
+    """One rank over an engine that decode shares."""
+
+    def __init__(self, engine: GpuEngine, sizes: WorkerSizes, group_delay_s: float = 0.0) -> None:
+        self.config = engine.prefill.decoder.config
+        self.group_bounds = group_bounds(self.config.num_layers, sizes.units, sizes.units_per_group)
+        self._prefill = engine.prefill
+        self._first_tokens = engine.first_tokens
+        self._device = engine.cache.device
+        self._torch_threads = sizes.torch_threads
+        self._group_delay_s = group_delay_s
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.group_bounds) - 1
+
+    def check(self, sampling: Sampling) -> None:
+        ends = ending_ids(sampling, self.config.eos_ids)
+        check_row(RowSampling(sampling=sampling, choice=0, prompt_ids=(), output_ids=(), ending_ids=ends))
+
+    def enter_step_thread(self) -> None:
+        torch.set_num_threads(self._torch_threads)
+
+    def warm(self) -> None:
+        """Nothing is left to do."""
+
+    def begin(self, rows: Sequence[WaveRow]) -> Computation:
+        slices = tuple(PromptSlice(token_ids=row.token_ids[row.start :], start=row.start, block_table=row.block_table) for row in rows)
+        batch = StepBatch(slices=slices)
+        return Computation(batch=batch, state=self._prefill.begin(batch))
+
+    def run_group(self, computation: Computation, group: int) -> None:
+        if self._group_delay_s:
+            time.sleep(self._group_delay_s)
+        self._prefill.run_layers(self.group_bounds[group], self.group_bounds[group + 1], _state(computation))
+        self._wait()
+
+    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
+        state, computed_s = _state(computation), time.monotonic()
+        choices = [row for each in rows for row in each]
+        found: list[SampledToken | EngineError] = []
+        if choices:
+            logits_SV, places = self._prefill.logits(state, wanted_rows(computation, rows)), places_of(rows)
+            logits_RV = logits_SV if len(places) == len(logits_SV) else logits_SV[upload_rows(places, self._device)]
+            found = self._first_tokens.sample(logits_RV, choices)
+        answers = iter(found)
+        chosen = [[next(answers) for _ in each] for each in rows]
+        counts = state.expert_counts.tolist()
+        sampled_s = time.monotonic()
+        return tuple(
+            WaveOutput(
+                sampled=tuple(one for one in tokens if isinstance(one, SampledToken)),
+                expert_counts=tuple(tuple(layer) for layer in counts[place]),
+                computed_s=computed_s,
+                sampled_s=sampled_s,
+                error=next((one for one in tokens if isinstance(one, EngineError)), None),
+            )
+            for place, tokens in enumerate(chosen)
+        )
+
+    def _wait(self) -> None:
+        """Until all that was launched is over. Gives the core away, as Event.synchronize does where the event blocks."""
+        if self._device.type == "cuda":
+            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch ships no types for it
+            end.record()
+            end.synchronize()
+
+
+def _state(computation: Computation) -> GpuBoundaryState:
+    assert isinstance(computation.state, GpuBoundaryState)
+    return computation.state

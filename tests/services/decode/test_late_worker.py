@@ -1,0 +1,122 @@
+"""The decode service over a worker that answers one step late: every scenario of a prompt one, and what only being late can break."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from duomo.errors import EngineError, RequestError
+from duomo.wire.messages import Sampling
+from services.decode.worker import StepInput, StepOutput
+from tests.services.decode import rig as rigs
+from tests.services.decode import test_service as prompt_scenarios
+from tests.services.decode.late_worker import LateWorker
+from tests.services.decode.rig import configuration, running, serve
+from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, with_max
+
+SCENARIOS = [
+    prompt_scenarios.test_tokens_equal_the_monolith,
+    prompt_scenarios.test_one_frame_a_step_serves_all_streams,
+    prompt_scenarios.test_three_choices_fork_one_prompt,
+    prompt_scenarios.test_eos_and_stop_ids_end_a_choice,
+    prompt_scenarios.test_choices_that_ended_on_prefill_are_not_decoded,
+    prompt_scenarios.test_the_death_of_a_gateway_ends_its_requests_within_a_second,
+    prompt_scenarios.test_cancel_returns_everything_at_every_stage,
+    prompt_scenarios.test_one_choice_can_be_cancelled,
+    prompt_scenarios.test_preempted_choices_resume_with_equal_tokens,
+    prompt_scenarios.test_drain_finishes_streams_and_takes_no_new,
+    prompt_scenarios.test_a_broken_step_answers_every_request,
+]
+
+
+@pytest.fixture(autouse=True)
+def _late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rigs, "DecodeWorker", LateWorker)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__.removeprefix("test_"))
+def test_a_late_answer_changes_nothing(scenario: Callable[[Path], None], tmp_path: Path) -> None:
+    scenario(tmp_path)
+
+
+def test_no_row_is_run_beyond_a_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice whose token in flight is its last is not planned again: as many rows as tokens, where no id ends a choice."""
+    num_rows: list[int] = []
+    run = LateWorker.run
+
+    def counted(self: LateWorker, step: StepInput) -> StepOutput | None:
+        num_rows.append(len(step.rows))
+        return run(self, step)
+
+    monkeypatch.setattr(LateWorker, "run", counted)
+
+    async def go() -> None:
+        async with running(configuration(tmp_path, {"decode": {"max_batch": 2}})) as rig:
+            prompts = [Prompt(f"r{number}", 0, ids(5 + number, number), with_max(GREEDY, 2 + number)) for number in range(5)]
+            for prompt in prompts:
+                rig.gateway.start(prompt, rig.prefill)
+            await asyncio.gather(*(rig.prefill.prefill(prompt) for prompt in prompts))
+            for prompt in prompts:
+                await rig.gateway.finished(prompt.request_id)
+                assert rig.gateway.answers[prompt.request_id].ids() == expected(prompt.prompt_ids, prompt.sampling)[1:]
+            await rig.at_rest()
+            assert sum(num_rows) == rig.service.counters["tokens"] == sum(1 + number for number in range(5))
+            assert max(num_rows) == 2
+
+    asyncio.run(go())
+
+
+def test_a_row_without_a_token_fails_its_leg_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished: list[StepOutput] = []
+    run = LateWorker.run
+
+    def poisoned(self: LateWorker, step: StepInput) -> StepOutput | None:
+        output = run(self, step)
+        if output is not None and len(output.tokens) == 2 and len(finished) < 3:
+            finished.append(output)
+            error = EngineError("its logits hold a NaN", code="bad_logits", phase="decode.stream", retryable=False)
+            if len(finished) == 3:
+                return StepOutput(
+                    tokens=output.tokens, routed_RE=output.routed_RE, started_s=output.started_s, ended_s=output.ended_s, errors={0: error}
+                )
+        return output
+
+    monkeypatch.setattr(LateWorker, "run", poisoned)
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            sampling = with_max(GREEDY, 40)
+            bad, good = Prompt("bad", 0, ids(9), sampling), Prompt("good", 0, ids(12, 2), sampling)
+            for prompt in (bad, good):
+                rig.gateway.start(prompt, rig.prefill)
+                await rig.prefill.prefill(prompt)
+            failure = await rig.gateway.failed("bad")
+            assert (failure.code, failure.phase, failure.retryable) == ("bad_logits", "decode.stream", False)
+            await rig.gateway.finished("good")
+            assert rig.gateway.answers["good"].ids() == expected(good.prompt_ids, sampling)[1:]
+            got = rig.gateway.answers["bad"].ids()
+            assert got == expected(bad.prompt_ids, sampling)[1 : len(got) + 1], "a wrong token was emitted"
+            await rig.at_rest()
+
+    asyncio.run(go())
+
+
+def test_what_the_worker_cannot_sample_is_refused_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: LateWorker, sampling: Sampling) -> None:
+        if sampling.min_tokens:
+            raise RequestError("33 ending ids: at most 32 can be masked", param="stop_token_ids")
+
+    monkeypatch.setattr(LateWorker, "check", check)
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            rig.gateway.start(Prompt("r", 0, ids(9), Sampling(max_tokens=9, min_tokens=3)), rig.prefill)
+            failure = await rig.gateway.failed("r")
+            assert (failure.code, failure.retryable) == ("invalid_value", False)
+            assert await serve(rig, Prompt("ok", 0, ids(20), GREEDY)) == expected(ids(20))
+            await rig.at_rest()
+
+    asyncio.run(go())
