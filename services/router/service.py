@@ -36,7 +36,9 @@ async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Even
     bound = bind_port(config.gateway)
     try:
         card = read_model_card(config.model)
-        text = ModelText.load(config.model.path)
+        text = ModelText.of(config.model, card.vocab_size)
+        if text.note:
+            log.warning("%s", text.note)
         tracing = configure(config.tracing, "duomo-gateway", "gateway", replica_id)
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(tracing.shutdown)

@@ -18,6 +18,7 @@ import jinja2.ext
 import jinja2.sandbox
 import tokenizers
 
+from duomo.config import ModelSection
 from duomo.errors import ModelError, RequestError
 from services.router.openai import ChatMessage
 
@@ -25,6 +26,9 @@ from services.router.openai import ChatMessage
 THREAD_CHARS: Final = 16 * 1024
 # A normalizer may shorten text (NFC: three bytes to two) before it is cut into tokens; the early length check leaves this much room.
 _NORMALIZER_SLACK: Final = 4
+# The embedded model's folder, in a checkout or where the process started, lends its tokenizer and template to drawn models without.
+_EMBEDDED: Final = Path("models") / "tiny-moe"
+_TOKENIZER: Final = "tokenizer.json"
 
 
 class ModelText:
@@ -35,14 +39,34 @@ class ModelText:
         self._special = special
         self._template = None if template is None else _environment().from_string(template)
         self._pieces = _token_bytes(tokenizer)
+        self.vocab_size = len(self._pieces)
+        self.note = ""  # for the operator: whose tokenizer this is, where it is not the model's own
         skipped = {idx for idx, token in tokenizer.get_added_tokens_decoder().items() if token.special}
         self._visible = [b"" if idx in skipped else piece for idx, piece in enumerate(self._pieces)]
         self._longest_bytes = max(map(len, self._pieces), default=1)
 
     @classmethod
+    def of(cls, section: ModelSection, vocab_size: int) -> ModelText:
+        """The text side of a served model with so many ids: of its folder, or, where weights are drawn and it has none, lent.
+
+        With a lent tokenizer ids beyond its vocabulary read as `<id>`. Raises ModelError, also where the model has fewer ids than the
+        tokenizer.
+        """
+        is_lent = section.random_weights and not (section.path / _TOKENIZER).exists()
+        folder = _embedded_folder(section.path) if is_lent else section.path
+        text = cls.load(folder)
+        if vocab_size < text.vocab_size:
+            whose = f"{folder / _TOKENIZER}" + (f", lent to {section.path}, which has none," if is_lent else "")
+            raise ModelError(f"{whose} has ids up to {text.vocab_size - 1}, but the model only 0 to {vocab_size - 1} (vocab_size)")
+        if is_lent:
+            text.note = f"{section.path} has no {_TOKENIZER}: the embedded model's is used, ids from {text.vocab_size} on read as <id>"
+            text._name_ids_up_to(vocab_size)
+        return text
+
+    @classmethod
     def load(cls, folder: Path) -> ModelText:
         """Raises ModelError naming the file that is missing or cannot be served."""
-        file = folder / "tokenizer.json"
+        file = folder / _TOKENIZER
         try:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the tokenizers library raises bare Exception for every fault
@@ -79,6 +103,12 @@ class ModelText:
 
     def detokenizer(self) -> Detokenizer:
         return Detokenizer(self._visible)
+
+    def _name_ids_up_to(self, vocab_size: int) -> None:
+        """While it is loaded: ids that the tokenizer does not know read as their numbers. Nothing encodes to them."""
+        names = [f"<{token_id}>".encode() for token_id in range(self.vocab_size, vocab_size)]
+        self._pieces += names
+        self._visible += names
 
 
 class Detokenizer:
@@ -164,6 +194,15 @@ def _check_byte_level(tokenizer: tokenizers.Tokenizer, file: Path) -> None:
     if decoder.get("type") != "ByteLevel":
         kind = decoder.get("type", "none")
         raise ModelError(f"{file}: decoder '{kind}' is not supported; byte-level tokenizers are (decoder 'ByteLevel')")
+
+
+def _embedded_folder(for_folder: Path) -> Path:
+    """Raises ModelError where neither a checkout nor the working folder holds it."""
+    places = [root / _EMBEDDED for root in (Path(__file__).resolve().parents[2], Path.cwd())]
+    found = next((place for place in places if (place / _TOKENIZER).exists()), None)
+    if found is None:
+        raise ModelError(f"{for_folder} has no {_TOKENIZER}, and the embedded model's is not in {places[0]} either: give the folder one")
+    return found
 
 
 def _token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:

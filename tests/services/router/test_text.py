@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duomo.config import ModelSection
 from duomo.errors import ModelError, RequestError
 from services.router.openai import ChatMessage
 from services.router.text import ModelText, StopScanner
@@ -134,6 +135,45 @@ def test_a_folder_without_template_refuses_chat_and_a_broken_one_is_named(tmp_pa
     (tmp_path / "tokenizer.json").write_text(json.dumps(spoiled))
     with pytest.raises(ModelError, match="WordPiece"):
         ModelText.load(tmp_path)
+
+
+def lent(folder: Path, vocab_size: int) -> ModelText:
+    return ModelText.of(ModelSection(path=folder, random_weights=True), vocab_size)
+
+
+def test_a_model_of_drawn_weights_without_tokenizer_is_lent_the_embedded_one(tmp_path: Path, text: ModelText) -> None:
+    other = lent(tmp_path, 50304)
+    assert "tokenizer.json" in other.note and "8192" in other.note and str(tmp_path) in other.note
+    words = "Tell me a story about a 💙 fox. <50303>"
+    ids = other.encode(words, add_special_tokens=False)
+    assert ids == text.encode(words, add_special_tokens=False) and max(ids) < text.vocab_size
+    assert _stream(other, list(ids)) == words
+    turns = [ChatMessage("user", "hi", None)]
+    assert other.render(turns) == text.render(turns)
+    assert other.fewest_tokens(words) == text.fewest_tokens(words), "ids that nothing encodes to shorten no prompt"
+
+
+def test_ids_that_a_lent_tokenizer_does_not_know_read_as_their_numbers(tmp_path: Path) -> None:
+    text = lent(tmp_path, 50304)
+    heart = list(text.encode("💙", add_special_tokens=False))
+    assert _stream(text, [50303, 8192]) == "<50303><8192>"
+    assert _stream(text, [*heart[:-1], 9000]) == "\ufffd<9000>", "bytes that end no character are given up where a number follows"
+    assert text.token_bytes(50303) == b"<50303>" and text.token_bytes(50304) == b""
+    assert text.token_bytes(2) == b"<|im_end|>" and _stream(text, [2]) == ""
+
+
+def test_a_model_with_fewer_ids_than_its_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"lent to .*ids up to 8191, but the model only 0 to 999 \(vocab_size\)"):
+        lent(tmp_path, 1000)
+    with pytest.raises(ModelError, match="ids up to 8191"):
+        ModelText.of(ModelSection(path=FOLDER), 8191)
+
+
+def test_nothing_is_lent_to_a_model_with_weights_or_with_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="tokenizer.json"):
+        ModelText.of(ModelSection(path=tmp_path), 50304)
+    own = ModelText.of(ModelSection(path=FOLDER, random_weights=True), 50304)
+    assert own.note == "" and own.token_bytes(50303) == b"", "ids beyond a model's own tokenizer are padding of its embeddings"
 
 
 @settings(max_examples=60, deadline=None)
