@@ -249,7 +249,7 @@ def validated(raw: dict[str, object], note: str) -> DuomoConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "configuration"
-        said = _known_options(first["loc"]) if first["type"] == "extra_forbidden" else first["msg"]
+        said = _known_options(first["loc"]) if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise ConfigError(f"{where}: {said}" + (f" ({note})" if note else "")) from error
 
 

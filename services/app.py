@@ -98,6 +98,8 @@ def build_application(config: DuomoConfig) -> serve.Application:
 
 def _deployed(service: type, name: str, replicas: int, config: DuomoConfig) -> serve.Deployment:
     actor: dict[str, object] = {"num_cpus": CPUS_PER_REPLICA}
+    if name == "engine" and _gpus(config):
+        actor["num_gpus"] = _gpus(config)  # without any Ray hides the cards from the replica (CUDA_VISIBLE_DEVICES is empty there)
     if config.ray.pin_by_resource:
         actor["resources"] = {f"duomo_{name}": 0.001}
     return serve.deployment(
@@ -111,6 +113,11 @@ def _deployed(service: type, name: str, replicas: int, config: DuomoConfig) -> s
         max_constructor_retry_count=1,  # a start that fails fails: its exception is shown at once
         logging_config=QUIET,
     )(service)
+
+
+def _gpus(config: DuomoConfig) -> int:
+    """Cards that the engine takes."""
+    return 1 if config.model.device == "cuda" else 0
 
 
 class RaySystem:
@@ -194,6 +201,7 @@ class RaySystem:
             ray.init(
                 address="local",
                 num_cpus=1,  # also the number of workers started ahead, 60 MB each
+                num_gpus=_gpus(self._config),  # named, not searched for: duomo/engine/device.py has looked already
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -204,9 +212,11 @@ class RaySystem:
             raise ConfigError(f"run_dir: Ray cannot use {temp_dir}: {error}") from error
 
     def _check_placeable(self) -> None:
+        offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray ships no type for it
+        if not self._is_local and offered.get("GPU", 0) < _gpus(self._config):
+            raise ConfigError("model.device (--device) is cuda, but no node of the Ray cluster offers a GPU")
         if not self._config.ray.pin_by_resource:
             return
-        offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray ships no type for it
         for name in ("directory", *pool_deployments(self._config), "router"):
             if f"duomo_{name}" not in offered:
                 raise ConfigError(

@@ -31,6 +31,12 @@ Settings = Annotated[
 ]
 Port = Annotated[int, typer.Option("--port", help="the port of the running system")]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="folder of this run's sockets and files")]
+Device = Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="auto: a GPU where the kernels run, else the CPU")]
+Quantize = Annotated[Literal["fp8"] | None, typer.Option(help="make the weights fp8 as they are loaded (GPU)")]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="draw the weights: config.json suffices (GPU)")]
+Deterministic = Annotated[bool, typer.Option("--deterministic", help="bytes do not depend on what else runs (a CPU's never do)")]
+Layout = Annotated[Literal["auto", "split", "colocated"] | None, typer.Option(help="two pools, or one process; auto: by the device")]
+MaxModelTokens = Annotated[int | None, typer.Option(help="context limit below the model's own")]
 Url = Annotated[str, typer.Option("--url", help="base address of a running gateway")]
 
 
@@ -60,6 +66,12 @@ def serve(
     port: Annotated[int | None, typer.Option(help="where the gateway listens")] = None,
     prefill_replicas: Annotated[int | None, typer.Option(help="replicas of the prefill pool")] = None,
     decode_replicas: Annotated[int | None, typer.Option(help="replicas of the decode pool")] = None,
+    device: Device = None,
+    quantize: Quantize = None,
+    random_weights: RandomWeights = False,
+    deterministic: Deterministic = False,
+    layout: Layout = None,
+    max_model_tokens: MaxModelTokens = None,
     trace_dir: Annotated[Path | None, typer.Option(help="write spans into this folder (see duomo trace)")] = None,
     run_dir: RunDir = None,
     settings: Settings = None,
@@ -74,6 +86,7 @@ def serve(
         "tracing.directory": None if trace_dir is None else str(trace_dir.absolute()),
         "run_dir": None if run_dir is None else str(run_dir.absolute()),
     }
+    named |= _engine_options(device, quantize, random_weights, deterministic, layout, max_model_tokens)
     loaded = _load(config, named, settings)
     from services.cli_serve import serve as serve_system
 
@@ -158,13 +171,25 @@ def scale(
 
 @app.command()
 def doctor(
-    model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="whose kernels are looked at")] = EMBEDDED_MODEL,
-    port: Annotated[int, typer.Option(help="the port to be looked at")] = 8000,
+    model_dir: Annotated[Path | None, typer.Argument(metavar="MODEL_DIR", help="whose kernels and memory are looked at")] = None,
+    config: ConfigFile = None,
+    port: Annotated[int | None, typer.Option(help="the port to be looked at")] = None,
+    device: Device = None,
+    quantize: Quantize = None,
+    random_weights: RandomWeights = False,
+    deterministic: Deterministic = False,
+    layout: Layout = None,
+    max_model_tokens: MaxModelTokens = None,
+    settings: Settings = None,
 ) -> None:
-    """Show what this machine offers: device, torch, NIXL and its transport, Redis, kernels, ports, memory."""
+    """Show what this machine offers: devices, layout, kernels, memory plan, torch, NIXL and its transport, Redis, ports."""
+    if model_dir is None and config is None:
+        model_dir = EMBEDDED_MODEL
+    named: dict[str, object] = {"model.path": None if model_dir is None else str(model_dir), "gateway.port": port}
+    named |= _engine_options(device, quantize, random_weights, deterministic, layout, max_model_tokens)
     from services.cli_doctor import examine
 
-    raise typer.Exit(examine(port, model_dir))
+    raise typer.Exit(examine(_read(config, named, settings)))
 
 
 def main() -> None:
@@ -176,8 +201,32 @@ def main() -> None:
         sys.exit(2 if error.phase == "start" else 1)
 
 
+def _engine_options(
+    device: str | None, quantize: str | None, random_weights: bool, deterministic: bool, layout: str | None, max_model_tokens: int | None
+) -> dict[str, object]:
+    """What serve and doctor are told alike; None: not named."""
+    return {
+        "model.device": device,
+        "model.quantize": quantize,
+        "model.random_weights": random_weights or None,
+        "model.max_model_tokens": max_model_tokens,
+        "deterministic": deterministic or None,
+        "layout": layout,
+    }
+
+
 def _load(file: Path | None, named: dict[str, object], settings: list[str] | None) -> DuomoConfig:
-    """File, then --set, then the named options; then MODEL_DIR is looked at."""
+    """What _read reads; then MODEL_DIR is looked at."""
+    config = _read(file, named, settings)
+    path = config.model.path
+    if not (path / "config.json").is_file():
+        what = "holds no config.json" if path.is_dir() else "is no folder"
+        raise ConfigError(f"MODEL_DIR (model.path): {path} {what}; name a Hugging Face folder, such as models/tiny-moe")
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path.resolve(), "name": config.model.served_name})})
+
+
+def _read(file: Path | None, named: dict[str, object], settings: list[str] | None) -> DuomoConfig:
+    """File, then --set, then the named options."""
     from duomo.config import load_config
 
     overrides: dict[str, object] = {}
@@ -192,12 +241,7 @@ def _load(file: Path | None, named: dict[str, object], settings: list[str] | Non
     overrides |= {key: value for key, value in named.items() if value is not None}
     if file is None and "model.path" not in overrides:
         raise ConfigError("MODEL_DIR is missing: name a Hugging Face folder, such as models/tiny-moe, or a --config with model.path")
-    config = load_config(file, overrides)
-    path = config.model.path
-    if not (path / "config.json").is_file():
-        what = "holds no config.json" if path.is_dir() else "is no folder"
-        raise ConfigError(f"MODEL_DIR (model.path): {path} {what}; name a Hugging Face folder, such as models/tiny-moe")
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path.resolve(), "name": config.model.served_name})})
+    return load_config(file, overrides)
 
 
 def _bench_root() -> Path:

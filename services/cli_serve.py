@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,7 +21,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from duomo.config import DuomoConfig
-from duomo.errors import ConfigError, EngineError
+from duomo.engine.settle import settle
+from duomo.errors import ConfigError, EngineError, ModelError
 from services.admin import SOCKET_NAME, AdminCommand, AdminSocket, Replicas, default_run_dir, is_alive
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 WATCH_PERIOD_S = 2.0
 MARKER = "run.json"
 INTERRUPTED = 130
+
+log = logging.getLogger(__name__)
 
 
 class StopSignals:
@@ -75,9 +79,16 @@ def serve(config: DuomoConfig) -> int:
 
 def _serve(config: DuomoConfig) -> int:
     check_port(config)
-    check_model(config)
+    note = check_model(config)
+    settled = settle(config)
+    config = settled.config
     signals = StopSignals()
     say = _Phases()
+    say(settled.why)
+    for line in [] if settled.plan is None else settled.plan.lines():
+        say(f"memory: {line}")
+    if note:
+        say(note)
     with contextlib.ExitStack() as ends:
         try:
             run_dir = ends.enter_context(claimed_run_dir(config))
@@ -176,13 +187,18 @@ def check_port(config: DuomoConfig) -> None:
         raise ConfigError(f"--port {port} (gateway.port) on --host {host} cannot be used: {error.strerror}; name another one") from error
 
 
-def check_model(config: DuomoConfig) -> None:
-    """Raise ModelError or ConfigError for a folder that the gateway could not serve, before anything is started. Weights: the replicas."""
+def check_model(config: DuomoConfig) -> str:
+    """Raise ModelError or ConfigError for a folder that the gateway could not serve, before anything is started. Weights: the replicas.
+
+    Returns what the operator should know of its tokenizer, "" for nothing.
+    """
     from services.router.model_card import read_model_card
     from services.router.text import ModelText
 
-    read_model_card(config.model)
-    ModelText.load(config.model.path)
+    path = config.model.path
+    if not config.model.random_weights and not any(path.glob("*.safetensors")):
+        raise ModelError(f"{path} holds no weights (*.safetensors); on a GPU --random-weights draws some")
+    return ModelText.of(config.model, read_model_card(config.model).vocab_size).note
 
 
 def wait_until_ready(config: DuomoConfig, timeout_s: float, check: Callable[[], None]) -> None:
@@ -292,6 +308,12 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
     if not config.redis.url:
         raise ConfigError("redis.url (DUOMO_REDIS_URL): a replica on its own needs the Redis server of its system")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; why: services/app.py
+    why = ""
+    if role in ("prefill", "decode") and config.layout == "auto":
+        config = config.model_copy(update={"layout": "split"})
+    if role != "router":  # a gateway needs no card, and works beside replicas of any
+        settled = settle(config)
+        config, why = settled.config, settled.why
     if role == "router":
         check_port(config)
         from services.router.service import serve_gateway as run
@@ -308,6 +330,8 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
     from duomo.telemetry import logging as telemetry_logging
 
     telemetry_logging.configure(role, replica_id)
+    if why:
+        log.info("%s", why)
 
     async def until_signalled() -> None:
         stop = asyncio.Event()

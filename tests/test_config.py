@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from duomo.config import DuomoConfig, Section, load_config
+from duomo.config import DuomoConfig, Section, changed, load_config
 from duomo.errors import ConfigError
 
 ENVIRONMENT = ("DUOMO_REDIS_URL", "DUOMO_SECRET", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -110,3 +110,27 @@ def test_defaults_pass_their_own_checks() -> None:
     assert len(sections) >= 8
     for section in sections:
         assert type(section).model_validate(section.model_dump()) == section
+
+
+def test_a_devices_options_are_checked_across() -> None:
+    base: dict[str, object] = {"model.path": "/m"}
+    cases: tuple[tuple[dict[str, object], str], ...] = (
+        ({"model.device": "cpu", "model.quantize": "fp8"}, "model.quantize"),
+        ({"model.device": "cpu", "model.random_weights": True}, "model.random_weights"),
+        ({"model.device": "cuda", "layout": "split"}, "layout must be colocated"),
+        ({"model.quantize": "int4"}, "model.quantize"),
+        ({"gpu_memory_fraction": 1.0}, "gpu_memory_fraction"),
+    )
+    for options, words in cases:
+        with pytest.raises(ConfigError, match=words):
+            load_config(None, base | options)
+    config = load_config(None, base)
+    assert (config.model.device, config.layout, config.model.quantize, config.deterministic) == ("auto", "auto", "", False)
+
+
+def test_a_change_is_checked_as_a_whole_and_says_why() -> None:
+    config = load_config(None, {"model.path": "/m", "wire.secret": "hush", "model.quantize": "fp8"})
+    after = changed(config, {"model.device": "cuda", "layout": "colocated"}, "a card was found")
+    assert (after.model.device, after.layout, after.wire.secret) == ("cuda", "colocated", "hush")
+    with pytest.raises(ConfigError, match="model.quantize.*no card was found"):
+        changed(config, {"model.device": "cpu"}, "no card was found")

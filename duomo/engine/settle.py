@@ -21,11 +21,12 @@ GPU_START_TIMEOUT_S = 900.0  # tens of gigabytes are read and kernels compiled; 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settled:
-    """why: one line on device and layout. plan: by estimates, where the card could be looked at; None on a CPU."""
+    """why: one line on device and layout. card, plan (by estimates): where a card was looked at; None on a CPU."""
 
     config: DuomoConfig
     model: ModelConfig
     why: str
+    card: Card | None = None
     plan: MemoryPlan | None = None
 
 
@@ -40,7 +41,7 @@ def settle(config: DuomoConfig, look: Callable[[], Host] | None = None) -> Settl
         return Settled(config=config, model=model, why=why)
     limits = memory_limits(config, model)
     plan = None if pick.card is None else plan_memory(model, device_bytes(pick.card), limits)
-    return Settled(config=config, model=model, why=why, plan=plan)
+    return Settled(config=config, model=model, why=why, card=pick.card, plan=plan)
 
 
 def changed_for(config: DuomoConfig, pick: Pick) -> DuomoConfig:
@@ -79,4 +80,6 @@ def _pick(config: DuomoConfig, look: Callable[[], Host] | None) -> Pick:
         if wanted == "cuda":
             return Pick(device="cuda", why="device cuda: model.device says so, of the Ray cluster's machines")
         return Pick(device="cpu", why="device cpu: the Ray cluster's machines are not looked at; --device cuda asks for their cards")
+    if wanted == "auto" and config.layout == "split":
+        return Pick(device="cpu", why="device cpu: layout split says so, which a GPU does not run")
     return pick_device(wanted, look)

@@ -53,6 +53,16 @@ def test_colocated_binds_one_engine_for_both_pools() -> None:
     assert bound == {"directory": 1, "engine": 1}
 
 
+def test_an_engine_on_a_gpu_asks_for_the_card_that_ray_would_hide() -> None:
+    def asked(one: DuomoConfig) -> dict[str, object]:
+        router: Any = build_application(one)._bound_deployment
+        every = [router, *(pool._bound_deployment for pool in router.init_args[1:])]
+        return {deployment.name: deployment.ray_actor_options.get("num_gpus", 0) for deployment in every}
+
+    assert asked(config(layout="colocated", **{"model.device": "cuda"})) == {"router": 0, "directory": 0, "engine": 1}
+    assert asked(config(layout="colocated")) == {"router": 0, "directory": 0, "engine": 0}
+
+
 def test_pools_are_pinned_by_resource_only_when_asked() -> None:
     def resources(one: DuomoConfig) -> dict[str, object]:
         actor: dict[str, Any] = build_application(one)._bound_deployment.ray_actor_options or {}

@@ -38,6 +38,11 @@ def duomo(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess
         (("serve", str(MODEL), "--set", "model.max_model_tokens=4096"), "model.max_model_tokens"),
         (("serve", str(MODEL), "--decode-replicas", "0"), "decode.replicas"),
         (("serve", str(MODEL), "--port", "70000"), "gateway.port"),
+        (("serve", str(MODEL), "--device", "cpu", "--quantize", "fp8"), "model.quantize"),
+        (("serve", str(MODEL), "--device", "cpu", "--random-weights"), "model.random_weights"),
+        (("serve", str(MODEL), "--device", "cuda", "--layout", "split"), "layout must be colocated"),
+        (("serve", str(MODEL), "--max-model-tokens", "4096"), "model.max_model_tokens"),
+        (("serve", str(MODEL), "--device", "cpu", "--layout", "colocated", "--decode-replicas", "2"), "decode.replicas"),
         (("replica", "decode", "--set", f"model.path={MODEL}"), "redis.url"),
         (("chat", "hello", "--url", "http://127.0.0.1:9"), "--url"),
         (("chat", "hello", "--url", "nonsense"), "--url"),
@@ -66,9 +71,11 @@ def test_a_taken_port_names_the_option_before_anything_starts() -> None:
 @pytest.mark.parametrize(
     ("file", "content", "named"),
     [
-        ("config.json", '{"architectures": ["LlamaForCausalLM"]}', "supported: Qwen3MoeForCausalLM"),
+        ("config.json", '{"architectures": ["GPT2LMHeadModel"]}', "supported: Qwen3MoeForCausalLM"),
+        ("config.json", (ROOT / "bench/engine/models/olmoe-1b-7b/config.json").read_text(), "OlmoeForCausalLM runs on a GPU only"),
         ("config.json", "{", "config.json"),
         ("tokenizer.json", None, "tokenizer.json"),
+        ("model.safetensors", None, "--random-weights"),
     ],
 )
 def test_a_folder_that_cannot_be_served_is_refused_before_anything_starts(
@@ -80,7 +87,7 @@ def test_a_folder_that_cannot_be_served_is_refused_before_anything_starts(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    done = duomo("serve", str(folder), "--port", str(port))
+    done = duomo("serve", str(folder), "--device", "cpu", "--port", str(port))
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
@@ -96,6 +103,16 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert json.loads(done.stdout) == [], done.stderr
     assert "serve" in duomo("--help").stdout
+
+
+def test_doctor_says_what_is_configured_and_fails_where_it_cannot_be() -> None:
+    fine = duomo("doctor", str(MODEL), "--device", "cpu", "--layout", "colocated")
+    assert "device cpu: model.device says so; layout colocated" in fine.stdout, fine.stdout + fine.stderr
+    assert "KV blocks" in fine.stdout and "torch on the CPU" in fine.stdout
+    broken = duomo("doctor", str(MODEL), "--device", "cpu", "--set", "model.quantize=fp8")
+    assert broken.returncode == 2 and "model.quantize" in broken.stderr
+    other = duomo("doctor", "bench/engine/models/olmoe-1b-7b", "--device", "cpu")
+    assert other.returncode == 1 and "FAIL  layout" in other.stdout and "ok    redis" in other.stdout, other.stdout
 
 
 @pytest.mark.parametrize("name", ["bench_echo", "echo", "serve/bench_echo"])

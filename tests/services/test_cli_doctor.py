@@ -11,10 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from duomo.errors import ConfigError, ModelError
-from services.cli_doctor import _kernels, _port
+from duomo.config import DuomoConfig, load_config
+from duomo.engine.device import look_at_host
+from duomo.engine.settle import settle
+from duomo.errors import ConfigError
+from services.cli_doctor import _device, _kernels, _nixl, _plan, _port
+from tests.engine.scripted_driver import H100, ScriptedDriver
 
-MODEL = Path(__file__).parents[2] / "models" / "tiny-moe"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "tiny-moe"
+
+
+def config(**options: object) -> DuomoConfig:
+    return load_config(None, {"model.path": str(MODEL), "model.device": "cpu"} | options)
+
+
+def on_port(port: int) -> DuomoConfig:
+    return config(**{"gateway.port": port})
 
 
 @contextmanager
@@ -42,18 +55,43 @@ def answering(body: bytes) -> Iterator[int]:
 
 
 def test_it_names_the_implementation_that_runs() -> None:
-    line = _kernels(MODEL)
+    settled = settle(config())
+    line = _kernels(settled)
     assert "products by chain" in line or "products by tile" in line, line
-    with pytest.raises(ModelError, match="config.json"):
-        _kernels(MODEL.parent)
+    assert "2048 KV blocks of 16 tokens" in _plan(settled)
+
+
+def test_a_gpu_is_shown_with_its_kernels_and_the_plan() -> None:
+    pytest.importorskip("triton")
+    host = look_at_host(ScriptedDriver([H100]).open, lambda cuda: "")
+    assert "card 0: NVIDIA H100 80GB HBM3" in _device(host) and "580.65.06" in _device(host)
+    olmoe = {"model.path": str(ROOT / "bench/engine/models/olmoe-1b-7b"), "model.random_weights": True, "model.device": "auto"}
+    settled = settle(config(**olmoe), lambda: host)
+    lines = _kernels(settled)
+    for word in ("Triton", "nvidia_h100_80gb_hbm3.json", "decode_attention", "cuDNN", "expert_gemm", "measured at 1,", "linear", "sampler"):
+        assert word in lines, lines
+    assert "weights" in _plan(settled) and "blocks of 64 tokens" in _plan(settled)
+    exact = _kernels(settle(config(**olmoe, deterministic=True), lambda: host))
+    assert "cuDNN" not in exact and "measured at" not in exact, exact
+    old = look_at_host(ScriptedDriver([{**H100, "name": "NVIDIA H900"}]).open, lambda cuda: "")
+    assert "no nvidia_h900.json: heuristics choose" in _kernels(settle(config(**olmoe), lambda: old))
+    fp8 = _kernels(settle(config(**olmoe, **{"model.quantize": "fp8"}), lambda: host))
+    assert "expert_gemm_fp8" in fp8
+
+
+def test_a_host_without_card_says_so_and_one_process_needs_no_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = look_at_host(ScriptedDriver([], has_cuda=False).open, lambda cuda: "")
+    assert "cpu, float32" in _device(host) and "no GPU to serve on: this machine has no NVIDIA driver" in _device(host)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not needed" in _nixl(is_needed=False)
 
 
 def test_a_port_of_a_running_duomo_is_no_fault() -> None:
     with answering(json.dumps({"data": [{"id": "tiny-moe", "owned_by": "duomo"}]}).encode()) as port:
-        assert "tiny-moe" in _port(port)
+        assert "tiny-moe" in _port(on_port(port))
 
 
 @pytest.mark.parametrize("body", [b"hello", b"[]", b'{"data": []}', b'{"data": [{"id": "x", "owned_by": "vllm"}]}'])
 def test_a_port_of_somebody_else_is(body: bytes) -> None:
     with answering(body) as port, pytest.raises(ConfigError, match=f"--port {port}"):
-        _port(port)
+        _port(on_port(port))

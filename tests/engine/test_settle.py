@@ -1,0 +1,110 @@
+"""What a configuration becomes on a host: by device, with what was named left alone, and refusals that give the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from duomo.config import DuomoConfig, load_config
+from duomo.engine.device import Host, look_at_host
+from duomo.engine.settle import settle
+from duomo.errors import ConfigError, ModelError
+from tests.engine.scripted_driver import H100, ScriptedDriver
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "models" / "tiny-moe"
+OLMOE, QWEN = ROOT / "bench/engine/models/olmoe-1b-7b", ROOT / "bench/engine/models/qwen3-30b-a3b"
+
+
+def gpu() -> Host:
+    return look_at_host(ScriptedDriver([H100]).open, lambda cuda: "")
+
+
+def small_gpu() -> Host:
+    return look_at_host(ScriptedDriver([{**H100, "total": 16_000_000_000, "free": 15_500_000_000}]).open, lambda cuda: "")
+
+
+def no_gpu() -> Host:
+    return look_at_host(ScriptedDriver([], has_cuda=False).open, lambda cuda: "")
+
+
+def config(path: Path = TINY, /, **options: object) -> DuomoConfig:
+    return load_config(None, {"model.path": str(path)} | options)
+
+
+def test_on_a_cpu_nothing_but_names_changes() -> None:
+    asked = config()
+    settled = settle(asked, no_gpu)
+    assert settled.plan is None and settled.card is None
+    assert (settled.config.model.device, settled.config.layout) == ("cpu", "split")
+    back = settled.config.model_copy(update={"layout": "auto", "model": settled.config.model.model_copy(update={"device": "auto"})})
+    assert back == asked
+    assert "no NVIDIA driver" in settled.why and "layout split" in settled.why
+
+
+def test_on_a_gpu_one_process_large_blocks_and_a_plan() -> None:
+    settled = settle(config(OLMOE, **{"model.random_weights": True}), gpu)
+    assert (settled.config.model.device, settled.config.layout, settled.config.model.block_tokens) == ("cuda", "colocated", 64)
+    assert settled.config.ray.start_timeout_s > 120
+    assert settled.plan is not None and settled.plan.block_tokens == 64 and settled.plan.num_tokens > 100_000
+    assert settled.card is not None and "H100" in settled.why
+    assert settle(settled.config, gpu).config == settled.config
+
+
+def test_what_is_named_stays() -> None:
+    named = {"model.random_weights": True, "model.block_tokens": 128, "ray.start_timeout_s": 60.0, "model.max_model_tokens": 2048}
+    settled = settle(config(OLMOE, **named, **{"decode.max_batch": 8}), gpu)
+    assert (settled.config.model.block_tokens, settled.config.ray.start_timeout_s) == (128, 60.0)
+    assert settled.plan is not None and settled.plan.block_tokens == 128
+
+
+def test_fp8_leaves_more_for_kv() -> None:
+    plain = settle(config(OLMOE, **{"model.random_weights": True}), gpu).plan
+    small = settle(config(OLMOE, **{"model.random_weights": True, "model.quantize": "fp8"}), gpu).plan
+    assert plain is not None and small is not None and small.num_blocks > plain.num_blocks
+
+
+def test_what_does_not_fit_is_refused_with_figures() -> None:
+    with pytest.raises(ConfigError, match="GB too much.*weights.*What would fit") as caught:
+        settle(config(QWEN, **{"model.random_weights": True}), small_gpu)
+    assert caught.value.code == "does_not_fit"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model.quantize": "fp8"}, "model.quantize is fp8.*no NVIDIA driver"),
+        ({"model.random_weights": True}, "model.random_weights is set.*no NVIDIA driver"),
+        ({"model.device": "cuda"}, "--device.*no NVIDIA driver"),
+    ],
+)
+def test_a_cpu_refuses_what_only_a_gpu_does_and_says_why_it_is_one(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settle(config(**options), no_gpu)
+
+
+def test_a_cpu_refuses_other_families_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((OLMOE / "config.json").read_text())
+    with pytest.raises(ModelError, match="OlmoeForCausalLM runs on a GPU only"):
+        settle(config(tmp_path), no_gpu)
+
+
+def test_split_is_a_cpus_also_beside_a_gpu() -> None:
+    settled = settle(config(layout="split"), gpu)
+    assert settled.config.model.device == "cpu" and "layout split" in settled.why
+    with pytest.raises(ConfigError, match="layout must be colocated"):
+        config(layout="split", **{"model.device": "cuda"})
+    with pytest.raises(ConfigError, match=r"decode.replicas \(2\) must be 1.*H100"):
+        settle(config(**{"decode.replicas": 2}), gpu)
+
+
+def test_cards_of_another_machines_ray_are_not_looked_at() -> None:
+    def never() -> Host:
+        raise AssertionError("looked")
+
+    there = {"ray.address": "10.0.0.1:6379"}
+    settled = settle(config(**there), never)
+    assert settled.config.model.device == "cpu" and "not looked at" in settled.why
+    settled = settle(config(**there, **{"model.device": "cuda"}), never)
+    assert (settled.config.layout, settled.plan) == ("colocated", None)
