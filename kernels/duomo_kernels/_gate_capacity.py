@@ -202,7 +202,7 @@ def reroute_kernel(
         tl.debug_barrier()  # before single threads overwrite some of it below
         logits_TC = load_logits(logits_ptr, row_T, valid, E, NUM_GROUPS, GROUP_PAD, T, C)
         is_expert_TC = tl.broadcast_to(is_expert_C[None, :], (T, C))
-        score_TC = tl.where(is_expert_TC, scores(logits_TC, is_expert_TC, IS_SIGMOID), -1.0)
+        score_TC = tl.where(is_expert_TC, scores(logits_TC, is_expert_TC, T, C, IS_SIGMOID), -1.0)
         if NUM_GROUPS > 1:
             choice_TC = tl.where(is_expert_TC, score_TC + bias_C[None, :], float("-inf"))
             score_TC = tl.where(in_best_groups(choice_TC, T, C, NUM_GROUPS, TOP_GROUPS, GROUP_PAD), score_TC, -1.0)

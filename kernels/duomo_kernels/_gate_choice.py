@@ -112,14 +112,23 @@ def in_best_groups(
 
 
 @triton.jit
-def scores(logits_TC, is_expert_TC, IS_SIGMOID: tl.constexpr):
+def row_sum(x_TC, T: tl.constexpr, C: tl.constexpr):
+    """Sums of rows, neighbours first: the same bits in every layout, and with zeros behind or between, so whatever C a plan takes."""
+    for level in tl.static_range(1, 10):  # up to 512 columns
+        if C >> level > 0:
+            x_TC = tl.sum(tl.reshape(x_TC, (T, C >> level, 2)), 2)
+    return tl.reshape(x_TC, (T,))
+
+
+@triton.jit
+def scores(logits_TC, is_expert_TC, T: tl.constexpr, C: tl.constexpr, IS_SIGMOID: tl.constexpr):
     """Softmax over the row's experts or sigmoid, float32; 0 in columns that are no expert."""
     if IS_SIGMOID:
         score_TC = tl.where(is_expert_TC, 1 / (1 + tl.exp(-logits_TC)), 0.0)
     else:
         peak_T = tl.max(tl.where(is_expert_TC, logits_TC, float("-inf")), 1)
         exp_TC = tl.where(is_expert_TC, tl.exp(logits_TC - peak_T[:, None]), 0.0)
-        score_TC = exp_TC / tl.sum(exp_TC, 1)[:, None]
+        score_TC = exp_TC / row_sum(exp_TC, T, C)[:, None]
     return score_TC
 
 
@@ -153,7 +162,7 @@ def choose(
     IS_PACKED: tl.constexpr = IS_BF16 and not BY_SCORE
     may_win_TC = is_expert_TC
     if BY_SCORE:
-        value_TC = scores(logits_TC, is_expert_TC, IS_SIGMOID)
+        value_TC = scores(logits_TC, is_expert_TC, T, C, IS_SIGMOID)
         choice_TC = tl.where(is_expert_TC, value_TC + bias_C[None, :], float("-inf"))
         if NUM_GROUPS > 1:
             may_win_TC = may_win_TC & in_best_groups(choice_TC, T, C, NUM_GROUPS, TOP_GROUPS, GROUP_PAD)
@@ -199,7 +208,8 @@ def choose(
 
 @triton.jit
 def weigh(
-    value_TC, peak_T, sum_T, is_expert_C, BY_SCORE: tl.constexpr, IS_SIGMOID: tl.constexpr, NORMALISE: tl.constexpr, SCALE: tl.constexpr
+    value_TC, peak_T, sum_T, is_expert_C, T: tl.constexpr, C: tl.constexpr, BY_SCORE: tl.constexpr, IS_SIGMOID: tl.constexpr,
+    NORMALISE: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
     """Weights of all columns, from what choose() returned; those of the chosen are what the gate gives."""
     if BY_SCORE:
@@ -212,7 +222,7 @@ def weigh(
     if NORMALISE:  # 1e-20 as DeepSeek-V3: no division by zero where every chosen score underflows
         weight_TC = weight_TC / (sum_T + 1e-20)[:, None]
     elif not (BY_SCORE or IS_SIGMOID):
-        weight_TC = weight_TC / tl.sum(score_TC, 1)[:, None]
+        weight_TC = weight_TC / row_sum(score_TC, T, C)[:, None]
     return weight_TC
 
 
@@ -258,7 +268,7 @@ def weigh_chosen(
         weight_TL = weight_TL / (sum_T + 1e-20)[:, None]
     elif not (BY_SCORE or IS_SIGMOID):
         exp_TC = tl.where(is_expert_C[None, :], tl.exp(logits_TC - peak_T[:, None]), 0.0)
-        weight_TL = weight_TL / tl.sum(exp_TC, 1)[:, None]
+        weight_TL = weight_TL / row_sum(exp_TC, T, C)[:, None]
     return weight_TL
 
 

@@ -54,7 +54,7 @@ def plan_of(num_tokens: int, num_experts: int, num_groups: int, device: torch.de
         rows = 1 if num_tokens == 1 and columns <= 256 else 4 if num_tokens <= 4 else SOLO_TOKENS  # one warp has registers for 256
         return Plan(T=rows, C=columns, group_pad=group_pad, programs=1, chunks=1, num_warps=rows, is_fused=True)
     if num_tokens <= (FUSED_TOKENS if columns <= 256 else FUSED_TOKENS // 2) and not is_interpreted():
-        for rows in WAVE_ROWS:
+        for rows in WAVE_ROWS if columns <= 256 else WAVE_ROWS[1:]:  # the words of 128 programs of 512 columns spill
             programs = triton.cdiv(num_tokens, rows)
             if programs <= min(num_sms(device), MAX_PROGRAMS):
                 # 128 registers: two grids of 8 warps fit beside each other (_grid_board says why that matters).

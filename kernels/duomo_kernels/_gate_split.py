@@ -43,7 +43,7 @@ def _choose_kernel(
         rank_TC, value_TC, peak_T, sum_T, _, _, _ = choose(
             logits_TC, bias_C, is_expert_C, T, C, E, K, HAS_BIAS, IS_BF16, IS_SIGMOID, NUM_GROUPS, TOP_GROUPS, GROUP_PAD
         )
-        weight_TC = weigh(value_TC, peak_T, sum_T, is_expert_C, HAS_BIAS or NUM_GROUPS > 1, IS_SIGMOID, NORMALISE, SCALE)
+        weight_TC = weigh(value_TC, peak_T, sum_T, is_expert_C, T, C, HAS_BIAS or NUM_GROUPS > 1, IS_SIGMOID, NORMALISE, SCALE)
         write_choice(weights_ptr, ids_ptr, expert_C, rank_TC, weight_TC, row_T, valid, num_tokens, K)
         count_C += tl.sum(((rank_TC < K) & (row_T < valid)[:, None]).to(tl.int32), 0)
     start_next(USE_PDL)
