@@ -1,67 +1,261 @@
-"""The batch over a pool whose blocks several sequences read: what a preemption gives back is counted by readers."""
+"""The batch over a device that does what was queued in order, answered at once or one step late: random joins, ends, cancels, preemptions.
+
+The device's next token is a hash of what the row's blocks hold, so that whoever writes into another's blocks changes its tokens.
+"""
 
 from __future__ import annotations
 
-from duomo.engine.blocks import BlockManager, allocate_prompt, commit_prompt
-from duomo.wire.messages import PeerAddress, PrefillDone, Sampling, StartDecode
-from services.decode.batch import Batch, BatchEnds, Stops
+import random
+import zlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from duomo.engine.blocks import BlockManager, commit_prompt
+from duomo.engine.decode_step import Joining
+from duomo.engine.sampler import SampledToken
+from duomo.wire.messages import PeerAddress, PrefillDone, Resume, Sampling, StartDecode
+from services.decode.batch import Batch, BatchEnds, PlannedStep, Stops
 from services.decode.leg import Choice, Leg, LegState
-from services.decode.policy import DecodeLimits
+from services.decode.policy import DecodeLimits, plan_grants
 from services.decode.pool import Pool
+from services.decode.worker import StepInput
 from services.kv_transfer.loans import BlockLoans
 
-COMMON = tuple(range(100, 164))  # 64 tokens: four blocks
-LIMITS = DecodeLimits(num_blocks=12, block_tokens=16, watermark_blocks=0, admit_ahead_tokens=1, max_batch=8, max_preemptions=2)
+LIMITS = DecodeLimits(num_blocks=14, block_tokens=4, watermark_blocks=0, admit_ahead_tokens=1, max_batch=4, max_preemptions=2)
+MAX_MODEL_TOKENS = 30
+STOP_ID, EOS_ID = 5, 6
+NOWHERE = PeerAddress(replica_id="p", boot_id="p", address="unix:/nowhere")
+NO_ROUTES = np.zeros((LIMITS.max_batch, 1), np.int16)
 
 
-def joined(pool: Pool, batch: Batch, number: int) -> Leg:
-    """A leg of the common prefix and one token of its own, in the batch."""
-    common = {"request_id": f"r{number}", "attempt": 0, "traceparent": "", "remaining_s": 9.0}
-    start = StartDecode(
-        **common,  # type: ignore[arg-type]  # one dict for both
-        prompt_ids=(*COMMON, number),
-        sampling=Sampling(max_tokens=40, temperature=0.0),
-        choices=(0,),
-        prefill=PeerAddress(replica_id="p", boot_id="p", address=""),
-    )
-    leg = Leg.of(start, leg_id=number, gateway="g", now_s=0.0, max_preemptions=2)
-    table = pool.take_prompt(leg.token_ids, leg.cache_salt)
-    assert table.cached_tokens == 64
-    leg.blocks, leg.order, leg.state = list(table.blocks), number, LegState.GRANTED
-    leg.done = PrefillDone(
-        **common,  # type: ignore[arg-type]  # one dict for both
-        handle_id=number,
-        num_messages=0,
-        first_token_ids=(7,),
-        ended_choices=(),
-        cached_tokens=64,
-    )
-    pool.holders[leg.leg_id] = leg
-    batch.join(leg)
-    return leg
+def token_after(token_ids: Sequence[int], choice: int) -> int:
+    return zlib.crc32(bytes(token_ids) + bytes([choice])) % 60
 
 
-def test_a_victim_whose_prefix_others_read_gives_back_its_own_blocks_alone() -> None:
-    loans = BlockLoans("d", BlockManager(12, 16, max_cached_blocks=12))
-    pool = Pool(LIMITS, loans)
-    first = allocate_prompt(pool.manager, COMMON, "")
-    assert first is not None
-    commit_prompt(pool.manager, COMMON, first.blocks, "")
-    pool.give_back(first.blocks)
+def is_last(request: Request, tokens: Sequence[int]) -> bool:
+    """Whether a choice ends with the last of these."""
+    is_stop = tokens[-1] in (STOP_ID, EOS_ID) and len(tokens) > request.sampling.min_tokens
+    return is_stop or len(tokens) >= request.sampling.max_tokens or len(request.prompt_ids) + len(tokens) >= MAX_MODEL_TOKENS
 
-    gone: list[Choice] = []
-    batch = Batch(pool, Stops(eos_ids=(), max_model_tokens=999), BatchEnds(preempted=gone.append, finished=lambda leg: None))
-    legs = [joined(pool, batch, number) for number in (1, 2, 3)]
-    assert pool.num_free_blocks == 12 - 4 - 3
-    others = pool.take(5)
-    for leg in legs:
-        leg.choices[0].num_kv = 80  # its five blocks are full: each needs one more, beyond its promise
 
-    step = batch.plan()
-    assert [choice.leg for choice in step.rows] == legs[:1]
-    assert [choice.leg for choice in gone] == legs[1:], "the newest gave one block, for the oldest; so the second had to go as well"
-    assert len(legs[0].choices[0].table) == 6 and pool.num_free_blocks == 1
-    batch.remove(legs[0].choices[0])
-    pool.give_back(others)
-    pool.manager.check_integrity()
-    assert (pool.num_free_blocks, pool.manager.num_cached) == (12, 4)
+@dataclass
+class Device:
+    """What each place of each block holds. row_of: who has which row of the step queued last, and its token."""
+
+    memory: dict[tuple[int, int], int] = field(default_factory=dict)
+    rows: list[tuple[int, int]] = field(default_factory=list)
+
+    def write(self, table: Sequence[int], position: int, token_id: int) -> None:
+        self.memory[table[position // LIMITS.block_tokens], position % LIMITS.block_tokens] = token_id
+
+    def read(self, table: Sequence[int], num_tokens: int) -> list[int]:
+        places = (divmod(position, LIMITS.block_tokens) for position in range(num_tokens))
+        return [self.memory.get((table[block], offset), 255) for block, offset in places]
+
+    def step(self, work: StepInput) -> list[int]:
+        """Queue a step, which here is to run it."""
+        for source, target in work.copies:
+            for offset in range(LIMITS.block_tokens):
+                self.memory[target, offset] = self.memory.get((source, offset), 255)
+        if not work.rows:
+            return []
+        assert len(work.rows) <= LIMITS.max_batch
+        named = [row.source for row in work.rows if isinstance(row.source, int)]
+        assert len(set(named)) == len(named), "two rows feed on one"
+        fed = [
+            (row.source.token_id, row.source.sampling.choice) if isinstance(row.source, Joining) else self.rows[row.source]
+            for row in work.rows
+        ]
+        for (token_id, _), row in zip(fed, work.rows, strict=True):
+            assert row.position < MAX_MODEL_TOKENS
+            self.write(row.table, row.position, token_id)
+        tokens = [token_after(self.read(row.table, row.position + 1), choice) for (_, choice), row in zip(fed, work.rows, strict=True)]
+        self.rows = [(token, choice) for token, (_, choice) in zip(tokens, fed, strict=True)]
+        return tokens
+
+
+@dataclass
+class Request:
+    """One request and what each of its choices was given."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    tokens: dict[int, list[int]]
+    cancelled: set[int] = field(default_factory=set)
+    attempt: int = 0
+
+
+class Play:
+    """A decode service's life without sockets: what service.py and handoff.py do to the batch, in their order."""
+
+    def __init__(self, seed: int, lag: int) -> None:
+        self.random = random.Random(seed)
+        self.device = Device()
+        loans = BlockLoans("d", BlockManager(LIMITS.num_blocks, LIMITS.block_tokens, max_cached_blocks=8)) if seed % 2 else None
+        self.pool = Pool(LIMITS, loans)
+        ends = BatchEnds(preempted=self.preempted, finished=self.close)
+        self.batch = Batch(self.pool, Stops(eos_ids=(EOS_ID,), max_model_tokens=MAX_MODEL_TOKENS), ends)
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Leg] = []
+        self.granted: list[Leg] = []
+        self.running: list[Leg] = []
+        self.num_preempted = self.num_ahead = 0
+        self._lag = lag
+        self._out: deque[tuple[PlannedStep, list[int]]] = deque()
+        self._leg_ids = iter(range(10**9))
+
+    def start(self) -> None:
+        number, length = len(self.requests), self.random.randrange(1, 15)
+        common = [7] * 8 if self.random.random() < 0.5 else []  # blocks that prompts share
+        sampling = Sampling(
+            max_tokens=self.random.randrange(1, 28), min_tokens=self.random.randrange(3), stop_token_ids=(STOP_ID,), seed=number
+        )
+        choices = tuple(range(self.random.choice((1, 1, 2, 3))))
+        request = Request(
+            f"r{number}", tuple(common + [self.random.randrange(60) for _ in range(length)]), sampling, {choice: [] for choice in choices}
+        )
+        self.requests[request.request_id] = request
+        fields = {"request_id": request.request_id, "attempt": 0, "traceparent": "", "remaining_s": 1.0, "prefill": NOWHERE}
+        self.expect(StartDecode(**fields, prompt_ids=request.prompt_ids, sampling=sampling, choices=choices))  # type: ignore[arg-type]  # one dict for both
+
+    def expect(self, message: StartDecode | Resume) -> None:
+        leg = Leg.of(message, leg_id=next(self._leg_ids), gateway="g", now_s=0.0, max_preemptions=LIMITS.max_preemptions)
+        leg.state = LegState.WAITING
+        self.waiting.append(leg)
+
+    def grant(self) -> None:
+        plan = plan_grants(LIMITS, self.pool.view(), [leg.waiting() for leg in self.waiting])
+        assert not plan.never_fit
+        for grant, leg in zip(plan.grants, list(self.waiting), strict=False):
+            assert grant.leg_id == leg.leg_id
+            table = self.pool.take_prompt(leg.token_ids, "")
+            leg.blocks, leg.cached_tokens, leg.promise_blocks = list(table.blocks), table.cached_tokens, grant.promised_blocks
+            leg.order, leg.state = leg.leg_id, LegState.GRANTED
+            self.pool.holders[leg.leg_id] = leg
+            self.waiting.remove(leg)
+            self.granted.append(leg)
+
+    def prefill(self, leg: Leg) -> None:
+        """Its group is queued behind every step so far."""
+        request = self.requests[leg.request_id]
+        for position in range(leg.cached_tokens, leg.num_tokens):
+            self.device.write(leg.blocks, position, leg.token_ids[position])
+        seen = self.device.read(leg.blocks, leg.num_tokens)
+        commit_prompt(self.pool.manager, leg.token_ids, leg.blocks, "")
+        firsts = tuple(token_after(seen, choice) for choice in leg.choice_numbers)
+        ended = []
+        for choice, token_id in zip(leg.choice_numbers, firsts, strict=True):
+            if choice not in request.cancelled:
+                request.tokens[choice].append(token_id)
+                if is_last(request, request.tokens[choice]):
+                    ended.append(choice)
+        fields = {"request_id": leg.request_id, "attempt": leg.attempt, "traceparent": "", "remaining_s": 1.0, "handle_id": 1}
+        leg.done = PrefillDone(**fields, num_messages=0, first_token_ids=firsts, ended_choices=tuple(ended), cached_tokens=0)  # type: ignore[arg-type]  # as above
+        self.granted.remove(leg)
+        self.running.append(leg)
+        self.batch.join(leg)
+
+    def cancel(self) -> None:
+        legs = self.waiting + self.granted + self.running
+        if not legs:
+            return
+        leg = self.random.choice(legs)
+        request = self.requests[leg.request_id]
+        live = tuple(leg.choices) if leg.state is LegState.RUNNING else leg.choice_numbers  # others went on in another leg
+        numbers = live if self.random.random() < 0.5 else live[:1]
+        for number in numbers:
+            request.cancelled.add(number)
+            leg.cancelled_choices.add(number)
+            if number in leg.choices:
+                self.batch.remove(leg.choices[number])
+        is_over = leg.cancelled_choices.issuperset(leg.choice_numbers) if leg.state is not LegState.RUNNING else not leg.choices
+        if is_over:
+            self.close(leg)
+
+    def preempted(self, choice: Choice) -> None:
+        self.num_preempted += 1
+        leg, request = choice.leg, self.requests[choice.leg.request_id]
+        assert request.tokens[choice.number] == choice.output_ids
+        request.attempt += 1
+        fields = {"request_id": leg.request_id, "attempt": leg.attempt + 1, "traceparent": "", "remaining_s": 1.0, "prefill": NOWHERE}
+        emitted = tuple(choice.output_ids)
+        self.expect(
+            Resume(**fields, prompt_ids=request.prompt_ids, emitted_ids=emitted, sampling=request.sampling, choice=choice.number)  # type: ignore[arg-type]  # as above
+        )
+        if not leg.choices:
+            self.close(leg)
+
+    def close(self, leg: Leg) -> None:
+        for legs in (self.waiting, self.granted, self.running):
+            if leg in legs:
+                legs.remove(leg)
+        for choice in list(leg.choices.values()):
+            self.batch.remove(choice)
+        self.pool.give_back(leg.blocks)
+        leg.blocks, leg.state = [], LegState.OVER
+        self.pool.holders.pop(leg.leg_id, None)
+
+    def turn(self) -> None:
+        """One turn of the step loop; messages come before it, and between its launch and its answer."""
+        self.grant()
+        step = self.batch.plan()
+        self.num_ahead += any(isinstance(row.source, int) for row in step.work.rows)
+        if not step.is_empty:
+            self._out.append((step, self.device.step(step.work)))
+        if self.random.random() < 0.1:
+            self.cancel()
+        if len(self._out) > (0 if step.is_empty else self._lag):
+            self.apply(*self._out.popleft())
+
+    def apply(self, step: PlannedStep, tokens: Sequence[int]) -> None:
+        sampled = [SampledToken(token_id=token) for token in tokens]
+        for choice, token in self.batch.apply(step, sampled, NO_ROUTES):
+            request = self.requests[token.request_id]
+            assert token.index == len(request.tokens[token.choice]), "a token came twice, or one is missing"
+            request.tokens[token.choice].append(token.token_id)
+            assert (token.finish_reason is not None) == is_last(request, request.tokens[token.choice])
+            if token.finish_reason is not None and not choice.leg.choices:
+                self.close(choice.leg)
+
+    @property
+    def is_over(self) -> bool:
+        return not (self.waiting or self.granted or self.running or self._out)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("seeds", [range(at, at + 10) for at in range(0, 40, 10)], ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
+def test_random_lives_give_everybody_their_tokens_and_every_block_back(seeds: range, lag: int) -> None:
+    num_preempted = num_ahead = 0
+    for seed in seeds:
+        play = Play(seed, lag)
+        for _ in range(250):
+            if len(play.requests) < 60 and play.random.random() < 0.4:
+                play.start()
+            if play.random.random() < 0.05:
+                play.cancel()
+            for leg in list(play.granted):
+                if play.random.random() < 0.5:
+                    play.prefill(leg)
+            play.turn()
+        while not play.is_over:
+            for leg in list(play.granted):
+                play.prefill(leg)
+            play.turn()
+        play.pool.check_integrity()
+        assert play.pool.num_free_blocks == LIMITS.num_blocks
+        for request in play.requests.values():
+            for choice, tokens in request.tokens.items():
+                so_far = list(request.prompt_ids)
+                for token in tokens:
+                    assert token == token_after(so_far, choice), (seed, request.request_id, choice)
+                    so_far.append(token)
+                assert choice in request.cancelled or is_last(request, tokens), (seed, request.request_id, choice)
+        num_preempted += play.num_preempted
+        num_ahead += play.num_ahead
+    assert num_preempted > 10, "nobody gave way: the test shows nothing"
+    assert (num_ahead > 1000) == bool(lag)
