@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-SLAB_BYTES = 64 << 20  # boards of a process: 4,096 captured launches of the largest, 16 KiB, and many more of small batches
+SLAB_BYTES = 64 << 20  # boards of a process: 2,048 captured launches of the largest, 32 KiB, and many more of small batches
 
 
 @dataclass(kw_only=True, slots=True)
