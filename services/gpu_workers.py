@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from duomo.config import DuomoConfig, changed
+from duomo.engine.device import resolve_device
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
 from duomo.engine.memory_plan import MemoryLimits
 from duomo.engine.settle import memory_limits
@@ -37,6 +38,7 @@ class GpuWorkers:
 
 def start_gpu_workers(config: DuomoConfig, startup: Startup) -> GpuWorkers:
     """Load, plan, capture; for minutes. Raises ConfigError with figures where the card is too small, ModelError for a bad folder."""
+    resolve_device("cuda")  # says in words where Ray or the environment hides the card
     model = served_config(config.model)
     device = torch.device("cuda", 0)
     limits = served_limits(config, model)

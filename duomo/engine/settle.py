@@ -58,11 +58,12 @@ def changed_for(config: DuomoConfig, pick: Pick) -> DuomoConfig:
 
 
 def memory_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
-    """What the memory plan must hold, by the configuration."""
+    """What the memory plan must hold, by the configuration. A prompt longer than a wave goes alone: the longest is the least wave."""
+    longest = min(config.model.max_model_tokens or model.max_position_tokens, model.max_position_tokens)
     return MemoryLimits(
         max_batch=config.decode.max_batch,
-        max_wave_tokens=config.prefill.max_wave_tokens,
-        max_model_tokens=config.model.max_model_tokens or model.max_position_tokens,
+        max_wave_tokens=max(config.prefill.max_wave_tokens, longest),
+        max_model_tokens=longest,
         block_tokens=config.model.block_tokens,
         gpu_memory_fraction=config.gpu_memory_fraction,
         quantise=config.model.quantize or None,

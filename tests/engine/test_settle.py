@@ -8,7 +8,7 @@ import pytest
 
 from duomo.config import DuomoConfig, load_config
 from duomo.engine.device import Host, look_at_host
-from duomo.engine.settle import settle
+from duomo.engine.settle import memory_limits, settle
 from duomo.errors import ConfigError, ModelError
 from tests.engine.scripted_driver import H100, ScriptedDriver
 
@@ -50,6 +50,8 @@ def test_on_a_gpu_one_process_large_blocks_and_a_plan() -> None:
     assert settled.plan is not None and settled.plan.block_tokens == 64 and settled.plan.num_tokens > 100_000
     assert settled.card is not None and "H100" in settled.why
     assert settle(settled.config, gpu).config == settled.config
+    limits = memory_limits(settled.config, settled.model)
+    assert (limits.max_model_tokens, limits.max_wave_tokens, limits.quantise) == (4096, 4096, None), "the longest prompt is a wave"
 
 
 def test_what_is_named_stays() -> None:

@@ -125,7 +125,7 @@ def test_an_unplaceable_or_late_replica_is_a_clear_error(settings: tuple[str, ..
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = Path(tempfile.mkdtemp(prefix="duomo-t-"))
-    command = [sys.executable, "-m", "services.cli", "serve", str(MODEL), "--port", str(port), "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "services.cli", "serve", str(MODEL), "--device", "cpu", "--port", str(port), "--run-dir", str(folder)]
     for setting in settings:
         command += ["--set", setting]
     environment = os.environ
