@@ -58,9 +58,10 @@ def linear_plan(num_rows: int, weight_NK: Tensor, *, is_deterministic: bool = Fa
         return DirectTile(block_n=2)  # a router: the time of one trip, however many programs share it
     if num_rows > MAX_STREAMED_ROWS:
         return "library"
-    if num_rows <= (2 if is_fp8 else 4) and num_k <= MAX_DIRECT_COLUMNS:
+    is_slim = num_n <= 32 * sms  # tiles of 32 columns would be fewer than multiprocessors
+    if num_rows <= (4 if is_slim or not is_fp8 else 2) and num_k <= MAX_DIRECT_COLUMNS:
         return DirectTile(block_n=4 if is_fp8 else 2)
-    return streaming_tile(num_rows, num_n, is_fp8, sms)
+    return streaming_plan(num_rows, is_slim=is_slim, is_fp8=is_fp8)
 
 
 def deterministic_tile(num_rows: int, is_fp8: bool) -> LinearTile:
@@ -76,12 +77,12 @@ def deterministic_tile(num_rows: int, is_fp8: bool) -> LinearTile:
     return LinearTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, use_tma=True)
 
 
-def streaming_tile(num_rows: int, num_n: int, is_fp8: bool, sms: int) -> LinearPlan:
-    """As tall as the rows, so that weights are multiplied once."""
+def streaming_plan(num_rows: int, *, is_slim: bool, is_fp8: bool) -> LinearPlan:
+    """As tall as the rows, so that weights are multiplied once. The library splits the sums of slim weights, which tiles do not."""
+    if (is_slim and not is_fp8) or (is_fp8 and num_rows > 32):
+        return "library"
     if num_rows <= 32:
         return LinearTile(block_m=16 if num_rows <= 16 else 32, block_n=32, block_k=256, use_tma=is_fp8)
-    if is_fp8 or num_n <= 32 * sms:
-        return "library"
     return LinearTile(block_m=64, block_n=64, block_k=128, num_stages=4, use_tma=True)
 
 
