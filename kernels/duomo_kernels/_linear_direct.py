@@ -51,7 +51,8 @@ def _direct_kernel(
     rows = ()
     for t in tl.static_range(BM):
         is_here_W = (col_W < K) & (token + t + 0 * col_W < num_rows)  # tensors: a number among masks is none to an interpreter
-        rows = rows + (tl.load(x_ptr + (token + t).to(tl.int64) * K + col_W, mask=is_here_W, other=0.0),)  # type: ignore[assignment]  # grows
+        x_ptrs = x_ptr + (token + t).to(tl.int64) * K + col_W
+        rows = rows + (tl.load(x_ptrs, mask=is_here_W, other=0.0),)  # type: ignore[assignment]  # a growing tuple
     for t in tl.static_range(BM):
         x_W = rows[t].to(tl.float32)  # type: ignore[var-annotated]  # a growing tuple
         if SCALE > 0:

@@ -90,11 +90,11 @@ def _early_kernel(
         else:
             sum_GMN = tl.dot(x_GMK, _by_warps(weights[u], G).permute(0, 2, 1), sum_GMN, input_precision="ieee")
         if u + DEPTH < NUM:
-            weights = weights + (_piece(w, row_N, is_row_N, (u + DEPTH) * BK, K, BK),)  # type: ignore[assignment]  # it grows
+            weights = weights + (_piece(w, row_N, is_row_N, (u + DEPTH) * BK, K, BK),)  # type: ignore[assignment]  # a growing tuple
             if SCALE > 0:
-                scales = scales + (_scales(scale, (u + DEPTH) * BK, K, BK, G, SCALE),)  # type: ignore[assignment]  # it grows
+                scales = scales + (_scales(scale, (u + DEPTH) * BK, K, BK, G, SCALE),)  # type: ignore[assignment]  # a growing tuple
         if u + X_DEPTH < NUM:
-            rows = rows + (_piece(x, row_M, is_row_M, (u + X_DEPTH) * BK, K, BK),)  # type: ignore[assignment]  # it grows
+            rows = rows + (_piece(x, row_M, is_row_M, (u + X_DEPTH) * BK, K, BK),)  # type: ignore[assignment]  # a growing tuple
     sum_MN = tl.sum(sum_GMN, axis=0)
     at_MN = out + row_M.to(tl.int64)[:, None] * num_n + row_N[None, :]
     tl.store(at_MN, sum_MN.to(out.dtype.element_ty), mask=is_row_M[:, None] & is_row_N[None, :])
