@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from duomo.config import ModelSection
 from duomo.errors import CapacityError, DeadlineError, EngineError, PeerError, RequestCancelled, RequestError
 from duomo.wire.messages import TokenLogprob
 from services.router.answers import (
@@ -20,6 +23,7 @@ from services.router.answers import (
     usage_object,
 )
 from services.router.generation import EmittedPiece, TextEmitted, Usage
+from services.router.text import ModelText
 from tests.services.router.stub_system import loaded_text
 
 
@@ -49,6 +53,17 @@ def test_odd_text_and_infinite_logprobs_stay_valid_json() -> None:
     assert entry["logprob"] == -9999.0 and bytes(entry["bytes"]) == loaded_text().token_bytes(PART) and "�" in entry["token"]
     text = _event(CompletionShape(_head()).chunk(TextEmitted(0, "x", (PIECE,), "length")))["choices"][0]
     assert text["logprobs"]["tokens"][0].startswith("bytes:\\x") and text["finish_reason"] == "length"
+
+
+def test_ids_that_a_lent_tokenizer_does_not_know_are_named_in_logprobs(tmp_path: Path) -> None:
+    head = replace(_head(), text=ModelText.of(ModelSection(path=tmp_path, random_weights=True), 50304))
+    piece = EmittedPiece(50303, TokenLogprob(logprob=-1.0, top=((50303, -1.0), (9000, -2.0))))
+    emitted = TextEmitted(0, "<50303>", (piece,), None)
+    entry = _event(ChatShape(head).chunk(emitted))["choices"][0]["logprobs"]["content"][0]
+    assert (entry["token"], bytes(entry["bytes"])) == ("<50303>", b"<50303>")
+    assert [top["token"] for top in entry["top_logprobs"]] == ["<50303>", "<9000>"]
+    logprobs = _event(CompletionShape(head).chunk(emitted))["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["<50303>"] and set(logprobs["top_logprobs"][0]) == {"<50303>", "<9000>"}
 
 
 def test_what_was_not_asked_for_is_not_shown() -> None:
