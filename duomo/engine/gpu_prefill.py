@@ -1,12 +1,10 @@
 """Owns the forward of a wave of prompts on one GPU, unit by unit: embeddings, layers lo..hi, logits. Knows no request, policy or sampling.
 
 The verbs of duomo.engine.runner; here a wave is laid out by one upload, and nothing waits for the device until its numbers are asked for.
+Short waves replay captured layers (gpu_captured_layers.py), where capture() was called; their launches would take the host longer than the
+GPU. Long ones are launched kernel by kernel, beside the GPU's work.
 
-Attention: our kernel, over packed rows and under cached prefixes; cuDNN where it is faster and its plans come back: it makes one for
-every length, which takes the host longer than a short prompt takes the GPU. So it is given multiples of LIBRARY_STEP rows alone; one long
-prompt is padded to that. Deterministic waves always take our kernel with the same tiles, with a prefix of zero keys where there is none.
-
-Legend: T rows, S sequences, L layers, E experts, K experts a token, V vocabulary, H query heads, N kv heads, Dh head dim.
+Legend: T rows, S sequences, L layers, E experts, K experts a token, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,19 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from duomo.engine.batch import StepBatch
+from duomo.engine.gpu_captured_layers import CapturedLimits, GpuCapturedLayers
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_wave import GpuWave, upload_rows, upload_wave
-from duomo.models.gpu_decoder import Attend, GpuDecoder, KvPlace, RowState
-from duomo_kernels.prefill_attention import CachedPrefix, PrefillConfig, choose_way, prefill_attention
-
-LIBRARY_STEP = 256
-LIBRARY_MIN_TOKENS = 1024  # a shorter prompt's attention is a small part of its time
-
-# 64 keys a tile: a prefix of whole blocks of 64 then meets the tiles of the prompt that was prefilled whole.
-DETERMINISTIC_TILES = PrefillConfig(block_rows=128, block_keys=64, num_stages=3, num_warps=8)
+from duomo.engine.gpu_wave_attention import attend_over
+from duomo.models.gpu_decoder import GpuDecoder, KvPlace, RowState
 
 
 @dataclass(slots=True)
@@ -59,6 +51,12 @@ class GpuPrefill:
     def __init__(self, decoder: GpuDecoder, cache: GpuKvCache) -> None:
         self.decoder = decoder
         self.cache = cache
+        self.captured: GpuCapturedLayers | None = None
+
+    def capture(self, limits: CapturedLimits, *, progress: bool = False) -> None:
+        """Capture what short waves run: from here on they replay. Touches no KV."""
+        self.captured = GpuCapturedLayers(self.decoder, self.cache, limits)
+        self.captured.capture(progress=progress)
 
     @torch.inference_mode()
     def begin(self, batch: StepBatch) -> GpuBoundaryState:
@@ -73,10 +71,10 @@ class GpuPrefill:
     def run_layers(self, lo: int, hi: int, state: GpuBoundaryState) -> GpuBoundaryState:
         """Layers lo..hi-1, in order after those already run: writes the wave's KV and attends over it and what is cached before it."""
         assert lo == state.next_layer and lo < hi <= state.num_layers, (lo, hi, state.next_layer)
-        place = KvPlace(slot_T=state.wave.slot_T, position_T=state.wave.position_T, wants_packed=True)
-        for layer_idx in range(lo, hi):
-            pool = self.cache.layer(layer_idx)
-            state.routed_ids.append(self.decoder.layer(layer_idx, state.rows, place, pool, self._attend(state.wave, pool)))
+        if self.captured is not None and self.captured.bucket_of(state.wave) is not None:
+            state.routed_ids += self.captured.run(lo, hi, state.rows, state.wave)
+        else:
+            self.launch_layers(lo, hi, state)
         state.next_layer = hi
         return state
 
@@ -91,38 +89,11 @@ class GpuPrefill:
         state = self.run_layers(0, self.decoder.config.num_layers, self.begin(batch))
         return state, self.logits(state, batch.last_rows)
 
-    def _attend(self, wave: GpuWave, pool: Tensor) -> Attend:
-        """Attention of the wave over its packed keys, and over the pool of one layer where keys are cached."""
-        is_deterministic, scale = self.decoder.is_deterministic, self.decoder.attention_scale
-        prefix = CachedPrefix(pool=pool, block_table_SB=wave.table_SW, lengths_S=wave.start_S)
-
-        def attend(q_THD: Tensor, k_TND: Tensor | None, v_TND: Tensor | None) -> Tensor:
-            assert k_TND is not None and v_TND is not None, "a wave attends over packed keys"
-            if is_deterministic:
-                packed = (q_THD, k_TND, v_TND, wave.cu_seqlens_S1)
-                config = None if q_THD.dtype == torch.float32 else DETERMINISTIC_TILES  # float32 has one configuration anyhow
-                return prefill_attention(*packed, scale=scale, prefix=prefix, way="ours", config=config)
-            if not wave.has_prefix and suits_library(q_THD, wave):
-                return _equal_attention(q_THD, k_TND, v_TND, wave, scale)
-            used = prefix if wave.has_prefix else None
-            return prefill_attention(q_THD, k_TND, v_TND, wave.cu_seqlens_S1, scale=scale, prefix=used, way="ours")
-
-        return attend
-
-
-def suits_library(q_THD: Tensor, wave: GpuWave) -> bool:
-    """Whether cuDNN attends over a wave without prefixes: one long prompt, or several of one length that comes back."""
-    if wave.tokens_each is None or wave.tokens_each < LIBRARY_MIN_TOKENS:
-        return False
-    is_right_length = wave.num_sequences == 1 or wave.tokens_each % LIBRARY_STEP == 0
-    return is_right_length and choose_way(q_THD, tokens_each=wave.tokens_each, has_prefix=False) == "cudnn"
-
-
-def _equal_attention(q_THD: Tensor, k_TND: Tensor, v_TND: Tensor, wave: GpuWave, scale: float) -> Tensor:
-    """By cuDNN; rows of zeros after the prompt's end are seen by none of its rows."""
-    num_tokens = q_THD.shape[0]
-    missing = -num_tokens % LIBRARY_STEP
-    if missing:
-        q_THD, k_TND, v_TND = (pad(x, (0, 0, 0, 0, 0, missing)) for x in (q_THD, k_TND, v_TND))
-    each = q_THD.shape[0] // wave.num_sequences
-    return prefill_attention(q_THD, k_TND, v_TND, wave.cu_seqlens_S1, scale=scale, way="cudnn", tokens_each=each)[:num_tokens]
+    @torch.inference_mode()
+    def launch_layers(self, lo: int, hi: int, state: GpuBoundaryState) -> None:
+        """These layers kernel by kernel, whatever was captured: run_layers without its books."""
+        place = KvPlace(slot_T=state.wave.slot_T, position_T=state.wave.position_T, wants_packed=True)
+        for layer_idx in range(lo, hi):
+            pool = self.cache.layer(layer_idx)
+            attend = attend_over(self.decoder, state.wave, pool)
+            state.routed_ids.append(self.decoder.layer(layer_idx, state.rows, place, pool, attend))

@@ -1,8 +1,9 @@
 """Owns the waves that a prefill runs before it is ready, so that none after it compiles or plans. Knows no kernel's thresholds.
 
 Which variant of a kernel a wave takes is told by its number of rows and of prompts, by whether anything is cached, never by contents. So
-waves of many sizes go through one layer (all layers are alike), with rows that have no slot: no key is written. Sizes lie eight to an
-octave, each with its successor: thresholds are round numbers, and none lies so close to the next that all of these miss what is between.
+waves of many sizes go through one layer (all layers are alike), launched even where graphs are there to replay, with rows that have no
+slot: no key is written. Sizes lie eight to an octave, each with its successor: thresholds are round numbers, and none lies so close to the
+next that all of these miss what is between.
 cuDNN plans by length, and torch keeps the plans for the thread: whoever serves must be the thread that rehearsed.
 """
 
@@ -15,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from duomo.engine.batch import PromptSlice, StepBatch
-from duomo.engine.gpu_prefill import LIBRARY_MIN_TOKENS, LIBRARY_STEP, GpuPrefill
+from duomo.engine.gpu_prefill import GpuPrefill
+from duomo.engine.gpu_wave_attention import LIBRARY_MIN_TOKENS, LIBRARY_STEP
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +64,7 @@ def _run_one_layer(prefill: GpuPrefill, wave: RehearsedWave) -> None:
     state = prefill.begin(batch)
     no_slot_T = torch.full_like(state.wave.slot_T, -1)
     state.wave = replace(state.wave, slot_T=no_slot_T, has_prefix=wave.has_prefix)
-    prefill.run_layers(0, 1, state)
+    prefill.launch_layers(0, 1, state)
     last_S = state.wave.cu_seqlens_S1[1:].long() - 1
     prefill.decoder.logits(state.rows.select(last_S))
 

@@ -40,6 +40,10 @@ class GpuWave:
     tokens_each: int | None
 
     @property
+    def num_rows(self) -> int:
+        return self.token_id_T.shape[0]
+
+    @property
     def num_sequences(self) -> int:
         return self.start_S.shape[0]
 
@@ -50,7 +54,7 @@ def upload_wave(batch: StepBatch, block_tokens: int, device: torch.device) -> Gp
     assert all(part.token_ids and len(part.block_table) * block_tokens >= part.end for part in slices), "a slice without tokens or blocks"
     lengths = [len(part.token_ids) for part in slices]
     tables = [part.block_table[: -(-part.end // block_tokens)] for part in slices]
-    width = _aligned(max((len(table) for table in tables), default=1))
+    width = aligned(max((len(table) for table in tables), default=1))
     token_id_T, cu_seqlens_S1, start_S, tables_X = _uploaded(
         (
             chain.from_iterable(part.token_ids for part in slices),
@@ -85,7 +89,7 @@ def upload_rows(rows: list[int], device: torch.device) -> Tensor:
 def _uploaded(parts: tuple[Iterable[int], ...], device: torch.device) -> list[Tensor]:
     """The parts as int32 tensors on the device, by one copy."""
     arrays = [array("i", part) for part in parts]
-    starts = list(accumulate((_aligned(len(each)) for each in arrays), initial=0))
+    starts = list(accumulate((aligned(len(each)) for each in arrays), initial=0))
     packed = torch.empty(starts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
     for start, each in zip(starts, arrays, strict=False):
         if each:
@@ -94,5 +98,6 @@ def _uploaded(parts: tuple[Iterable[int], ...], device: torch.device) -> list[Te
     return [landed[start : start + len(each)] for start, each in zip(starts, arrays, strict=False)]
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """The least multiple of ALIGN that is not below."""
     return -(-size // ALIGN) * ALIGN

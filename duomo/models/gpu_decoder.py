@@ -77,14 +77,20 @@ class GpuDecoder:
         """Token ids int64 [T], below the vocabulary -> rows [T, D] for a RowState."""
         return self.weights.embed_VD.index_select(0, token_id_T)
 
-    def layer(self, layer_idx: int, rows: RowState, place: KvPlace, pool_B2NSD: Tensor, attend: Attend) -> Tensor:
-        """One layer over the rows, in place; writes their keys and values. Returns the experts' ids int32 [T, K], best first."""
+    def layer(
+        self, layer_idx: int, rows: RowState, place: KvPlace, pool_B2NSD: Tensor, attend: Attend, *, out_TD: Tensor | None = None
+    ) -> Tensor:
+        """One layer over the rows, in place; writes their keys and values. Returns the experts' ids int32 [T, K], best first.
+
+        out_TD: where rows.x_TD shall lie afterwards; it may be what it is now, unless that is the residual (before the first layer).
+        """
         layer = self.weights.layers[layer_idx]
         heads_TC = self._attention(layer, self._normed(rows, layer.input_norm_D), place, pool_B2NSD, attend)
         rows.x_TD = self._product(heads_TC, layer.out)
         normed_TD = self._normed(rows, layer.post_norm_D)
         options = LayerOptions(num_valid=place.num_valid, is_deterministic=self.is_deterministic)
-        answer = moe_layer(self._router_logits(normed_TD, layer), normed_TD, layer.experts, self._rule, options=options)
+        logits_TE = self._router_logits(normed_TD, layer)
+        answer = moe_layer(logits_TE, normed_TD, layer.experts, self._rule, options=options, out_TD=out_TD)
         rows.x_TD = answer.y_TD
         return answer.ids_TK
 

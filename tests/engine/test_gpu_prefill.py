@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from bench.reference.float64_decoder import float64_run
-from duomo.engine import gpu_prefill
+from duomo.engine import gpu_wave_attention
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
 from duomo.engine.gpu_prefill import GpuBoundaryState, GpuPrefill
@@ -145,12 +145,12 @@ def test_deterministic_prompts_know_neither_company_nor_cuts(weights: GpuWeights
 
 
 def test_the_library_is_given_lengths_that_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_prefill, "choose_way", lambda *_, **__: "cudnn")
+    monkeypatch.setattr(gpu_wave_attention, "choose_way", lambda *_, **__: "cudnn")
 
     def suits(*lengths: int) -> bool:
         slices = tuple(PromptSlice(token_ids=[1] * length, start=0, block_table=[0] * 128) for length in lengths)
         wave = upload_wave(StepBatch(slices=slices), 16, torch.device("cpu"))
-        return gpu_prefill.suits_library(torch.empty(0), wave)
+        return gpu_wave_attention.suits_library(torch.empty(0), wave)
 
     assert suits(1024) and suits(1025) and suits(1280, 1280)
     assert not suits(1023) and not suits(1025, 1025) and not suits(1024, 1280) and not suits(512, 512)
@@ -160,8 +160,8 @@ def test_the_library_is_given_lengths_that_come_back(monkeypatch: pytest.MonkeyP
 def test_the_library_is_given_whole_steps(weights: GpuWeights, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch's plain products in cuDNN's place."""
     monkeypatch.setattr(_prefill_library, "BACKEND", SDPBackend.MATH)
-    monkeypatch.setattr(gpu_prefill, "LIBRARY_STEP", 32)
-    monkeypatch.setattr(gpu_prefill, "suits_library", lambda *_: True)
+    monkeypatch.setattr(gpu_wave_attention, "LIBRARY_STEP", 32)
+    monkeypatch.setattr(gpu_wave_attention, "suits_library", lambda *_: True)
     calls: list[int] = []
     equal_attention = _prefill_library.equal_attention
 
