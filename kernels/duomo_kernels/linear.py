@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from duomo_kernels._launch import check, num_sms
+from duomo_kernels._launch import check, is_interpreted, num_sms
 from duomo_kernels._linear_direct import MAX_DIRECT_COLUMNS, DirectTile, linear_direct
 from duomo_kernels._linear_early import EarlyTile, linear_early
 from duomo_kernels._linear_tiles import LinearTile, linear_tiles, widen
@@ -55,13 +55,18 @@ def linear_plan(num_rows: int, weight_NK: Tensor, *, is_deterministic: bool = Fa
     if is_deterministic:
         return deterministic_tile(num_rows if weight_NK.is_cuda else MAX_STREAMED_ROWS, is_fp8)
     if num_n <= NARROW and num_k <= MAX_DIRECT_COLUMNS and num_rows <= MAX_ROUTED_ROWS:
-        return DirectTile(block_n=2)  # a router: the time of one trip, however many programs share it
+        return DirectTile(block_n=_few_rows(2))  # a router: the time of one trip, however many programs share it
     if num_rows > MAX_STREAMED_ROWS:
         return "library"
     is_slim = num_n <= 32 * sms  # tiles of 32 columns would be fewer than multiprocessors
     if num_rows <= (4 if is_slim or not is_fp8 else 2) and num_k <= MAX_DIRECT_COLUMNS:
-        return DirectTile(block_n=4 if is_fp8 else 2)
+        return DirectTile(block_n=_few_rows(4 if is_fp8 else 2))
     return streaming_plan(num_rows, is_slim=is_slim, is_fp8=is_fp8)
+
+
+def _few_rows(block_n: int) -> int:
+    """Triton's interpreter runs programs one after another: there a few of many rows."""
+    return SCALE_BLOCK if is_interpreted() else block_n
 
 
 def deterministic_tile(num_rows: int, is_fp8: bool) -> LinearTile:
