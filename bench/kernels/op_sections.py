@@ -27,7 +27,8 @@ from duomo_kernels.gate import gate
 CHAIN = 50  # calls of a small operation in one graph, each after the one before
 GATE_TILE_ROWS = 128
 REFERENCE_TOKENS = 1024  # up to which tiles are held against the definition, which is plain Python
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = 64  # the engine's on a GPU
+PAGE_TOKENS = 16  # vLLM's
 POOL_BYTES = 6 << 30  # of keys and values: FlashAttention's copy stands beside them
 REST = (
     "add_rms_norm",
@@ -179,7 +180,7 @@ def measure_attention(run: Run, shape: LayerShape) -> list[Case]:
             found.append(replace(case, red=f"error {wrong:.2e}"))
             continue
         sides: dict[str, list[Callable[[], object]]] = {OURS: list(ours)}
-        peers = [peers_vllm.decode_attention(s.q_SHD, s.pool, s.table_SB, s.lengths_S, scale) for s in sets]
+        peers = [_peers(s, scale) for s in sets]
         there = [peer for peer in peers if not isinstance(peer, str)]
         notes = sorted({f"FlashAttention 3: {peer}" for peer in peers if isinstance(peer, str)})
         for name in there[0] if there else ():
@@ -190,6 +191,19 @@ def measure_attention(run: Run, shape: LayerShape) -> list[Case]:
                 notes.append(f"{name} left out: error {theirs:.2e}")
         found.append(replace(case, times=interleaved_us(sides, repeats=run.repeats), notes=tuple(notes)))
     return found
+
+
+def _peers(one: _Cache, scale: float) -> dict[str, Callable[[], Tensor]] | str:
+    """FlashAttention 3 over the same keys in pages of its own usual size, and of ours."""
+    num_parts = BLOCK_TOKENS // PAGE_TOKENS
+    pages = one.pool.unflatten(3, (num_parts, PAGE_TOKENS)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
+    parts = torch.arange(num_parts, dtype=torch.int32, device=one.table_SB.device)
+    table_SB = (one.table_SB[:, :, None] * num_parts + parts).flatten(1)
+    found = peers_vllm.decode_attention(one.q_SHD, pages, table_SB, one.lengths_S, scale)
+    large = peers_vllm.decode_attention(one.q_SHD, one.pool, one.table_SB, one.lengths_S, scale)
+    if isinstance(found, str) or isinstance(large, str):
+        return found if isinstance(found, str) else str(large)
+    return found | {f"{name}_pages_of_{BLOCK_TOKENS}": call for name, call in large.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from bench.gpu_stopwatch import Timing
 
 OURS = "ours"
 VLLM = ("vllm", "vllm_tuned")
-FLASH = ("flash_attention_3", "flash_attention_3_free")
+FLASH = tuple(f"flash_attention_3{kind}{pages}" for kind in ("", "_free") for pages in ("", "_pages_of_64"))
 TARGET_SHAPES = ("olmoe", "qwen3")
 
 
