@@ -117,10 +117,15 @@ class Batch:
         going_on = [choice for choice in self._choices.values() if not self._ends_in_flight(choice)]
         limits = self._pool.limits
         block_tokens = limits.block_tokens
-        if all(choice.position < len(choice.table) * block_tokens for choice in going_on):
-            # The common step: nobody needs a block, so there is nothing to decide but the batch limit.
-            return self._planned(going_on[: limits.max_batch])
-        unpromised = self._pool.unpromised_blocks()
+        oldest = going_on[: limits.max_batch]
+        growing = [choice for choice in oldest if choice.position >= len(choice.table) * block_tokens]
+        num_beyond = sum(len(choice.table) >= choice.promised_blocks for choice in growing)
+        unpromised = self._pool.unpromised_blocks() if num_beyond else 0
+        if unpromised >= num_beyond:
+            # The common step: all who grow do so within their promises, or there are blocks for them: nothing is to be decided.
+            for choice in growing:
+                choice.table.extend(self._pool.take(1))
+            return self._planned(oldest)
         is_tight = unpromised < len(going_on)  # else nobody is preempted, and nobody's own blocks matter
         sequences = [self._as_sequence(choice, is_tight) for choice in going_on]
         step = plan_step(limits, unpromised, sequences)

@@ -155,7 +155,7 @@ class Play:
                 if is_last(request, request.tokens[choice]):
                     ended.append(choice)
         fields = {"request_id": leg.request_id, "attempt": leg.attempt, "traceparent": "", "remaining_s": 1.0, "handle_id": 1}
-        leg.done = PrefillDone(**fields, num_messages=0, first_token_ids=firsts, ended_choices=tuple(ended), cached_tokens=0)  # type: ignore[arg-type]  # as above
+        leg.done = PrefillDone(**fields, num_messages=0, first_token_ids=firsts, ended_choices=tuple(ended), cached_tokens=0)  # type: ignore[arg-type]  # one dict for several fields
         self.granted.remove(leg)
         self.running.append(leg)
         self.batch.join(leg)
@@ -185,7 +185,7 @@ class Play:
         fields = {"request_id": leg.request_id, "attempt": leg.attempt + 1, "traceparent": "", "remaining_s": 1.0, "prefill": NOWHERE}
         emitted = tuple(choice.output_ids)
         self.expect(
-            Resume(**fields, prompt_ids=request.prompt_ids, emitted_ids=emitted, sampling=request.sampling, choice=choice.number)  # type: ignore[arg-type]  # as above
+            Resume(**fields, prompt_ids=request.prompt_ids, emitted_ids=emitted, sampling=request.sampling, choice=choice.number)  # type: ignore[arg-type]  # one dict for several fields
         )
         if not leg.choices:
             self.close(leg)
