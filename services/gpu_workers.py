@@ -23,7 +23,7 @@ from duomo.models.gpu_random import random_gpu_weights
 from duomo.models.gpu_weights import GpuWeights
 from services.decode.gpu_worker import GpuDecodeWorker
 from services.prefill.gpu_worker import GpuPrefillWorker
-from services.prefill.worker import WorkerSizes
+from services.prefill.worker import WorkerSizes, group_bounds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +55,7 @@ def start_gpu_workers(config: DuomoConfig, startup: Startup) -> GpuWorkers:
 def served_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
     """A prompt longer than a wave goes alone, so the longest prompt is the least that a wave may be."""
     limits = memory_limits(config, model)
+    group_bounds(model.num_layers, config.model.units, config.prefill.units_per_group)  # refuses before minutes of loading
     longest = min(limits.max_model_tokens, model.max_position_tokens)
     return replace(limits, max_model_tokens=longest, max_wave_tokens=max(limits.max_wave_tokens, longest))
 

@@ -21,6 +21,8 @@ from duomo.engine.gpu_wave import GpuWave, upload_rows, upload_wave
 from duomo.engine.gpu_wave_attention import attend_over
 from duomo.models.gpu_decoder import GpuDecoder, KvPlace, RowState
 
+COUNTED_TOGETHER = 1 << 20  # routed ids of several layers by one launch: of all layers of a long wave they would take much memory
+
 
 @dataclass(slots=True)
 class GpuBoundaryState:
@@ -39,9 +41,11 @@ class GpuBoundaryState:
         """Routed tokens, int64 [sequences, layers, experts] on the host, which waits for them; layers not yet run count zero."""
         sequence_T, num_sequences = self.wave.sequence_T, self.wave.num_sequences
         counts_LX = torch.zeros(self.num_layers, num_sequences * self.num_experts, dtype=torch.int64, device=sequence_T.device)
-        for layer_idx, ids_TK in enumerate(self.routed_ids):
-            flat_X = (sequence_T[:, None] * self.num_experts + ids_TK).flatten()
-            counts_LX[layer_idx].scatter_add_(0, flat_X, torch.ones_like(flat_X))
+        step = self.num_layers if not self.routed_ids else max(1, COUNTED_TOGETHER // self.routed_ids[0].numel())
+        for lo in range(0, len(self.routed_ids), step):
+            ids_LTK = torch.stack(self.routed_ids[lo : lo + step])
+            flat_LX = (sequence_T[:, None] * self.num_experts + ids_LTK).flatten(1)
+            counts_LX[lo : lo + step].scatter_add_(1, flat_LX, torch.ones_like(flat_LX))
         return counts_LX.view(self.num_layers, num_sequences, -1).transpose(0, 1).contiguous().cpu()
 
 
