@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 PrefixHash = bytes
+MAX_BLOCKS_LOOKED_AT = 4096
 
 
 def prefix_hashes(token_ids: Sequence[int], block_tokens: int, salt: str) -> list[PrefixHash]:
@@ -166,8 +167,15 @@ class BlockManager:
         """Every prefix that a lookup may find, held or not: what a replica reports as its digest."""
         return list(self._block_of)
 
+    def check_at_rest(self) -> None:
+        """For whenever idle: check_integrity; of a pool as large as a GPU's, where it would hold up the next request, counts alone."""
+        if self.num_blocks <= MAX_BLOCKS_LOOKED_AT:
+            self.check_integrity()
+        num_known = len(self._readers) + len(self._free) + len(self._cached)
+        assert num_known == self.num_blocks, f"{num_known} of {self.num_blocks} blocks are accounted for"
+
     def check_integrity(self) -> None:
-        """Raises AssertionError saying what is wrong. For whenever idle, and for tests."""
+        """Raises AssertionError saying what is wrong. For tests, and for small pools whenever idle."""
         held, free, cached = set(self._readers), set(self._free), set(self._cached)
         doubled = [block for block, count in Counter(self._free).items() if count > 1]
         assert not doubled, f"blocks twice in the free list: {doubled}"

@@ -72,8 +72,13 @@ class Pool:
         self.manager.free(list(blocks))
 
     def check_integrity(self) -> None:
-        """Raise AssertionError where a block is lost, or held by nobody. Cheap enough whenever the pool is idle."""
+        """Raise AssertionError where a block is lost, or held by nobody."""
         self.manager.check_integrity()
+        self.check_at_rest()
+
+    def check_at_rest(self) -> None:
+        """The same, but cheap whatever the pool's size: for whenever it is idle."""
+        self.manager.check_at_rest()
         if not self.holders and (self._loans is None or not self._loans.num_taken_blocks):
             assert self.num_free_blocks == self.limits.num_blocks, (
                 f"{self.limits.num_blocks - self.num_free_blocks} of {self.limits.num_blocks} blocks are held by nobody"

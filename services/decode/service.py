@@ -234,7 +234,7 @@ class DecodeService:
 
     def rested(self) -> None:
         if not self._legs:
-            self.pool.check_integrity()
+            self.pool.check_at_rest()
 
     def broke(self, error: EngineError) -> None:
         log.critical("%s", error)

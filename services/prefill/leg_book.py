@@ -388,7 +388,7 @@ class LegBook:
             )
             _post(leg.gateway, finished)
         if not self._legs:
-            self.blocks.manager.check_integrity()
+            self.blocks.manager.check_at_rest()
         self.waves.wake()
 
 

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from duomo.engine.blocks import BlockManager, prefix_hashes
+from duomo.engine.blocks import MAX_BLOCKS_LOOKED_AT, BlockManager, prefix_hashes
 
 
 def no_copy(src: int, dst: int) -> None:
@@ -123,6 +123,18 @@ def test_integrity_sees_damage(damage: object) -> None:
     damage(blocks)
     with pytest.raises(AssertionError):
         blocks.check_integrity()
+    with pytest.raises(AssertionError):
+        blocks.check_at_rest()
+
+
+def test_a_large_pool_is_counted_at_rest() -> None:
+    blocks = BlockManager(MAX_BLOCKS_LOOKED_AT + 1, 16)
+    held = blocks.allocate(3)
+    blocks.check_at_rest()
+    blocks._free.pop()
+    with pytest.raises(AssertionError, match="are accounted for"):
+        blocks.check_at_rest()
+    assert held is not None
 
 
 class Losing(RuleBasedStateMachine):
