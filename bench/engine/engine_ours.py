@@ -43,10 +43,11 @@ from bench.engine.engine_job import run_job
 from bench.gpu_stopwatch import facts, timing_of
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.decode_step import DecodeLimits, DecodeRow, DecodeStep, Joining
+from duomo.engine.gpu_captured_layers import CapturedLimits
 from duomo.engine.gpu_decode import GpuDecode
-from duomo.engine.gpu_kv_cache import GPU_BLOCK_TOKENS, GpuKvCache, gpu_kv_spec
+from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
 from duomo.engine.gpu_prefill import GpuPrefill
-from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, plan_memory
+from duomo.engine.memory_plan import GPU_BLOCK_TOKENS, DeviceBytes, Measured, MemoryLimits, MemoryPlan, plan_memory
 from duomo.engine.sampler import RowSampling
 from duomo.models.config import ModelConfig, load_config
 from duomo.models.gpu_decoder import GpuDecoder
@@ -95,6 +96,8 @@ class Engine:
         self.prefill = GpuPrefill(decoder, self.cache)
         self.decode = GpuDecode(decoder, self.cache, limits)
         self.decode.capture()
+        if weights.device.type == "cuda":
+            self.prefill.capture(CapturedLimits(max_sequence_tokens=MAX_TOKENS))
 
     def tables(self, batch: int, last_tokens: int) -> list[Table]:
         """A table for each sequence, blocks scattered over the pool as a service's are after a while."""

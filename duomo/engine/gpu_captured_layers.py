@@ -23,18 +23,16 @@ from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_wave import GpuWave, aligned
 from duomo.engine.gpu_wave_attention import attend_under
+from duomo.engine.wave_buckets import WAVE_BUCKETS, wave_buckets_up_to
 from duomo.models.gpu_decoder import GpuDecoder, KvPlace, RowState
 from duomo_kernels.prefill_attention import CachedPrefix
-
-# Steps of a quarter at most above 128 rows, where a row costs time; below, the weights' bytes are all, whatever the rows.
-ROW_BUCKETS = (16, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1152, 1280, 1536, 1792, 2048)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CapturedLimits:
     """The waves that graphs serve: rows, sequences, and tokens of a sequence with its prefix."""
 
-    max_rows: int = ROW_BUCKETS[-1]
+    max_rows: int = WAVE_BUCKETS[-1]
     max_sequences: int = 16
     max_sequence_tokens: int
 
@@ -45,7 +43,7 @@ class GpuCapturedLayers:
     def __init__(self, decoder: GpuDecoder, cache: GpuKvCache, limits: CapturedLimits) -> None:
         config, device, dtype = decoder.config, cache.device, decoder.weights.dtype
         self.decoder, self.cache = decoder, cache
-        self.buckets = [rows for rows in ROW_BUCKETS if rows <= limits.max_rows] or [ROW_BUCKETS[0]]
+        self.buckets = wave_buckets_up_to(limits.max_rows)
         self.graphs = GpuGraphs(device)
         most, width = self.buckets[-1], aligned(-(-limits.max_sequence_tokens // cache.spec.block_tokens))
         self._x_RD = torch.zeros(most, config.hidden, dtype=dtype, device=device)

@@ -16,6 +16,7 @@ import torch
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.compile_counter import CompileCounter
 from duomo.engine.decode_step import DecodeLimits
+from duomo.engine.gpu_captured_layers import CapturedLimits
 from duomo.engine.gpu_compile_ahead import compiling_ahead
 from duomo.engine.gpu_decode import GpuDecode
 from duomo.engine.gpu_first_tokens import GpuFirstTokens
@@ -24,6 +25,7 @@ from duomo.engine.gpu_prefill import GpuPrefill
 from duomo.engine.gpu_warm import warm_prefill
 from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, plan_memory
 from duomo.engine.startup import Startup
+from duomo.engine.wave_buckets import WAVE_BUCKETS
 from duomo.errors import ConfigError
 from duomo.models.config import ModelConfig
 from duomo.models.gpu_decoder import GpuDecoder
@@ -92,13 +94,20 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
         decode.capture(progress=start.shows_progress)
         if start.device.type == "cuda":  # an interpreter has nothing to compile
             warm_prefill(prefill, start.limits)
+            prefill.capture(_captured_limits(start.limits), progress=start.shows_progress)
             first_tokens.warm()
-    graphs = decode.graphs.pool_bytes
+    graphs = decode.graphs.pool_bytes + prefill.graph_bytes
     if graphs > plan.graphs:
         log.warning("graphs took %.2f GB, planned were %.2f GB: the reserve has less", graphs / 1e9, plan.graphs / 1e9)
-    log.info("%d graphs, %d kernels compiled; %s", len(decode.graphs), compilations.num_before_ready, startup.line())
+    num_graphs = len(decode.graphs) + prefill.num_graphs
+    log.info("%d graphs, %d kernels compiled; %s", num_graphs, compilations.num_before_ready, startup.line())
     compilations.ready()
     return GpuEngine(plan=plan, cache=cache, prefill=prefill, decode=decode, first_tokens=first_tokens, compilations=compilations)
+
+
+def _captured_limits(limits: MemoryLimits) -> CapturedLimits:
+    """Waves as short as graphs are made for, of prompts as long as may be with what is cached of them."""
+    return CapturedLimits(max_rows=min(limits.max_wave_tokens, WAVE_BUCKETS[-1]), max_sequence_tokens=limits.max_model_tokens)
 
 
 def _device_bytes(device: torch.device) -> DeviceBytes:

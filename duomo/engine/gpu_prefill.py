@@ -62,6 +62,15 @@ class GpuPrefill:
         self.captured = GpuCapturedLayers(self.decoder, self.cache, limits)
         self.captured.capture(progress=progress)
 
+    @property
+    def num_graphs(self) -> int:
+        return 0 if self.captured is None else len(self.captured.graphs)
+
+    @property
+    def graph_bytes(self) -> int:
+        """What the device lost to the graphs of short waves."""
+        return 0 if self.captured is None else self.captured.graphs.pool_bytes
+
     @torch.inference_mode()
     def begin(self, batch: StepBatch) -> GpuBoundaryState:
         """Embed the tokens and lay out the wave. Token ids must be below the vocabulary, positions below the context limit."""

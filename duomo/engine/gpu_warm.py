@@ -2,7 +2,8 @@
 
 Triton compiles a kernel anew for another configuration, which goes by ranges of rows, and for sizes that are 1, multiples of 16, or neither
 (of rows, and of rows times experts a token). So waves are of every size on a ladder whose steps are at most half as large again, and of the
-two above it; and of one, several and sixteen prompts, with and without a cached prefix. Two layers of each: the first adds to no residual.
+two above it; of one, several and sixteen prompts, with and without a cached prefix; and single prompts of every length cuDNN plans for.
+Two layers of each: the first adds to no residual.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.gpu_compile_ahead import compiling_ahead
 from duomo.engine.gpu_prefill import GpuPrefill
 from duomo.engine.gpu_wave import upload_rows
+from duomo.engine.gpu_wave_attention import LIBRARY_MIN_TOKENS, LIBRARY_STEP
 from duomo.engine.memory_plan import MemoryLimits
 
 FEW = (1, 2, 3, 4, 5, 8, 9, 16)
@@ -50,7 +52,10 @@ def warm_waves(limits: MemoryLimits, num_blocks: int) -> list[WarmWave]:
         for num_prompts in (1, 2, 3, 16)
         for prefix_blocks in (0, 1)
     ]
-    return [wave for wave in (*whole, *mixed) if _fits(wave, limits, num_blocks)]
+    # cuDNN plans by length, and the thread keeps its plans: whoever serves must be the thread that warms
+    longest = min(limits.max_wave_tokens, limits.max_model_tokens)
+    planned = [WarmWave(num_tokens=size) for size in range(LIBRARY_MIN_TOKENS, longest + 1, LIBRARY_STEP)]
+    return [wave for wave in dict.fromkeys((*whole, *mixed, *planned)) if _fits(wave, limits, num_blocks)]
 
 
 def warm_prefill(prefill: GpuPrefill, limits: MemoryLimits) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from duomo.engine.decode_buckets import buckets_up_to
+from duomo.engine.wave_buckets import wave_buckets_up_to
 from duomo.errors import ConfigError
 from duomo.models.config import ModelConfig
 
@@ -21,6 +22,7 @@ Quantise = Literal["fp8"] | None
 GPU_BLOCK_TOKENS = 64
 SCALE_BLOCK = 128  # fp8 weights have one float32 scale for each block of 128 x 128
 NODES_PER_LAYER = 12  # kernels of one decode layer
+NODES_PER_WAVE_LAYER = 16  # of a captured layer of a wave
 NODES_PER_STEP = 16  # and of a step around its layers, samplers included
 BYTES_PER_NODE = 32 * 1024  # assumed, and meant to be too much: with what libraries take for captures
 LISTED_BYTES = 16384 * 8  # the sampler's list of candidates of one row: value and id
@@ -137,9 +139,11 @@ def activation_bytes(config: ModelConfig, num_tokens: int, dtype_bytes: int = 2)
 
 
 def graph_bytes(config: ModelConfig, limits: MemoryLimits, num_buckets: int) -> int:
-    """Of the captured decode steps: nodes, and the memory pool that all share."""
-    nodes = num_buckets * (config.num_layers * NODES_PER_LAYER + NODES_PER_STEP)
-    return nodes * BYTES_PER_NODE + activation_bytes(config, limits.max_batch, limits.dtype_bytes) + limits.max_batch * LISTED_BYTES
+    """Of the captured decode steps and layers of short waves: nodes, and the memory pools of both."""
+    waves = wave_buckets_up_to(limits.max_wave_tokens)
+    nodes = num_buckets * (config.num_layers * NODES_PER_LAYER + NODES_PER_STEP) + len(waves) * config.num_layers * NODES_PER_WAVE_LAYER
+    pools = activation_bytes(config, limits.max_batch, limits.dtype_bytes) + activation_bytes(config, waves[-1], limits.dtype_bytes)
+    return nodes * BYTES_PER_NODE + pools + limits.max_batch * LISTED_BYTES
 
 
 def buffer_bytes(config: ModelConfig, limits: MemoryLimits) -> int:

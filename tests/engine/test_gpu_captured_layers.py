@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bench.reference.float64_decoder import float64_run
-from duomo.engine import gpu_captured_layers
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.gpu_captured_layers import CapturedLimits
 from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
@@ -32,12 +31,14 @@ def weights() -> GpuWeights:
     return small_decoder("qwen3_moe", dtype=half, device=device, sizes=FEW).weights
 
 
-def prefill_of(weights: GpuWeights, max_tokens: int, *, is_deterministic: bool = False, num_blocks: int = 8) -> GpuPrefill:
+def prefill_of(
+    weights: GpuWeights, max_tokens: int, *, is_deterministic: bool = False, num_blocks: int = 8, max_rows: int = 32
+) -> GpuPrefill:
     """Captured for four sequences of so many tokens each."""
     cache = GpuKvCache(gpu_kv_spec(weights.config, dtype=weights.dtype), num_blocks, weights.device)
     cache.tensor.fill_(torch.nan)  # a key that was not written shows
     prefill = GpuPrefill(GpuDecoder(weights, is_deterministic=is_deterministic), cache)
-    prefill.capture(CapturedLimits(max_sequences=4, max_sequence_tokens=max_tokens))
+    prefill.capture(CapturedLimits(max_rows=max_rows, max_sequences=4, max_sequence_tokens=max_tokens))
     assert cache.tensor.isnan().all(), "a capture touches no key"
     return prefill
 
@@ -60,16 +61,9 @@ def assert_is_float64s(weights: GpuWeights, logits_TV: Tensor, ids: list[Tensor]
     assert error(logits_TV, expected.logits_TV[-logits_TV.shape[0] :]) <= limit
 
 
-@pytest.fixture
-def two_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Enough for the interpreter."""
-    monkeypatch.setattr(gpu_captured_layers, "ROW_BUCKETS", (16, 32))
-
-
-@pytest.mark.usefixtures("two_buckets")
 def test_prompts_prefixes_and_what_was_left_by_others(weights: GpuWeights) -> None:
     prefill = prefill_of(weights, 128)
-    assert prefill.captured is not None and prefill.captured.buckets == [16, 32]
+    assert prefill.captured is not None and prefill.captured.buckets == (16, 32)
     first, logits_TV = run(prefill, part([3], 0, 20), part([5], 0, 4))
     assert_is_float64s(weights, logits_TV[:20], [ids_TK[:20] for ids_TK in first.routed_ids], 20)
     assert_is_float64s(weights, logits_TV[20:], [ids_TK[20:] for ids_TK in first.routed_ids], 4)
@@ -79,7 +73,6 @@ def test_prompts_prefixes_and_what_was_left_by_others(weights: GpuWeights) -> No
     assert first.expert_counts.sum(-1).tolist() == [[40, 40], [8, 8]]
 
 
-@pytest.mark.usefixtures("two_buckets")
 def test_waves_take_turns_between_units(weights: GpuWeights) -> None:
     prefill = prefill_of(weights, 128)
     state, other = (prefill.begin(StepBatch(slices=(part([table], 0, num),))) for table, num in ((3, 9), (5, 17)))
@@ -91,7 +84,6 @@ def test_waves_take_turns_between_units(weights: GpuWeights) -> None:
         assert_is_float64s(weights, prefill.logits(each, [num_tokens - 1]), each.routed_ids, num_tokens)
 
 
-@pytest.mark.usefixtures("two_buckets")
 def test_larger_waves_are_launched(weights: GpuWeights) -> None:
     prefill = prefill_of(weights, 64 * 16)
     captured = prefill.captured
@@ -109,7 +101,6 @@ def test_larger_waves_are_launched(weights: GpuWeights) -> None:
     assert_is_float64s(weights, logits_TV, state.routed_ids, 33)
 
 
-@pytest.mark.usefixtures("two_buckets")
 def test_deterministic_rows_are_those_that_were_launched(weights: GpuWeights) -> None:
     prefill = prefill_of(weights, 128, is_deterministic=True)
     _, replayed = run(prefill, part([3], 0, 7), part([5], 0, 12))
@@ -122,7 +113,7 @@ def test_deterministic_rows_are_those_that_were_launched(weights: GpuWeights) ->
 @pytest.mark.parametrize("family", FAMILIES)
 def test_wider_waves_replayed(family: str) -> None:
     weights = small_decoder(family, dtype=torch.bfloat16, device=torch.device("cuda"), sizes=WIDE).weights
-    prefill = prefill_of(weights, 2048, num_blocks=128)
+    prefill = prefill_of(weights, 2048, num_blocks=128, max_rows=2048)
     tables = torch.randperm(128).view(4, 32).tolist()
     for lengths in ([1], [16], [17, 3], [300], [1024], [1, 700, 63], [1030, 1000], [2048], [5]):
         state, logits_TV = run(prefill, *(part(table, 0, length) for table, length in zip(tables, lengths, strict=False)))
@@ -140,7 +131,7 @@ def test_wider_waves_replayed(family: str) -> None:
 @pytest.mark.gpu
 def test_deterministic_bits_replayed_and_launched() -> None:
     weights = small_decoder("qwen3_moe", dtype=torch.bfloat16, device=torch.device("cuda"), sizes=WIDE).weights
-    prefill = prefill_of(weights, 2048, is_deterministic=True, num_blocks=64)
+    prefill = prefill_of(weights, 2048, is_deterministic=True, num_blocks=64, max_rows=2048)
     captured, tables = prefill.captured, torch.randperm(64).view(2, 32).tolist()
     for length in (1, 33, 500, 1500):
         prefill.captured = captured
