@@ -196,7 +196,8 @@ def measure_attention(run: Run, shape: LayerShape) -> list[Case]:
 def _peers(one: _Cache, scale: float) -> dict[str, Callable[[], Tensor]] | str:
     """FlashAttention 3 over the same keys in pages of its own usual size, and of ours."""
     num_parts = BLOCK_TOKENS // PAGE_TOKENS
-    pages = one.pool.unflatten(3, (num_parts, PAGE_TOKENS)).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
+    num_blocks, _, num_heads, _, head_dim = one.pool.shape
+    pages = one.pool.view(num_blocks, 2, num_heads, num_parts, PAGE_TOKENS, head_dim).permute(0, 3, 1, 2, 4, 5).flatten(0, 1)
     parts = torch.arange(num_parts, dtype=torch.int32, device=one.table_SB.device)
     table_SB = (one.table_SB[:, :, None] * num_parts + parts).flatten(1)
     found = peers_vllm.decode_attention(one.q_SHD, pages, table_SB, one.lengths_S, scale)

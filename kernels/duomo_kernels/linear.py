@@ -5,7 +5,7 @@
 Summed in float32, rounded once to the output's dtype: x's, or float32 (router and output head). A row of y depends on its row of x alone.
 
     a handful of rows    the time is that of reading the weights. They are constants, so every program asks for its own, into registers,
-                         before it waits for the kernel before (_linear_direct.py; _linear_early.py with tensor cores)
+                         before it waits for the kernel before (_linear_direct.py)
     few rows             tiles on the tensor cores (_linear_tiles.py)
     many rows            torch.mm: its library is at the limit there. fp8 weights are first widened into a scratch, once a call
     is_deterministic     tiles that all sum in the same steps: a row has the same bits alone and among any others
@@ -26,14 +26,13 @@ from torch import Tensor
 
 from duomo_kernels._launch import check, is_interpreted, num_sms
 from duomo_kernels._linear_direct import MAX_DIRECT_COLUMNS, DirectTile, linear_direct
-from duomo_kernels._linear_early import EarlyTile, linear_early
 from duomo_kernels._linear_tiles import LinearTile, linear_tiles, widen
 from duomo_kernels._weights import SCALE_BLOCK
 
-LinearPlan: TypeAlias = DirectTile | EarlyTile | LinearTile | Literal["library"]
+LinearPlan: TypeAlias = DirectTile | LinearTile | Literal["library"]
 
 MAX_STREAMED_ROWS = 64  # beyond, the library's tiles are as fast
-MAX_ROUTED_ROWS = 64  # beyond, a router's x is worth the tensor cores
+MAX_ROUTED_ROWS = 128  # beyond, a router's x is worth the tensor cores
 NARROW = 256  # outputs of a router at most
 COLUMNS_MULTIPLE = 8  # 16 bytes of bf16: rows that vector loads can read
 
@@ -55,13 +54,13 @@ def linear_plan(num_rows: int, weight_NK: Tensor, *, is_deterministic: bool = Fa
     if is_deterministic:
         return deterministic_tile(num_rows if weight_NK.is_cuda else MAX_STREAMED_ROWS, is_fp8)
     if num_n <= NARROW and num_k <= MAX_DIRECT_COLUMNS and num_rows <= MAX_ROUTED_ROWS:
-        return DirectTile(block_n=_few_rows(2))  # a router: the time of one trip, however many programs share it
+        return DirectTile(block_n=_few_rows(2 if num_rows <= 32 else 4))  # a router: the time of one trip, however many programs share it
     if num_rows > MAX_STREAMED_ROWS:
         return "library"
-    is_slim = num_n <= 32 * sms  # tiles of 32 columns would be fewer than multiprocessors
-    if num_rows <= (4 if is_slim or not is_fp8 else 2) and num_k <= MAX_DIRECT_COLUMNS:
+    if num_rows <= 2 and num_k <= MAX_DIRECT_COLUMNS:
         return DirectTile(block_n=_few_rows(4 if is_fp8 else 2))
-    return streaming_plan(num_rows, is_slim=is_slim, is_fp8=is_fp8)
+    is_slim = num_n <= 32 * sms  # tiles of 32 columns would be fewer than multiprocessors
+    return streaming_plan(num_rows, num_k, is_slim=is_slim, is_fp8=is_fp8)
 
 
 def _few_rows(block_n: int) -> int:
@@ -82,13 +81,18 @@ def deterministic_tile(num_rows: int, is_fp8: bool) -> LinearTile:
     return LinearTile(block_m=128, block_n=128, block_k=64, num_warps=8, num_stages=4, use_tma=True)
 
 
-def streaming_plan(num_rows: int, *, is_slim: bool, is_fp8: bool) -> LinearPlan:
-    """As tall as the rows, so that weights are multiplied once. The library splits the sums of slim weights, which tiles do not."""
-    if (is_slim and not is_fp8) or (is_fp8 and num_rows > 32):
-        return "library"
+def streaming_plan(num_rows: int, num_k: int, *, is_slim: bool, is_fp8: bool) -> LinearPlan:
+    """As tall as the rows, so that weights are multiplied once; swapped, weights fill the tensor cores' rows. What was fastest on an H100
+    after a norm, as in a decode step (bench/results/linear_ways_h100.json). The library splits long sums of slim weights; tiles do not."""
+    if num_rows <= 16:
+        return LinearTile(block_m=16, block_n=64, block_k=128 if is_fp8 else 256, num_stages=4, is_swapped=True)
     if num_rows <= 32:
-        return LinearTile(block_m=16 if num_rows <= 16 else 32, block_n=32, block_k=256, use_tma=is_fp8)
-    return LinearTile(block_m=64, block_n=64, block_k=128, num_stages=4, use_tma=True)
+        if is_slim and not is_fp8:
+            return LinearTile(block_m=32, block_n=16, block_k=256, num_stages=4) if num_k <= 2048 else "library"
+        return LinearTile(block_m=32, block_n=64, block_k=256 if is_fp8 else 128, num_stages=3 if is_fp8 else 4, is_swapped=True)
+    if is_slim:
+        return "library"
+    return LinearTile(block_m=64, block_n=64, block_k=256 if is_fp8 else 128, num_stages=3, is_swapped=is_fp8, use_tma=not is_fp8)
 
 
 def linear(
@@ -122,8 +126,6 @@ def linear(
     plan = linear_plan(num_rows, weight_NK, is_deterministic=is_deterministic) if plan is None else plan
     if isinstance(plan, DirectTile):
         linear_direct(x_TK, weight_NK, scale_nk, out, plan)
-    elif isinstance(plan, EarlyTile):
-        linear_early(x_TK, weight_NK, scale_nk, out, plan)
     elif isinstance(plan, LinearTile):
         linear_tiles(x_TK, weight_NK, scale_nk, out, plan)
     else:

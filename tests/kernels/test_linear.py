@@ -11,7 +11,6 @@ from torch import Tensor
 
 from duomo_kernels._bounds import BOUNDS, bound, error
 from duomo_kernels._linear_direct import DirectTile
-from duomo_kernels._linear_early import EarlyTile
 from duomo_kernels._linear_tiles import LinearTile, widen
 from duomo_kernels.linear import LinearPlan, linear, linear_plan, linear_reference
 
@@ -67,16 +66,11 @@ def _wrong(given: Inputs, out: Tensor) -> float:
 
 SMALL, TALL = LinearTile(block_m=16, block_n=16, block_k=64), LinearTile(block_m=64, block_n=32, block_k=32, num_stages=2)
 BY_BLOCK = replace(SMALL, block_k=128)
-EARLY = EarlyTile(block_m=16, block_n=16, block_k=64, depth=2, num_warps=4)
 CASES = [
     Case(rows=1, outputs=63, inputs=256, plan=DirectTile(block_n=4)),
     Case(rows=3, outputs=17, inputs=72, plan=DirectTile(block_n=16, num_warps=1)),
     Case(rows=9, outputs=63, inputs=8, plan=DirectTile(block_n=1)),
     Case(rows=2, outputs=257, inputs=264, plan=DirectTile(block_n=8), is_fp8=True),
-    Case(rows=1, outputs=63, inputs=256, plan=EARLY),
-    Case(rows=17, outputs=33, inputs=136, plan=replace(EARLY, depth=8, x_depth=1)),
-    Case(rows=9, outputs=257, inputs=264, plan=replace(EARLY, block_k=128), is_fp8=True),
-    Case(rows=33, outputs=40, inputs=384, plan=replace(EARLY, block_m=32, block_n=32, block_k=256, num_warps=2), is_fp8=True),
     Case(rows=1, outputs=63, inputs=256, plan=SMALL),
     Case(rows=17, outputs=33, inputs=72, plan=replace(SMALL, is_swapped=True)),
     Case(rows=63, outputs=65, inputs=128, plan=replace(SMALL, use_tma=True, block_n=32)),
@@ -99,7 +93,7 @@ def test_against_the_reference(case: Case, half: torch.dtype, device: torch.devi
     assert _wrong(given, _run(given, case.plan)) <= bound(half)
 
 
-@pytest.mark.parametrize("plan", [DirectTile(block_n=4), EARLY, SMALL, "library"], ids=str)
+@pytest.mark.parametrize("plan", [DirectTile(block_n=4), SMALL, "library"], ids=str)
 def test_wide_outputs_and_wide_operands(plan: LinearPlan, half: torch.dtype, device: torch.device) -> None:
     wide = _inputs(5, 33, 264, half, device)
     assert _wrong(wide, _run(wide, plan, out_dtype=torch.float32)) <= BOUNDS[torch.float32]
@@ -107,7 +101,7 @@ def test_wide_outputs_and_wide_operands(plan: LinearPlan, half: torch.dtype, dev
     assert _wrong(full, _run(full, plan)) <= BOUNDS[torch.float32]
 
 
-@pytest.mark.parametrize("case", CASES[:17:3], ids=str)
+@pytest.mark.parametrize("case", CASES[:13:3], ids=str)
 def test_rows_of_nan_stay_alone(case: Case, half: torch.dtype, device: torch.device) -> None:
     """Dead rows of a captured step hold anything."""
     given = _inputs(case.rows + 2, case.outputs, case.inputs, half, device, is_fp8=case.is_fp8)
@@ -159,7 +153,8 @@ def test_no_rows_and_no_output_given(half: torch.dtype, device: torch.device) ->
 def test_every_shape_has_a_plan(num_rows: int, is_fp8: bool) -> None:
     for outputs, inputs in ((4, 2048), (2048, 2048), (6144, 4096), (151936, 2048), (40, 65536)):
         weight_NK = torch.empty(outputs, inputs, dtype=FP8 if is_fp8 else torch.bfloat16, device="meta")
-        assert num_rows <= 64 or linear_plan(num_rows, weight_NK) == "library"
+        is_router = outputs <= 256 and inputs <= 2048
+        assert num_rows <= (128 if is_router else 64) or linear_plan(num_rows, weight_NK) == "library"
         assert isinstance(linear_plan(num_rows, weight_NK, is_deterministic=True), LinearTile)
 
 
