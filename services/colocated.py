@@ -19,7 +19,7 @@ from duomo.config import DuomoConfig
 from duomo.engine.blocks import BlockManager
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.startup import StartPhase, Startup
-from duomo.errors import ConfigError, DuomoError
+from duomo.errors import ConfigError
 from duomo.models.qwen3_moe import Model, load_model
 from duomo.telemetry import tracing
 from duomo.telemetry.tracing import Tracing
@@ -88,12 +88,14 @@ class Engine:
                 task.cancel()
             ends = await asyncio.gather(*serving, return_exceptions=True)
         for end in ends:
-            if isinstance(end, DuomoError):
+            if isinstance(end, Exception):  # not a CancelledError: ours
                 raise end
 
     async def stop(self) -> None:
-        await self.prefill.stop()
-        await self.decode.stop()
+        try:
+            await self.prefill.stop()
+        finally:
+            await self.decode.stop()
 
 
 def workers_of(model: Model, config: DuomoConfig) -> Workers:

@@ -251,6 +251,18 @@ def test_whichever_breaks_takes_the_other_with_it(tmp_path: Path) -> None:
     play(told(tmp_path), scenario, has_broken=True)
 
 
+def test_what_is_no_typed_error_ends_the_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(over: asyncio.Event) -> None:
+        raise RuntimeError("a programmer's fault")
+
+    async def scenario(engine: Engine, made: System) -> None:
+        monkeypatch.setattr(engine.decode.membership, "serve", broken)
+        with pytest.raises(RuntimeError, match="a programmer's fault"):
+            await engine.serve(asyncio.Event())
+
+    play(told(tmp_path), scenario)
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_drain_of_either_drains_both_and_finishes_what_lives(tmp_path: Path, side: int) -> None:
     async def scenario(engine: Engine, made: System) -> None:
