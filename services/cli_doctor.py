@@ -11,7 +11,7 @@ import platform
 import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from duomo.config import DuomoConfig, TransferSection
@@ -38,15 +38,15 @@ def examine(config: DuomoConfig) -> int:
 
 
 def _parts(config: DuomoConfig) -> Iterator[tuple[str, Callable[[], str]]]:
-    host = look_at_host()
+    host = cache(look_at_host)  # looked at by the part that first asks: where the driver fails, the others are still told
     found: list[Settled] = []
 
     def layout() -> str:
-        found.append(settle(config, lambda: host))
+        found.append(settle(config, host))
         return found[0].why
 
     yield "python", lambda: f"{platform.python_version()} on {platform.machine()}, {len(os.sched_getaffinity(0))} cores"
-    yield "device", lambda: _device(host)
+    yield "device", lambda: _device(host())
     yield "layout", layout
     for settled in found:  # none where the line before has failed
         yield "kernels", partial(_kernels, settled)

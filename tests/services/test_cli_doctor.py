@@ -15,7 +15,7 @@ from duomo.config import DuomoConfig, load_config
 from duomo.engine.device import look_at_host
 from duomo.engine.settle import settle
 from duomo.errors import ConfigError
-from services.cli_doctor import _device, _kernels, _nixl, _plan, _port
+from services.cli_doctor import _device, _kernels, _nixl, _parts, _plan, _port
 from tests.engine.scripted_driver import H100, ScriptedDriver
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,15 @@ def test_a_host_without_card_says_so_and_one_process_needs_no_nixl(monkeypatch: 
     assert "cpu, float32" in _device(host) and "no GPU to serve on: this machine has no NVIDIA driver" in _device(host)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "not needed" in _nixl(is_needed=False)
+
+
+def test_where_the_driver_breaks_the_other_parts_are_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.cli_doctor.look_at_host", lambda: look_at_host(ScriptedDriver([H100], attribute_code=1).open))
+    parts = dict(_parts(config(**{"model.device": "auto"})))
+    for name in ("device", "layout"):
+        with pytest.raises(ConfigError, match="cuDeviceGetAttribute"):
+            parts[name]()
+    assert "torch" in parts["packages"]()
 
 
 def test_a_port_of_a_running_duomo_is_no_fault() -> None:
