@@ -309,8 +309,8 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
         raise ConfigError("redis.url (DUOMO_REDIS_URL): a replica on its own needs the Redis server of its system")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; why: services/app.py
     why = ""
-    if role in ("prefill", "decode") and config.layout == "auto":
-        config = config.model_copy(update={"layout": "split"})
+    if role != "router" and config.layout == "auto":  # the role says it
+        config = config.model_copy(update={"layout": "colocated" if role == "engine" else "split"})
     if role != "router":  # a gateway needs no card, and works beside replicas of any
         settled = settle(config)
         config, why = settled.config, settled.why
