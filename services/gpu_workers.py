@@ -6,7 +6,7 @@ The thread that starts them is the one that computes with them: libraries keep t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,7 +14,6 @@ import torch
 from duomo.config import DuomoConfig, changed
 from duomo.engine.device import resolve_device
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
-from duomo.engine.memory_plan import MemoryLimits
 from duomo.engine.settle import memory_limits
 from duomo.engine.startup import Startup
 from duomo.models.config import ModelConfig, served_config
@@ -40,24 +39,16 @@ def start_gpu_workers(config: DuomoConfig, startup: Startup) -> GpuWorkers:
     """Load, plan, capture; for minutes. Raises ConfigError with figures where the card is too small, ModelError for a bad folder."""
     resolve_device("cuda")  # says in words where Ray or the environment hides the card
     model = served_config(config.model)
+    group_bounds(model.num_layers, config.model.units, config.prefill.units_per_group)  # refuses before minutes of loading
     device = torch.device("cuda", 0)
-    limits = served_limits(config, model)
     start = EngineStart(
         config=model,
         load=_loader(config, model, device),
-        limits=limits,
+        limits=memory_limits(config, model),
         device=device,
         is_deterministic=config.deterministic,
     )
     return gpu_workers(start_engine(start, startup), config)
-
-
-def served_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
-    """A prompt longer than a wave goes alone, so the longest prompt is the least that a wave may be."""
-    limits = memory_limits(config, model)
-    group_bounds(model.num_layers, config.model.units, config.prefill.units_per_group)  # refuses before minutes of loading
-    longest = min(limits.max_model_tokens, model.max_position_tokens)
-    return replace(limits, max_model_tokens=longest, max_wave_tokens=max(limits.max_wave_tokens, longest))
 
 
 def gpu_workers(engine: GpuEngine, config: DuomoConfig) -> GpuWorkers:

@@ -126,8 +126,7 @@ class Batch:
             for choice in growing:
                 choice.table.extend(self._pool.take(1))
             return self._planned(oldest)
-        is_tight = unpromised < len(going_on)  # else nobody is preempted, and nobody's own blocks matter
-        sequences = [self._as_sequence(choice, is_tight) for choice in going_on]
+        sequences = [self._as_sequence(choice) for choice in going_on]
         step = plan_step(limits, unpromised, sequences)
         for sequence_id in step.preempt:
             choice = self._choices[sequence_id]
@@ -197,14 +196,14 @@ class Batch:
         del choice.leg.choices[choice.number]
         self._pool.give_back(choice.table)
 
-    def _as_sequence(self, choice: Choice, is_tight: bool) -> RunningSequence:
+    def _as_sequence(self, choice: Choice) -> RunningSequence:
         return RunningSequence(
             sequence_id=choice.sequence_id,
             order=choice.leg.order,
             priority=choice.leg.priority,
             num_tokens=choice.position + 1,
             num_blocks=len(choice.table),
-            own_blocks=self._pool.manager.num_sole(choice.table) if is_tight else 0,
+            own_blocks=self._pool.manager.num_sole(choice.table),
             promised_blocks=choice.promised_blocks,
             is_protected=choice.leg.is_protected,
         )
