@@ -8,7 +8,8 @@ routing needs; were one not, it would show here.)
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,29 +73,21 @@ def start_engine(start: EngineStart, startup: Startup) -> GpuEngine:
 def _started(start: EngineStart, startup: Startup, compilations: CompileCounter) -> GpuEngine:
     memory = _device_bytes(start.device) if start.memory is None else start.memory
     plan_memory(start.config, memory, start.limits)
-    with startup.phase("weights"):
+    with startup.phase("weights"), _refusing("the weights do not fit: take --quantize fp8 or a smaller model", memory):
         weights = start.load()
     decoder = GpuDecoder(weights, is_deterministic=start.is_deterministic)
     first_tokens = GpuFirstTokens(start.config.vocab, start.device)  # before memory is measured: its buffers count with the weights
     measured = Measured(weights=_taken_since(memory, start.device))
-    with startup.phase("profile"):
+    with startup.phase("profile"), _refusing(_too_long_a_wave(start.limits), memory):
         plan_memory(start.config, memory, start.limits, measured)
         measured = replace(measured, activations=_wave_bytes(decoder, start))
     plan = plan_memory(start.config, memory, start.limits, measured)
     for line in plan.lines():
         log.info("memory: %s", line)
-    spec = gpu_kv_spec(start.config, block_tokens=start.limits.block_tokens, dtype=weights.dtype)
-    cache = GpuKvCache(spec, plan.num_blocks, start.device)
-    limits = DecodeLimits(
-        max_batch=start.limits.max_batch, max_model_tokens=start.limits.max_model_tokens, is_deterministic=start.is_deterministic
-    )
-    decode = GpuDecode(decoder, cache, limits)
-    prefill = GpuPrefill(decoder, cache)
-    with startup.phase("capture"):
-        decode.capture(progress=start.shows_progress)
-        if start.device.type == "cuda":  # an interpreter has nothing to compile
-            warm_prefill(prefill, start.limits)
-            prefill.capture(_captured_limits(start.limits), progress=start.shows_progress)
+    too_much = "KV blocks, buffers and graphs take more than was planned for them: lower gpu_memory_fraction"
+    with startup.phase("capture"), _refusing(too_much, memory):
+        decode, prefill = _captured(decoder, plan.num_blocks, start)
+        if start.device.type == "cuda":
             first_tokens.warm()
     graphs = decode.graphs.pool_bytes + prefill.graph_bytes
     if graphs > plan.graphs:
@@ -102,7 +95,22 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
     num_graphs = len(decode.graphs) + prefill.num_graphs
     log.info("%d graphs, %d kernels compiled; %s", num_graphs, compilations.num_before_ready, startup.line())
     compilations.ready()
-    return GpuEngine(plan=plan, cache=cache, prefill=prefill, decode=decode, first_tokens=first_tokens, compilations=compilations)
+    return GpuEngine(plan=plan, cache=decode.cache, prefill=prefill, decode=decode, first_tokens=first_tokens, compilations=compilations)
+
+
+def _captured(decoder: GpuDecoder, num_blocks: int, start: EngineStart) -> tuple[GpuDecode, GpuPrefill]:
+    """Both over one pool; on a GPU warm."""
+    spec = gpu_kv_spec(start.config, block_tokens=start.limits.block_tokens, dtype=decoder.weights.dtype)
+    cache = GpuKvCache(spec, num_blocks, start.device)
+    limits = DecodeLimits(
+        max_batch=start.limits.max_batch, max_model_tokens=start.limits.max_model_tokens, is_deterministic=start.is_deterministic
+    )
+    decode, prefill = GpuDecode(decoder, cache, limits), GpuPrefill(decoder, cache)
+    decode.capture(progress=start.shows_progress)
+    if start.device.type == "cuda":  # an interpreter has nothing to compile
+        warm_prefill(prefill, start.limits)
+        prefill.capture(_captured_limits(start.limits), progress=start.shows_progress)
+    return decode, prefill
 
 
 def _captured_limits(limits: MemoryLimits) -> CapturedLimits:
@@ -127,33 +135,46 @@ def _wave_bytes(decoder: GpuDecoder, start: EngineStart) -> int | None:
     """The allocator's peak over one wave of the largest size, less its pool of KV; None where there is no device to ask."""
     if start.device.type != "cuda":
         return None
+    peak = _peak_of_a_wave(decoder, start)
+    torch.cuda.empty_cache()  # the wave's pool too, which has gone with the frame that held it
+    return peak
+
+
+def _peak_of_a_wave(decoder: GpuDecoder, start: EngineStart) -> int:
     limits = start.limits
     spec = gpu_kv_spec(start.config, block_tokens=limits.block_tokens, dtype=decoder.weights.dtype)
     lengths = _prompt_lengths(limits)
     blocks_each = -(-max(lengths) // limits.block_tokens)
-    try:
-        cache = GpuKvCache(spec, blocks_each * len(lengths), start.device)
-        torch.cuda.synchronize(start.device)
-        before = torch.cuda.memory_reserved(start.device)
-        torch.cuda.reset_peak_memory_stats(start.device)
-        slices = tuple(
-            PromptSlice(token_ids=(0,) * length, start=0, block_table=range(at * blocks_each, (at + 1) * blocks_each))
-            for at, length in enumerate(lengths)
-        )
-        prefill, batch = GpuPrefill(decoder, cache), StepBatch(slices=slices)
-        with compiling_ahead():
-            prefill.run(batch)
-        torch.cuda.empty_cache()
+    cache = GpuKvCache(spec, blocks_each * len(lengths), start.device)
+    torch.cuda.synchronize(start.device)
+    before = torch.cuda.memory_reserved(start.device)
+    torch.cuda.reset_peak_memory_stats(start.device)
+    slices = tuple(
+        PromptSlice(token_ids=(0,) * length, start=0, block_table=range(at * blocks_each, (at + 1) * blocks_each))
+        for at, length in enumerate(lengths)
+    )
+    prefill, batch = GpuPrefill(decoder, cache), StepBatch(slices=slices)
+    with compiling_ahead():
         prefill.run(batch)
-        torch.cuda.synchronize(start.device)
-        peak = torch.cuda.max_memory_reserved(start.device) - before
-    except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(
-            f"a wave of {limits.max_wave_tokens} tokens does not fit beside the weights: lower max_wave_tokens", code="does_not_fit"
-        ) from error
-    del cache
     torch.cuda.empty_cache()
-    return int(peak)
+    prefill.run(batch)
+    torch.cuda.synchronize(start.device)
+    return int(torch.cuda.max_memory_reserved(start.device) - before)
+
+
+def _too_long_a_wave(limits: MemoryLimits) -> str:
+    lower = "max_model_tokens" if limits.max_wave_tokens == limits.max_model_tokens else "max_wave_tokens"
+    return f"a wave of {limits.max_wave_tokens} tokens does not fit beside the weights: lower {lower}"
+
+
+@contextmanager
+def _refusing(why: str, memory: DeviceBytes) -> Iterator[None]:
+    """Where estimates were too small: a device that has no more is refused in words, as what the plan sees is."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        figures = f"{memory.total / 1e9:.1f} GB on the device, {memory.free / 1e9:.1f} GB of them free at the start"
+        raise ConfigError(f"{why} ({figures})", code="does_not_fit") from error
 
 
 def _prompt_lengths(limits: MemoryLimits) -> list[int]:

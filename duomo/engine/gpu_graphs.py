@@ -38,6 +38,7 @@ class GpuGraphs:
         gc.collect()
         gc.disable()  # a collection would free tensors, and so call CUDA, in the middle of a capture
         torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()  # what others left in the allocator's hands: given back below, it would hide what graphs take
         free_bytes = torch.cuda.mem_get_info(self._device)[0]
         try:
             stream.wait_stream(caller)

@@ -51,6 +51,16 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded() -> None:
         start_engine(start, Startup())
 
 
+def test_weights_that_take_more_than_estimated_are_refused_in_words() -> None:
+    def too_large() -> GpuWeights:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    start = EngineStart(config=TINY, load=too_large, limits=LIMITS, device=CPU, memory=DeviceBytes(total=80_000 * MB, free=75_000 * MB))
+    with pytest.raises(ConfigError, match="the weights do not fit: .*80.0 GB on the device, 75.0 GB of them free") as refused:
+        start_engine(start, Startup())
+    assert refused.value.code == "does_not_fit"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures a GPU's memory")
 def test_a_gpu_is_measured_and_nothing_is_compiled_after_ready() -> None:
