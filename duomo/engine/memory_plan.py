@@ -28,6 +28,7 @@ BYTES_PER_NODE = 32 * 1024  # assumed, and meant to be too much: with what libra
 LISTED_BYTES = 16384 * 8  # the sampler's list of candidates of one row: value and id
 MAX_PIECES = 32  # of a sequence in deterministic attention (gpu_decode_attention.MAX_CHUNKS): more than it has otherwise
 CUT_BYTES = 16  # of a tile of keys in the cut that all layers share
+SMALL_WAVE_TOKENS = 2048  # what a refusal proposes
 MIN_BLOCKS_PER_ROW = 2  # fewer, and a full batch could not hold its prompts' first tokens and grow
 
 
@@ -120,13 +121,20 @@ def block_bytes(config: ModelConfig, limits: MemoryLimits) -> int:
 
 
 def weight_bytes(config: ModelConfig, dtype_bytes: int = 2, quantise: Quantise = None) -> int:
-    """Of a whole model on the device; in fp8 embeddings, head, norms and the router keep `dtype_bytes`."""
+    """Of a whole model on the device; in fp8 embeddings, head, norms and the router keep `dtype_bytes`, and so do experts whose gate and up
+    would share a scale's block (gpu_build.py)."""
+    if quantise is None and not _is_held_fp8(config):
+        return config.total_params * dtype_bytes
     attention = 2 * config.hidden * config.head_dim * (config.num_heads + config.num_kv_heads)
-    products = config.num_layers * (attention + config.num_experts * 3 * config.hidden * config.expert_hidden)
+    experts = 0 if config.expert_hidden % SCALE_BLOCK else config.num_experts * 3 * config.hidden * config.expert_hidden
+    products = config.num_layers * (attention + experts)
     rest = config.total_params - products
-    if quantise is None and config.quantisation is None:
-        return (rest + products) * dtype_bytes
     return rest * dtype_bytes + products + products * 4 // (SCALE_BLOCK * SCALE_BLOCK)
+
+
+def _is_held_fp8(config: ModelConfig) -> bool:
+    """Whether the folder's fp8 is what the kernels read: other blocks are made wide as they are loaded (gpu_load.py)."""
+    return config.quantisation is not None and config.quantisation.block == (SCALE_BLOCK, SCALE_BLOCK)
 
 
 def activation_bytes(config: ModelConfig, num_tokens: int, dtype_bytes: int = 2) -> int:
@@ -205,15 +213,16 @@ def _advice(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, plan
     if blocks >= MIN_BLOCKS_PER_ROW:
         tokens, batch = min(limits.max_model_tokens, blocks * limits.block_tokens), min(limits.max_batch, blocks // MIN_BLOCKS_PER_ROW)
         found.append(f"max_model_tokens {tokens} with max_batch {batch}")
-    if limits.quantise is None and config.quantisation is None:
+    if limits.quantise is None and not _is_held_fp8(config):
         by_fp8 = _divide(config, device, replace(limits, quantise="fp8"), replace(plan.measured, weights=None))
         if by_fp8.num_blocks >= _needed_blocks(limits):
             found.append(
                 f"--quantize fp8: {by_fp8.weights / 1e9:.1f} GB of weights, {by_fp8.num_blocks} blocks ({by_fp8.num_tokens} tokens)"
             )
-    if limits.max_wave_tokens > 2048:
-        smaller = replace(limits, max_wave_tokens=2048)
+    wave_tokens = max(SMALL_WAVE_TOKENS, limits.max_model_tokens)  # a prompt is one wave at least
+    if limits.max_wave_tokens > wave_tokens:
+        smaller = replace(limits, max_wave_tokens=wave_tokens)
         by_waves = _divide(config, device, smaller, replace(plan.measured, activations=None))
         if by_waves.num_blocks >= _needed_blocks(limits):
-            found.append(f"max_wave_tokens 2048: {by_waves.num_blocks} blocks")
+            found.append(f"max_wave_tokens {wave_tokens}: {by_waves.num_blocks} blocks")
     return " or ".join(found) if found else "nothing on this device; a larger one, or several"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from duomo.config import ModelSection
@@ -133,8 +133,12 @@ def load_config(folder: Path, *, needs_weights: bool = True, random_seed: int = 
 
 
 def served_config(section: ModelSection) -> ModelConfig:
-    """load_config of the model that the configuration names, its weights a folder's or drawn: every process reads it by this."""
-    return load_config(section.path, needs_weights=not section.random_weights, random_seed=section.random_seed)
+    """load_config of the model that the configuration names, its weights a folder's or drawn: every process reads it by this.
+
+    Drawn weights are not held in fp8, whatever config.json says of its own checkpoint: model.quantize decides.
+    """
+    config = load_config(section.path, needs_weights=not section.random_weights, random_seed=section.random_seed)
+    return replace(config, quantisation=None) if section.random_weights else config
 
 
 def refuse_on_cpu(config: ModelConfig) -> None:

@@ -113,7 +113,7 @@ class _Build:
     def linear(self, what: str, entries: Sequence[Entry]) -> LinearWeights:
         """Products over the same columns, one below the other."""
         rows, columns = [entry.shape[0] for entry in entries], entries[0].shape[1]
-        if self._are_held_fp8(entries):
+        if self._are_held_fp8(what, entries):
             if all(sum(rows[:at]) % SCALE_BLOCK == 0 for at in range(len(rows))):
                 return self._held_linear(entries)
             self.kept_wide[f"{what}: of {' + '.join(map(str, rows))} rows some share a scale's block of {SCALE_BLOCK}"] = None
@@ -136,7 +136,7 @@ class _Build:
 
     def experts(self, experts: Sequence[ExpertEntries]) -> ExpertWeights:
         width, hidden = experts[0].gate.shape
-        is_held_fp8 = self._are_held_fp8([entry for expert in experts for entry in expert])
+        is_held_fp8 = self._are_held_fp8("experts", [entry for expert in experts for entry in expert])
         if is_held_fp8 or self._target.quantise is not None:
             if width % SCALE_BLOCK == 0:
                 return self._fp8_experts(experts, self._fill_held if is_held_fp8 else self._fill_quantised)
@@ -178,8 +178,13 @@ class _Build:
             into.weight_NK.copy_(stored_1NK[0])
             into.scale_nk.copy_(scale_1nk[0])
 
-    def _are_held_fp8(self, entries: Sequence[Entry]) -> bool:
-        return self._target.dtype in HALVES and all(self._source.is_fp8(entry) for entry in entries)
+    def _are_held_fp8(self, what: str, entries: Sequence[Entry]) -> bool:
+        if self._target.dtype not in HALVES:
+            return False
+        held = [self._source.is_fp8(entry) for entry in entries]
+        if any(held) and not all(held) and self._target.quantise is None:
+            self.kept_wide[f"{what}: only some of their weights are held in fp8"] = None
+        return all(held)
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self._target.dtype, device=self._target.device)

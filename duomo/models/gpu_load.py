@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from duomo.models.checkpoint import Entry, all_entries
 from duomo.models.config import Fp8Blocks, load_config
-from duomo.models.gpu_build import WeightTarget, build_weights
+from duomo.models.gpu_build import HALVES, WeightTarget, build_weights
 from duomo.models.gpu_weights import GpuWeights
 from duomo.models.weights import WeightFolder
 from duomo_kernels._weights import SCALE_BLOCK
 from duomo_kernels.quant_fp8 import quant_fp8
+
+log = logging.getLogger(__name__)
 
 
 def load_gpu_weights(
@@ -33,6 +36,9 @@ def load_gpu_weights(
     """
     target = WeightTarget(device=device, dtype=dtype, quantise=quantise)
     config = load_config(folder)
+    blocks = None if config.quantisation is None else config.quantisation.block
+    if dtype in HALVES and quantise is None and blocks not in (None, (SCALE_BLOCK, SCALE_BLOCK)):
+        log.warning("%s: weights made %s, not kept in fp8: the kernels know blocks of 128 x 128, not %s", folder, dtype, blocks)
     with WeightFolder(folder, config.quantisation, num_tensors=sum(1 for _ in all_entries(config)), progress=progress) as weights:
         return build_weights(config, _FolderSource(weights, config.quantisation), target)
 

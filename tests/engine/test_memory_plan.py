@@ -8,7 +8,7 @@ import pytest
 
 from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, activation_bytes, plan_memory, weight_bytes
 from duomo.errors import ConfigError
-from duomo.models.config import ModelConfig
+from duomo.models.config import Fp8Blocks, ModelConfig
 from tests.engine.published import MIXTRAL, OLMOE, QWEN3_30B
 
 GB = 10**9
@@ -25,6 +25,15 @@ def test_weights_of_published_models(config: ModelConfig, low_gb: float, high_gb
     assert low_gb * GB < weight_bytes(config) < high_gb * GB
     assert weight_bytes(config) == 2 * config.total_params
     assert 0.5 < weight_bytes(config, 2, "fp8") / weight_bytes(config) < 0.56
+
+
+def test_fp8_counts_for_what_the_kernels_read_in_fp8() -> None:
+    held = replace(OLMOE, quantisation=Fp8Blocks(block=(128, 128)))
+    assert weight_bytes(held) == weight_bytes(OLMOE, 2, "fp8")
+    assert weight_bytes(replace(OLMOE, quantisation=Fp8Blocks(block=(64, 64)))) == weight_bytes(OLMOE)
+    narrow = replace(OLMOE, expert_hidden=1000)  # gate and up would share a scale's block: experts stay wide
+    attention = 16 * 2 * 2048 * 128 * (16 + 16)
+    assert weight_bytes(narrow) - weight_bytes(narrow, 2, "fp8") == attention - attention * 4 // 128**2
 
 
 def test_olmoe_fits_with_room() -> None:
@@ -58,6 +67,16 @@ def test_a_long_context_is_refused_and_told_what_would_fit() -> None:
         plan_memory(OLMOE, small, replace(LIMITS, max_model_tokens=131072))
     fitting = int(refused.value.detail.split("max_model_tokens ")[1].split()[0])
     assert plan_memory(OLMOE, small, replace(LIMITS, max_model_tokens=fitting)).num_tokens >= fitting
+
+
+def test_no_shorter_wave_is_proposed_than_the_longest_prompt() -> None:
+    tight, limits = replace(H100, free=16 * GB), replace(LIMITS, max_wave_tokens=65536, gpu_memory_fraction=0.99)
+    tight = replace(tight, total=16 * GB)
+    with pytest.raises(ConfigError, match="or max_wave_tokens 4096: [0-9]+ blocks"):
+        plan_memory(OLMOE, tight, limits)
+    with pytest.raises(ConfigError) as refused:
+        plan_memory(OLMOE, tight, replace(limits, max_model_tokens=65536))
+    assert "max_wave_tokens" not in refused.value.detail
 
 
 def test_nothing_fits_a_small_card() -> None:

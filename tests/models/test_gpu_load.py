@@ -182,21 +182,26 @@ def test_fp8_blocks_of_128_stay_as_they_are(dtype: torch.dtype, scale_dtype: tor
 
 
 @pytest.mark.parametrize(("block", "dtype"), [((128, 128), torch.float32), ((64, 32), torch.float32), ((64, 32), torch.bfloat16)])
-def test_other_fp8_is_dequantised(block: tuple[int, int], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_other_fp8_is_dequantised(block: tuple[int, int], dtype: torch.dtype, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, "qwen3_moe", torch.bfloat16, **FP8_SIZES)
     wide = to_fp8(tmp_path, block)
-    ours = load_gpu_weights(tmp_path, device=CPU, dtype=dtype)
+    with caplog.at_level(logging.WARNING, logger="duomo.models"):
+        ours = load_gpu_weights(tmp_path, device=CPU, dtype=dtype)
+    said = ["not (64, 32)" in record.getMessage() for record in caplog.records]
+    assert said == ([] if dtype is torch.float32 else [True]), "who asked for float32 was given it"
     assert not (ours.layers[0].qkv.is_fp8 or ours.layers[0].out.is_fp8 or ours.layers[0].experts.is_fp8)
     assert_counts_as(ours, wide, dtype)
 
 
-def test_products_left_wide_in_an_fp8_model_stay_wide(tmp_path: Path) -> None:
+def test_products_left_wide_in_an_fp8_model_stay_wide(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, "qwen3_moe", torch.bfloat16, **FP8_SIZES)
     kept = load_file(tmp_path / "model.safetensors")["model.layers.0.self_attn.k_proj.weight"]
     wide = to_fp8(tmp_path)
     wide["model.layers.0.self_attn.k_proj.weight"] = kept.float()
     edit_tensors(tmp_path, lambda tensors: tensors.update({"model.layers.0.self_attn.k_proj.weight": kept}))
-    ours = load_gpu_weights(tmp_path, device=CPU)
+    with caplog.at_level(logging.WARNING, logger="duomo.models"):
+        ours = load_gpu_weights(tmp_path, device=CPU)
+    assert ["only some of their weights" in record.getMessage() for record in caplog.records] == [True]
     assert not ours.layers[0].qkv.is_fp8 and ours.layers[0].out.is_fp8 and ours.layers[0].experts.is_fp8
     assert_counts_as(ours, wide, torch.bfloat16)
 
