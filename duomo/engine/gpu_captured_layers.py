@@ -23,7 +23,7 @@ from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_wave import GpuWave, aligned
 from duomo.engine.gpu_wave_attention import attend_under
-from duomo.engine.wave_buckets import WAVE_BUCKETS, wave_buckets_up_to
+from duomo.engine.wave_buckets import MAX_WAVE_PROMPTS, WAVE_BUCKETS, wave_buckets_up_to
 from duomo.models.gpu_decoder import GpuDecoder, KvPlace, RowState
 from duomo_kernels.prefill_attention import CachedPrefix
 
@@ -33,7 +33,7 @@ class CapturedLimits:
     """The waves that graphs serve: rows, sequences, and tokens of a sequence with its prefix."""
 
     max_rows: int = WAVE_BUCKETS[-1]
-    max_sequences: int = 16
+    max_sequences: int = MAX_WAVE_PROMPTS
     max_sequence_tokens: int
 
 

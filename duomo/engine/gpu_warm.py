@@ -18,6 +18,7 @@ from duomo.engine.gpu_prefill import GpuPrefill
 from duomo.engine.gpu_wave import upload_rows
 from duomo.engine.gpu_wave_attention import LIBRARY_MIN_TOKENS, LIBRARY_STEP
 from duomo.engine.memory_plan import MemoryLimits
+from duomo.engine.wave_buckets import MAX_WAVE_PROMPTS
 
 FEW = (1, 2, 3, 4, 5, 8, 9, 16)
 WARM_LAYERS = 2
@@ -49,7 +50,7 @@ def warm_waves(limits: MemoryLimits, num_blocks: int) -> list[WarmWave]:
         WarmWave(num_tokens=size + more, num_prompts=num_prompts, prefix_blocks=prefix_blocks)
         for size in MIXED_TOKENS
         for more in (0, 1)
-        for num_prompts in (1, 2, 3, 16)
+        for num_prompts in (1, 2, 3, MAX_WAVE_PROMPTS)
         for prefix_blocks in (0, 1)
     ]
     # cuDNN plans by length, and the thread keeps its plans: whoever serves must be the thread that warms

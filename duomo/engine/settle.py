@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from duomo.config import DuomoConfig, changed
 from duomo.engine.device import Card, Host, Pick, pick_device
 from duomo.engine.memory_plan import GPU_BLOCK_TOKENS, DeviceBytes, MemoryLimits, MemoryPlan, plan_memory
+from duomo.engine.wave_buckets import MAX_WAVE_PROMPTS
+from duomo.errors import ConfigError, ModelError
 from duomo.models.config import ModelConfig, refuse_on_cpu, served_config
 
 GPU_START_TIMEOUT_S = 900.0  # tens of gigabytes are read and kernels compiled; a CPU's default is for a small model
@@ -39,6 +41,7 @@ def settle(config: DuomoConfig, look: Callable[[], Host] | None = None) -> Settl
     if pick.device == "cpu":
         refuse_on_cpu(model)
         return Settled(config=config, model=model, why=why)
+    _refuse_on_gpu(config, model)
     limits = memory_limits(config, model)
     plan = None if pick.card is None else plan_memory(model, device_bytes(pick.card), limits)
     return Settled(config=config, model=model, why=why, card=pick.card, plan=plan)
@@ -68,6 +71,21 @@ def memory_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
         gpu_memory_fraction=config.gpu_memory_fraction,
         quantise=config.model.quantize or None,
     )
+
+
+def _refuse_on_gpu(config: DuomoConfig, model: ModelConfig) -> None:
+    """Sizes that the kernels do not know, or that would break a promise: before anything is loaded."""
+    block_tokens, prompts = config.model.block_tokens, config.prefill.max_wave_prompts
+    if block_tokens & (block_tokens - 1):
+        raise ConfigError(f"model.block_tokens is {block_tokens}: on a GPU a power of two")
+    if config.deterministic and block_tokens < GPU_BLOCK_TOKENS:
+        raise ConfigError(  # a cached prefix of fewer would cut the keys of a prompt elsewhere than a prefill of all of it
+            f"model.block_tokens is {block_tokens}: deterministic on a GPU needs at least {GPU_BLOCK_TOKENS}"
+        )
+    if prompts > MAX_WAVE_PROMPTS:
+        raise ConfigError(f"prefill.max_wave_prompts is {prompts}: kernels of a GPU are made ready for {MAX_WAVE_PROMPTS} at most")
+    if model.head_dim < 16 or model.head_dim & (model.head_dim - 1):
+        raise ModelError(f"head_dim {model.head_dim} of {config.model.path}: on a GPU a power of two from 16 on", code="bad_model_config")
 
 
 def device_bytes(card: Card) -> DeviceBytes:

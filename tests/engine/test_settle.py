@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,33 @@ def test_fp8_leaves_more_for_kv() -> None:
     plain = settle(config(OLMOE, **{"model.random_weights": True}), gpu).plan
     small = settle(config(OLMOE, **{"model.random_weights": True, "model.quantize": "fp8"}), gpu).plan
     assert plain is not None and small is not None and small.num_blocks > plain.num_blocks
+
+
+def test_drawn_weights_are_as_wide_as_was_asked_whatever_the_folder_was_quantised_to(tmp_path: Path) -> None:
+    published = json.loads((OLMOE / "config.json").read_text())
+    published["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    plans = [settle(config(path, **{"model.random_weights": True}), gpu).plan for path in (OLMOE, tmp_path)]
+    assert plans[0] is not None and plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model.block_tokens": 48}, "block_tokens is 48: on a GPU a power of two"),
+        ({"model.block_tokens": 32, "deterministic": True}, "block_tokens is 32: deterministic on a GPU needs at least 64"),
+        ({"prefill.max_wave_prompts": 17}, "max_wave_prompts is 17.*for 16 at most"),
+    ],
+)
+def test_a_gpu_refuses_sizes_that_its_kernels_do_not_have(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settle(config(OLMOE, **{"model.random_weights": True}, **options), gpu)
+
+
+def test_a_gpu_refuses_heads_that_are_no_power_of_two(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((QWEN / "config.json").read_text()) | {"head_dim": 96}))
+    with pytest.raises(ModelError, match="head_dim 96.*a power of two"):
+        settle(config(tmp_path, **{"model.random_weights": True}), gpu)
 
 
 def test_what_does_not_fit_is_refused_with_figures() -> None:
