@@ -94,9 +94,9 @@ def _touch_tiles(
     row_R = tl.arange(0, TOUCH * BLOCK)
     at_R = start + row_R // BLOCK
     key_R = row_R % BLOCK
-    live_R = tl.load(tiles_ptr + at_R, mask=at_R < stop, other=0) & 1023
+    live_R = tl.load(tiles_ptr + at_R, mask=at_R < stop, other=0, cache_modifier=".cg") & 1023
     is_live_R = key_R < live_R
-    part_R = tl.load(blocks_ptr + at_R * BLOCKS + key_R // BLOCK_TOKENS % BLOCKS, mask=is_live_R, other=0)
+    part_R = tl.load(blocks_ptr + at_R * BLOCKS + key_R // BLOCK_TOKENS % BLOCKS, mask=is_live_R, other=0, cache_modifier=".cg")
     key_R = part_R % MANY * BLOCK + key_R % BLOCK_TOKENS
     from_R = pool_ptr + (((part_R // MANY).to(tl.int64) * (2 * N) + head) * BLOCK_TOKENS + key_R) * D
     from_RD = from_R[:, None] + tl.arange(0, D // 32 if D > 32 else 1)[None, :] * 32
@@ -216,8 +216,8 @@ def _decode_kernel(
     run_ptr = runs_ptr + tl.program_id(0) // N * 8
     if not IS_SETTLED:
         wait_for_previous(USE_PDL)
-    start = tl.load(run_ptr)
-    stop = tl.load(run_ptr + 1)
+    start = tl.load(run_ptr, cache_modifier=".cg")  # before the wait L1 may hold the line of an earlier step
+    stop = tl.load(run_ptr + 1, cache_modifier=".cg")
     if IS_SETTLED:
         touch_T = start + tl.arange(0, RECORDS)
         tl.load(words_ptr + touch_T, mask=touch_T < stop, volatile=True)
