@@ -58,7 +58,7 @@ class DecodeConfig:
         assert (
             1 <= self.programs_per_sm <= MOST_PROGRAMS_PER_SM
             and self.merge in get_args(Merge)
-            and self.late >= 0
+            and (self.late == 0 or self.late >= 2)  # with all tiles late, nothing would be left for the first runs
             and 1 <= self.late_runs <= MOST_LATE_RUNS
         ), self
 
@@ -150,7 +150,7 @@ class DecodeWorkspace:
 def decode_workspace(shape: DecodeShape, device: torch.device, config: DecodeConfig | None = None) -> DecodeWorkspace:
     """Room for the pieces of any call of this shape, or of fewer sequences, with this configuration; without one, with any table's."""
     num_n, group = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
-    config = config or replace(shape.config(device), programs_per_sm=MOST_PROGRAMS_PER_SM, late=1, late_runs=MOST_LATE_RUNS)
+    config = config or replace(shape.config(device), programs_per_sm=MOST_PROGRAMS_PER_SM, late=2, late_runs=MOST_LATE_RUNS)
     slots = shape.num_slots(config, device)
     return DecodeWorkspace(
         acc_UNGD=torch.empty(slots, num_n, group, shape.head_dim, dtype=torch.float32, device=device),
@@ -254,12 +254,13 @@ def merge_kernel(
 ):
     """Program (sequence, kv head, one of PARTS parts of its query heads): adds the pieces of an item that has several.
 
-    The plan is read before the wait: the attention kernel lets this one start only once it has itself waited for all before it.
+    The plan is read before the wait: the attention kernel lets this one start only once it has itself waited for all before it. From L2:
+    L1 may hold the line of an earlier step.
     """
     item = tl.program_id(0) // PARTS
     row_R = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
-    slot = tl.load(merges_ptr + item // N * 2)
-    count = tl.load(merges_ptr + item // N * 2 + 1)
+    slot = tl.load(merges_ptr + item // N * 2, cache_modifier=".cg")
+    count = tl.load(merges_ptr + item // N * 2 + 1, cache_modifier=".cg")
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)
     if count > 1:

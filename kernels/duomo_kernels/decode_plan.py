@@ -24,7 +24,7 @@ from duomo_kernels._decode_pieces import RUN_WORDS, DecodeConfig, DecodePlan, De
 from duomo_kernels._launch import check, pdl_options, start_next, wait_for_previous
 
 MAX_SEQUENCES = 1 << 12  # lengths that a program holds in registers: 32 a thread
-MIN_LATE_TILES = tl.constexpr(4)  # a late run of two takes longer to start than to read: 32 sequences of 1,024 in 16 heads lost 8%
+MIN_LATE_TILES = tl.constexpr(4)  # a late run of two takes longer to start than to read
 TILES_AT_ONCE = 128
 
 

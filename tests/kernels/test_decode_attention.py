@@ -209,6 +209,8 @@ def test_wrong_arguments_are_refused(device: torch.device) -> None:
         attend(replace(case, lengths_S=case.lengths_S.long()))
     with pytest.raises(AssertionError, match="keys a warp"):
         replace(small_config("ticket"), num_warps=4)
+    with pytest.raises(AssertionError, match="late=1"):
+        small_config("ticket", late=1)
     with pytest.raises(AssertionError, match="workspace holds"):
         small = room(case, None, None)
         attend(case, workspace=replace(small, max_UNG=small.max_UNG[:1]))

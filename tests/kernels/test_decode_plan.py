@@ -10,7 +10,8 @@ from duomo_kernels.decode_plan import decode_plan, decode_plan_reference, run_cu
 
 TILE = 32
 GARBAGE = -(2**30)
-LENGTHS = [[1], [0, 0, 0], [257], [31, 32, 33, 0, 1], [700, 5, 0, 300, 64, 1, 1], [1] * 17]
+ENOUGH_FOR_LATE_RUNS = [1024, 0, 700, 33]
+LENGTHS = [[1], [0, 0, 0], [257], [31, 32, 33, 0, 1], [700, 5, 0, 300, 64, 1, 1], [1] * 17, ENOUGH_FOR_LATE_RUNS]
 
 
 def make(lengths: list[int], device: torch.device, block_tokens: int, late: int, chunk_tokens: int | None) -> tuple[DecodePlan, DecodePlan]:
@@ -39,6 +40,9 @@ def test_the_plan_is_the_reference(
 ) -> None:
     plan, right = make(lengths, device, block_tokens, late, chunk_tokens)
     tiles = sum(max(1, -(-length // TILE)) for length in lengths)
+    if late and lengths is ENOUGH_FOR_LATE_RUNS and chunk_tokens is None and device.type == "cpu":
+        main = plan.shape.num_main_runs(plan.config, device)
+        assert (plan.runs_C8[main:, 1] > plan.runs_C8[main:, 0]).any(), "no late run: the case tests nothing"
     assert torch.equal(plan.merges_S2, right.merges_S2)
     assert torch.equal(plan.runs_C8, right.runs_C8)
     assert torch.equal(plan.words_T[:tiles], right.words_T[:tiles])
@@ -59,7 +63,7 @@ def test_runs_hold_every_tile_once_and_none_is_longer_than_it_must_be(total: int
 
 def test_slots_are_nobody_elses(device: torch.device) -> None:
     for chunk_tokens in (None, TILE):
-        plan, _ = make([700, 5, 0, 300, 64, 1, 1], device, 16, 2, chunk_tokens)
+        plan, _ = make(ENOUGH_FOR_LATE_RUNS, device, 16, 2, chunk_tokens)
         slots = [slot + i for slot, count in plan.merges_S2.tolist() for i in range(count)]
         assert len(set(slots)) == len(slots) and max(slots) < plan.shape.num_slots(plan.config, device)
 
