@@ -121,6 +121,7 @@ def linear(
     assert out.dtype == out_dtype or out_dtype is None, f"out is {out.dtype}, out_dtype {out_dtype}"
     assert out.dtype in (x_TK.dtype, torch.float32), f"{out.dtype} from {x_TK.dtype}"
     check("out", out, out.dtype, num_rows, num_n, device=device)
+    assert out.data_ptr() != x_TK.data_ptr() or not num_rows, "out is x: programs that end first would change what others still read"
     if num_rows == 0:
         return out
     plan = linear_plan(num_rows, weight_NK, is_deterministic=is_deterministic) if plan is None else plan

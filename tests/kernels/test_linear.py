@@ -170,6 +170,7 @@ def test_wrong_arguments_are_refused(half: torch.dtype, device: torch.device) ->
         partial(linear, given.x_TK[:, :60].contiguous(), given.weight_NK[:, :60].contiguous()),
         partial(linear, given.x_TK, given.weight_NK.t().contiguous().t()),
         partial(linear, fp8.x_TK, fp8.weight_NK, fp8.scale_nk, plan=SMALL),
+        partial(linear, given.x_TK, given.weight_NK.new_ones(64, 64), out=given.x_TK),
     ]
     for each in wrong:
         with pytest.raises(AssertionError):
