@@ -19,7 +19,7 @@ from torch import Tensor
 
 from duomo.engine.decode_step import MAX_ENDINGS, DecodeRow, Joining
 from duomo.engine.gpu_host_ring import HostRing
-from duomo_kernels._sampling import Penalties, SampleRows, empty_tables, fill_slot
+from duomo_kernels._sampling import MAX_VOCAB, Penalties, SampleRows, empty_tables, fill_slot
 from duomo_kernels.sample import Mode
 
 if TYPE_CHECKING:
@@ -78,7 +78,9 @@ class _Image:
         self.float_of["top_p"][row], self.float_of["min_p"][row] = sampling.top_p, sampling.min_p
         self.float_of["repetition"][row] = sampling.repetition_penalty
         self.float_of["frequency"][row], self.float_of["presence"][row] = sampling.frequency_penalty, sampling.presence_penalty
-        self.int_of["top_k"][row], self.int_of["choice"][row] = sampling.top_k, asked.choice
+        # a request may ask for more tokens than there are ids, and than a word holds: no limit either way
+        self.int_of["top_k"][row] = sampling.top_k if sampling.top_k < MAX_VOCAB else 0
+        self.int_of["choice"][row] = asked.choice
         self.int_of["num_top"][row] = -1 if sampling.logprobs is None else sampling.logprobs
         self.int_of["slot"][row] = slot
         masks = sampling.min_tokens > 0 and len(asked.ending_ids) > 0

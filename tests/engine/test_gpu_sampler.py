@@ -111,6 +111,12 @@ def test_each_row_draws_as_it_asked_whatever_stands_beside_it(rows: Rows) -> Non
     assert rows.kind == SampleKind(mode="plain")
 
 
+def test_a_top_k_that_no_word_holds_is_no_limit(rows: Rows) -> None:
+    rows.step([Choice(Sampling(max_tokens=9, top_k=2**31, seed=5)), Choice(Sampling(max_tokens=9, top_k=3, seed=5))])
+    rows.step([Choice(Sampling(max_tokens=9, top_k=2**31, seed=5))])
+    assert rows.kind == SampleKind(mode="plain")
+
+
 def test_tables_of_seen_tokens_follow_their_rows(rows: Rows) -> None:
     penalised = [
         Choice(Sampling(max_tokens=9, temperature=0.0, repetition_penalty=1.8), prompt_ids=tuple(range(20, 30))),
