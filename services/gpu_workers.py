@@ -5,6 +5,7 @@ The thread that starts them is the one that computes with them: libraries keep t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,7 @@ def start_gpu_workers(config: DuomoConfig, startup: Startup) -> GpuWorkers:
         limits=memory_limits(config, model),
         device=device,
         is_deterministic=config.deterministic,
+        shows_progress=sys.stderr.isatty(),
     )
     return gpu_workers(start_engine(start, startup), config)
 
@@ -70,4 +72,4 @@ def _loader(config: DuomoConfig, model: ModelConfig, device: torch.device) -> Ca
     quantise = section.quantize or None
     if section.random_weights:
         return partial(random_gpu_weights, model, device=device, quantise=quantise, seed=section.random_seed)
-    return partial(load_gpu_weights, section.path, device=device, quantise=quantise)
+    return partial(load_gpu_weights, section.path, device=device, quantise=quantise, progress=sys.stderr.isatty())

@@ -1,7 +1,7 @@
 """Text to tokens and back: the model's tokenizer, its chat template, exact incremental detokenisation and stop strings. Knows no request.
 
-Only byte-level tokenizers are served (Qwen3, DeepSeek, OLMoE, gpt-oss ...): a token is a run of bytes, so the text of a stream is the
-incremental UTF-8 decoding of its bytes, and equals the tokenizer's own decoding of all ids (invalid bytes become U+FFFD in both).
+A token is a run of bytes (spelling.py), so the text of a stream is the incremental UTF-8 decoding of its bytes, and equals the tokenizer's
+own decoding of all ids (invalid bytes become U+FFFD in both; with byte fallback fewer of them).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tokenizers
 from duomo.config import ModelSection
 from duomo.errors import ModelError, RequestError
 from services.router.openai import ChatMessage
+from services.router.spelling import Spelling, spelling_of
 
 # Text of at least this many characters is tokenised on a thread, so that the loop's other streams do not stall (0.5 us a character).
 THREAD_CHARS: Final = 16 * 1024
@@ -34,11 +35,12 @@ _TOKENIZER: Final = "tokenizer.json"
 class ModelText:
     """The text side of one model folder. Immutable after loading; shared by all requests and threads."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, template: str | None, special: dict[str, str]) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, spelling: Spelling, template: str | None, special: dict[str, str]) -> None:
         self._tokenizer = tokenizer
         self._special = special
         self._template = None if template is None else _environment().from_string(template)
-        self._pieces = _token_bytes(tokenizer)
+        self._strips_space = spelling.strips_space
+        self._pieces = spelling.pieces(tokenizer)
         self.vocab_size = len(self._pieces)
         self.note = ""  # for the operator: whose tokenizer this is, where it is not the model's own
         skipped = {idx for idx, token in tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -71,11 +73,11 @@ class ModelText:
             tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the tokenizers library raises bare Exception for every fault
             raise ModelError(f"cannot read {file}: {error}") from error
-        _check_byte_level(tokenizer, file)
+        spelling = spelling_of(tokenizer, file)
         settings = _read_json(folder / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = {name: _token_text(settings[name]) for name in names if settings.get(name)}
-        return cls(tokenizer, _template_source(folder, settings), special)
+        return cls(tokenizer, spelling, _template_source(folder, settings), special)
 
     def render(self, messages: Sequence[ChatMessage]) -> str:
         """The conversation as the model was trained to read it, ready for the assistant's turn. RequestError naming `messages`."""
@@ -102,7 +104,7 @@ class ModelText:
         return self._pieces[token_id] if token_id < len(self._pieces) else b""
 
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self._visible)
+        return Detokenizer(self._visible, strips_space=self._strips_space)
 
     def _name_ids_up_to(self, vocab_size: int) -> None:
         """While it is loaded: ids that the tokenizer does not know read as their numbers. Nothing encodes to them."""
@@ -114,15 +116,20 @@ class ModelText:
 class Detokenizer:
     """The text of one growing choice, special tokens left out. Bytes that do not yet end a character are held back."""
 
-    __slots__ = ("_decode", "_visible")
+    __slots__ = ("_decode", "_strips_space", "_visible")
 
-    def __init__(self, visible: list[bytes]) -> None:
+    def __init__(self, visible: list[bytes], *, strips_space: bool = False) -> None:
         self._visible = visible
+        self._strips_space = strips_space  # until the first character is out
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes, possibly none."""
-        return self._decode(self._visible[token_id]) if token_id < len(self._visible) else ""
+        text = self._decode(self._visible[token_id]) if token_id < len(self._visible) else ""
+        if self._strips_space and text:
+            self._strips_space = False
+            return text.removeprefix(" ")
+        return text
 
     def finish(self) -> str:
         """What the held-back bytes read as, now that nothing follows: U+FFFD."""
@@ -189,13 +196,6 @@ def _raise_template_error(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _check_byte_level(tokenizer: tokenizers.Tokenizer, file: Path) -> None:
-    decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
-    if decoder.get("type") != "ByteLevel":
-        kind = decoder.get("type", "none")
-        raise ModelError(f"{file}: decoder '{kind}' is not supported; byte-level tokenizers are (decoder 'ByteLevel')")
-
-
 def _embedded_folder(for_folder: Path) -> Path:
     """Raises ModelError where neither a checkout nor the working folder holds it."""
     places = [root / _EMBEDDED for root in (Path(__file__).resolve().parents[2], Path.cwd())]
@@ -203,25 +203,6 @@ def _embedded_folder(for_folder: Path) -> Path:
     if found is None:
         raise ModelError(f"{for_folder} has no {_TOKENIZER}, and the embedded model's is not in {places[0]} either: give the folder one")
     return found
-
-
-def _token_bytes(tokenizer: tokenizers.Tokenizer) -> list[bytes]:
-    """Each id's bytes. A token spelled outside the byte alphabet (an added one) stands for its own UTF-8, as in the library's decoder."""
-    alphabet = _byte_alphabet()
-    pieces = [b""] * (max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
-    for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
-        spelled = [alphabet.get(char) for char in token]
-        known = [byte for byte in spelled if byte is not None]
-        pieces[token_id] = bytes(known) if len(known) == len(spelled) else token.encode("utf-8")
-    return pieces
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of the 256 bytes as printable characters."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    return alphabet | {chr(256 + idx): byte for idx, byte in enumerate(others)}
 
 
 def _template_source(folder: Path, settings: dict[str, object]) -> str | None:
