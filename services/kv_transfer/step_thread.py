@@ -3,7 +3,7 @@
     thread = StepThread("engine-step")
     output = await thread.run("step", worker.run, step)      # from an event loop; one call computes at a time
     thread.expect_steps(True)                                # sequences run: hold a second group back until the next step is here
-    thread.close()                                           # waits for the call that computes; those that wait are cancelled
+    thread.close()                                           # waits for the call that computes, in bounds; those that wait are cancelled
 
 Of each kind calls run in the order in which they came.
 """
@@ -11,6 +11,7 @@ Of each kind calls run in the order in which they came.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -19,6 +20,10 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from services.kv_transfer.turns import Turn, TurnView, next_turn
+
+CLOSE_LIMIT_S = 60.0  # longer than any step or group; a hung device never answers
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,12 +60,14 @@ class StepThread:
                 self._is_decoding = is_decoding
                 self._changed.notify()
 
-    def close(self) -> None:
-        """Wait for the call that computes, then end the thread. Safe to call twice."""
+    def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
+        """Wait for the call that computes, then end the thread; one that hangs is left behind, told in the log. Safe to call twice."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(limit_s)
+        if self._thread.is_alive():
+            log.error("%s still computes after %.0f s: its process ends without it", self._thread.name, limit_s)
         for future in list(self._futures):
             future.cancel()
 

@@ -95,3 +95,20 @@ def test_an_idle_thread_uses_no_processor_time() -> None:
     time.sleep(0.3)
     assert time.process_time() - before_s < 0.05
     thread.close()
+
+
+def test_a_call_that_hangs_is_left_behind_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    released = threading.Event()
+
+    async def scenario() -> None:
+        thread = StepThread("test-step")
+        hanging = thread.run("step", released.wait)
+        waiting = thread.run("step", released.wait)
+        await asyncio.to_thread(thread.close, 0.05)
+        assert "test-step still computes" in caplog.text
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        released.set()
+        assert await hanging, "what computes is not taken away"
+
+    asyncio.run(scenario())
