@@ -98,11 +98,16 @@ def test_an_idle_thread_uses_no_processor_time() -> None:
 
 
 def test_a_call_that_hangs_is_left_behind_and_told(caplog: pytest.LogCaptureFixture) -> None:
-    released = threading.Event()
+    began, released = threading.Event(), threading.Event()
+
+    def hang() -> bool:
+        began.set()
+        return released.wait()
 
     async def scenario() -> None:
         thread = StepThread("test-step")
-        hanging = thread.run("step", released.wait)
+        hanging = thread.run("step", hang)
+        await asyncio.to_thread(began.wait)
         waiting = thread.run("step", released.wait)
         await asyncio.to_thread(thread.close, 0.05)
         assert "test-step still computes" in caplog.text
