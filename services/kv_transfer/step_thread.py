@@ -11,6 +11,7 @@ Of each kind calls run in the order in which they came.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from collections import deque
@@ -34,7 +35,8 @@ class StepThread:
 
     def __init__(self, name: str) -> None:
         self._changed = threading.Condition()
-        self._waiting: dict[Turn, deque[Callable[[], None]]] = {"step": deque(), "group": deque()}
+        self._waiting: dict[Turn, deque[tuple[int, Callable[[], None]]]] = {"step": deque(), "group": deque()}
+        self._posts = itertools.count()
         self._futures: set[Future[object]] = set()
         self._last: Turn = "group"
         self._is_decoding = False
@@ -47,7 +49,7 @@ class StepThread:
         future: Future[T] = Future()
         with self._changed:
             assert not self._is_closed, "the step thread is closed"
-            self._waiting[turn].append(partial(_fulfil, future, partial(call, *args, **kwargs)))
+            self._waiting[turn].append((next(self._posts), partial(_fulfil, future, partial(call, *args, **kwargs))))
             self._futures.add(future)  # type: ignore[arg-type]  # only ever cancelled
             self._changed.notify()
         future.add_done_callback(self._futures.discard)
@@ -80,11 +82,17 @@ class StepThread:
         with self._changed:
             while not self._is_closed:
                 steps, groups = self._waiting["step"], self._waiting["group"]
-                view = TurnView(has_step=bool(steps), has_group=bool(groups), is_decoding=self._is_decoding, last=self._last)
+                view = TurnView(
+                    has_step=bool(steps),
+                    has_group=bool(groups),
+                    is_decoding=self._is_decoding,
+                    last=self._last,
+                    is_step_older=bool(steps and groups) and steps[0][0] < groups[0][0],
+                )
                 turn = next_turn(view)
                 if turn is not None:
                     self._last = turn
-                    return self._waiting[turn].popleft()
+                    return self._waiting[turn].popleft()[1]
                 self._changed.wait()
             return None
 

@@ -10,20 +10,26 @@ Turn = Literal["step", "group"]  # a decode step; a layer group of a wave
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnView:
-    """What waits for the thread. is_decoding: sequences run, so that a step comes soon if none waits now. last: what ran last."""
+    """What waits for the thread. is_decoding: sequences run, so that a step comes soon if none waits now. last: what ran last.
+
+    is_step_older: of a step and a group that both wait, the step was posted first.
+    """
 
     has_step: bool
     has_group: bool
     is_decoding: bool
     last: Turn
+    is_step_older: bool = False
 
 
 def next_turn(view: TurnView) -> Turn | None:
     """What runs now; None: wait for the next change.
 
     Steps and groups alternate while both want to run: between two steps runs at most one group (also where the group after it is posted
-    before the next step is), between two groups at most one step.
+    before the next step is), between two groups at most one step. But a group never overtakes a step that was posted before it: blocks may
+    have changed owners in between, and the step still writes as if they had not.
     """
-    if view.has_group and (view.last == "step" or not (view.has_step or view.is_decoding)):
+    may_overtake = not (view.has_step and view.is_step_older)
+    if view.has_group and ((view.last == "step" and may_overtake) or not (view.has_step or view.is_decoding)):
         return "group"
     return "step" if view.has_step else None

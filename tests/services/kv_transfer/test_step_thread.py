@@ -9,10 +9,11 @@ import time
 import pytest
 
 from services.kv_transfer.step_thread import StepThread
+from services.kv_transfer.turns import Turn
 
 
 def test_steps_and_groups_take_turns_in_one_thread() -> None:
-    async def go() -> list[str]:
+    async def go(order: tuple[Turn, Turn]) -> list[str]:
         thread, hold = StepThread("t"), threading.Event()
         ran: list[str] = []
         names: set[str] = set()
@@ -23,16 +24,17 @@ def test_steps_and_groups_take_turns_in_one_thread() -> None:
             return name
 
         first = thread.run("step", hold.wait, 5)
-        calls = [thread.run("step", work, f"s{number}") for number in range(3)]
-        calls += [thread.run("group", work, f"g{number}") for number in range(3)]
+        calls = [thread.run(turn, work, f"{turn}{number}") for number in range(3) for turn in order]
         hold.set()
         assert await first
-        assert await asyncio.gather(*calls) == ["s0", "s1", "s2", "g0", "g1", "g2"]
+        assert sorted(await asyncio.gather(*calls)) == ["group0", "group1", "group2", "step0", "step1", "step2"]
         thread.close()
         assert names == {"t"}
         return ran
 
-    assert asyncio.run(go()) == ["g0", "s0", "g1", "s1", "g2", "s2"]
+    assert asyncio.run(go(("group", "step"))) == ["group0", "step0", "group1", "step1", "group2", "step2"]
+    # what was posted first is not overtaken by a group, whatever ran last
+    assert asyncio.run(go(("step", "group"))) == ["step0", "group0", "step1", "group1", "step2", "group2"]
 
 
 def test_a_second_group_waits_for_the_next_step_as_long_as_one_is_expected() -> None:

@@ -16,6 +16,12 @@ def test_steps_and_groups_alternate_while_both_wait() -> None:
     assert next_turn(view(True, True, True, "step")) == "group"
 
 
+def test_a_group_does_not_overtake_a_step_that_was_posted_first() -> None:
+    for last in ("step", "group"):
+        both = TurnView(has_step=True, has_group=True, is_decoding=True, last=last, is_step_older=True)
+        assert next_turn(both) == "step"
+
+
 def test_what_is_alone_runs() -> None:
     for last in ("step", "group"):
         assert next_turn(view(True, False, True, last)) == "step"
