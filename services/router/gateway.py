@@ -141,7 +141,7 @@ class Gateway:
         """
         choices = tuple(Choice(number, self.text.detokenizer(), request.stop) for number in range(request.num_choices))
         flight = Flight(request, sink, choices, span, self._flight_over)
-        pending = PendingLeg(flight=flight, choices=choices, is_resume=False, since_s=time.monotonic())
+        pending = PendingLeg(flight=flight, choices=choices, is_resume=False)
         if self.is_draining:
             raise CapacityError("This gateway is shutting down.", code="shutting_down", phase="gateway")
         decision = decide(
@@ -326,7 +326,7 @@ class Gateway:
             for choice in group:
                 choice.leg = None
                 choice.early.clear()
-            again = PendingLeg(flight=flight, choices=group, is_resume=is_resume, avoid=culprits, since_s=time.monotonic())
+            again = PendingLeg(flight=flight, choices=group, is_resume=is_resume, avoid=culprits, cause=error.detail)
             self._line.push_front(again)
         self._pump_soon()
 
@@ -381,7 +381,7 @@ class Gateway:
             prefills = prefill_views(self.pools.prefills(), self.config)
             decodes = decode_views(self.pools.decodes(), self.config)
             if not any(view.is_open for view in decodes):
-                head.flight.fail(PeerError("No decode replica is connected.", code="no_decode_replica", phase="route"))
+                head.flight.fail(head.without_decode())
                 continue
             need = need_of(head, self.config)
             route = pick_route(prefills, decodes, need, head.avoid)

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from duomo.errors import PeerError
 from services.router.flight import Choice, Flight
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class PendingLeg:
-    """Choices of a flight that need a pair. is_resume: one choice that has already emitted tokens. avoid: replicas that just failed it."""
+    """Choices of a flight that need a pair. is_resume: one choice that has already emitted tokens. avoid: replicas that just failed it.
+
+    cause: where it begins again, what ended it before.
+    """
 
     flight: Flight
     choices: tuple[Choice, ...]
     is_resume: bool
     avoid: frozenset[str] = frozenset()
-    since_s: float = 0.0
+    since_s: float = field(default_factory=time.monotonic)
+    cause: str = ""
+
+    def without_decode(self) -> PeerError:
+        """What its client is told where no decode replica is left: whether one served it, or prefill saw its end before the gateway did."""
+        if self.cause:
+            detail = f"The decode replica that served this request is gone ({self.cause})."
+            return PeerError(detail, code="replica_lost", phase="decode.stream")
+        return PeerError("No decode replica is connected.", code="no_decode_replica", phase="route")
 
 
 class WaitingLine:
