@@ -63,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> Asked:
     parser.add_argument("--parts", type=Path, default=PARTS, help="folder of the children's results; kept for --merge")
     parser.add_argument("--merge", action="store_true", help="measure nothing: join what is in --parts")
     parser.add_argument("--out", type=Path, help=f"result file; default: {RESULTS}/engine_<gpu>.json")
-    parser.add_argument("--no-plots", action="store_true", help="only the numbers (plots: python bench/engine/engine_plot.py FILE)")
+    parser.add_argument("--no-plots", action="store_true", help="only the numbers (plots: python -m bench.engine.engine_plot FILE)")
     options = parser.parse_args(arguments)
 
     def words(name: str, allowed: Sequence[str]) -> tuple[str, ...]:
@@ -205,8 +205,8 @@ def gpu_name(device: str) -> str:
 
 
 def _draw(result: Path) -> None:
+    from bench.axes import PlotsNeedMatplotlib
     from bench.engine.engine_plot import draw
-    from bench.kernels.plot import PlotsNeedMatplotlib
 
     try:
         for path in draw(result):

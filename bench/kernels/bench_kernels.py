@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str] | None = None) -> Asked:
     parser.add_argument("--repeats", type=int, default=50, help="replays of each graph; under 50 a result does not count")
     parser.add_argument("--budget-s", type=float, default=240.0, help="cases that would start later are left out and named")
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json", help="result file; plots are written beside it")
-    parser.add_argument("--no-plots", action="store_true", help="only the numbers (plots: python bench/kernels/plot.py FILE)")
+    parser.add_argument("--no-plots", action="store_true", help="only the numbers (plots: python -m bench.kernels.plot FILE)")
     options = parser.parse_args(arguments)
 
     def words(name: str, allowed: Sequence[str]) -> tuple[str, ...]:
@@ -152,7 +152,8 @@ def _measure(asked: Asked, run: object) -> list[Case]:
 
 
 def _draw(result: Path) -> None:
-    from bench.kernels.plot import PlotsNeedMatplotlib, draw
+    from bench.axes import PlotsNeedMatplotlib
+    from bench.kernels.plot import draw
 
     try:
         for path in draw(result):
