@@ -73,12 +73,29 @@ class PoolSection(Section):
 
 
 class PrefillSection(PoolSection):
-    """Waves: how many prompts and tokens cross the layers together."""
+    """Waves: how many prompts and tokens cross the layers together, in which order, and whose turn it is.
+
+    mode: what runs of a wave without a break, a piece. layered: layer groups, all rows; chunked: all layers, chunk_tokens rows (a prompt of
+    more goes alone); whole: everything. chunked and whole are baselines: docs/decisions/0008-layered-prefill.md.
+    piece_target_s: what a layered piece takes at most where somebody waits for it, a group being the least. The default is a third of a decode
+    step of a 7B MoE model at batch 32 on an H100 (bench/results/engine_h100.json), so that a step beside prefill is late by no more than that;
+    on a CPU nearly every group takes longer, and a piece is one group.
+    ttft_floor_s, ttft_stretch: a first token is due ttft_floor_s + ttft_stretch times what its prompt takes alone after its arrival. Due times
+    order waves; they refuse nobody.
+    """
 
     num_blocks: int = Field(default=512, ge=8)
     max_wave_tokens: int = Field(default=2048, ge=16)
     max_wave_prompts: int = Field(default=16, ge=1)
     units_per_group: int = Field(default=1, ge=1)
+    mode: Literal["layered", "chunked", "whole"] = "layered"
+    chunk_tokens: int = Field(default=512, ge=16, description="rows of a piece where mode is chunked")
+    long_chunk_tokens: int = Field(
+        default=8192, ge=16, description="a prompt of more than max_wave_tokens is computed in chunks of as many"
+    )
+    piece_target_s: float = Field(default=0.002, gt=0)
+    ttft_floor_s: float = Field(default=0.01, ge=0)
+    ttft_stretch: float = Field(default=4.0, ge=1)
     grant_timeout_s: float = Field(default=5.0, gt=0, description="no grant from D in this time: the request is re-routed")
     send_slots: int = Field(default=16, ge=1)
     prefix_cache_blocks: int = Field(default=0, ge=0)
@@ -185,6 +202,11 @@ class DuomoConfig(Section):
         if self.decode.watermark_blocks >= self.decode.num_blocks:
             raise ValueError(
                 f"decode.watermark_blocks ({self.decode.watermark_blocks}) must be below decode.num_blocks ({self.decode.num_blocks})"
+            )
+        if self.prefill.mode == "chunked" and self.prefill.chunk_tokens > self.prefill.max_wave_tokens:
+            raise ValueError(
+                f"prefill.chunk_tokens ({self.prefill.chunk_tokens}) must be at most prefill.max_wave_tokens "
+                f"({self.prefill.max_wave_tokens}) where prefill.mode is chunked"
             )
         self._check_device()
         if self.layout == "colocated":

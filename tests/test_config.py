@@ -56,6 +56,10 @@ def test_options_lie_over_the_file_and_the_environment_over_both(tmp_path: Path,
         ("decode.replica", 2),
         ("decoder", {}),
         ("wire.secret", ["a"]),
+        ("prefill.mode", "pieces"),
+        ("prefill.piece_target_s", 0),
+        ("prefill.long_chunk_tokens", 15),
+        ("prefill.ttft_stretch", 0.5),
     ],
 )
 def test_a_wrong_value_or_an_unknown_key_names_its_option(option: str, value: object) -> None:
@@ -70,6 +74,10 @@ def test_a_wrong_value_or_an_unknown_key_names_its_option(option: str, value: ob
         ({"layout": "colocated", "decode.replicas": 2}, r"decode.replicas \(2\) must be 1"),
         ({"layout": "colocated", "prefill.torch_threads": 2}, r"prefill.torch_threads \(2\) and decode.torch_threads \(1\) must be equal"),
         ({"decode.num_blocks": 8, "decode.watermark_blocks": 8}, r"decode.watermark_blocks \(8\) must be below decode.num_blocks \(8\)"),
+        (
+            {"prefill.mode": "chunked", "prefill.max_wave_tokens": 256},
+            r"prefill.chunk_tokens \(512\) must be at most prefill.max_wave_tokens \(256\)",
+        ),
     ],
 )
 def test_pools_are_checked_against_each_other(options: dict[str, object], named: str) -> None:
