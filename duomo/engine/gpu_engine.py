@@ -22,6 +22,7 @@ from duomo.engine.gpu_compile_ahead import compiling_ahead
 from duomo.engine.gpu_decode import GpuDecode
 from duomo.engine.gpu_first_tokens import GpuFirstTokens
 from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
+from duomo.engine.gpu_kv_messages import warm_messages
 from duomo.engine.gpu_prefill import GpuPrefill
 from duomo.engine.gpu_warm import warm_prefill
 from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, plan_memory
@@ -37,7 +38,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStart:
-    """What an engine starts with. load: fills the weights on the device. memory: of the device, None where it is asked itself."""
+    """What an engine starts with. load: fills the weights on the device. limits.part: what it is for.
+
+    memory: of the device, None where it is asked itself. is_shared: others take and give back memory of the same card meanwhile, so only
+    what this process' allocator holds is measured; `memory` is its share of the card (memory_plan.share_of) then.
+    """
 
     config: ModelConfig
     load: Callable[[], GpuWeights]
@@ -45,19 +50,42 @@ class EngineStart:
     device: torch.device
     is_deterministic: bool = False
     memory: DeviceBytes | None = None
+    is_shared: bool = False
     shows_progress: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PrefillPart:
+    """Waves, and the sampler of their first tokens."""
+
+    prefill: GpuPrefill
+    first_tokens: GpuFirstTokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GpuEngine:
-    """Prefill and decode over one pool and one copy of the weights, warm. compilations: counted after ready, which is now."""
+    """Prefill and decode, or one of them, over one pool and one copy of the weights, warm. compilations: counted after ready: now."""
 
     plan: MemoryPlan
     cache: GpuKvCache
-    prefill: GpuPrefill
-    decode: GpuDecode
-    first_tokens: GpuFirstTokens
     compilations: CompileCounter
+    prefill_part: PrefillPart | None
+    decode_part: GpuDecode | None
+
+    @property
+    def prefill(self) -> GpuPrefill:
+        assert self.prefill_part is not None, "this engine was started for decode alone"
+        return self.prefill_part.prefill
+
+    @property
+    def first_tokens(self) -> GpuFirstTokens:
+        assert self.prefill_part is not None, "this engine was started for decode alone"
+        return self.prefill_part.first_tokens
+
+    @property
+    def decode(self) -> GpuDecode:
+        assert self.decode_part is not None, "this engine was started for prefill alone"
+        return self.decode_part
 
 
 def start_engine(start: EngineStart, startup: Startup) -> GpuEngine:
@@ -76,41 +104,60 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
     with startup.phase("weights"), _refusing("the weights do not fit: take --quantize fp8 or a smaller model", memory):
         weights = start.load()
     decoder = GpuDecoder(weights, is_deterministic=start.is_deterministic)
-    first_tokens = GpuFirstTokens(start.config.vocab, start.device)  # before memory is measured: its buffers count with the weights
-    measured = Measured(weights=_taken_since(memory, start.device))
+    prefills = start.limits.part != "decode"
+    # before memory is measured: its buffers count with the weights
+    first_tokens = GpuFirstTokens(start.config.vocab, start.device) if prefills else None
+    measured = Measured(weights=_taken_since(memory, start))
     with startup.phase("profile"), _refusing(_too_long_a_wave(start.limits), memory):
         plan_memory(start.config, memory, start.limits, measured)
-        measured = replace(measured, activations=_wave_bytes(decoder, start))
+        measured = replace(measured, activations=_wave_bytes(decoder, start) if prefills else None)
     plan = plan_memory(start.config, memory, start.limits, measured)
     for line in plan.lines():
         log.info("memory: %s", line)
     too_much = "KV blocks, buffers and graphs take more than was planned for them: lower gpu_memory_fraction"
     with startup.phase("capture"), _refusing(too_much, memory):
-        decode, prefill = _captured(decoder, plan.num_blocks, start)
-        if start.device.type == "cuda":
+        cache = _pool(decoder, plan.num_blocks, start)
+        decode = _decode(decoder, cache, start) if start.limits.part != "prefill" else None
+        prefill = None if first_tokens is None else PrefillPart(prefill=_prefill(decoder, cache, start), first_tokens=first_tokens)
+        _warm_handoff(cache, start)
+        if first_tokens is not None and start.device.type == "cuda":
             first_tokens.warm()
-    graphs = decode.graphs.pool_bytes + prefill.graph_bytes
-    if graphs > plan.graphs:
+    graphs = (0 if decode is None else decode.graphs.pool_bytes) + (0 if prefill is None else prefill.prefill.graph_bytes)
+    if graphs > plan.graphs and not start.is_shared:  # what another process took meanwhile would count as theirs
         log.warning("graphs took %.2f GB, planned were %.2f GB: the reserve has less", graphs / 1e9, plan.graphs / 1e9)
-    num_graphs = len(decode.graphs) + prefill.num_graphs
+    num_graphs = (0 if decode is None else len(decode.graphs)) + (0 if prefill is None else prefill.prefill.num_graphs)
     log.info("%d graphs, %d kernels compiled; %s", num_graphs, compilations.num_before_ready, startup.line())
     compilations.ready()
-    return GpuEngine(plan=plan, cache=decode.cache, prefill=prefill, decode=decode, first_tokens=first_tokens, compilations=compilations)
+    return GpuEngine(plan=plan, cache=cache, compilations=compilations, prefill_part=prefill, decode_part=decode)
 
 
-def _captured(decoder: GpuDecoder, num_blocks: int, start: EngineStart) -> tuple[GpuDecode, GpuPrefill]:
-    """Both over one pool; on a GPU warm."""
+def _pool(decoder: GpuDecoder, num_blocks: int, start: EngineStart) -> GpuKvCache:
     spec = gpu_kv_spec(start.config, block_tokens=start.limits.block_tokens, dtype=decoder.weights.dtype)
-    cache = GpuKvCache(spec, num_blocks, start.device)
+    return GpuKvCache(spec, num_blocks, start.device)
+
+
+def _decode(decoder: GpuDecoder, cache: GpuKvCache, start: EngineStart) -> GpuDecode:
     limits = DecodeLimits(
         max_batch=start.limits.max_batch, max_model_tokens=start.limits.max_model_tokens, is_deterministic=start.is_deterministic
     )
-    decode, prefill = GpuDecode(decoder, cache, limits), GpuPrefill(decoder, cache)
+    decode = GpuDecode(decoder, cache, limits)
     decode.capture(progress=start.shows_progress)
+    return decode
+
+
+def _prefill(decoder: GpuDecoder, cache: GpuKvCache, start: EngineStart) -> GpuPrefill:
+    prefill = GpuPrefill(decoder, cache)
     if start.device.type == "cuda":  # an interpreter has nothing to compile
         warm_prefill(prefill, start.limits)
         prefill.capture(_captured_limits(start.limits), progress=start.shows_progress)
-    return decode, prefill
+    return prefill
+
+
+def _warm_handoff(cache: GpuKvCache, start: EngineStart) -> None:
+    """Compile what packs or lands KV, where it leaves this engine or comes from another. Touches a block that nobody holds."""
+    if start.device.type == "cuda" and start.limits.part != "both":
+        warm_messages(cache, start.limits.part)
+        cache.tensor.zero_()
 
 
 def _captured_limits(limits: MemoryLimits) -> CapturedLimits:
@@ -123,12 +170,14 @@ def _device_bytes(device: torch.device) -> DeviceBytes:
     return DeviceBytes(total=total, free=free)
 
 
-def _taken_since(memory: DeviceBytes, device: torch.device) -> int | None:
-    """What the device has less than at the start; None where there is no device to ask."""
-    if device.type != "cuda":
+def _taken_since(memory: DeviceBytes, start: EngineStart) -> int | None:
+    """What the device has less than at the start, or on a shared card what our allocator holds; None where there is no device to ask."""
+    if start.device.type != "cuda":
         return None
     torch.cuda.empty_cache()
-    return max(0, memory.free - torch.cuda.mem_get_info(device)[0])
+    if start.is_shared:
+        return int(torch.cuda.memory_reserved(start.device))
+    return max(0, memory.free - torch.cuda.mem_get_info(start.device)[0])
 
 
 def _wave_bytes(decoder: GpuDecoder, start: EngineStart) -> int | None:

@@ -19,6 +19,7 @@ from duomo.errors import ConfigError
 from duomo.models.config import ModelConfig
 
 Quantise = Literal["fp8"] | None
+EnginePart = Literal["both", "prefill", "decode"]  # what an engine is for: one process for both services, or one of two pools
 GPU_BLOCK_TOKENS = 64
 SCALE_BLOCK = 128  # fp8 weights have one float32 scale for each block of 128 x 128
 NODES_PER_LAYER = 12  # kernels of one decode layer
@@ -29,6 +30,7 @@ LISTED_BYTES = 16384 * 8  # the sampler's list of candidates of one row: value a
 MAX_PIECES = 32  # of a sequence in deterministic attention (gpu_decode_attention.MAX_CHUNKS): more than it has otherwise
 CUT_BYTES = 16  # of a tile of keys in the cut that all layers share
 SMALL_WAVE_TOKENS = 2048  # what a refusal proposes
+CONTEXT_BYTES = 700_000_000  # assumed, of a process on a card that others use too: CUDA's context and the kernels loaded into it
 MIN_BLOCKS_PER_ROW = 2  # fewer, and a full batch could not hold its prompts' first tokens and grow
 
 
@@ -51,6 +53,7 @@ class MemoryLimits:
     gpu_memory_fraction: float = 0.9
     dtype_bytes: int = 2
     quantise: Quantise = None
+    part: EnginePart = "both"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +118,12 @@ def plan_memory(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, 
     return plan
 
 
+def share_of(device: DeviceBytes, share: float) -> DeviceBytes:
+    """What one of several processes on a card plans with: a part of the whole, whatever the others hold already, less its own context."""
+    total = int(device.total * share)
+    return DeviceBytes(total=total, free=max(0, total - CONTEXT_BYTES))
+
+
 def block_bytes(config: ModelConfig, limits: MemoryLimits) -> int:
     """One block of all layers, keys and values."""
     return config.num_layers * 2 * config.num_kv_heads * config.head_dim * limits.block_tokens * limits.dtype_bytes
@@ -148,14 +157,21 @@ def activation_bytes(config: ModelConfig, num_tokens: int, dtype_bytes: int = 2)
 
 def graph_bytes(config: ModelConfig, limits: MemoryLimits, num_buckets: int) -> int:
     """Of the captured decode steps and layers of short waves: nodes, and the memory pools of both."""
-    waves = wave_buckets_up_to(limits.max_wave_tokens)
-    nodes = num_buckets * (config.num_layers * NODES_PER_LAYER + NODES_PER_STEP) + len(waves) * config.num_layers * NODES_PER_WAVE_LAYER
-    pools = activation_bytes(config, limits.max_batch, limits.dtype_bytes) + activation_bytes(config, waves[-1], limits.dtype_bytes)
-    return nodes * BYTES_PER_NODE + pools + limits.max_batch * LISTED_BYTES
+    taken = 0
+    if limits.part != "prefill":
+        nodes = num_buckets * (config.num_layers * NODES_PER_LAYER + NODES_PER_STEP)
+        taken += nodes * BYTES_PER_NODE + activation_bytes(config, limits.max_batch, limits.dtype_bytes) + limits.max_batch * LISTED_BYTES
+    if limits.part != "decode":
+        waves = wave_buckets_up_to(limits.max_wave_tokens)
+        taken += len(waves) * config.num_layers * NODES_PER_WAVE_LAYER * BYTES_PER_NODE
+        taken += activation_bytes(config, waves[-1], limits.dtype_bytes)
+    return taken
 
 
 def buffer_bytes(config: ModelConfig, limits: MemoryLimits) -> int:
     """Of the decode runner: float32 logits, for penalties two tables of tokens seen, for attention every bucket's cut and pieces."""
+    if limits.part == "prefill":
+        return 0  # its sampler's are there before weights are measured
     buckets = buckets_up_to(limits.max_batch)
     logits_and_tables = config.vocab * 4 + config.vocab * 2 + config.vocab // 8
     pieces = (1 + MAX_PIECES) * config.num_heads * config.head_dim * 4
@@ -168,7 +184,8 @@ def _divide(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, meas
         return estimate if value is None else value
 
     weights = known(measured.weights, weight_bytes(config, limits.dtype_bytes, limits.quantise))
-    activations = known(measured.activations, activation_bytes(config, limits.max_wave_tokens, limits.dtype_bytes))
+    widest = limits.max_batch if limits.part == "decode" else limits.max_wave_tokens
+    activations = known(measured.activations, activation_bytes(config, widest, limits.dtype_bytes))
     graphs = known(measured.graphs, graph_bytes(config, limits, len(buckets_up_to(limits.max_batch))))
     buffers = buffer_bytes(config, limits)
     reserve = int(device.total * (1 - limits.gpu_memory_fraction))
@@ -192,12 +209,16 @@ def _divide(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, meas
 
 
 def _needed_blocks(limits: MemoryLimits) -> int:
+    if limits.part == "prefill":
+        return -(-limits.max_model_tokens // limits.block_tokens)
     return max(-(-limits.max_model_tokens // limits.block_tokens), limits.max_batch * MIN_BLOCKS_PER_ROW)
 
 
 def _refusal(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, plan: MemoryPlan) -> str:
     needed = _needed_blocks(limits)
-    asked = f"{limits.max_model_tokens} tokens of one sequence, {limits.max_batch} sequences of {MIN_BLOCKS_PER_ROW} blocks"
+    asked = f"{limits.max_model_tokens} tokens of one sequence"
+    if limits.part != "prefill":
+        asked += f", {limits.max_batch} sequences of {MIN_BLOCKS_PER_ROW} blocks"
     held = plan.weights + plan.activations + plan.graphs + plan.buffers
     missing = plan.taken + held + plan.reserve + needed * plan.block_bytes - plan.total
     return (
@@ -212,7 +233,7 @@ def _advice(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, plan
     blocks = plan.num_blocks
     if blocks >= MIN_BLOCKS_PER_ROW:
         tokens, batch = min(limits.max_model_tokens, blocks * limits.block_tokens), min(limits.max_batch, blocks // MIN_BLOCKS_PER_ROW)
-        found.append(f"max_model_tokens {tokens} with max_batch {batch}")
+        found.append(f"max_model_tokens {tokens}" + ("" if limits.part == "prefill" else f" with max_batch {batch}"))
     if limits.quantise is None and not _is_held_fp8(config):
         by_fp8 = _divide(config, device, replace(limits, quantise="fp8"), replace(plan.measured, weights=None))
         if by_fp8.num_blocks >= _needed_blocks(limits):
@@ -220,7 +241,7 @@ def _advice(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, plan
                 f"--quantize fp8: {by_fp8.weights / 1e9:.1f} GB of weights, {by_fp8.num_blocks} blocks ({by_fp8.num_tokens} tokens)"
             )
     wave_tokens = max(SMALL_WAVE_TOKENS, limits.max_model_tokens)  # a prompt is one wave at least
-    if limits.max_wave_tokens > wave_tokens:
+    if limits.max_wave_tokens > wave_tokens and limits.part != "decode":
         smaller = replace(limits, max_wave_tokens=wave_tokens)
         by_waves = _divide(config, device, smaller, replace(plan.measured, activations=None))
         if by_waves.num_blocks >= _needed_blocks(limits):

@@ -1,0 +1,136 @@
+"""Owns what packs KV of a GPU's pool into sealed messages in the host's memory, and lands them there again. Knows no ring, handle or slot.
+
+A message is what kv_hash_pack.py says: payload, padding, trailer; the bytes of the CPU's pack and hash. It crosses a buffer on the device:
+
+    pack    gather + hash into the buffer, copy it down, wait; on a stream of its own, so beside the layers that are being computed
+    land    copy the message up into the buffer, scatter + verify; on the caller's stream, so between two steps; its verdict comes later
+
+Host memory that is page-locked is copied from and to without the processor; other memory works too, and then a copy holds its caller up.
+Whoever asks for a pack has seen the blocks computed: nothing on any stream writes them any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from duomo.engine.gpu_kv_cache import GpuKvCache
+from duomo_kernels.kv_hash_pack import GOOD, START_BYTES, Seal, hash_scratch, kv_hash_pack, kv_verify_scatter, trailer_word
+
+_WORD_BYTES = 8
+
+
+class GpuKvPacker:
+    """Packs one message at a time. One thread, and its own stream."""
+
+    def __init__(self, cache: GpuKvCache) -> None:
+        self._buffer = _MessageBuffer(cache)
+        is_cuda = cache.device.type == "cuda"
+        self._stream = torch.cuda.Stream(cache.device) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types
+        self._scratch = hash_scratch(cache.device)
+        if is_cuda:
+            torch.cuda.synchronize(cache.device)  # the scratch was zeroed on the caller's stream
+
+    def pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview) -> None:
+        """The whole message, trailer included, into `out`, which is exactly as long. Returns when it lies there."""
+        if self._stream is None:
+            self._pack(layers, blocks, seal, out)
+            return
+        with torch.cuda.device(self._buffer.device), torch.cuda.stream(self._stream):
+            self._pack(layers, blocks, seal, out)
+            # gives the core away: the thread of the steps needs it
+            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch ships no types for it
+            end.record()
+            end.synchronize()
+
+    def _pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview) -> None:
+        message_M = self._buffer.of(out)
+        kv_hash_pack(self._buffer.pool_LBW, layers, self._buffer.ids(blocks), message_M, seal, self._scratch)
+        _words(out).copy_(message_M, non_blocking=True)
+
+
+class GpuKvLander:
+    """Lands messages one behind the other on the stream that is current: the one on which steps are launched. One thread."""
+
+    def __init__(self, cache: GpuKvCache) -> None:
+        self._buffer = _MessageBuffer(cache)
+        self._scratch = hash_scratch(cache.device)
+
+    def launch(self, layers: range, blocks: Sequence[int], seal: Seal, message: memoryview) -> LandingMessage:
+        """Queue the copy up, scatter and verification of a whole message. `message` is read until the answer is over."""
+        message_M = self._buffer.of(message)
+        message_M.copy_(_words(message), non_blocking=True)
+        answer = LandingMessage(self._buffer.device)
+        kv_verify_scatter(self._buffer.pool_LBW, layers, self._buffer.ids(blocks), message_M, seal, self._scratch, answer.flag_1)
+        answer.fetch()
+        return answer
+
+
+class LandingMessage:
+    """A message under way into its blocks. Those are not to be read before is_over() and is_right()."""
+
+    def __init__(self, device: torch.device) -> None:
+        is_cuda = device.type == "cuda"
+        self.flag_1 = torch.empty(1, dtype=torch.int32, device=device)
+        self._host_1 = torch.empty(1, dtype=torch.int32, pin_memory=is_cuda)
+        self._event = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types for it
+
+    def fetch(self) -> None:
+        """Queue the copy of the verdict."""
+        self._host_1.copy_(self.flag_1, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def is_over(self) -> bool:
+        """Whether the verdict is here; the message's memory is not read any more then."""
+        return self._event is None or self._event.query()  # type: ignore[no-untyped-call]  # torch ships no types for it
+
+    def is_right(self) -> bool:
+        """Whether the blocks hold what was sent. Only once it is over."""
+        assert self.is_over()
+        return int(self._host_1[0]) == GOOD
+
+
+class _MessageBuffer:
+    """The pool in words, and memory on the device as large as the largest message yet."""
+
+    def __init__(self, cache: GpuKvCache) -> None:
+        spec = cache.spec
+        assert spec.block_bytes % 64 == 0, f"blocks of {spec.block_bytes} bytes would need padding, which the kernel does not write"
+        self.device = cache.device
+        self.pool_LBW = cache.tensor.view(torch.int64).view(spec.num_layers, cache.num_blocks, spec.block_bytes // _WORD_BYTES)
+        self._message_M = torch.empty(0, dtype=torch.int64, device=cache.device)
+
+    def of(self, message: memoryview) -> Tensor:
+        """Room for this message. A larger one replaces the buffer: torch's allocator keeps the old one until its stream has passed."""
+        num_words = message.nbytes // _WORD_BYTES
+        if num_words > self._message_M.numel():
+            self._message_M = torch.empty(num_words, dtype=torch.int64, device=self.device)
+        return self._message_M[:num_words]
+
+    def ids(self, blocks: Sequence[int]) -> Tensor:
+        """Block ids on the device."""
+        ids_n = torch.tensor(blocks, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        return ids_n.to(self.device, non_blocking=True)
+
+
+def _words(message: memoryview) -> Tensor:
+    """The host's memory itself, as int64 words."""
+    assert message.nbytes % _WORD_BYTES == 0, message.nbytes
+    return torch.frombuffer(message, dtype=torch.int64)
+
+
+def warm_messages(cache: GpuKvCache, part: Literal["prefill", "decode"]) -> None:
+    """Compile what this part of a pair launches: one message of one block. Writes block 0."""
+    num_words = cache.spec.block_bytes // _WORD_BYTES
+    message = memoryview(bytearray((trailer_word(num_words) + 8) * _WORD_BYTES))
+    seal = Seal(handle_id=0, group=0, message_idx=0, start=bytes(START_BYTES))
+    if part == "prefill":
+        GpuKvPacker(cache).pack(range(1), [0], seal, message)
+    else:
+        GpuKvLander(cache).launch(range(1), [0], seal, message)
+    if cache.device.type == "cuda":
+        torch.cuda.synchronize(cache.device)

@@ -1,0 +1,124 @@
+"""Messages between pools of any device: a GPU's are the CPU's byte for byte, and each lands what the other packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from duomo.engine.gpu_kv_cache import GpuKvCache
+from duomo.engine.gpu_kv_messages import GpuKvLander, GpuKvPacker, warm_messages
+from duomo.engine.kv_cache import KvCache, KvSpec
+from duomo_kernels.kv_hash_pack import Seal
+from services.kv_transfer import layout
+from services.kv_transfer.hashing import message_hash
+from services.kv_transfer.layout import MessageSpan
+from tests.interpreter import prepare
+
+prepare()
+
+SPEC = KvSpec(num_layers=3, num_kv_heads=2, head_dim=16, block_tokens=16)
+NUM_BLOCKS = 7
+HANDLE_ID = (1 << 62) + 99
+# (layers, blocks): one, several of several layers in no order, all
+MESSAGES = [(range(1, 2), [4]), (range(0, 2), [5, 0, 3]), (range(0, 3), [6, 2, 4, 0, 1])]
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def filled() -> KvCache:
+    cache = KvCache(SPEC, NUM_BLOCKS)
+    cache.tensor.copy_(torch.randn(cache.tensor.shape, generator=torch.Generator().manual_seed(3)))
+    return cache
+
+
+def on_gpu(cache: KvCache, device: torch.device) -> GpuKvCache:
+    made = GpuKvCache(SPEC, NUM_BLOCKS, device)
+    made.tensor.copy_(cache.tensor)
+    return made
+
+
+def span_of(layers: range, blocks: list[int]) -> MessageSpan:
+    num_bytes = len(layers) * len(blocks) * SPEC.block_bytes
+    return MessageSpan(message_idx=2, group=1, layers=layers, block_lo=0, block_hi=len(blocks), num_bytes=num_bytes)
+
+
+def seal_of(span: MessageSpan) -> Seal:
+    return Seal(handle_id=HANDLE_ID, group=span.group, message_idx=span.message_idx, start=layout.trailer_start(HANDLE_ID, span))
+
+
+def room_for(span: MessageSpan) -> memoryview:
+    return memoryview(bytearray(b"\xa5" * layout.message_bytes(span.num_bytes)))
+
+
+def of_cpu(cache: KvCache, span: MessageSpan, blocks: list[int]) -> memoryview:
+    """The message as a CPU's replica writes it."""
+    message, end = room_for(span), layout.trailer_offset(span.num_bytes)
+    assert cache.pack(span.layers, blocks, message) == span.num_bytes == end
+    digest = message_hash(message[: span.num_bytes], HANDLE_ID, span.group, span.message_idx)
+    layout.write_trailer(message[end:], layout.trailer_start(HANDLE_ID, span), digest)
+    return message
+
+
+@pytest.mark.parametrize(("layers", "blocks"), MESSAGES)
+def test_a_packed_message_is_the_cpus(layers: range, blocks: list[int], device: torch.device) -> None:
+    cache, span = filled(), span_of(layers, blocks)
+    packer = GpuKvPacker(on_gpu(cache, device))
+    for _ in range(2):  # the second finds scratch and buffer as the first left them
+        message = room_for(span)
+        packer.pack(layers, blocks, seal_of(span), message)
+        assert message == of_cpu(cache, span, blocks)
+
+
+@pytest.mark.parametrize(("layers", "blocks"), MESSAGES)
+def test_a_cpus_message_lands(layers: range, blocks: list[int], device: torch.device) -> None:
+    cache, span = filled(), span_of(layers, blocks)
+    pool = GpuKvCache(SPEC, NUM_BLOCKS, device)
+    landing = GpuKvLander(pool).launch(layers, blocks, seal_of(span), of_cpu(cache, span, blocks))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert landing.is_over() and landing.is_right()
+    expected = torch.zeros_like(cache.tensor)
+    for layer in layers:
+        expected[layer, blocks] = cache.tensor[layer, blocks]
+    assert torch.equal(pool.tensor.cpu(), expected)
+
+
+def test_messages_of_falling_and_rising_size_share_a_buffer(device: torch.device) -> None:
+    cache, pool = filled(), GpuKvCache(SPEC, NUM_BLOCKS, device)
+    lander, kept = GpuKvLander(pool), []
+    for layers, blocks in [MESSAGES[1], MESSAGES[0], MESSAGES[2], MESSAGES[0]]:
+        span = span_of(layers, blocks)
+        message = of_cpu(cache, span, blocks)
+        kept.append((message, lander.launch(layers, blocks, seal_of(span), message)))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert all(landing.is_over() and landing.is_right() for _, landing in kept)
+    blocks = MESSAGES[2][1]
+    assert torch.equal(pool.tensor[:, blocks].cpu(), cache.tensor[:, blocks])
+
+
+@pytest.mark.parametrize("where", [0, 1000, -40, -30])
+def test_a_changed_byte_is_seen(where: int, device: torch.device) -> None:
+    """Of the payload, of the trailer's start (handle, length), of its hash; the trailer's last 24 bytes say nothing."""
+    layers, blocks = MESSAGES[1]
+    cache, span = filled(), span_of(layers, blocks)
+    message = of_cpu(cache, span, blocks)
+    message[where] ^= 1
+    landing = GpuKvLander(GpuKvCache(SPEC, NUM_BLOCKS, device)).launch(layers, blocks, seal_of(span), message)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    assert landing.is_over() and not landing.is_right()
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode"])
+def test_warming_needs_one_block(part: str, device: torch.device) -> None:
+    warm_messages(GpuKvCache(SPEC, 1, device), part)  # type: ignore[arg-type]  # parametrize knows no Literal
+
+
+def test_blocks_that_would_need_padding_are_a_programmers_fault(device: torch.device) -> None:
+    odd = KvSpec(num_layers=1, num_kv_heads=1, head_dim=4, block_tokens=1)
+    with pytest.raises(AssertionError, match="padding"):
+        GpuKvPacker(GpuKvCache(odd, 1, device))
