@@ -10,21 +10,24 @@ prefix. A block that more than one reads is never written: `writable` copies the
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-PrefixHash = bytes
+from duomo.engine.prefix_digest import PrefixDigest, PrefixHash
+
 MAX_BLOCKS_LOOKED_AT = 4096
 
 
-def prefix_hashes(token_ids: Sequence[int], block_tokens: int, salt: str) -> list[PrefixHash]:
-    """One 16-byte hash for each full block, each over everything before it."""
-    hashes: list[PrefixHash] = []
-    previous = hashlib.blake2b(salt.encode(), digest_size=16).digest()
-    for end in range(block_tokens, len(token_ids) + 1, block_tokens):
-        chunk = b"".join(token.to_bytes(4, "little") for token in token_ids[end - block_tokens : end])
-        previous = hashlib.blake2b(previous + chunk, digest_size=16).digest()
+def prefix_hashes(token_ids: Sequence[int], block_tokens: int, salt: str, known: Sequence[PrefixHash] = ()) -> list[PrefixHash]:
+    """One 16-byte hash for each full block, each over everything before it. known: those of the first blocks, taken as they are."""
+    hashes = list(known)
+    previous = hashes[-1] if hashes else hashlib.blake2b(salt.encode(), digest_size=16).digest()
+    rest = token_ids[len(hashes) * block_tokens : len(token_ids) // block_tokens * block_tokens]
+    data = struct.pack(f"<{len(rest)}I", *rest)
+    for start in range(0, len(data), 4 * block_tokens):
+        previous = hashlib.blake2b(previous + data[start : start + 4 * block_tokens], digest_size=16).digest()
         hashes.append(previous)
     return hashes
 
@@ -32,7 +35,8 @@ def prefix_hashes(token_ids: Sequence[int], block_tokens: int, salt: str) -> lis
 class BlockManager:
     """Blocks 0..num_blocks-1 of block_tokens tokens. Not thread-safe: it belongs to one loop.
 
-    max_cached_blocks bounds the prefix cache (None: all that is not held; 0: nothing is remembered).
+    max_cached_blocks bounds the prefix cache (None: all that is not held; 0: nothing is remembered). num_evicted: prefixes that gave way to
+    others, or to whoever needed a block. digest: what is known, for a router.
     """
 
     def __init__(self, num_blocks: int, block_tokens: int, *, max_cached_blocks: int | None = None) -> None:
@@ -44,6 +48,8 @@ class BlockManager:
         self._hash_of: dict[int, PrefixHash] = {}
         self._block_of: dict[PrefixHash, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.num_evicted = 0
+        self.digest = PrefixDigest()
 
     @property
     def num_free(self) -> int:
@@ -83,9 +89,7 @@ class BlockManager:
         blocks = []
         for _ in range(n):
             if not self._free:
-                evicted, _ = self._cached.popitem(last=False)
-                self._forget(evicted)
-                self._free.append(evicted)
+                self._evict()
             block = self._free.pop()
             self._readers[block] = 1
             blocks.append(block)
@@ -153,19 +157,25 @@ class BlockManager:
             self._cached.pop(block, None)
             self._readers[block] = self._readers.get(block, 0) + 1
             blocks.append(block)
+        self.digest.used(hashes[: len(blocks)])
         return blocks
 
     def commit(self, table: Sequence[int], hashes: Sequence[PrefixHash]) -> None:
         """Remember that table[i] holds the full block of hashes[i]. Their KV is written. The first holder of a hash stays."""
+        if not self.has_prefix_cache:
+            return
         for block, prefix in zip(table, hashes, strict=False):
             assert block in self._readers, f"block {block} is committed but nobody reads it"
             if prefix not in self._block_of and block not in self._hash_of:
                 self._block_of[prefix] = block
                 self._hash_of[block] = prefix
+        self.digest.used(hashes[: len(table)])
 
-    def cached_hashes(self) -> list[PrefixHash]:
-        """Every prefix that a lookup may find, held or not: what a replica reports as its digest."""
-        return list(self._block_of)
+    def forget(self, blocks: Iterable[int]) -> None:
+        """What these blocks hold is not to be trusted: nobody finds them any more. Readers keep them, and free them like any other."""
+        for block in blocks:
+            assert block in self._readers, f"block {block} is forgotten but nobody reads it"
+            self._forget(block)
 
     def check_at_rest(self) -> None:
         """For whenever idle: check_integrity; of a pool as large as a GPU's, where it would hold up the next request, counts alone."""
@@ -190,37 +200,52 @@ class BlockManager:
         assert {prefix: block for block, prefix in self._hash_of.items()} == self._block_of, "the prefix table disagrees with the blocks"
         assert cached <= set(self._hash_of), f"cached blocks without a prefix: {sorted(cached - set(self._hash_of))}"
         assert not free & set(self._hash_of), f"free blocks with a prefix: {sorted(free & set(self._hash_of))}"
+        assert set(self.digest) <= set(self._block_of), "the digest tells of prefixes that are not known"
 
     def _trim_cache(self) -> None:
         while len(self._cached) > self._max_cached:
-            block, _ = self._cached.popitem(last=False)
-            self._forget(block)
-            self._free.append(block)
+            self._evict()
+
+    def _evict(self) -> None:
+        block, _ = self._cached.popitem(last=False)
+        self._forget(block)
+        self._free.append(block)
+        self.num_evicted += 1
 
     def _forget(self, block: int) -> None:
         prefix = self._hash_of.pop(block, None)
         if prefix is not None:
             del self._block_of[prefix]
+            self.digest.forgotten(prefix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTable:
-    """A prompt's block table, one reader of each block its holder's; the KV of its first cached_tokens tokens is there already."""
+    """A prompt's block table, one reader of each block its holder's; the KV of its first cached_tokens tokens is there already.
+
+    hashes: of its full blocks, for commit(); none where the pool remembers nothing.
+    """
 
     blocks: tuple[int, ...]
     cached_tokens: int
+    hashes: tuple[PrefixHash, ...] = ()
 
 
 def allocate_prompt(manager: BlockManager, token_ids: Sequence[int], salt: str) -> PromptTable | None:
-    """Blocks for the whole prompt, known prefix first; None where too few are available. At least one token is left to compute."""
+    """Blocks for the whole prompt, known prefix first; None where too few are available. At least one token is left to compute.
+
+    So the last block is never a known one: a prompt of whole blocks that are all known has its last block computed (and sent) again.
+    """
     known: list[int] = []
+    hashes: list[PrefixHash] = []
     if manager.has_prefix_cache:
-        known = manager.lookup(prefix_hashes(token_ids[:-1], manager.block_tokens, salt))
+        hashes = prefix_hashes(token_ids, manager.block_tokens, salt)
+        known = manager.lookup(hashes[: (len(token_ids) - 1) // manager.block_tokens])
     rest = manager.allocate(manager.num_blocks_for(len(token_ids)) - len(known))
     if rest is None:
         manager.free(known)
         return None
-    return PromptTable(blocks=(*known, *rest), cached_tokens=len(known) * manager.block_tokens)
+    return PromptTable(blocks=(*known, *rest), cached_tokens=len(known) * manager.block_tokens, hashes=tuple(hashes))
 
 
 def commit_prompt(manager: BlockManager, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:

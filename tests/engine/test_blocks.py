@@ -40,6 +40,11 @@ def test_hashes_chain_and_are_salted() -> None:
     assert prefix_hashes([9, *tokens[1:]], 16, "")[1] != prefix_hashes(tokens, 16, "")[1]  # an earlier block changes a later hash
     assert prefix_hashes(tokens, 16, "a") != prefix_hashes(tokens, 16, "b")
     assert prefix_hashes(tokens[:15], 16, "") == []
+    whole = prefix_hashes(tokens, 8, "key")
+    assert len(whole) == 5
+    for num_known in range(6):  # an answer's blocks are hashed from where its prompt's ended
+        assert prefix_hashes(tokens, 8, "key", whole[:num_known]) == whole
+    assert prefix_hashes([2**32 - 1] * 16, 16, "") != prefix_hashes([0] * 16, 16, "")
 
 
 def test_prefix_lookup_shares_blocks_and_outlives_its_reader() -> None:
@@ -175,6 +180,24 @@ class Losing(RuleBasedStateMachine):
     def fork(self, pick: int) -> None:
         tokens, table = self.live[pick % len(self.live)]
         self.live.append((list(tokens), self.blocks.fork(table)))
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 99))
+    def end_known(self, pick: int) -> None:
+        """What was generated may be found as well."""
+        tokens, table = self.live.pop(pick % len(self.live))
+        self.blocks.commit(table, prefix_hashes(tokens, 4, ""))
+        self.blocks.free(table)
+
+    @precondition(lambda self: self.live)
+    @rule(pick=st.integers(0, 99))
+    def distrust(self, pick: int) -> None:
+        tokens, table = self.live.pop(pick % len(self.live))
+        self.blocks.forget(table)
+        found = self.blocks.lookup(prefix_hashes(tokens, 4, ""))
+        assert not set(found) & set(table), "what is distrusted was found"
+        self.blocks.free(found)
+        self.blocks.free(table)
 
     @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 99))
