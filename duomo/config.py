@@ -77,11 +77,11 @@ class PrefillSection(PoolSection):
 
     mode: what runs of a wave without a break, a piece. layered: layer groups, all rows; chunked: all layers, chunk_tokens rows (a prompt of
     more goes alone); whole: everything. chunked and whole are baselines: docs/decisions/0008-layered-prefill.md.
-    piece_target_s: what a layered piece takes at most where somebody waits for it, a group being the least. The default is a third of a decode
-    step of a 7B MoE model at batch 32 on an H100 (bench/results/engine_h100.json), so that a step beside prefill is late by no more than that;
-    on a CPU nearly every group takes longer, and a piece is one group.
-    ttft_floor_s, ttft_stretch: a first token is due ttft_floor_s + ttft_stretch times what its prompt takes alone after its arrival. Due times
-    order waves; they refuse nobody.
+    piece_target_s: what a layered piece takes at most where somebody waits for it, a group being the least. The default is a third of a
+    decode step of a 7B MoE model at batch 32 on an H100 (bench/results/engine_h100.json), so that a step beside prefill is late by no more
+    than that; on a CPU nearly every group takes longer, and a piece is one group.
+    ttft_floor_s, ttft_stretch: a first token is due ttft_floor_s + ttft_stretch times what its prompt takes alone after its arrival. Due
+    times order waves; they refuse nobody.
     """
 
     num_blocks: int = Field(default=512, ge=8)
