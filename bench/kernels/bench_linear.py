@@ -52,6 +52,8 @@ PRODUCTS = [
     Product(name="Mixtral qkv", outputs=6144, inputs=4096),
     Product(name="Mixtral out", outputs=4096, inputs=4096),
     Product(name="OLMoE qkv fp8", outputs=6144, inputs=2048, is_fp8=True),
+    Product(name="OLMoE out fp8", outputs=2048, inputs=2048, is_fp8=True),
+    Product(name="Qwen3-30B qkv fp8", outputs=5120, inputs=2048, is_fp8=True),
     Product(name="Qwen3-30B out fp8", outputs=2048, inputs=4096, is_fp8=True),
 ]
 

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from duomo_kernels._launch import check, is_interpreted, num_sms
 from duomo_kernels._linear_direct import MAX_DIRECT_COLUMNS, DirectTile, linear_direct
+from duomo_kernels._linear_split import SplitTile, linear_split
 from duomo_kernels._linear_tiles import LinearTile, linear_tiles, widen
 from duomo_kernels._weights import SCALE_BLOCK
 
-LinearPlan: TypeAlias = DirectTile | LinearTile | Literal["library"]
+LinearPlan: TypeAlias = DirectTile | LinearTile | SplitTile | Literal["library"]
 
 MAX_STREAMED_ROWS = 64  # beyond, the library's tiles are as fast
 MAX_ROUTED_ROWS = 128  # beyond, a router's x is worth the tensor cores
@@ -129,6 +130,8 @@ def linear(
         linear_direct(x_TK, weight_NK, scale_nk, out, plan)
     elif isinstance(plan, LinearTile):
         linear_tiles(x_TK, weight_NK, scale_nk, out, plan)
+    elif isinstance(plan, SplitTile):
+        linear_split(x_TK, weight_NK, scale_nk, out, plan)
     else:
         _by_library(x_TK, weight_NK if scale_nk is None else widen(weight_NK, scale_nk, x_TK.dtype), out)
     return out

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duomo_kernels._bounds import BOUNDS, bound, error
 from duomo_kernels._linear_direct import DirectTile
+from duomo_kernels._linear_split import SplitTile, tickets
 from duomo_kernels._linear_tiles import LinearTile, widen
 from duomo_kernels.linear import LinearPlan, linear, linear_plan, linear_reference
 
@@ -66,6 +67,7 @@ def _wrong(given: Inputs, out: Tensor) -> float:
 
 SMALL, TALL = LinearTile(block_m=16, block_n=16, block_k=64), LinearTile(block_m=64, block_n=32, block_k=32, num_stages=2)
 BY_BLOCK = replace(SMALL, block_k=128)
+SPLIT = SplitTile(block_m=16, block_n=32, slice_k=256)
 CASES = [
     Case(rows=1, outputs=63, inputs=256, plan=DirectTile(block_n=4)),
     Case(rows=3, outputs=17, inputs=72, plan=DirectTile(block_n=16, num_warps=1)),
@@ -82,6 +84,12 @@ CASES = [
     Case(rows=17, outputs=129, inputs=384, plan=replace(BY_BLOCK, use_tma=True, block_n=64), is_fp8=True),
     Case(rows=17, outputs=33, inputs=136, plan=replace(BY_BLOCK, is_swapped=True), is_fp8=True),
     Case(rows=70, outputs=130, inputs=256, plan=replace(BY_BLOCK, is_swapped=True, use_tma=True, block_m=64, block_n=128), is_fp8=True),
+    Case(rows=1, outputs=65, inputs=1024, plan=SPLIT, is_fp8=True),
+    Case(rows=17, outputs=129, inputs=264, plan=replace(SPLIT, slice_k=128), is_fp8=True),  # a slice of eight columns
+    Case(rows=3, outputs=257, inputs=768, plan=replace(SPLIT, is_swapped=False, use_tma=True, block_n=128), is_fp8=True),
+    Case(rows=40, outputs=33, inputs=400, plan=replace(SPLIT, use_tma=True, ahead="nothing"), is_fp8=True),
+    Case(rows=5, outputs=70, inputs=512, plan=replace(SPLIT, ahead="registers", block_n=64), is_fp8=True),
+    Case(rows=9, outputs=40, inputs=136, plan=replace(SPLIT, ahead="registers", slice_k=512), is_fp8=True),  # one slice: nothing to add
     Case(rows=63, outputs=65, inputs=264, plan="library"),
     Case(rows=63, outputs=257, inputs=264, plan="library", is_fp8=True),
 ]
@@ -117,6 +125,15 @@ def test_deterministic_rows_have_the_same_bits_in_every_batch(is_fp8: bool, half
     assert _wrong(given, whole) <= bound(half)
     for rows in (slice(0, 1), slice(128, 130), slice(60, 77)):
         assert torch.equal(_run(given.rows(rows), None, is_deterministic=True), whole[rows])
+
+
+@pytest.mark.parametrize("plan", [SPLIT, replace(SPLIT, use_tma=True, slice_k=128), replace(SPLIT, ahead="registers")], ids=str)
+def test_split_sums_have_the_same_bits_in_every_run(plan: SplitTile, half: torch.dtype, device: torch.device) -> None:
+    """Whoever comes last adds, in one order; and every ticket it drew stands at zero again."""
+    given = _inputs(21, 130, 512, half, device, is_fp8=True)
+    runs = [_run(given, plan) for _ in range(5)]
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+    assert not tickets(device).slab.any()
 
 
 def test_a_broken_product_fails(half: torch.dtype, device: torch.device) -> None:

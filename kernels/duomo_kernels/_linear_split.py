@@ -1,0 +1,207 @@
+"""Owns the dense product of few rows and fp8 weights whose sums are cut across programs. Knows no plan.
+
+    out[t, n] = sum over slices of  sum over the slice's blocks of 128 columns  scale[n, block] * (x[t, block] . w[n, block])
+
+Few outputs give few programs when each sums all of K, and few programs cannot keep HBM busy. Here a program sums one slice of the columns
+for block_n outputs, so that there are programs for every multiprocessor and more. Each leaves its sum in float32; the one that draws the
+last ticket of a tile adds them in the order of the slices: arrival decides only who adds, so the bits are the same in every run.
+
+Weights are constants: before it waits for the kernel before it, a program asks for all of its own. Either into L2 by bulk prefetches, which
+take no register, or into registers.
+
+Legend: T rows of x, N weight rows (outputs), K summed; M rows of a tile, S slices of K.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from duomo_kernels._grid_board import Boards
+from duomo_kernels._launch import pdl_options, start_next, wait_for_previous
+from duomo_kernels._tile_walk import TMA_BYTES
+from duomo_kernels._weights import SCALE_BLOCK
+
+TICKET_BYTES = 4
+SLAB_BYTES = 8 << 20  # tickets of a process: 20,000 captured launches of 100 tiles
+LINE_BYTES = tl.constexpr(128)
+
+Ahead = Literal["nothing", "cache", "lines", "registers"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitTile:
+    """A program's tile: block_m rows of x times block_n weight rows, of which it sums slice_k columns, a multiple of 128.
+
+    ahead: where its weights go before the wait. In registers they take no stages, and x lies there too, so block_m is at most 32.
+    """
+
+    block_m: int
+    block_n: int
+    slice_k: int
+    num_warps: int = 4
+    num_stages: int = 4
+    is_swapped: bool = True
+    use_tma: bool = False
+    ahead: Ahead = "cache"
+
+    def __post_init__(self) -> None:
+        assert self.block_n <= SCALE_BLOCK, f"{self}: a tile's weights lie in one row of scale blocks"
+        assert self.slice_k > 0 and self.slice_k % SCALE_BLOCK == 0, f"{self}: slices are whole scale blocks"
+
+
+@triton.jit
+def _bring_to_cache(w, column, k0, num_n, num_k, BN: tl.constexpr, SLICE: tl.constexpr, PIECE: tl.constexpr):
+    """Ask for [BN, SLICE] bytes without waiting for them or giving them a register, PIECE bytes at a time."""
+    at_N = tl.minimum(column + tl.arange(0, BN), num_n - 1).to(tl.int64)
+    piece_P = k0 + tl.arange(0, SLICE // PIECE) * PIECE
+    at_NP = (w + at_N[:, None] * num_k + piece_P[None, :]).to(tl.int64)
+    if PIECE == LINE_BYTES:
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at_NP], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        bulk: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(bulk, "=r,l,r", [at_NP, tl.full(at_NP.shape, PIECE, tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _weights(w, w_desc, column, k0, num_n, num_k, BN: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr):
+    """[BN, STEP]. Past the last row another row or zeros: those outputs are not stored."""
+    if w_desc is not None:
+        return w_desc.load([column, k0])
+    else:
+        at_N = tl.minimum(column + tl.arange(0, BN), num_n - 1).to(tl.int64)
+        k_K = k0 + tl.arange(0, STEP)
+        at_NK = w + at_N[:, None] * num_k + k_K[None, :]
+        return tl.load(at_NK) if EVEN else tl.load(at_NK, mask=k_K[None, :] < num_k, other=0.0)
+
+
+@triton.jit
+def _rows(x_M, is_row_M, k0, num_k, STEP: tl.constexpr, EVEN: tl.constexpr):
+    k_K = k0 + tl.arange(0, STEP)
+    is_here_MK = is_row_M[:, None] if EVEN else is_row_M[:, None] & (k_K < num_k)[None, :]
+    return tl.load(x_M[:, None] + k_K[None, :], mask=is_here_MK, other=0.0)
+
+
+@triton.jit
+def _scale(scale, k0, num_k, STEP: tl.constexpr, EVEN: tl.constexpr):
+    return tl.load(scale + k0 // STEP) if EVEN else tl.load(scale + k0 // STEP, mask=k0 < num_k, other=0.0)
+
+
+@triton.jit
+def _add_block(sum_, x_MK, w_NK, scale, IS_SWAPPED: tl.constexpr):
+    """sum_ + scale * (x . w) of one block, [M, N], or its transpose where swapped."""
+    w_NK = w_NK.to(tl.float32).to(x_MK.dtype)  # straight to bf16 is an instruction of a quarter of the rate
+    if IS_SWAPPED:
+        part = tl.dot(w_NK, x_MK.T, input_precision="ieee")
+    else:
+        part = tl.dot(x_MK, w_NK.T, input_precision="ieee")
+    return sum_ + part * scale
+
+
+@triton.jit
+def _store(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED: tl.constexpr):
+    if IS_SWAPPED:
+        at_ = out + row_M.to(tl.int64)[None, :] * num_n + col_N[:, None]
+        tl.store(at_, sum_.to(out.dtype.element_ty), mask=(row_M < num_rows)[None, :] & (col_N < num_n)[:, None])
+    else:
+        at_ = out + row_M.to(tl.int64)[:, None] * num_n + col_N[None, :]
+        tl.store(at_, sum_.to(out.dtype.element_ty), mask=(row_M < num_rows)[:, None] & (col_N < num_n)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
+def _split_kernel(
+    x, w, w_desc, scale, parts, tickets, out, num_rows, num_n, num_k, num_tiles,
+    BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr, NUM_SLICES: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, AHEAD: tl.constexpr, PIECE: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    tile, slice_ = pid // NUM_SLICES, pid % NUM_SLICES
+    row_M, column, first_k = tile % num_tiles * BM + tl.arange(0, BM), tile // num_tiles * BN, slice_ * SLICE
+    scale += column // STEP * tl.cdiv(num_k, STEP)
+    kept_w, kept_scale, kept_x = (), (), ()
+    if AHEAD == "registers":
+        for step in tl.static_range(SLICE // STEP):
+            at = first_k + step * STEP
+            kept_w = kept_w + (_weights(w, w_desc, column, at, num_n, num_k, BN, STEP, EVEN),)  # type: ignore[assignment]  # a growing tuple
+            kept_scale = kept_scale + (_scale(scale, at, num_k, STEP, EVEN),)  # type: ignore[assignment]
+    elif AHEAD != "nothing":
+        _bring_to_cache(w, column, first_k, num_n, num_k, BN, SLICE, PIECE)
+    wait_for_previous(USE_PDL)
+    start_next(USE_PDL)
+    is_row_M = row_M < num_rows
+    x_M = x + row_M.to(tl.int64) * num_k
+    if IS_SWAPPED:
+        sum_ = tl.zeros((BN, BM), tl.float32)
+    else:
+        sum_ = tl.zeros((BM, BN), tl.float32)
+    if AHEAD == "registers":
+        for step in tl.static_range(SLICE // STEP):
+            kept_x = kept_x + (_rows(x_M, is_row_M, first_k + step * STEP, num_k, STEP, EVEN),)  # type: ignore[assignment]
+        for step in tl.static_range(SLICE // STEP):
+            sum_ = _add_block(sum_, kept_x[step], kept_w[step], kept_scale[step], IS_SWAPPED)
+    else:
+        for step in tl.range(0, SLICE // STEP, num_stages=STAGES):
+            at = first_k + step * STEP
+            x_MK = _rows(x_M, is_row_M, at, num_k, STEP, EVEN)
+            w_NK = _weights(w, w_desc, column, at, num_n, num_k, BN, STEP, EVEN)
+            sum_ = _add_block(sum_, x_MK, w_NK, _scale(scale, at, num_k, STEP, EVEN), IS_SWAPPED)
+    col_N = column + tl.arange(0, BN)
+    if NUM_SLICES == 1:
+        _store(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED)
+    else:
+        piece = tl.arange(0, sum_.shape[0])[:, None] * sum_.shape[1] + tl.arange(0, sum_.shape[1])[None, :]
+        piece_ptrs = parts + tile.to(tl.int64) * (NUM_SLICES * BM * BN) + piece
+        tl.store(piece_ptrs + slice_ * (BM * BN), sum_)
+        tl.debug_barrier()  # every thread's part is written before one thread takes a ticket for all
+        if tl.atomic_add(tickets + tile, 1, sem="acq_rel", scope="gpu") == NUM_SLICES - 1:
+            tl.store(tickets + tile, 0)
+            sum_ = tl.load(piece_ptrs, cache_modifier=".cg")
+            for other in tl.static_range(1, NUM_SLICES):
+                sum_ += tl.load(piece_ptrs + other * (BM * BN), cache_modifier=".cg")
+            _store(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED)
+
+
+def linear_split(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None, out_TN: Tensor, tile: SplitTile) -> None:
+    """Checked by linear()."""
+    assert scale_nk is not None, f"{tile}: of weights with scales alone"
+    (num_rows, num_k), num_n, device = x_TK.shape, weight_NK.shape[0], x_TK.device
+    num_tiles, num_slices = triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_k, tile.slice_k)
+    num_sums = num_tiles * triton.cdiv(num_n, tile.block_n)
+    is_even = num_k % tile.slice_k == 0
+    options = pdl_options(device)
+    ahead, piece = tile.ahead, LINE_BYTES.value
+    if ahead in ("cache", "lines") and not (is_even and options["USE_PDL"]):
+        ahead = "nothing"  # prefetches are whole, aligned pieces, and without dependent launch there is nothing to be early for
+    if ahead == "cache":
+        piece = min(tile.slice_k, max(2 * piece, tile.block_n * tile.slice_k // (32 * tile.num_warps)))  # one for each thread
+    parts = drawn = out_TN
+    if num_slices > 1:
+        parts = torch.empty(num_sums * num_slices * tile.block_m * tile.block_n, dtype=torch.float32, device=device)
+        drawn = tickets(device).take(num_sums, TICKET_BYTES).view(torch.int32)
+    _split_kernel[(num_sums * num_slices,)](
+        x_TK, weight_NK, _descriptor(weight_NK, tile), scale_nk, parts, drawn, out_TN, num_rows, num_n, num_k, num_tiles,
+        BM=tile.block_m, BN=tile.block_n, SLICE=tile.slice_k, NUM_SLICES=num_slices, STEP=SCALE_BLOCK, STAGES=tile.num_stages,
+        EVEN=is_even, IS_SWAPPED=tile.is_swapped, AHEAD=ahead, PIECE=piece, num_warps=tile.num_warps, **options,
+    )  # fmt: skip
+
+
+def _descriptor(weight_NK: Tensor, tile: SplitTile) -> TensorDescriptor | None:
+    is_addressable = weight_NK.stride(0) * weight_NK.element_size() % TMA_BYTES == 0
+    return TensorDescriptor.from_tensor(weight_NK, [tile.block_n, SCALE_BLOCK]) if tile.use_tma and is_addressable else None
+
+
+@functools.cache
+def tickets(device: torch.device) -> Boards:
+    """A device's tickets, zero between launches. Made by the first eager launch, which a capture needs anyway."""
+    assert device.type != "cuda" or not torch.cuda.is_current_stream_capturing(), "launch once before capturing: tickets are zeroed outside"
+    slab = torch.zeros(SLAB_BYTES if device.type == "cuda" else 1 << 20, dtype=torch.uint8, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # once in a process: other streams may use it right away
+    return Boards(slab=slab)
