@@ -77,8 +77,9 @@ class GpuCapturedLayers:
                     self.graphs.capture((rows, layer_idx), partial(self._layer, rows, layer_idx))
 
     @torch.inference_mode()
-    def run(self, lo: int, hi: int, rows: RowState, wave: GpuWave) -> list[Tensor]:
-        """Layers lo..hi-1 of a wave that has a bucket; `rows` becomes theirs. Returns the experts' ids int32 [T, K] of each layer."""
+    def run(self, lo: int, hi: int, rows: RowState, wave: GpuWave) -> Tensor:
+        """Layers lo..hi-1 of a wave that has a bucket; `rows` becomes theirs. Returns the experts' ids int32 [hi - lo, T, K], until the
+        next run."""
         bucket, num_rows = self.bucket_of(wave), wave.num_rows
         assert bucket is not None, "a wave without a bucket"
         self._place(wave, bucket)
@@ -92,7 +93,7 @@ class GpuCapturedLayers:
         for layer_idx in range(lo, hi):
             self.graphs.run((bucket, layer_idx), partial(self._layer, bucket, layer_idx))
         rows.x_TD, rows.residual_TD = x_TD.clone(), residual_TD.clone()
-        return list(self._ids_LRK[lo:hi, :num_rows].clone().unbind(0))
+        return self._ids_LRK[lo:hi, :num_rows]
 
     def _place(self, wave: GpuWave, bucket: int) -> None:
         """Where the wave's rows, sequences and cached keys are, into the tensors that graphs read."""

@@ -1,52 +1,83 @@
-"""Owns the forward of a wave of prompts on one GPU, unit by unit: embeddings, layers lo..hi, logits. Knows no request, policy or sampling.
+"""Owns the forward of a wave of prompts on one GPU, unit by unit: embeddings, layers lo..hi of its chunks, logits. Knows no sampling.
 
-The verbs of duomo.engine.runner; here a wave is laid out by one upload, and nothing waits for the device until its numbers are asked for.
-Short waves replay captured layers (gpu_captured_layers.py), where capture() was called; their launches would take the host longer than the
-GPU. Long ones are launched kernel by kernel, beside the GPU's work.
+The verbs of duomo.engine.runner; here a chunk is laid out by one upload, and nothing waits for the device until its numbers are asked for.
+Short chunks replay captured layers (gpu_captured_layers.py), where capture() was called; their launches would take the host longer than
+the GPU. Long ones are launched kernel by kernel, beside the GPU's work. Which of the two goes by the chunk's size alone, so that layers
+run in one piece or in many give the same bits.
 
 Legend: T rows, S sequences, L layers, E experts, K experts a token, V vocabulary.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from duomo.engine.batch import StepBatch
+from duomo.engine.expert_counts import ExpertCounts, ExpertUse
 from duomo.engine.gpu_captured_layers import CapturedLimits, GpuCapturedLayers
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_wave import GpuWave, upload_rows, upload_wave
 from duomo.engine.gpu_wave_attention import attend_over
+from duomo.engine.wave_chunks import GridWalk, RowChunk, cut_rows
 from duomo.models.gpu_decoder import GpuDecoder, KvPlace, RowState
 
-COUNTED_TOGETHER = 1 << 20  # routed ids of several layers by one launch: of all layers of a long wave they would take much memory
+COUNTED_TOGETHER = 1 << 20  # routed ids of several layers by one launch: of all layers of a long chunk they would take much memory
+
+
+@dataclass(slots=True)
+class ChunkState:
+    """A chunk that has begun: its places on the device, and its rows as they lie between two pieces."""
+
+    wave: GpuWave
+    rows: RowState
 
 
 @dataclass(slots=True)
 class GpuBoundaryState:
-    """A wave between two units. Belongs to the prefill: others only hand it back, read next_layer and expert_counts."""
+    """A wave between two units. Belongs to the prefill: others only hand it back and read what it ran and counted.
+
+    begun: the chunks that have run, or run next, in order. What lies on the device between two pieces is theirs: two rows of the model's
+    width for each token. routed_LTK: where they were asked for, the experts' ids of all rows.
+    """
 
     batch: StepBatch
-    wave: GpuWave
-    rows: RowState
-    next_layer: int
-    num_layers: int
-    num_experts: int
-    routed_ids: list[Tensor] = field(default_factory=list)
+    chunks: tuple[RowChunk, ...]
+    walk: GridWalk
+    counts: ExpertCounts
+    routed_LTK: Tensor | None = None
+    begun: list[ChunkState] = field(default_factory=list)
+
+    @property
+    def next_layer(self) -> int:
+        return self.walk.next_layer
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def routed_ids(self) -> list[Tensor]:
+        """The experts' ids int32 [T, K] of each layer that has run."""
+        assert self.routed_LTK is not None, "begin(keeps_routed=True) keeps them"
+        return list(self.routed_LTK[: self.next_layer].unbind(0))
 
     @property
     def expert_counts(self) -> Tensor:
-        """Routed tokens, int64 [sequences, layers, experts] on the host, which waits for them; layers not yet run count zero."""
-        sequence_T, num_sequences = self.wave.sequence_T, self.wave.num_sequences
-        counts_LX = torch.zeros(self.num_layers, num_sequences * self.num_experts, dtype=torch.int64, device=sequence_T.device)
-        step = self.num_layers if not self.routed_ids else max(1, COUNTED_TOGETHER // self.routed_ids[0].numel())
-        for lo in range(0, len(self.routed_ids), step):
-            ids_LTK = torch.stack(self.routed_ids[lo : lo + step])
-            flat_LX = (sequence_T[:, None] * self.num_experts + ids_LTK).flatten(1)
-            counts_LX[lo : lo + step].scatter_add_(1, flat_LX, torch.ones_like(flat_LX))
-        return counts_LX.view(self.num_layers, num_sequences, -1).transpose(0, 1).contiguous().cpu()
+        """Routed tokens, int32 [S, L, E] on the host, which waits for them; layers not yet run count zero."""
+        return self.counts.fetch().counts_SLE
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of expert weights that were read: of every layer and chunk those of its distinct experts. The host waits."""
+        return self.counts.fetch().bytes_read
+
+    def expert_use(self) -> ExpertUse:
+        """Both, by one copy."""
+        return self.counts.fetch()
 
 
 class GpuPrefill:
@@ -56,11 +87,15 @@ class GpuPrefill:
         self.decoder = decoder
         self.cache = cache
         self.captured: GpuCapturedLayers | None = None
+        self.capture_s = 0.0
+        self._expert_bytes_L = [layer.expert_bytes for layer in decoder.weights.layers]
 
     def capture(self, limits: CapturedLimits, *, progress: bool = False) -> None:
-        """Capture what short waves run: from here on they replay. Touches no KV."""
+        """Capture what short chunks run: from here on they replay. Touches no KV."""
+        started_s = time.monotonic()
         self.captured = GpuCapturedLayers(self.decoder, self.cache, limits)
         self.captured.capture(progress=progress)
+        self.capture_s = time.monotonic() - started_s
 
     @property
     def num_graphs(self) -> int:
@@ -68,45 +103,91 @@ class GpuPrefill:
 
     @property
     def graph_bytes(self) -> int:
-        """What the device lost to the graphs of short waves."""
+        """What the device lost to the graphs of short chunks."""
         return 0 if self.captured is None else self.captured.graphs.pool_bytes
 
     @torch.inference_mode()
-    def begin(self, batch: StepBatch) -> GpuBoundaryState:
-        """Embed the tokens and lay out the wave. Token ids must be below the vocabulary, positions below the context limit."""
-        config = self.decoder.config
+    def begin(self, batch: StepBatch, chunk_tokens: int | None = None, *, keeps_routed: bool = False) -> GpuBoundaryState:
+        """Cut the wave and lay its first chunk out. Token ids must be below the vocabulary, positions below the context limit.
+
+        chunk_tokens: rows that cross a layer together (None: all). keeps_routed: the state keeps every row's experts of all layers.
+        """
+        config, device = self.decoder.config, self.cache.device
         assert all(part.end <= config.max_position_tokens for part in batch.slices), f"past {config.max_position_tokens} positions"
-        wave = upload_wave(batch, self.cache.spec.block_tokens, self.cache.device)
-        rows = RowState(self.decoder.embed(wave.token_id_T))
-        return GpuBoundaryState(batch, wave, rows, 0, config.num_layers, config.num_experts)
+        chunks, routed = cut_rows(batch, chunk_tokens), None
+        if keeps_routed:
+            routed = torch.empty(config.num_layers, batch.num_rows, config.top_k, dtype=torch.int32, device=device)
+        counts = ExpertCounts(len(batch.slices), config.num_experts, self._expert_bytes_L, device)
+        state = GpuBoundaryState(batch, chunks, GridWalk(len(chunks), config.num_layers), counts, routed)
+        self._begun(state, 0)
+        return state
 
     @torch.inference_mode()
-    def run_layers(self, lo: int, hi: int, state: GpuBoundaryState) -> GpuBoundaryState:
-        """Layers lo..hi-1, in order after those already run: writes the wave's KV and attends over it and what is cached before it."""
-        assert lo == state.next_layer and lo < hi <= state.num_layers, (lo, hi, state.next_layer)
-        if self.captured is not None and self.captured.bucket_of(state.wave) is not None:
-            state.routed_ids += self.captured.run(lo, hi, state.rows, state.wave)
-        else:
-            self.launch_layers(lo, hi, state)
-        state.next_layer = hi
+    def run_layers(self, lo: int, hi: int, state: GpuBoundaryState, chunks: tuple[int, int] | None = None) -> GpuBoundaryState:
+        """Layers lo..hi-1, in order after those already run, of chunks [first, end) (None: all), one chunk through all of them after the
+        other: writes their KV, attends over it and what lies in the pool before it."""
+        first, end = (0, state.num_chunks) if chunks is None else chunks
+        state.walk.check((lo, hi), (first, end))
+        for place in range(first, end):
+            at = self._begun(state, place)
+            if self.captured is not None and self.captured.bucket_of(at.wave) is not None:
+                _book(state, place, lo, self.captured.run(lo, hi, at.rows, at.wave))
+            else:
+                self._launch(lo, hi, state, place)
+            state.walk.advance((lo, hi), place)
         return state
 
     @torch.inference_mode()
     def logits(self, state: GpuBoundaryState, rows: list[int]) -> Tensor:
-        """float32 [len(rows), V] of these rows, after the last layer, on the device."""
-        assert state.next_layer == state.num_layers, state.next_layer
-        return self.decoder.logits(state.rows.select(upload_rows(rows, self.cache.device)))
+        """float32 [len(rows), V] of these rows, in ascending order where there are several chunks, after the last layer, on the device."""
+        assert state.walk.is_over, state.walk.next_layers
+        assert state.num_chunks == 1 or rows == sorted(rows), rows
+        picked = []
+        for chunk, at in zip(state.chunks, state.begun, strict=True):
+            mine = [row - chunk.row_lo for row in rows if chunk.row_lo <= row < chunk.row_hi]
+            if mine or state.num_chunks == 1:
+                picked.append(at.rows.select(upload_rows(mine, self.cache.device)))
+        return self.decoder.logits(_joined(picked) if picked else state.begun[0].rows.select(upload_rows([], self.cache.device)))
 
-    def run(self, batch: StepBatch) -> tuple[GpuBoundaryState, Tensor]:
+    def run(self, batch: StepBatch, chunk_tokens: int | None = None) -> tuple[GpuBoundaryState, Tensor]:
         """The whole wave: state and the logits [sequences, V] of each slice's last token."""
-        state = self.run_layers(0, self.decoder.config.num_layers, self.begin(batch))
+        state = self.run_layers(0, self.decoder.config.num_layers, self.begin(batch, chunk_tokens))
         return state, self.logits(state, batch.last_rows)
 
     @torch.inference_mode()
-    def launch_layers(self, lo: int, hi: int, state: GpuBoundaryState) -> None:
-        """These layers kernel by kernel, whatever was captured: run_layers without its books."""
-        place = KvPlace(slot_T=state.wave.slot_T, position_T=state.wave.position_T, wants_packed=True)
+    def launch_layer(self, layer_idx: int, at: ChunkState) -> Tensor:
+        """One layer of a chunk kernel by kernel, whatever was captured: run_layers without its books. Returns the experts' ids [T, K]."""
+        place = KvPlace(slot_T=at.wave.slot_T, position_T=at.wave.position_T, wants_packed=True)
+        pool = self.cache.layer(layer_idx)
+        return self.decoder.layer(layer_idx, at.rows, place, pool, attend_over(self.decoder, at.wave, pool))
+
+    def _launch(self, lo: int, hi: int, state: GpuBoundaryState, place: int) -> None:
+        uncounted: list[Tensor] = []
         for layer_idx in range(lo, hi):
-            pool = self.cache.layer(layer_idx)
-            attend = attend_over(self.decoder, state.wave, pool)
-            state.routed_ids.append(self.decoder.layer(layer_idx, state.rows, place, pool, attend))
+            uncounted.append(self.launch_layer(layer_idx, state.begun[place]))
+            if layer_idx + 1 == hi or len(uncounted) * uncounted[0].numel() >= COUNTED_TOGETHER:
+                _book(state, place, layer_idx + 1 - len(uncounted), torch.stack(uncounted))
+                uncounted = []
+
+    def _begun(self, state: GpuBoundaryState, place: int) -> ChunkState:
+        """The chunk, laid out when it is first asked for: one after the other, so that a long prompt's first does not wait for its last."""
+        if place == len(state.begun):
+            wave = upload_wave(state.chunks[place].batch, self.cache.spec.block_tokens, self.cache.device)
+            state.begun.append(ChunkState(wave, RowState(self.decoder.embed(wave.token_id_T))))
+        return state.begun[place]
+
+
+def _book(state: GpuBoundaryState, place: int, lo: int, ids_LTK: Tensor) -> None:
+    """Count what a chunk's rows were routed to in the layers from lo on."""
+    chunk = state.chunks[place]
+    state.counts.add(lo, ids_LTK, chunk, state.begun[place].wave.sequence_T)
+    if state.routed_LTK is not None:
+        state.routed_LTK[lo : lo + ids_LTK.shape[0], chunk.row_lo : chunk.row_hi] = ids_LTK
+
+
+def _joined(parts: list[RowState]) -> RowState:
+    """Rows after at least one layer, side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    residuals = [part.residual_TD for part in parts if part.residual_TD is not None]
+    return RowState(torch.cat([part.x_TD for part in parts]), torch.cat(residuals))

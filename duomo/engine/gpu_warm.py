@@ -73,9 +73,9 @@ def warm_prefill(prefill: GpuPrefill, limits: MemoryLimits) -> None:
 @torch.inference_mode()
 def _run(prefill: GpuPrefill, batch: StepBatch) -> None:
     state = prefill.begin(batch)
-    layers = min(WARM_LAYERS, prefill.decoder.config.num_layers)
-    prefill.run_layers(0, layers, state)
-    prefill.decoder.logits(state.rows.select(upload_rows(batch.last_rows, prefill.cache.device)))
+    for layer_idx in range(min(WARM_LAYERS, prefill.decoder.config.num_layers)):
+        prefill.launch_layer(layer_idx, state.begun[0])
+    prefill.decoder.logits(state.begun[0].rows.select(upload_rows(batch.last_rows, prefill.cache.device)))
 
 
 def _fits(wave: WarmWave, limits: MemoryLimits, num_blocks: int) -> bool:

@@ -1,48 +1,72 @@
-"""Owns the forward of one step, unit by unit: embeddings, layers lo..hi, logits. Knows no request, policy or sampling.
+"""Owns the forward of one step, unit by unit: embeddings, layers lo..hi of its chunks, logits. Knows no request, policy or sampling.
 
-Identical bytes for a token's KV and logits whatever else is in the batch and whether it comes by prefill or by decode, where
-`ModelRunner.is_row_exact` (design: docs/decisions, "identical").
+Identical bytes for a token's KV and logits whatever else is in the batch and whether it comes by prefill or by decode, in whatever chunks,
+where `ModelRunner.is_row_exact` (design: docs/decisions, "identical").
 
-Legend: T rows, D model, K experts a token, V vocabulary.
+Legend: T rows, D model, K experts a token, V vocabulary, S sequences, L layers, E experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from duomo.engine.batch import StepBatch
+from duomo.engine.expert_counts import ExpertCounts, ExpertUse
 from duomo.engine.kv_cache import KvCache
 from duomo.engine.plan import plan_attention
+from duomo.engine.wave_chunks import GridWalk, RowChunk, cut_rows
 from duomo.models.layers.attention import AttentionPlan
 from duomo.models.qwen3_moe import Model
+
+CPU = torch.device("cpu")
 
 
 @dataclass(slots=True)
 class BoundaryState:
-    """A step between two units. Belongs to the runner: others only hand it back, read next_layer and expert_counts."""
+    """A step between two units. Belongs to the runner: others only hand it back and read what it ran and counted.
+
+    hidden_TD are all rows; everything else that a layer needs is one chunk's: `plan` is that of chunk plan_of, the last that ran.
+    routed_ids: where they were asked for, the experts' ids [T, K] of each layer.
+    """
 
     batch: StepBatch
+    chunks: tuple[RowChunk, ...]
+    walk: GridWalk
     hidden_TD: Tensor
-    plan: AttentionPlan
-    next_layer: int
-    num_experts: int
-    num_layers: int
-    routed_ids: list[Tensor] = field(default_factory=list)
+    counts: ExpertCounts
+    plan: AttentionPlan | None = None
+    plan_of: int = -1
+    routed_LTK: Tensor | None = None
+
+    @property
+    def next_layer(self) -> int:
+        return self.walk.next_layer
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunks)
+
+    @property
+    def routed_ids(self) -> list[Tensor]:
+        assert self.routed_LTK is not None, "begin(keeps_routed=True) keeps them"
+        return list(self.routed_LTK[: self.next_layer].unbind(0))
 
     @property
     def expert_counts(self) -> Tensor:
-        """Routed tokens, int64 [sequences, layers, experts]; layers not yet run count zero."""
-        num_sequences = len(self.batch.slices)
-        counts = torch.zeros(num_sequences, self.num_layers, self.num_experts, dtype=torch.int64)
-        sizes = torch.tensor([len(part.token_ids) for part in self.batch.slices])
-        sequence_T = torch.repeat_interleave(torch.arange(num_sequences), sizes)
-        for layer_idx, ids_TK in enumerate(self.routed_ids):
-            flat = sequence_T[:, None] * self.num_experts + ids_TK[: sequence_T.numel()]
-            counts[:, layer_idx] = torch.bincount(flat.flatten(), minlength=num_sequences * self.num_experts).view(num_sequences, -1)
-        return counts
+        """Routed tokens, int32 [S, L, E]; layers not yet run count zero."""
+        return self.counts.fetch().counts_SLE
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of expert weights that were read: of every layer and chunk those of its distinct experts."""
+        return self.counts.fetch().bytes_read
+
+    def expert_use(self) -> ExpertUse:
+        """Both at once."""
+        return self.counts.fetch()
 
 
 class ModelRunner:
@@ -52,6 +76,7 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self._shape = model.kv_shape(cache.spec.block_tokens)
+        self._expert_bytes_L = [layer.experts.expert_bytes for layer in model.layers]
 
     @property
     def is_row_exact(self) -> bool:
@@ -59,29 +84,60 @@ class ModelRunner:
         return self.model.is_row_exact
 
     @torch.inference_mode()
-    def begin(self, batch: StepBatch) -> BoundaryState:
-        """Embed the tokens and lay out the step. token ids must be below the vocabulary, positions below the context limit."""
-        run = batch if batch.num_rows > 1 else StepBatch(slices=batch.slices * 2)  # a product of one row takes another path: run it twice
-        token_ids = [token for part in run.slices for token in part.token_ids]
-        plan = plan_attention(run, self._shape, self.model.cos_PC, self.model.sin_PC)
-        hidden_TD = self.model.embed(torch.tensor(token_ids, dtype=torch.int64))
+    def begin(self, batch: StepBatch, chunk_tokens: int | None = None, *, keeps_routed: bool = False) -> BoundaryState:
+        """Embed the tokens. token ids must be below the vocabulary, positions below the context limit.
+
+        chunk_tokens: rows that cross a layer together (None: all). keeps_routed: the state keeps every row's experts of all layers.
+        """
         config = self.model.config
-        return BoundaryState(batch, hidden_TD, plan, 0, config.num_experts, config.num_layers)
+        token_ids = [token for part in batch.slices for token in part.token_ids]
+        chunks = cut_rows(batch, chunk_tokens)
+        return BoundaryState(
+            batch=batch,
+            chunks=chunks,
+            walk=GridWalk(len(chunks), config.num_layers),
+            hidden_TD=self.model.embed(torch.tensor(token_ids, dtype=torch.int64)),
+            counts=ExpertCounts(len(batch.slices), config.num_experts, self._expert_bytes_L, CPU),
+            routed_LTK=torch.empty(config.num_layers, len(token_ids), config.top_k, dtype=torch.int64) if keeps_routed else None,
+        )
 
     @torch.inference_mode()
-    def run_layers(self, lo: int, hi: int, state: BoundaryState) -> BoundaryState:
-        """Layers lo..hi-1, in order after those already run: writes the batch's KV and attends over the block tables."""
-        assert lo == state.next_layer and lo < hi <= state.num_layers, (lo, hi, state.next_layer)
-        for layer_idx in range(lo, hi):
-            state.hidden_TD, ids_TK = self.model.layer(layer_idx, state.hidden_TD, self.cache.layer(layer_idx), state.plan, self._shape)
-            state.routed_ids.append(ids_TK)
-        state.next_layer = hi
+    def run_layers(self, lo: int, hi: int, state: BoundaryState, chunks: tuple[int, int] | None = None) -> BoundaryState:
+        """Layers lo..hi-1, in order after those already run, of chunks [first, end) (None: all), one chunk through all of them after the
+        other: writes their KV and attends over the block tables."""
+        first, end = (0, state.num_chunks) if chunks is None else chunks
+        state.walk.check((lo, hi), (first, end))
+        for place in range(first, end):
+            ids_LTK = self._run_chunk(lo, hi, state, place)
+            chunk = state.chunks[place]
+            sizes = torch.tensor([len(part.token_ids) for part in chunk.batch.slices])
+            state.counts.add(lo, ids_LTK, chunk, torch.repeat_interleave(torch.arange(sizes.numel()), sizes))
+            if state.routed_LTK is not None:
+                state.routed_LTK[lo:hi, chunk.row_lo : chunk.row_hi] = ids_LTK
+            state.walk.advance((lo, hi), place)
         return state
+
+    def _run_chunk(self, lo: int, hi: int, state: BoundaryState, place: int) -> Tensor:
+        """Layers lo..hi-1 of one chunk; its rows of hidden_TD become theirs. Returns the experts' ids [hi - lo, T, K]."""
+        chunk = state.chunks[place]
+        num_rows, is_one_row = chunk.num_rows, chunk.num_rows == 1
+        if state.plan is None or state.plan_of != place:
+            # a product of one row takes another path: run it twice
+            batch = StepBatch(slices=chunk.batch.slices * 2) if is_one_row else chunk.batch
+            state.plan, state.plan_of = plan_attention(batch, self._shape, self.model.cos_PC, self.model.sin_PC), place
+        rows_TD = state.hidden_TD[chunk.row_lo : chunk.row_hi]
+        x_TD, routed = rows_TD.repeat(2, 1) if is_one_row else rows_TD, []
+        for layer_idx in range(lo, hi):
+            x_TD, ids_TK = self.model.layer(layer_idx, x_TD, self.cache.layer(layer_idx), state.plan, self._shape)
+            routed.append(ids_TK[:num_rows])
+        if x_TD is not rows_TD:
+            rows_TD.copy_(x_TD[:num_rows])
+        return torch.stack(routed)
 
     @torch.inference_mode()
     def logits(self, state: BoundaryState, rows: list[int]) -> Tensor:
         """float32 [len(rows), V] of these rows, after the last layer."""
-        assert state.next_layer == state.num_layers, state.next_layer
+        assert state.walk.is_over, state.walk.next_layers
         if not rows:
             return torch.empty(0, self.model.config.vocab)
         wanted = rows if len(rows) > 1 else rows * 2
@@ -89,7 +145,7 @@ class ModelRunner:
             return self.model.logits(state.hidden_TD)[: len(rows)]
         return self.model.logits(state.hidden_TD.index_select(0, torch.tensor(wanted)))[: len(rows)]
 
-    def run(self, batch: StepBatch) -> tuple[BoundaryState, Tensor]:
+    def run(self, batch: StepBatch, *, keeps_routed: bool = False) -> tuple[BoundaryState, Tensor]:
         """The whole step: state and the logits [sequences, V] of each slice's last token."""
-        state = self.run_layers(0, self.model.config.num_layers, self.begin(batch))
+        state = self.run_layers(0, self.model.config.num_layers, self.begin(batch, keeps_routed=keeps_routed))
         return state, self.logits(state, batch.last_rows)

@@ -48,6 +48,13 @@ class GpuLayer:
     router_ED: Tensor | None
     experts: ExpertWeights
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert, scales and all."""
+        held = self.experts
+        parts = (held.gate_up_EFD, held.down_EDF, held.gate_up_scale_Efd, held.down_scale_Edf)
+        return sum(part.nbytes for part in parts if part is not None) // held.num_experts
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuWeights:

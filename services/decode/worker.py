@@ -129,7 +129,7 @@ class DecodeWorker:
             PromptSlice(token_ids=(token.token_id,), start=row.position, block_table=row.table)
             for token, row in zip(fed, step.rows, strict=True)
         )
-        state, logits_RV = self.runner.run(StepBatch(slices=slices))
+        state, logits_RV = self.runner.run(StepBatch(slices=slices), keeps_routed=True)
         tokens = self._sampler.sample(logits_RV, [token.sampling for token in fed])
         routed_RE = _routed(state, len(step.rows))
         return StepOutput(tokens=tokens, routed_RE=routed_RE, started_s=started_s, ended_s=time.monotonic())

@@ -1,7 +1,7 @@
 """Owns what one prefill rank on a GPU computes with: the engine's prefill and its sampler of first tokens. Knows no request and no policy.
 
-A group's kernels are queued at once, then its end is waited for without holding the interpreter: between two groups the step thread
-launches a decode step, which so waits for one group at most. The engine was warm before there was a worker.
+A piece's kernels are queued at once, then its end is waited for without holding the interpreter: between two pieces the step thread
+launches a decode step, which so waits for one piece at most. The engine was warm before there was a worker.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.decode_step import check_row
 from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.gpu_prefill import GpuBoundaryState
@@ -19,7 +20,8 @@ from duomo.engine.gpu_wave import upload_rows
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
-from services.prefill.worker import Computation, WaveOutput, WaveRow, WorkerSizes, group_bounds, places_of, wanted_rows
+from services.prefill.pieces import Piece
+from services.prefill.worker import Computation, WaveOutput, WaveRow, WorkerSizes, batch_of, group_bounds, places_of, wanted_rows
 
 
 class GpuPrefillWorker:
@@ -48,15 +50,15 @@ class GpuPrefillWorker:
     def warm(self) -> None:
         """Nothing is left to do."""
 
-    def begin(self, rows: Sequence[WaveRow]) -> Computation:
-        slices = tuple(PromptSlice(token_ids=row.token_ids[row.start :], start=row.start, block_table=row.block_table) for row in rows)
-        batch = StepBatch(slices=slices)
-        return Computation(batch=batch, state=self._prefill.begin(batch))
+    def begin(self, rows: Sequence[WaveRow], chunk_tokens: int | None = None) -> Computation:
+        batch = batch_of(rows)
+        return Computation(batch=batch, state=self._prefill.begin(batch, chunk_tokens))
 
-    def run_group(self, computation: Computation, group: int) -> None:
+    def run_piece(self, computation: Computation, piece: Piece) -> None:
+        lo, hi = piece.groups
         if self._group_delay_s:
-            time.sleep(self._group_delay_s)
-        self._prefill.run_layers(self.group_bounds[group], self.group_bounds[group + 1], _state(computation))
+            time.sleep(self._group_delay_s * (hi - lo))
+        self._prefill.run_layers(self.group_bounds[lo], self.group_bounds[hi], _state(computation), piece.chunks)
         self._wait()
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
@@ -69,12 +71,14 @@ class GpuPrefillWorker:
             found = self._first_tokens.sample(logits_RV, choices)
         answers = iter(found)
         chosen = [[next(answers) for _ in each] for each in rows]
-        counts = state.expert_counts.tolist()
+        use = state.expert_use()
+        counts_SLE: NDArray[np.int32] = use.counts_SLE.numpy()
         sampled_s = time.monotonic()
         return tuple(
             WaveOutput(
                 sampled=tuple(one for one in tokens if isinstance(one, SampledToken)),
-                expert_counts=tuple(tuple(layer) for layer in counts[place]),
+                expert_counts=counts_SLE[place],
+                expert_bytes=0 if place else use.bytes_read,
                 computed_s=computed_s,
                 sampled_s=sampled_s,
                 error=next((one for one in tokens if isinstance(one, EngineError)), None),

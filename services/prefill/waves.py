@@ -16,6 +16,7 @@ from duomo.errors import DeadlineError, DuomoError, EngineError
 from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.leg import Leg
+from services.prefill.pieces import Piece
 from services.prefill.policy import Failure, Key, Limits, NewWave, NextGroup, Plan, Snapshot, WaveView, plan
 from services.prefill.worker import Computation, WaveOutput, WaveWorker
 
@@ -195,7 +196,7 @@ class WaveLoop:
         """In the step thread: one group; after the last one the first tokens of every leg that is still wanted."""
         if wave.computation is None:
             wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs])
-        self._worker.run_group(wave.computation, group)
+        self._worker.run_piece(wave.computation, Piece(groups=(group, group + 1), chunks=(0, wave.computation.num_chunks)))
         if group + 1 < self._worker.num_groups:
             return ()
         eos_ids = self._worker.config.eos_ids

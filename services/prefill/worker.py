@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from duomo.config import DelaySection, DuomoConfig
 from duomo.engine.batch import PromptSlice, StepBatch
@@ -23,6 +25,7 @@ from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
 from duomo.wire.messages import Sampling
 from services.kv_transfer.layout import MessageSpan
+from services.prefill.pieces import Piece
 
 if TYPE_CHECKING:  # a CPU serves without Triton
     from duomo.engine.gpu_prefill import GpuBoundaryState
@@ -63,23 +66,29 @@ class WaveRow:
 
 @dataclass(slots=True, kw_only=True)
 class Computation:
-    """A wave between two groups; belongs to the step thread."""
+    """A wave between two pieces; belongs to the step thread."""
 
     batch: StepBatch
     state: BoundaryState | GpuBoundaryState
 
+    @property
+    def num_chunks(self) -> int:
+        return self.state.num_chunks
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaveOutput:
-    """One prompt of a finished wave. computed_s, sampled_s: monotonic. expert_counts[layer][expert]: computed tokens routed there.
+    """One prompt of a finished wave. computed_s, sampled_s: monotonic. error: why it has no tokens.
 
-    error: why it has no tokens.
+    expert_counts: computed tokens by the expert they were routed to, int32 [layers, experts], contiguous. expert_bytes: of expert weights
+    that the whole wave read, said by its first prompt, 0 by the others.
     """
 
     sampled: tuple[SampledToken, ...]
-    expert_counts: tuple[tuple[int, ...], ...]
+    expert_counts: NDArray[np.int32]
     computed_s: float
     sampled_s: float
+    expert_bytes: int = 0
     error: EngineError | None = None
 
 
@@ -102,11 +111,12 @@ class WaveWorker(Protocol):
 
     def warm(self) -> None: ...
 
-    def begin(self, rows: Sequence[WaveRow]) -> Computation:
-        """Embed a wave."""
+    def begin(self, rows: Sequence[WaveRow], chunk_tokens: int | None = None) -> Computation:
+        """Embed a wave whose rows cross the layers in chunks of so many (None: in one)."""
 
-    def run_group(self, computation: Computation, group: int) -> None:
-        """Compute the layers of one group for the whole wave; they are over, and their KV is in the cache, afterwards."""
+    def run_piece(self, computation: Computation, piece: Piece) -> None:
+        """Compute the groups of a piece for its chunks; they are over, and their KV is in the cache, afterwards. A chunk's group needs that
+        group of all earlier chunks, and the group before of itself."""
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
@@ -156,22 +166,21 @@ class PrefillWorker:
             table = list(range(min(-(-num_tokens // self.sizes.block_tokens), self.cache.num_blocks)))
             fitting = min(num_tokens, len(table) * self.sizes.block_tokens)
             computation = self.begin([WaveRow(token_ids=(0,) * fitting, start=0, block_table=table)])
-            for group in range(self.num_groups):
-                self.run_group(computation, group)
+            self.run_piece(computation, Piece(groups=(0, self.num_groups), chunks=(0, 1)))
             self._runner.logits(_state(computation), computation.batch.last_rows)
         self.cache.tensor.zero_()
 
-    def begin(self, rows: Sequence[WaveRow]) -> Computation:
-        """Embed a wave."""
-        slices = tuple(PromptSlice(token_ids=row.token_ids[row.start :], start=row.start, block_table=row.block_table) for row in rows)
-        batch = StepBatch(slices=slices)
-        return Computation(batch=batch, state=self._runner.begin(batch))
+    def begin(self, rows: Sequence[WaveRow], chunk_tokens: int | None = None) -> Computation:
+        """Embed a wave whose rows cross the layers in chunks of so many (None: in one)."""
+        batch = batch_of(rows)
+        return Computation(batch=batch, state=self._runner.begin(batch, chunk_tokens))
 
-    def run_group(self, computation: Computation, group: int) -> None:
-        """Compute the layers of one group for the whole wave; their KV is in the cache afterwards."""
+    def run_piece(self, computation: Computation, piece: Piece) -> None:
+        """Compute the groups of a piece for its chunks; their KV is in the cache afterwards."""
+        lo, hi = piece.groups
         if self._group_delay_s:
-            time.sleep(self._group_delay_s)
-        computation.state = self._runner.run_layers(self.group_bounds[group], self.group_bounds[group + 1], _state(computation))
+            time.sleep(self._group_delay_s * (hi - lo))
+        self._runner.run_layers(self.group_bounds[lo], self.group_bounds[hi], _state(computation), piece.chunks)
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
@@ -179,12 +188,14 @@ class PrefillWorker:
         computed_s = time.monotonic()
         sampled = iter(self._sampler.sample(logits_SV[places_of(rows)], [row for choices in rows for row in choices]))
         tokens = [tuple(next(sampled) for _ in choices) for choices in rows]
-        counts = computation.state.expert_counts.tolist()
+        use = computation.state.expert_use()
+        counts_SLE: NDArray[np.int32] = use.counts_SLE.numpy()
         sampled_s = time.monotonic()
         return tuple(
             WaveOutput(
                 sampled=chosen,
-                expert_counts=tuple(tuple(layer) for layer in counts[place]),
+                expert_counts=counts_SLE[place],
+                expert_bytes=0 if place else use.bytes_read,
                 computed_s=computed_s,
                 sampled_s=sampled_s,
             )
@@ -197,6 +208,12 @@ class PrefillWorker:
             time.sleep(self._message_delay_s)
         num_bytes = self.cache.pack(span.layers, blocks[span.block_lo : span.block_hi], out)
         assert num_bytes == span.num_bytes, (num_bytes, span)
+
+
+def batch_of(rows: Sequence[WaveRow]) -> StepBatch:
+    """What a wave of these prompts computes."""
+    parts = (PromptSlice(token_ids=row.token_ids[row.start :], start=row.start, block_table=row.block_table) for row in rows)
+    return StepBatch(slices=tuple(parts))
 
 
 def wanted_rows(computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> list[int]:

@@ -67,7 +67,7 @@ class TinyEngine:
         bound of a decoder's logits, of which one logit is one term among equals): in float32 that is nearly never, in bf16 sometimes.
         """
         prefill, whole = self.prefill, (*ids, *tokens[:-1])
-        state = prefill.begin(StepBatch(slices=(PromptSlice(token_ids=whole, start=0, block_table=table),)))
+        state = prefill.begin(StepBatch(slices=(PromptSlice(token_ids=whole, start=0, block_table=table),)), keeps_routed=True)
         prefill.run_layers(0, self.decoder.config.num_layers, state)
         logits_TV = prefill.logits(state, list(range(len(ids) - 1, len(whole))))
         chosen_T = logits_TV.gather(1, torch.tensor(tokens, device=logits_TV.device)[:, None])[:, 0]

@@ -49,7 +49,7 @@ def part(table: list[int], lo: int, hi: int) -> PromptSlice:
 
 def run(prefill: GpuPrefill, *slices: PromptSlice) -> tuple[GpuBoundaryState, Tensor]:
     batch = StepBatch(slices=slices)
-    state = prefill.run_layers(0, prefill.decoder.config.num_layers, prefill.begin(batch))
+    state = prefill.run_layers(0, prefill.decoder.config.num_layers, prefill.begin(batch, keeps_routed=True))
     return state, prefill.logits(state, list(range(batch.num_rows)))
 
 
@@ -75,7 +75,7 @@ def test_prompts_prefixes_and_what_was_left_by_others(weights: GpuWeights) -> No
 
 def test_waves_take_turns_between_units(weights: GpuWeights) -> None:
     prefill = prefill_of(weights, 128)
-    state, other = (prefill.begin(StepBatch(slices=(part([table], 0, num),))) for table, num in ((3, 9), (5, 17)))
+    state, other = (prefill.begin(StepBatch(slices=(part([table], 0, num),)), keeps_routed=True) for table, num in ((3, 9), (5, 17)))
     prefill.run_layers(0, 1, state)
     prefill.run_layers(0, 1, other)
     prefill.run_layers(1, 2, state)
@@ -91,12 +91,12 @@ def test_larger_waves_are_launched(weights: GpuWeights) -> None:
 
     def bucket(*lengths: int, table: int = 1) -> int | None:
         slices = tuple(PromptSlice(token_ids=TOKENS[:length], start=0, block_table=[0] * table) for length in lengths)
-        return captured.bucket_of(prefill.begin(StepBatch(slices=slices)).wave)
+        return captured.bucket_of(prefill.begin(StepBatch(slices=slices)).begun[0].wave)
 
     assert [bucket(1), bucket(16), bucket(17), bucket(20, 12)] == [16, 16, 32, 32]
     assert bucket(33) is None and bucket(1, 1, 1, 1, 1) is None
     long = PromptSlice(token_ids=TOKENS[:1], start=64 * 16, block_table=[0] * 17)
-    assert captured.bucket_of(prefill.begin(StepBatch(slices=(long,))).wave) is None
+    assert captured.bucket_of(prefill.begin(StepBatch(slices=(long,))).begun[0].wave) is None
     state, logits_TV = run(prefill, part([2], 0, 33))
     assert_is_float64s(weights, logits_TV, state.routed_ids, 33)
 

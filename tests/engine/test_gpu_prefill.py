@@ -64,7 +64,7 @@ def part(name: str, lo: int, hi: int) -> PromptSlice:
 def run(prefill: GpuPrefill, *slices: PromptSlice) -> tuple[GpuBoundaryState, Tensor]:
     """The state and the logits of every row."""
     batch = StepBatch(slices=slices)
-    state = prefill.run_layers(0, prefill.decoder.config.num_layers, prefill.begin(batch))
+    state = prefill.run_layers(0, prefill.decoder.config.num_layers, prefill.begin(batch, keeps_routed=True))
     return state, prefill.logits(state, list(range(batch.num_rows)))
 
 
@@ -123,9 +123,9 @@ def test_layers_run_in_order(weights: GpuWeights) -> None:
 
 def test_counts_and_no_rows(weights: GpuWeights) -> None:
     prefill = prefill_of(weights)
-    state = prefill.run_layers(0, 1, prefill.begin(StepBatch(slices=(part("a", 0, 17), part("b", 0, 2)))))
+    state = prefill.run_layers(0, 1, prefill.begin(StepBatch(slices=(part("a", 0, 17), part("b", 0, 2))), keeps_routed=True))
     counts, ids_TK = state.expert_counts, state.routed_ids[0].cpu()
-    assert counts.shape == (2, 2, 4) and counts.dtype == torch.int64 and counts.device.type == "cpu"
+    assert counts.shape == (2, 2, 4) and counts.dtype == torch.int32 and counts.device.type == "cpu"
     assert torch.equal(counts[0, 0], torch.bincount(ids_TK[:17].flatten(), minlength=4))
     assert torch.equal(counts[1, 0], torch.bincount(ids_TK[17:].flatten(), minlength=4))
     assert not counts[:, 1].any(), "a layer that has not run"

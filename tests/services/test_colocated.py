@@ -18,6 +18,7 @@ from duomo.telemetry.span_file import read_spans
 from duomo.wire.messages import Drain, PeerAddress, RequestFailed, RequestFinished, Sampling, StartPrefill
 from services.colocated import Engine
 from services.decode.worker import StepInput, StepOutput
+from services.prefill.pieces import Piece
 from services.prefill.worker import Computation
 from tests.services.decode.rig import configuration
 from tests.services.decode.scripted_peers import GREEDY, expected, ids, until
@@ -168,17 +169,17 @@ def test_groups_and_steps_take_turns(tmp_path: Path) -> None:
     async def scenario(engine: Engine, made: System) -> None:
         ran: list[str] = []
         decode, prefill = engine.decode._steps._worker, engine.prefill._book.waves._worker
-        run, run_group = decode.run, prefill.run_group
+        run, run_piece = decode.run, prefill.run_piece
 
         def seen_step(step: StepInput) -> StepOutput | None:
             ran.append("step")
             return run(step)
 
-        def seen_group(computation: Computation, group: int) -> None:
+        def seen_piece(computation: Computation, piece: Piece) -> None:
             ran.append("group")
-            run_group(computation, group)
+            run_piece(computation, piece)
 
-        decode.run, prefill.run_group = seen_step, seen_group  # type: ignore[method-assign]  # witnesses of the turns
+        decode.run, prefill.run_piece = seen_step, seen_piece  # type: ignore[method-assign]  # witnesses of the turns
         made.start("short", ids(5), with_tokens(60), p=0, d=0)
         await until(lambda: ran.count("step") > 2)
         made.start("long", ids(300), GREEDY, p=0, d=0)

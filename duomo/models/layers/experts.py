@@ -25,6 +25,11 @@ class ExpertWeights:
     gate_up_EDF: list[Tensor]
     down_EFD: list[Tensor]
 
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert, as held."""
+        return self.gate_up_EDF[0].nbytes + self.down_EFD[0].nbytes
+
 
 def expert_layer(gemm: RowGemm, x_TD: Tensor, weights: ExpertWeights, top_k: int, normalise: bool) -> tuple[Tensor, Tensor]:
     """Normed input [T, D] -> (output [T, D] before the residual, expert ids [T, K])."""

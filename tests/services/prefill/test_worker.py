@@ -12,6 +12,7 @@ from duomo.errors import ConfigError
 from duomo.models.qwen3_moe import Model, load_model
 from duomo.wire.messages import Sampling
 from services.kv_transfer.layout import messages
+from services.prefill.pieces import Piece
 from services.prefill.worker import PrefillWorker, WaveRow, WorkerSizes, group_bounds
 
 GREEDY = Sampling(max_tokens=4, temperature=0.0)
@@ -46,11 +47,11 @@ def test_a_wave_says_the_same_of_a_prompt_as_the_prompt_alone(model: Model) -> N
         rows = [WaveRow(token_ids=prompts[place], start=0, block_table=tables[place]) for place in places]
         computation = worker.begin(rows)
         for group in range(worker.num_groups):
-            worker.run_group(computation, group)
+            worker.run_piece(computation, Piece(groups=(group, group + 1), chunks=(0, 1)))
         samplings = [[RowSampling(sampling=GREEDY, choice=0, prompt_ids=prompts[place], output_ids=())] for place in places]
         found = []
         for place, output in zip(places, worker.sample(computation, samplings), strict=True):
-            assert all(sum(layer) == len(prompts[place]) * model.config.top_k for layer in output.expert_counts)
+            assert (output.expert_counts.sum(1) == len(prompts[place]) * model.config.top_k).all()
             packed = b""
             for span in messages(range(len(tables[place])), worker.group_bounds, worker.block_bytes, 64 * 1024):
                 out = bytearray(span.num_bytes)
@@ -66,7 +67,7 @@ def test_a_wave_says_the_same_of_a_prompt_as_the_prompt_alone(model: Model) -> N
 def test_prompts_that_nobody_wants_any_more_are_not_sampled(model: Model) -> None:
     worker = PrefillWorker(model, WorkerSizes(num_blocks=8, block_tokens=16, units=1, units_per_group=1, torch_threads=1))
     computation = worker.begin([WaveRow(token_ids=(5, 6), start=0, block_table=(0,)), WaveRow(token_ids=(7,), start=0, block_table=(1,))])
-    worker.run_group(computation, 0)
+    worker.run_piece(computation, Piece(groups=(0, 1), chunks=(0, 1)))
     wanted = RowSampling(sampling=GREEDY, choice=0, prompt_ids=(7,), output_ids=())
     gone, stays = worker.sample(computation, [[], [wanted]])
     assert gone.sampled == () and len(stays.sampled) == 1

@@ -1,0 +1,58 @@
+"""Owns the count of what a wave's rows were routed to, on the device that routes them. Knows no weights, and of a chunk only its prompts.
+
+Routed ids are counted as soon as a chunk has crossed some layers and then dropped: those of a long prompt through all layers would take
+much memory. A layer reads an expert once a chunk, whoever of its rows asks: distinct experts of every layer and chunk, times the bytes
+of one, are what the wave read. Nothing waits for the device before fetch().
+
+Legend: S prompts, L layers, E experts, T rows, K experts a token, X = S * E.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duomo.engine.wave_chunks import RowChunk
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertUse:
+    """counts_SLE: routed tokens, int32, contiguous, on the host; layers not yet run count zero. bytes_read: expert weights, of the wave."""
+
+    counts_SLE: Tensor
+    bytes_read: int
+
+
+class ExpertCounts:
+    """Of one wave. expert_bytes_L: what one expert of each layer weighs."""
+
+    def __init__(self, num_prompts: int, num_experts: int, expert_bytes_L: Sequence[int], device: torch.device) -> None:
+        self._expert_bytes_L = expert_bytes_L
+        self._shape = (num_prompts, len(expert_bytes_L), num_experts)
+        num_counts = num_prompts * len(expert_bytes_L) * num_experts
+        self._packed = torch.zeros(num_counts + len(expert_bytes_L), dtype=torch.int32, device=device)
+        self._counts_SLE = self._packed[:num_counts].view(self._shape)
+        self._distinct_L = self._packed[num_counts:]
+        self._one = torch.ones((), dtype=torch.int32, device=device)
+
+    @torch.inference_mode()
+    def add(self, layer_lo: int, ids_LTK: Tensor, chunk: RowChunk, prompt_T: Tensor) -> None:
+        """Layers from layer_lo on of one chunk: the experts of its rows, and for each row the place of its prompt in the chunk (int64)."""
+        num_layers, num_prompts, num_experts = ids_LTK.shape[0], len(chunk.batch.slices), self._shape[2]
+        expert_LX = (prompt_T[:, None] * num_experts + ids_LTK).flatten(1)
+        found_LX = torch.zeros(num_layers, num_prompts * num_experts, dtype=torch.int32, device=expert_LX.device)
+        found_LSE = found_LX.scatter_add_(1, expert_LX, self._one.expand(expert_LX.shape)).view(num_layers, num_prompts, num_experts)
+        layers = slice(layer_lo, layer_lo + num_layers)
+        self._counts_SLE[chunk.prompts, layers] += found_LSE.transpose(0, 1)
+        self._distinct_L[layers] += (found_LSE.amax(1) > 0).sum(1, dtype=torch.int32)
+
+    def fetch(self) -> ExpertUse:
+        """One copy to the host, which waits for it."""
+        packed = self._packed.cpu()
+        num_counts = self._counts_SLE.numel()
+        distinct_L = packed[num_counts:].tolist()
+        num_bytes = sum(distinct * each for distinct, each in zip(distinct_L, self._expert_bytes_L, strict=True))
+        return ExpertUse(counts_SLE=packed[:num_counts].view(self._shape), bytes_read=num_bytes)
