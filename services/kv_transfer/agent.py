@@ -20,9 +20,10 @@ from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.lifetime import SlotPhase
 from services.kv_transfer.proving import prove
 from services.kv_transfer.pushing import Pusher, PushJob, PushResult
+from services.kv_transfer.ring import Awaited
 from services.kv_transfer.transport import Transport
 
-__all__ = ["Landed", "PushJob", "PushResult", "SlotCounts", "TransferAgent"]
+__all__ = ["Awaited", "Landed", "PushJob", "PushResult", "SlotCounts", "TransferAgent"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +98,16 @@ class TransferAgent:
         self._landing.expect(handle, spans)
 
     def poll(self) -> list[Landed]:
-        """Messages that landed, or lie corrupt, since the last call."""
+        """Messages that landed, or lie corrupt, since the last call; verified here, by the processor."""
         return self._landing.poll()
+
+    def due(self) -> list[Awaited]:
+        """For a consumer that verifies elsewhere: messages that may lie in their slots. judged() is to be called for each."""
+        return self._landing.due()
+
+    def judged(self, awaited: Awaited, is_right: bool) -> Landed | None:
+        """What poll() would return of this message; None: nothing yet, or its handle has ended."""
+        return self._landing.judged(awaited, is_right)
 
     def release(self, handle_id: int, message_idx: int) -> None:
         """The payload is copied out; the slot is a credit again. A handle whose last message is released is over."""

@@ -100,7 +100,15 @@ class LandingRings:
                 ring.await_turns(handle.handle_id)
 
     def poll(self) -> list[Landed]:
-        """What has landed since the last call. Cheap: called once a decode step, and every millisecond when idle. By one thread."""
+        """What has landed since the last call, verified here. Hashing takes 0.3 ms a MiB: it holds no lock. By one thread."""
+        judged = [self.judged(awaited, awaited.is_right()) for awaited in self.due()]
+        return [landed for landed in judged if landed is not None]
+
+    def due(self) -> list[Awaited]:
+        """What may lie there now, for whoever verifies it: judged() is called for each. Until then no other call returns it.
+
+        Cheap: called once a decode step, and every millisecond when idle. By one thread.
+        """
         with self._lock:
             now_s = self._now_s()
             if not any(ring.awaited for ring in self._rings()):
@@ -108,15 +116,19 @@ class LandingRings:
                     self._drain_notifications(now_s)
                 return []
             self._drain_notifications(now_s)
-            looks = [(ring, awaited) for ring in self._rings() for awaited in ring.awaited.values() if awaited.is_due(now_s)]
-        # Hashing takes 0.3 ms a MiB: grants and aborts of other threads do not wait for it.
-        verified = [awaited.is_right() for _, awaited in looks]
-        landed: list[Landed] = []
+            found = [awaited for ring in self._rings() for awaited in ring.awaited.values() if awaited.is_due(now_s)]
+            for awaited in found:
+                awaited.is_examined = True
+            return found
+
+    def judged(self, awaited: Awaited, is_right: bool) -> Landed | None:
+        """Whether the message lay there whole. None: look again later, or its handle has ended meanwhile."""
         with self._lock:
-            for (ring, awaited), is_right in zip(looks, verified, strict=True):
-                if ring.awaited.get(awaited.key) is awaited:
-                    self._apply_look(ring, awaited, is_right, now_s, landed)
-        return landed
+            awaited.is_examined = False
+            ring = self._ring_of(awaited.handle_id)
+            if ring is None or ring.awaited.get(awaited.key) is not awaited:
+                return None
+            return self._apply_look(ring, awaited, is_right, self._now_s())
 
     def release(self, handle_id: int, message_idx: int) -> None:
         """The payload has been copied out: the slot may be written again. Post GroupLanded after this."""
@@ -243,14 +255,13 @@ class LandingRings:
             while self._kept:
                 self._free(self._kept.popleft())
 
-    def _apply_look(self, ring: RingMemory, awaited: Awaited, is_right: bool, now_s: float, landed: list[Landed]) -> None:
+    def _apply_look(self, ring: RingMemory, awaited: Awaited, is_right: bool, now_s: float) -> Landed | None:
         handle_id, span = awaited.handle_id, awaited.span
         if is_right:
             del ring.awaited[awaited.key]
             ring.apply(lifetime.MessageSeen(handle_id, span.message_idx))
             self.counters["messages_landed"] += 1
-            landed.append(Landed(handle_id=handle_id, span=span, payload=awaited.payload.toreadonly(), error=None))
-            return
+            return Landed(handle_id=handle_id, span=span, payload=awaited.payload.toreadonly(), error=None)
         awaited.look = policy.look_again(awaited.look, now_s)
         if policy.is_corrupt(awaited.look, awaited.announced_s, now_s):
             # Wiped, so that only a rewrite is looked at; awaited as new.
@@ -258,7 +269,8 @@ class LandingRings:
             awaited.look = awaited.announced_s = None
             self.counters["messages_corrupt"] += 1
             error = TransferError(f"message {span.message_idx} of handle {handle_id} does not match its hash", code="kv_corrupt")
-            landed.append(Landed(handle_id=handle_id, span=span, payload=memoryview(b""), error=error))
+            return Landed(handle_id=handle_id, span=span, payload=memoryview(b""), error=error)
+        return None
 
     def _drain_notifications(self, now_s: float) -> None:
         self._drained_s = now_s

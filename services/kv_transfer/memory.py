@@ -1,4 +1,4 @@
-"""Owns regions: page-aligned anonymous memory with a fixed address, for rings and send slots. Knows no transport.
+"""Owns regions: page-aligned anonymous memory with a fixed address, for rings and send slots. Knows no transport and no device.
 
 A region's pages go back to the system when the last view of it is gone: a region that a stopped writer may still write is kept by
 whoever owns it (landing.py), since a write reaches any mapped address, registered or not.
@@ -8,6 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from typing import Protocol
+
+
+class PageLocks(Protocol):
+    """Locks memory for a device that reads and writes it without the processor. From any thread."""
+
+    def lock(self, address: int, num_bytes: int) -> None:
+        """Before peers learn of the memory. Where it cannot be locked it is still right, and slower: the log says so."""
+
+    def unlock(self, address: int) -> None:
+        """Before the memory is freed: waits for the device's copies."""
 
 
 class Region:

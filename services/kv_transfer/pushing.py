@@ -30,11 +30,15 @@ _LATE_POLL_S = 0.01
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushJob:
-    """One message to send: fill(payload) writes exactly span.num_bytes into registered memory, in the writer thread."""
+    """One message to send: fill(payload) writes exactly span.num_bytes into registered memory, in the writer thread.
+
+    is_sealed: fill is given room for the whole message and writes padding and trailer too (layout.message_bytes, hashing.message_hash).
+    """
 
     handle: Handle
     span: MessageSpan
     fill: Callable[[memoryview], None]
+    is_sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,17 +251,14 @@ class Pusher:
         """Pack, hash, wait for the pace, post. Runs in the writer thread without the lock, but for the decision to post."""
         job, started_s = pending.job, self._now_s()
         span, handle_id = job.span, job.handle.handle_id
-        payload = send_slot.slice(0, span.num_bytes)
+        num_bytes = layout.message_bytes(span.num_bytes)
         try:
-            job.fill(payload)
+            job.fill(send_slot.slice(0, num_bytes if job.is_sealed else span.num_bytes))
         except Exception as error:  # a caller's code: its fault becomes this message's typed failure, and the writer lives on
             self._abandon(pending, send_slot, TransferError(f"packing message {span.message_idx} failed: {error!r}", code="pack_failed"))
             return
-        end = layout.trailer_offset(span.num_bytes)
-        send_slot.slice(span.num_bytes, end - span.num_bytes)[:] = bytes(end - span.num_bytes)
-        digest = message_hash(payload, handle_id, span.group, span.message_idx)
-        layout.write_trailer(send_slot.slice(end, layout.TRAILER_BYTES), layout.trailer_start(handle_id, span), digest)
-        num_bytes = layout.message_bytes(span.num_bytes)
+        if not job.is_sealed:
+            _seal(send_slot, handle_id, span)
         with self._changed:
             self._free_at_s = policy.paced_until_s(self._free_at_s, self._now_s(), num_bytes, self._section.max_bytes_per_s)
             while (left_s := self._free_at_s - self._now_s()) > 0 and not self._is_closing:
@@ -348,6 +349,14 @@ class Pusher:
         """A stopped peer keeps a send slot for as long as it likes; others go on with a new one, up to four times the first number."""
         if len(self._all_send_slots) < 4 * self._num_send_slots:
             self._add_send_slot(num_bytes - layout.TRAILER_BYTES)
+
+
+def _seal(send_slot: Region, handle_id: int, span: MessageSpan) -> None:
+    """Padding and trailer behind the payload."""
+    end = layout.trailer_offset(span.num_bytes)
+    send_slot.slice(span.num_bytes, end - span.num_bytes)[:] = bytes(end - span.num_bytes)
+    digest = message_hash(send_slot.slice(0, span.num_bytes), handle_id, span.group, span.message_idx)
+    layout.write_trailer(send_slot.slice(end, layout.TRAILER_BYTES), layout.trailer_start(handle_id, span), digest)
 
 
 def _new_future() -> Future[Any]:

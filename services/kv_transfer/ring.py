@@ -18,15 +18,26 @@ from services.kv_transfer.transport import Transport
 
 @dataclass(slots=True, eq=False)
 class Awaited:
-    """A message that may land now; `start` is how its trailer begins."""
+    """A message that may land now; `start` is how its trailer begins. message: all its memory, payload to trailer.
+
+    is_examined: somebody is finding out whether it lies there whole, and will say so (landing.judged).
+    """
 
     handle_id: int
     span: MessageSpan
     start: bytes
-    payload: memoryview
-    trailer: memoryview
+    message: memoryview
     announced_s: float | None = None
     look: policy.Look | None = None
+    is_examined: bool = False
+
+    @property
+    def payload(self) -> memoryview:
+        return self.message[: self.span.num_bytes]
+
+    @property
+    def trailer(self) -> memoryview:
+        return self.message[layout.trailer_offset(self.span.num_bytes) :]
 
     @property
     def key(self) -> tuple[int, int]:
@@ -37,6 +48,8 @@ class Awaited:
 
     def is_due(self, now_s: float) -> bool:
         """Whether something may lie there, and it is time to look (again)."""
+        if self.is_examined:
+            return False
         if self.look is not None and now_s < self.look.next_s:
             return False
         return self.announced_s is not None or self.has_trailer()
@@ -84,8 +97,7 @@ class RingMemory:
                     handle_id,
                     span,
                     layout.trailer_start(handle_id, span),
-                    self.region.slice(base, span.num_bytes),
-                    self.region.slice(base + layout.trailer_offset(span.num_bytes), layout.TRAILER_BYTES),
+                    self.region.slice(base, layout.message_bytes(span.num_bytes)),
                 )
 
     def drop(self, handle_id: int) -> None:

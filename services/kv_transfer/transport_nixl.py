@@ -11,7 +11,7 @@ from typing import Any
 
 from duomo.config import TransferSection
 from duomo.errors import PeerError, TransferError
-from services.kv_transfer.memory import Region
+from services.kv_transfer.memory import PageLocks, Region
 from services.kv_transfer.transport import Span, Transport, Write, WriteState
 from services.kv_transfer.transport_nixl_config import BACKEND, import_nixl, make_agent
 
@@ -29,11 +29,12 @@ class _NixlWrite:
 
 
 class NixlTransport:
-    """One NIXL agent in this process; a Transport. The creator calls close()."""
+    """One NIXL agent in this process; a Transport. The creator calls close(). locks: for a GPU that copies registered memory."""
 
-    def __init__(self, name: str, section: TransferSection) -> None:
+    def __init__(self, name: str, section: TransferSection, locks: PageLocks | None = None) -> None:
         self.name = name
         self._section = section
+        self._locks = locks
         self._api, self.version = import_nixl(section)
         self._agent = make_agent(self._api, name, section.progress_delay_us)
         self.transport_name = f"nixl/{BACKEND}"
@@ -45,6 +46,8 @@ class NixlTransport:
         self._peers: dict[str, bytes] = {}
 
     def register(self, region: Region) -> None:
+        if self._locks is not None:
+            self._locks.lock(region.address, region.num_bytes)
         try:
             descs = self._agent.register_memory([(region.address, region.num_bytes, 0, "")], _MEMORY)
         except self._errors as error:
@@ -58,7 +61,7 @@ class NixlTransport:
         with self._lock:
             descs = self._registered.pop(region.address, None)
         if descs is not None:
-            self._agent.deregister_memory(descs)
+            self._forget(region.address, descs)
 
     def metadata(self) -> bytes:
         metadata: bytes = self._agent.get_agent_metadata()
@@ -128,7 +131,7 @@ class NixlTransport:
         return [data for messages in self._agent.get_new_notifs().values() for data in messages]
 
     def sibling(self, name: str) -> Transport:
-        return NixlTransport(name, self._section)
+        return NixlTransport(name, self._section, self._locks)
 
     def close(self) -> None:
         """Forget peers and memory; the agent ends with its last reference."""
@@ -136,8 +139,13 @@ class NixlTransport:
             self.remove_peer(name)
         with self._lock:
             registered, self._registered = self._registered, {}
-        for descs in registered.values():
-            self._agent.deregister_memory(descs)
+        for address, descs in registered.items():
+            self._forget(address, descs)
+
+    def _forget(self, address: int, descs: Any) -> None:
+        self._agent.deregister_memory(descs)
+        if self._locks is not None:
+            self._locks.unlock(address)
 
     def _end(self, write: _NixlWrite, state: WriteState, detail: str) -> None:
         """Release the handle and remember how it ended."""

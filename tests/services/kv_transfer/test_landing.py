@@ -122,3 +122,42 @@ def test_grants_do_not_wait_for_hashing(pair_of: MakePair, monkeypatch: pytest.M
     may_go_on.set()
     poller.join(5)
     assert polled == [], "its handle was given up while it was hashed"
+
+
+def test_whoever_verifies_elsewhere_is_given_each_message_once_until_it_has_judged(pair_of: MakePair) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(1, want_slots=1)
+    (pushed,) = pair.push(handle, spans[:1])
+    pushed.result(5)
+    (awaited,) = pair.consumer.due()
+    assert awaited.has_trailer() and bytes(awaited.payload) == pair.content(handle.handle_id, spans[0])
+    assert len(awaited.message) == layout.message_bytes(spans[0].num_bytes) and len(awaited.trailer) == layout.TRAILER_BYTES
+    assert pair.consumer.due() == [] and pair.consumer.poll() == [], "it is being examined"
+    landed = pair.consumer.judged(awaited, True)
+    assert landed is not None and landed.error is None and landed.span == spans[0]
+    assert pair.consumer.judged(awaited, True) is None, "judged before"
+
+
+def test_what_is_judged_wrong_is_looked_at_again_and_in_the_end_an_error(pair_of: MakePair) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(1, want_slots=1)
+    (pushed,) = pair.push(handle, spans[:1])
+    pushed.result(5)
+    looks, landed, deadline_s = 0, None, time.monotonic() + 5
+    while landed is None:
+        assert time.monotonic() < deadline_s
+        for awaited in pair.consumer.due():
+            looks, landed = looks + 1, pair.consumer.judged(awaited, False)
+        time.sleep(0.001)
+    assert looks >= 3 and landed.error is not None and landed.error.code == "kv_corrupt"
+
+
+def test_a_verdict_on_a_handle_that_was_given_up_meanwhile_is_void(pair_of: MakePair) -> None:
+    pair = pair_of()
+    handle, spans = pair.offer(1, want_slots=1)
+    (pushed,) = pair.push(handle, spans[:1])
+    pushed.result(5)
+    (awaited,) = pair.consumer.due()
+    pair.consumer.abort(handle.handle_id)
+    assert pair.consumer.judged(awaited, True) is None
+    assert pair.consumer.counts().num_quarantined_slots == 1

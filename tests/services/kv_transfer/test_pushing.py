@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from duomo.errors import TransferError
 from services.kv_transfer import layout
 from services.kv_transfer.agent import PushJob, TransferAgent
 from services.kv_transfer.faults import Fault, ScriptedFaults
+from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.transport import Span, Write
 from services.kv_transfer.transport_loopback import LoopbackTransport
 
@@ -136,3 +138,23 @@ def test_an_idle_writer_sleeps(pair_of: MakePair) -> None:
     before_s = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before_s < 0.05
+
+
+def test_a_message_that_comes_sealed_is_sent_as_it_is(pair_of: MakePair) -> None:
+    """Whoever packs elsewhere writes payload, padding and trailer into the send slot; one that seals wrong is found out."""
+    pair = pair_of()
+    handle, spans = pair.offer(1)
+
+    def fill(place: memoryview, span: layout.MessageSpan, digest_of: int) -> None:
+        assert len(place) == layout.message_bytes(span.num_bytes)
+        place[:] = bytes(len(place))
+        place[: span.num_bytes] = pair.content(handle.handle_id, span)
+        digest = message_hash(place[: span.num_bytes], handle.handle_id, span.group, digest_of)
+        trailer = place[layout.trailer_offset(span.num_bytes) :]
+        layout.write_trailer(trailer, layout.trailer_start(handle.handle_id, span), digest)
+
+    for span, digest_of in ((spans[0], 0), (spans[1], 99)):
+        job = PushJob(handle=handle, span=span, fill=functools.partial(fill, span=span, digest_of=digest_of), is_sealed=True)
+        assert pair.producer.push(job).result(5).num_bytes == span.num_bytes
+    assert pair.land((handle, spans[:1])) == []
+    assert "kv_corrupt" in pair.land((handle, spans[1:]))
