@@ -130,7 +130,7 @@ def _split_kernel(
         for step in tl.static_range(SLICE // STEP):
             at = first_k + step * STEP
             kept_w = kept_w + (_weights(w, w_desc, column, at, num_n, num_k, BN, STEP, EVEN),)  # type: ignore[assignment]  # a growing tuple
-            kept_scale = kept_scale + (_scale(scale, at, num_k, STEP, EVEN),)  # type: ignore[assignment]  # likewise
+            kept_scale = kept_scale + (_scale(scale, at, num_k, STEP, EVEN),)  # type: ignore[assignment]  # a growing tuple
     elif AHEAD != "nothing":
         _bring_to_cache(w, column, first_k, num_n, num_k, BN, SLICE, PIECE)
     wait_for_previous(USE_PDL)
@@ -143,7 +143,7 @@ def _split_kernel(
         sum_ = tl.zeros((BM, BN), tl.float32)
     if AHEAD == "registers":
         for step in tl.static_range(SLICE // STEP):
-            kept_x = kept_x + (_rows(x_M, is_row_M, first_k + step * STEP, num_k, STEP, EVEN),)  # type: ignore[assignment]  # likewise
+            kept_x = kept_x + (_rows(x_M, is_row_M, first_k + step * STEP, num_k, STEP, EVEN),)  # type: ignore[assignment]  # a growing tuple
         for step in tl.static_range(SLICE // STEP):
             sum_ = _add_block(sum_, kept_x[step], kept_w[step], kept_scale[step], IS_SWAPPED)
     else:
