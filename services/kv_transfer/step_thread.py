@@ -1,8 +1,8 @@
-"""Owns the one thread that computes: decode steps, layer groups, or both by turns (turns.py). Knows neither model nor request.
+"""Owns the one thread that computes: decode steps, pieces of waves, or both by turns (turns.py). Knows neither model nor request.
 
     thread = StepThread("engine-step")
     output = await thread.run("step", worker.run, step)      # from an event loop; one call computes at a time
-    thread.expect_steps(True)                                # sequences run: hold a second group back until the next step is here
+    thread.expect_steps(True)                                # sequences run: hold a second piece back until the next step is here
     thread.close()                                           # waits for the call that computes, in bounds; those that wait are cancelled
 
 Of each kind calls run in the order in which they came.
@@ -22,7 +22,7 @@ from typing import ParamSpec, TypeVar
 
 from services.kv_transfer.turns import Turn, TurnView, next_turn
 
-CLOSE_LIMIT_S = 60.0  # longer than any step or group; a hung device never answers
+CLOSE_LIMIT_S = 60.0  # longer than any step or piece; a hung device never answers
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +55,13 @@ class StepThread:
         future.add_done_callback(self._futures.discard)
         return asyncio.wrap_future(future)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether steps are expected: what runs beside them should be short."""
+        return self._is_decoding
+
     def expect_steps(self, is_decoding: bool) -> None:
-        """Whether the next step comes soon. Must be taken back when it does not: until then a second group is held back."""
+        """Whether the next step comes soon. Must be taken back when it does not: until then a second piece is held back."""
         if is_decoding != self._is_decoding:
             with self._changed:
                 self._is_decoding = is_decoding

@@ -16,7 +16,7 @@ from duomo.telemetry.tracing import Span, Tracing
 from duomo.wire.connection import Connection
 from duomo.wire.messages import Handle, PullKv, StartPrefill, Timings
 from services.kv_transfer.layout import MessageSpan
-from services.prefill.policy import Key, PromptView
+from services.prefill.snapshot import Key, PromptView
 from services.prefill.worker import WaveRow
 
 

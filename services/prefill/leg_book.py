@@ -37,9 +37,9 @@ from services.prefill.decode_peers import DecodePeers
 from services.prefill.handoff import Handoffs
 from services.prefill.leg import Leg, Stage
 from services.prefill.loan_handoffs import LoanHandoffs
-from services.prefill.policy import Key, Limits
 from services.prefill.prompt_blocks import LentTables, PromptBlocks, TableSource
 from services.prefill.ring_handoffs import RingHandoffs
+from services.prefill.snapshot import Key, Limits
 from services.prefill.waves import WaveLoop
 from services.prefill.worker import PrefillWorker, WaveOutput, WaveWorker
 
@@ -77,19 +77,14 @@ class LegBook:
             self.peers = DecodePeers(means, connect, self._peer_changed, self._peer_lost)
             self.blocks = PromptBlocks(section.num_blocks, card.config.model.block_tokens, section.prefix_cache_blocks)
             self.handoffs = RingHandoffs(means, self.peers, worker, tracing, self._moved, self.fail)
-        limits = Limits(
-            max_wave_tokens=section.max_wave_tokens,
-            max_wave_prompts=section.max_wave_prompts,
-            num_groups=worker.num_groups,
-            num_blocks=self.blocks.manager.num_blocks,
-            grant_timeout_s=section.grant_timeout_s,
-        )
+        self._max_tokens = min(card.config.model.max_model_tokens or worker.config.max_position_tokens, worker.config.max_position_tokens)
+        num_blocks = self.blocks.manager.num_blocks
+        limits = Limits.of(section, num_groups=worker.num_groups, num_blocks=num_blocks, max_prompt_tokens=self._max_tokens)
         delay_s = card.config.delays.prefill_queue_s
         self.waves = WaveLoop(worker, limits, progress, thread, lambda: self.blocks.num_available, self, delay_s)
         self._worker = worker
         self._tracing = tracing
         self._progress = progress
-        self._max_tokens = min(card.config.model.max_model_tokens or worker.config.max_position_tokens, worker.config.max_position_tokens)
         self._legs: dict[Key, Leg] = {}
 
     @property

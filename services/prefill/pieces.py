@@ -1,8 +1,15 @@
-"""PURE: owns what the step thread runs of a wave without a break. Knows no tensor and no prompt."""
+"""PURE: owns what the step thread runs of a wave without a break, and how large that is. Knows no tensor and no prompt."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from services.prefill.snapshot import Limits, WaveView
+from services.prefill.wave_costs import CostCurve
+
+# What is left of a wave that nobody could pass runs as one piece up to so many targets. Beyond, a prompt that comes while it runs would
+# wait too long; within, a short prompt's launches never wait for the host.
+ALONE_TARGETS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -11,3 +18,54 @@ class Piece:
 
     groups: tuple[int, int]
     chunks: tuple[int, int]
+
+    @property
+    def num_groups(self) -> int:
+        return self.groups[1] - self.groups[0]
+
+
+def next_piece(wave: WaveView, limits: Limits, costs: CostCurve, *, may_run_on: bool) -> Piece:
+    """What of the wave runs next.
+
+    layered: as many groups as fit the target, one at least, all chunks; all groups that are left where the wave may run on and they take
+    ALONE_TARGETS targets at most. chunked: the next chunk. whole: all.
+    """
+    assert wave.has_more, wave
+    if limits.mode == "chunked":
+        return Piece(groups=(0, wave.num_groups), chunks=(wave.next_chunk, wave.next_chunk + 1))
+    num_groups = wave.num_groups - wave.next_group
+    if limits.mode == "layered":
+        num_groups = min(
+            num_groups, _num_fitting(num_groups, costs.at_most_s(wave.num_tokens), limits.piece_target_s, may_run_on=may_run_on)
+        )
+    return Piece(groups=(wave.next_group, wave.next_group + num_groups), chunks=(0, wave.num_chunks))
+
+
+def _num_fitting(num_left: int, group_s: float | None, target_s: float, *, may_run_on: bool) -> int:
+    if group_s is None:
+        return 1
+    if may_run_on and num_left * group_s <= ALONE_TARGETS * target_s:
+        return num_left
+    return max(int(target_s / group_s), 1) if group_s > 0 else num_left
+
+
+def advanced(wave: WaveView, piece: Piece) -> WaveView:
+    """The wave once the piece has begun: all chunks of some groups, then the next groups."""
+    assert (piece.groups[0], piece.chunks[0]) == (wave.next_group, wave.next_chunk), (wave, piece)
+    if piece.chunks[1] == wave.num_chunks:
+        return replace(wave, next_group=piece.groups[1], next_chunk=0)
+    return replace(wave, next_chunk=piece.chunks[1])
+
+
+def finished_groups(wave: WaveView, piece: Piece) -> range:
+    """The groups whose KV is complete after the piece: those of its last chunk."""
+    return range(*piece.groups) if piece.chunks[1] == wave.num_chunks else range(0)
+
+
+def num_rows(wave: WaveView, piece: Piece, limits: Limits) -> int:
+    """Rows that the piece computes in each of its layers."""
+    chunk_tokens = limits.chunk_tokens_of(wave.num_tokens)
+    if chunk_tokens is None:
+        return wave.num_tokens
+    first = piece.chunks[0] * chunk_tokens
+    return min(piece.chunks[1] * chunk_tokens, wave.num_tokens) - first

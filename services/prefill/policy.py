@@ -1,80 +1,37 @@
-"""Owns what prefill does next: whom to announce, which (wave, layer group) runs, who waited too long. PURE: knows no tensor or socket.
+"""Owns what prefill does next: who waited too long, which wave runs, whom to announce. PURE: knows no tensor or socket.
 
-A prompt is queued -> announced -> granted -> in a wave -> gone. A **wave** is a set of granted prompts that crosses the layers
-together, group by group; the turn is decided anew at every group boundary, so that a short prompt overtakes a long wave:
+A prompt is queued -> announced -> granted -> in a wave -> gone. A **wave** is a set of granted prompts that crosses the model together,
+piece by piece (pieces.py); the turn is decided anew at every boundary:
 
-    announce   everybody, when no live wave has more than one group left (one group ahead of the turn; at once when idle);
-               while a wave has more to go, only prompts short enough to overtake it
-    start      granted prompts, by priority and age, as many as fit the wave limits and the free blocks, without bypassing:
-               a prompt that does not fit waits at the head and nobody behind it starts
-    overtake   prompts of at most a quarter of the smallest live wave's tokens, together at most half of them, start before its next group
-    resume     the smallest live wave, unless another was passed over MAX_PASSES times
+    announce   announcing.py: one piece ahead of the turn
+    start      granted prompts in rank order, as many as fit the wave limits and the free blocks, without bypassing: one that does not fit
+               waits at the head and nobody behind it starts. Rank: priority, which grows with age; then who can still make its target
+               (slack.py), earliest first; then the late, shortest first
+    pass       prompts of at most a quarter of the smallest live wave's tokens, together at most half of them, go before it as a wave of
+               their own, and of the live waves the one with the least left goes first, unless a wave that can still make an earlier target
+               would miss it by waiting for them: that one runs
+    resume     but whoever was passed over MAX_PASSES times runs before all others, the most passed over first; no wave starts meanwhile
 
-Bounds: between two groups of a wave at most MAX_PASSES + (live waves) others run; live waves halve in size, so there are at
-most log2(max_wave_tokens) + 1 of them; priority ages, so that no class starves another; every announced prompt is granted or failed
-within grant_timeout_s; every prompt ends by its deadline until it runs, and a wave that runs always ends.
+**No starvation.** Live waves halve in size, so there are n <= log2(longest prompt's or wave's tokens) + 1 of them, and between two pieces
+of one at most MAX_PASSES + n - 1 pieces of others run. A piece is one group, or ALONE_TARGETS targets at most (pieces.py). In rank a
+waiting prompt is passed only by prompts that came less than PRIORITY_AGE_S * (1 + what their priority is higher by) later. Every announced
+prompt is granted or failed within grant_timeout_s; every prompt ends by its deadline until it runs, and a wave that runs always ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-MAX_PASSES = 8  # two short waves of four groups go first; the third waits
-OVERTAKING_SHARE = 4  # a prompt this many times smaller overtakes; larger ones gain more from sharing a wave with each other
+from services.prefill.announcing import announcements, may_pass
+from services.prefill.pieces import Piece, advanced, next_piece
+from services.prefill.slack import left_s, slack_s, target_s, work_s
+from services.prefill.snapshot import Key, Limits, PromptView, Snapshot, WaveView
+from services.prefill.wave_costs import CostCurve
+
+MAX_PASSES = 8  # eight short waves go first, each one piece where nobody could pass it; the ninth waits
 PRIORITY_AGE_S = 2.0  # a prompt gains one level of priority for each such span of waiting
 GATHER_S = 0.003  # grants of prompts announced together arrive within a few socket round trips: wait for them before starting
-
-Key = tuple[str, int]  # (request id, attempt)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptView:
-    """A prompt that is not in a wave yet. peer: boot id of the decode replica that grants. is_reachable: its ring is attached."""
-
-    key: Key
-    peer: str
-    num_tokens: int
-    num_blocks: int
-    priority: int
-    arrived_s: float
-    deadline_s: float
-    is_reachable: bool
-    announced_s: float | None = None
-    is_granted: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaveView:
-    """A live wave. next_group: the first group that has neither run nor is running. num_passes: groups of others since its own last one."""
-
-    wave_id: int
-    num_tokens: int
-    next_group: int
-    num_groups: int
-    num_passes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """num_blocks: all blocks of this replica."""
-
-    max_wave_tokens: int
-    max_wave_prompts: int
-    num_groups: int
-    num_blocks: int
-    grant_timeout_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """Everything the policy may know. is_running: a group is in the step thread now, so none may start."""
-
-    prompts: tuple[PromptView, ...]
-    waves: tuple[WaveView, ...]
-    num_free_blocks: int
-    is_running: bool
-    limits: Limits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,16 +47,18 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewWave:
-    """Form a wave of these prompts and run its first group."""
+    """Form a wave of these prompts and run its first piece (pieces.next_piece, once it is known who really joins)."""
 
     keys: tuple[Key, ...]
+    may_run_on: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NextGroup:
-    """Run the next group of this wave."""
+class NextPiece:
+    """Run this piece of this wave."""
 
     wave_id: int
+    piece: Piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +67,7 @@ class Plan:
 
     failures: tuple[Failure, ...]
     announce: tuple[Key, ...]
-    run: NewWave | NextGroup | None
+    run: NewWave | NextPiece | None
     wake_s: float | None
 
 
@@ -116,21 +75,35 @@ def plan(snapshot: Snapshot, now_s: float) -> Plan:
     """Decide the next step of this replica."""
     failures = tuple(failure for prompt in snapshot.prompts if (failure := _failure(prompt, snapshot.limits, now_s)) is not None)
     failed = {failure.key for failure in failures}
-    prompts = sorted((prompt for prompt in snapshot.prompts if prompt.key not in failed), key=lambda prompt: _rank(prompt, now_s))
+    prompts = sorted((prompt for prompt in snapshot.prompts if prompt.key not in failed), key=lambda prompt: _rank(prompt, snapshot, now_s))
     gathering_until_s = _gathering_until_s(prompts, snapshot, now_s)
-    run = None if snapshot.is_running or gathering_until_s is not None else _next_run(prompts, snapshot)
+    run = None if snapshot.is_running or gathering_until_s is not None else _next_run(prompts, snapshot, now_s)
     started = set(run.keys) if isinstance(run, NewWave) else set()
     waiting = [prompt for prompt in prompts if prompt.key not in started]
-    announce = _announcements(waiting, snapshot, run)
+    announce = announcements(waiting, _waves_after(run, prompts, snapshot), snapshot)
     wake_s = _wake_s(waiting, set(announce), snapshot.limits, now_s)
     if gathering_until_s is not None:
         wake_s = gathering_until_s if wake_s is None else min(wake_s, gathering_until_s)
     return Plan(failures=failures, announce=announce, run=run, wake_s=wake_s)
 
 
-def _rank(prompt: PromptView, now_s: float) -> tuple[int, float, Key]:
+def new_wave(wave_id: int, prompts: Iterable[PromptView], num_tokens: int, limits: Limits, costs: CostCurve) -> WaveView:
+    """A wave of these prompts before its first piece. num_tokens: what is computed of them."""
+    return WaveView(
+        wave_id=wave_id,
+        num_tokens=num_tokens,
+        num_groups=limits.num_groups,
+        num_chunks=limits.num_chunks_of(num_tokens),
+        target_s=min(target_s(prompt, limits, costs) for prompt in prompts),
+    )
+
+
+def _rank(prompt: PromptView, snapshot: Snapshot, now_s: float) -> tuple[int, bool, float, float, Key]:
     aged_priority = prompt.priority + int(max(now_s - prompt.arrived_s, 0.0) / PRIORITY_AGE_S)
-    return (-aged_priority, prompt.arrived_s, prompt.key)
+    alone_s = work_s(prompt.num_tokens, snapshot.limits, snapshot.costs)
+    due_s = prompt.arrived_s + snapshot.limits.ttft_floor_s + snapshot.limits.ttft_stretch * alone_s
+    is_late = due_s - now_s < alone_s
+    return (-aged_priority, is_late, alone_s if is_late else due_s, prompt.arrived_s, prompt.key)
 
 
 def _failure(prompt: PromptView, limits: Limits, now_s: float) -> Failure | None:
@@ -146,11 +119,11 @@ def _failure(prompt: PromptView, limits: Limits, now_s: float) -> Failure | None
     return None
 
 
-def _gathering_until_s(prompts: Iterable[PromptView], snapshot: Snapshot, now_s: float) -> float | None:
+def _gathering_until_s(prompts: Sequence[PromptView], snapshot: Snapshot, now_s: float) -> float | None:
     """Until when an idle replica waits for the grants of prompts that were announced together; None: it need not."""
     if snapshot.waves or snapshot.is_running:
         return None
-    granted = _fill(prompts, snapshot.limits.max_wave_tokens, snapshot)
+    granted = _fill(prompts, snapshot.limits.company_tokens, snapshot)
     if not granted or len(granted) == snapshot.limits.max_wave_prompts:
         return None
     expected_s = [prompt.announced_s + GATHER_S for prompt in prompts if prompt.announced_s is not None and not prompt.is_granted]
@@ -158,21 +131,31 @@ def _gathering_until_s(prompts: Iterable[PromptView], snapshot: Snapshot, now_s:
     return until_s if until_s > now_s else None
 
 
-def _next_run(prompts: Iterable[PromptView], snapshot: Snapshot) -> NewWave | NextGroup | None:
-    if not snapshot.waves:
-        keys = _fill(prompts, snapshot.limits.max_wave_tokens, snapshot)
-        return NewWave(keys=keys) if keys else None
-    overdue = [wave for wave in snapshot.waves if wave.num_passes >= MAX_PASSES]
+def _next_run(prompts: Sequence[PromptView], snapshot: Snapshot, now_s: float) -> NewWave | NextPiece | None:
+    live = [wave for wave in snapshot.waves if wave.has_more]
+    if not live:
+        keys = _fill(prompts, snapshot.limits.company_tokens, snapshot)
+        return _start(keys, prompts, snapshot) if keys else None
+    overdue = [wave for wave in live if wave.num_passes >= MAX_PASSES]
     if overdue:
-        return NextGroup(wave_id=min(overdue, key=lambda wave: wave.wave_id).wave_id)
-    smallest = min(snapshot.waves, key=lambda wave: (wave.num_tokens, wave.wave_id))
-    short = [prompt for prompt in prompts if _overtakes(prompt, smallest)]
-    keys = _fill(short, smallest.num_tokens // 2, snapshot)
-    return NewWave(keys=keys) if keys else NextGroup(wave_id=smallest.wave_id)
+        return _resume(max(overdue, key=lambda wave: (wave.num_passes, -wave.wave_id)), prompts, snapshot)
+    limits, costs = snapshot.limits, snapshot.costs
+    shortest = min(live, key=lambda wave: (left_s(wave, limits, costs), wave.num_tokens, wave.wave_id))
+    keys = _passing(prompts, live, snapshot)
+    first = _formed(keys, prompts, snapshot) if keys else shortest
+    first_s = left_s(first, limits, costs)
+    missing = [wave for wave in live if wave.target_s < first.target_s and 0 <= slack_s(wave, limits, costs, now_s) < first_s]
+    if missing:
+        return _resume(min(missing, key=lambda wave: (wave.target_s, wave.wave_id)), prompts, snapshot)
+    return _start(keys, prompts, snapshot) if keys else _resume(shortest, prompts, snapshot)
 
 
-def _overtakes(prompt: PromptView, wave: WaveView) -> bool:
-    return OVERTAKING_SHARE * prompt.num_tokens <= wave.num_tokens
+def _passing(prompts: Iterable[PromptView], live: Sequence[WaveView], snapshot: Snapshot) -> tuple[Key, ...]:
+    """Who goes before the live waves as a wave of their own."""
+    smallest = min(wave.num_tokens for wave in live)
+    room = snapshot.limits.max_live_tokens - sum(wave.num_tokens for wave in live)
+    short = [prompt for prompt in prompts if may_pass(prompt, smallest) and prompt.num_tokens <= room]
+    return _fill(short, min(smallest // 2, snapshot.limits.company_tokens, room), snapshot)
 
 
 def _fill(prompts: Iterable[PromptView], max_tokens: int, snapshot: Snapshot) -> tuple[Key, ...]:
@@ -192,47 +175,37 @@ def _fill(prompts: Iterable[PromptView], max_tokens: int, snapshot: Snapshot) ->
     return tuple(keys)
 
 
-def _announcements(prompts: Iterable[PromptView], snapshot: Snapshot, run: NewWave | NextGroup | None) -> tuple[Key, ...]:
-    """Who is announced now: at most one wave's worth for each decode replica, counted in rank order, nobody bypassed."""
-    limits = snapshot.limits
-    groups_left = sum(wave.num_groups - wave.next_group for wave in snapshot.waves)
-    if isinstance(run, NextGroup):
-        groups_left -= 1
-    elif isinstance(run, NewWave):
-        groups_left += limits.num_groups - 1
-    is_near = groups_left <= 1
-    smallest = min(snapshot.waves, key=lambda wave: wave.num_tokens, default=None)
-    budgets: dict[tuple[str, bool], _Budget] = {}
-    announce: list[Key] = []
-    for prompt in prompts:
-        may_overtake = smallest is not None and _overtakes(prompt, smallest)
-        budget = budgets.setdefault((prompt.peer, may_overtake), _Budget())
-        if prompt.announced_s is not None:
-            budget.take(prompt)
-        elif prompt.is_reachable and (is_near or may_overtake) and budget.admits(prompt, limits):
-            budget.take(prompt)
-            announce.append(prompt.key)
-    return tuple(announce)
+def _start(keys: tuple[Key, ...], prompts: Sequence[PromptView], snapshot: Snapshot) -> NewWave:
+    """It is the smallest of the live waves."""
+    wave = _formed(keys, prompts, snapshot)
+    started = set(keys)
+    may_wait = any(may_pass(prompt, wave.num_tokens) for prompt in prompts if prompt.key not in started)
+    return NewWave(keys=keys, may_run_on=not (snapshot.is_decoding or may_wait))
 
 
-@dataclass(slots=True)
-class _Budget:
-    """What one decode replica has been asked for. Overtaking prompts have their own, so that waiting long ones never hold them up."""
+def _resume(wave: WaveView, prompts: Sequence[PromptView], snapshot: Snapshot) -> NextPiece:
+    """The wave may run on where no boundary would be used: nothing is decoded, and nobody is there who could pass it."""
+    is_passable = any(other.num_tokens < wave.num_tokens for other in snapshot.waves if other.has_more)
+    is_passable = is_passable or any(may_pass(prompt, wave.num_tokens) for prompt in prompts)
+    piece = next_piece(wave, snapshot.limits, snapshot.costs, may_run_on=not (snapshot.is_decoding or is_passable))
+    return NextPiece(wave_id=wave.wave_id, piece=piece)
 
-    num_prompts: int = 0
-    num_tokens: int = 0
-    is_full: bool = False
 
-    def take(self, prompt: PromptView) -> None:
-        self.num_prompts += 1
-        self.num_tokens += prompt.num_tokens
+def _formed(keys: tuple[Key, ...], prompts: Sequence[PromptView], snapshot: Snapshot) -> WaveView:
+    """The wave of these prompts as far as it is known before it has its blocks."""
+    chosen = set(keys)
+    joining = [prompt for prompt in prompts if prompt.key in chosen]
+    return new_wave(-1, joining, sum(prompt.num_tokens for prompt in joining), snapshot.limits, snapshot.costs)
 
-    def admits(self, prompt: PromptView, limits: Limits) -> bool:
-        """Once one prompt did not fit, nobody behind it does: announcements keep their order."""
-        is_first = self.num_prompts == 0
-        is_small = self.num_prompts < limits.max_wave_prompts and self.num_tokens + prompt.num_tokens <= limits.max_wave_tokens
-        self.is_full = self.is_full or not (is_first or is_small)
-        return not self.is_full
+
+def _waves_after(run: NewWave | NextPiece | None, prompts: Sequence[PromptView], snapshot: Snapshot) -> tuple[WaveView, ...]:
+    """The live waves once the chosen piece has begun."""
+    if isinstance(run, NextPiece):
+        return tuple(advanced(wave, run.piece) if wave.wave_id == run.wave_id else wave for wave in snapshot.waves)
+    if run is None:
+        return snapshot.waves
+    wave = _formed(run.keys, prompts, snapshot)
+    return (*snapshot.waves, advanced(wave, next_piece(wave, snapshot.limits, snapshot.costs, may_run_on=run.may_run_on)))
 
 
 def _wake_s(prompts: Iterable[PromptView], announced_now: set[Key], limits: Limits, now_s: float) -> float | None:

@@ -1,7 +1,7 @@
-"""Owns the live waves: plan, run a group in the step thread, apply. Knows no socket and no handle; what follows is told to WaveEvents.
+"""Owns the live waves: plan, run a piece in the step thread, apply. Knows no socket and no handle; what follows is told to WaveEvents.
 
-One task on the event loop plans whenever something changed; at most one layer group is in the step thread at a time. Between groups
-everything is decided anew by policy.plan.
+One task on the event loop plans whenever something changed; at most one piece is in the step thread at a time. Between pieces everything is
+decided anew by policy.plan, which is told what pieces were measured to take.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from duomo.errors import DeadlineError, DuomoError, EngineError
 from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.leg import Leg
-from services.prefill.pieces import Piece
-from services.prefill.policy import Failure, Key, Limits, NewWave, NextGroup, Plan, Snapshot, WaveView, plan
+from services.prefill.pieces import Piece, advanced, finished_groups, next_piece, num_rows
+from services.prefill.policy import Failure, NewWave, NextPiece, Plan, new_wave, plan
+from services.prefill.snapshot import Key, Limits, Snapshot, WaveView
+from services.prefill.wave_costs import GroupCosts
 from services.prefill.worker import Computation, WaveOutput, WaveWorker
 
 
@@ -29,7 +31,8 @@ class WaveEvents(Protocol):
 
     def announce(self, leg: Leg) -> None: ...
 
-    def group_computed(self, legs: Sequence[Leg], group: int) -> None: ...
+    def group_computed(self, legs: Sequence[Leg], group: int) -> None:
+        """All rows of a layer group are computed. Of a piece with several groups one after the other, in order."""
 
     def wave_computed(self, legs: Sequence[Leg], outputs: Sequence[WaveOutput]) -> None:
         """The last group is computed and first tokens are sampled; its group_computed follows."""
@@ -42,31 +45,44 @@ class WaveEvents(Protocol):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Wave:
-    """Prompts crossing the layers together. computation: the step thread's own state, None before the first group."""
+    """Prompts crossing the layers together. computation: the step thread's own state, None before the first piece."""
 
-    wave_id: int
+    view: WaveView
     legs: tuple[Leg, ...]
-    num_tokens: int
-    next_group: int = 0
-    num_passes: int = 0
     computation: Computation | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PieceOutput:
+    """What the step thread says of a piece: how long it took, and after a wave's last one the outputs of its legs."""
+
+    seconds: float
+    outputs: tuple[WaveOutput, ...]
+
+
 @dataclass(slots=True, kw_only=True)
-class RunningGroup:
-    """A group in the step thread."""
+class RunningPiece:
+    """A piece in the step thread, or next in it. before: its wave as it stood."""
 
     wave: Wave
-    group: int
-    done: asyncio.Future[tuple[WaveOutput, ...]]
+    before: WaveView
+    piece: Piece
+    done: asyncio.Future[PieceOutput]
     started_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """Of the piece's events in spans."""
+        lo, hi = self.piece.groups
+        chunk = {"duomo.chunk": self.piece.chunks[0]} if self.before.num_chunks > 1 else {}
+        return {"duomo.group": lo, "duomo.groups": hi - lo} | chunk
 
 
 class WaveLoop:
     """Drives the waves of one replica.
 
     waiting: legs that are not in a wave, by key; the service adds and removes them and calls wake(). num_free_blocks: how many blocks
-    could be allocated now. delay_s: slept before a wave's first group, for tests (config.DelaySection). thread: the service's to close.
+    could be allocated now. delay_s: slept before a wave's first piece, for tests (config.DelaySection). thread: the service's to close.
     """
 
     def __init__(
@@ -89,7 +105,8 @@ class WaveLoop:
         self._events = events
         self._delay_s = delay_s
         self._waves: dict[int, Wave] = {}
-        self._running: RunningGroup | None = None
+        self._costs = GroupCosts()
+        self._running: RunningPiece | None = None
         self._woken = asyncio.Event()
         self._thread = thread
 
@@ -111,7 +128,7 @@ class WaveLoop:
         while True:
             self._woken.clear()
             if self._running is not None and self._running.done.done():
-                self._apply_group()
+                self._apply_piece()
             decision = plan(self._snapshot(), time.monotonic())
             if self._delay_s and isinstance(decision.run, NewWave):
                 await asyncio.sleep(self._delay_s)
@@ -130,20 +147,12 @@ class WaveLoop:
     def _snapshot(self) -> Snapshot:
         return Snapshot(
             prompts=tuple(leg.view for leg in self.waiting.values()),
-            waves=tuple(
-                WaveView(
-                    wave_id=wave.wave_id,
-                    num_tokens=wave.num_tokens,
-                    next_group=wave.next_group,
-                    num_groups=self._worker.num_groups,
-                    num_passes=wave.num_passes,
-                )
-                for wave in self._waves.values()
-                if wave.next_group < self._worker.num_groups
-            ),
+            waves=tuple(wave.view for wave in self._waves.values() if wave.view.has_more),
             num_free_blocks=self._num_free_blocks(),
             is_running=self._running is not None,
             limits=self._limits,
+            costs=self._costs.curve,
+            is_decoding=self._thread.is_decoding,
         )
 
     def _apply(self, decision: Plan) -> None:
@@ -152,17 +161,17 @@ class WaveLoop:
             if late is not None:
                 self._events.fail(late, _error(failure))
         if isinstance(decision.run, NewWave):
-            self._form(decision.run.keys)
-        elif isinstance(decision.run, NextGroup):
-            self._start_group(self._waves[decision.run.wave_id])
+            self._form(decision.run)
+        elif isinstance(decision.run, NextPiece):
+            self._start_piece(self._waves[decision.run.wave_id], decision.run.piece)
         for key in decision.announce:
             leg = self.waiting.get(key)
             if leg is not None:
                 self._events.announce(leg)
 
-    def _form(self, keys: Sequence[Key]) -> None:
+    def _form(self, run: NewWave) -> None:
         legs = []
-        for key in keys:
+        for key in run.keys:
             leg = self.waiting.get(key)
             if leg is None:
                 continue  # cancelled meanwhile
@@ -174,61 +183,66 @@ class WaveLoop:
             return
         self.num_waves_formed += 1
         num_tokens = sum(len(leg.token_ids) - leg.cached_tokens for leg in legs)
-        wave = Wave(wave_id=self.num_waves_formed, legs=tuple(legs), num_tokens=num_tokens)
-        self._waves[wave.wave_id] = wave
-        self._start_group(wave)
+        view = new_wave(self.num_waves_formed, [leg.view for leg in legs], num_tokens, self._limits, self._costs.curve)
+        wave = Wave(view=view, legs=tuple(legs))
+        self._waves[view.wave_id] = wave
+        self._start_piece(wave, next_piece(view, self._limits, self._costs.curve, may_run_on=run.may_run_on))
 
-    def _start_group(self, wave: Wave) -> None:
+    def _start_piece(self, wave: Wave, piece: Piece) -> None:
         assert self._running is None
-        group = wave.next_group
+        before = wave.view
         for other in self._waves.values():
-            other.num_passes = 0 if other is wave else other.num_passes + 1
-        wave.next_group += 1
-        done = self._thread.run("group", self._compute, wave, group)
+            other.view = replace(other.view, num_passes=0 if other is wave else other.view.num_passes + 1)
+        wave.view = advanced(wave.view, piece)
+        done = self._thread.run("group", self._compute, wave, piece, is_last=not wave.view.has_more)
         done.add_done_callback(lambda _: self._woken.set())
-        self._running = RunningGroup(wave=wave, group=group, done=done)
+        self._running = RunningPiece(wave=wave, before=before, piece=piece, done=done)
         self._progress.pending()
         for leg in wave.legs:
             if leg.compute_span is not None and not leg.is_over:
-                leg.compute_span.event("group_started", {"duomo.group": group}, at_s=self._running.started_s)
+                leg.compute_span.event("group_started", self._running.attributes, at_s=self._running.started_s)
 
-    def _compute(self, wave: Wave, group: int) -> tuple[WaveOutput, ...]:
-        """In the step thread: one group; after the last one the first tokens of every leg that is still wanted."""
+    def _compute(self, wave: Wave, piece: Piece, *, is_last: bool) -> PieceOutput:
+        """In the step thread: one piece; after the last one the first tokens of every leg that is still wanted."""
         if wave.computation is None:
-            wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs])
-        self._worker.run_piece(wave.computation, Piece(groups=(group, group + 1), chunks=(0, wave.computation.num_chunks)))
-        if group + 1 < self._worker.num_groups:
-            return ()
+            wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs], self._limits.chunk_tokens_of(wave.view.num_tokens))
+        began_s = time.monotonic()
+        self._worker.run_piece(wave.computation, piece)
+        seconds = time.monotonic() - began_s
+        if not is_last:
+            return PieceOutput(seconds=seconds, outputs=())
         eos_ids = self._worker.config.eos_ids
-        return self._worker.sample(wave.computation, [[] if leg.is_over else leg.choice_rows(eos_ids) for leg in wave.legs])
+        rows = [[] if leg.is_over else leg.choice_rows(eos_ids) for leg in wave.legs]
+        return PieceOutput(seconds=seconds, outputs=self._worker.sample(wave.computation, rows))
 
-    def _apply_group(self) -> None:
-        """A group has left the step thread: hand its KV on, then end or drop its wave."""
+    def _apply_piece(self) -> None:
+        """A piece has left the step thread: hand the KV of its groups on, then end or drop its wave."""
         running, self._running = self._running, None
         assert running is not None
-        wave = running.wave
+        wave, piece = running.wave, running.piece
         self._progress.advance()
-        self.num_groups_run += 1
+        self.num_groups_run += piece.num_groups
         error = running.done.exception()
         if error is not None:
             self._wave_failed(wave, error)
             return
-        now_s = time.monotonic()
+        result, now_s = running.done.result(), time.monotonic()
+        self._costs.observe(num_rows(running.before, piece, self._limits), piece.num_groups, result.seconds)
         for leg in wave.legs:
             if leg.compute_span is not None and not leg.is_over:
-                leg.compute_span.event("group_computed", {"duomo.group": running.group}, at_s=now_s)
+                leg.compute_span.event("group_computed", running.attributes, at_s=now_s)
             if not leg.is_over and now_s >= leg.deadline_s:
                 self._events.fail(leg, DeadlineError("the deadline passed between two layer groups", phase="prefill.compute"))
         live = [leg for leg in wave.legs if not leg.is_over]
-        outputs = running.done.result()
-        for leg, output in zip(wave.legs, outputs, strict=False):
+        for leg, output in zip(wave.legs, result.outputs, strict=False):
             if output.error is not None and not leg.is_over:
                 self._events.fail(leg, output.error)
-        if outputs:
-            chosen = [(leg, output) for leg, output in zip(wave.legs, outputs, strict=True) if not leg.is_over]
+        if result.outputs:
+            chosen = [(leg, output) for leg, output in zip(wave.legs, result.outputs, strict=True) if not leg.is_over]
             self._events.wave_computed([leg for leg, _ in chosen], [output for _, output in chosen])
-        self._events.group_computed([leg for leg in live if not leg.is_over], running.group)
-        if outputs or not live:
+        for group in finished_groups(running.before, piece):
+            self._events.group_computed([leg for leg in live if not leg.is_over], group)
+        if result.outputs or not live:
             self._leave(wave)
 
     def _wave_failed(self, wave: Wave, error: BaseException) -> None:
@@ -239,7 +253,7 @@ class WaveLoop:
         self._leave(wave)
 
     def _leave(self, wave: Wave) -> None:
-        del self._waves[wave.wave_id]
+        del self._waves[wave.view.wave_id]
         wave.computation = None
         for leg in wave.legs:
             leg.is_in_wave = False

@@ -1,28 +1,25 @@
-"""The prefill policy on scripted and random traces: order, overtaking, announcements, and that every prompt ends."""
+"""The prefill policy on scripted snapshots: rank, waves, passing, pieces, announcements, failures, and what it costs to plan."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import time
+from dataclasses import replace
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
-from services.prefill.policy import (
-    GATHER_S,
-    MAX_PASSES,
-    PRIORITY_AGE_S,
-    Key,
-    Limits,
-    NewWave,
-    NextGroup,
-    Plan,
-    PromptView,
-    Snapshot,
-    WaveView,
-    plan,
+from duomo.config import PrefillSection
+from services.prefill.pieces import Piece
+from services.prefill.policy import GATHER_S, MAX_PASSES, PRIORITY_AGE_S, NewWave, NextPiece, Plan, plan
+from services.prefill.snapshot import Limits, PromptView, Snapshot, WaveView
+from services.prefill.wave_costs import CostCurve
+
+LIMITS = Limits.of(
+    PrefillSection(max_wave_tokens=256, max_wave_prompts=4, piece_target_s=0.002, ttft_floor_s=0.01, ttft_stretch=4.0, chunk_tokens=32),
+    num_groups=4,
+    num_blocks=64,
+    max_prompt_tokens=1024,
 )
-
-LIMITS = Limits(max_wave_tokens=256, max_wave_prompts=4, num_groups=4, num_blocks=64, grant_timeout_s=5.0)
+EVEN = CostCurve(((1.0, 0.0000625), (256.0, 0.016)))  # a group takes 62.5 us a row: 16 rows a millisecond
 
 
 def prompt(name: str, num_tokens: int = 16, **changes: object) -> PromptView:
@@ -43,8 +40,8 @@ def granted(name: str, num_tokens: int = 16, **changes: object) -> PromptView:
     return prompt(name, num_tokens, **({"announced_s": 0.0, "is_granted": True} | changes))
 
 
-def wave(num_tokens: int, next_group: int = 1, wave_id: int = 0, num_passes: int = 0) -> WaveView:
-    return WaveView(wave_id=wave_id, num_tokens=num_tokens, next_group=next_group, num_groups=4, num_passes=num_passes)
+def wave(num_tokens: int, next_group: int = 1, wave_id: int = 0, num_passes: int = 0, target_s: float = 0.0) -> WaveView:
+    return WaveView(wave_id=wave_id, num_tokens=num_tokens, next_group=next_group, num_groups=4, num_passes=num_passes, target_s=target_s)
 
 
 def decide(
@@ -52,16 +49,37 @@ def decide(
     waves: tuple[WaveView, ...] = (),
     free: int = 64,
     is_running: bool = False,
+    is_decoding: bool = False,
     now_s: float = 1.0,
     limits: Limits = LIMITS,
+    costs: CostCurve = CostCurve(),  # noqa: B008  # frozen
 ) -> Plan:
-    return plan(Snapshot(prompts=prompts, waves=waves, num_free_blocks=free, is_running=is_running, limits=limits), now_s)
+    snapshot = Snapshot(
+        prompts=prompts,
+        waves=waves,
+        num_free_blocks=free,
+        is_running=is_running,
+        limits=limits,
+        costs=costs,
+        is_decoding=is_decoding,
+    )
+    return plan(snapshot, now_s)
+
+
+def started(decision: Plan) -> tuple[str, ...]:
+    assert isinstance(decision.run, NewWave), decision
+    return tuple(name for name, _ in decision.run.keys)
+
+
+def resumed(decision: Plan) -> int:
+    assert isinstance(decision.run, NextPiece), decision
+    return decision.run.wave_id
 
 
 def test_an_idle_replica_announces_at_once_and_runs_only_what_is_granted() -> None:
     assert decide(prompt("a")).announce == (("a", 0),)
     assert decide(prompt("a")).run is None
-    assert decide(prompt("a", announced_s=0.5), granted("b")).run == NewWave(keys=(("b", 0),))
+    assert started(decide(prompt("a", announced_s=0.5), granted("b"))) == ("b",)
 
 
 def test_nothing_is_announced_to_a_peer_that_cannot_be_reached_yet() -> None:
@@ -70,37 +88,120 @@ def test_nothing_is_announced_to_a_peer_that_cannot_be_reached_yet() -> None:
 
 
 def test_a_wave_takes_as_many_prompts_as_fit_and_bypasses_nobody() -> None:
-    assert decide(granted("a", 100), granted("b", 150), granted("c", 100), granted("d", 1)).run == NewWave(keys=(("a", 0), ("b", 0)))
-    assert decide(*(granted(name, 1) for name in "abcde")).run == NewWave(keys=tuple((name, 0) for name in "abcd"))
+    assert started(decide(granted("a", 100), granted("b", 150), granted("c", 100), granted("d", 1))) == ("a", "b")
+    assert started(decide(*(granted(name, 1) for name in "abcde"))) == tuple("abcd")
     assert decide(granted("a", 160), granted("b", 16), free=9).run is None, "the head waits for blocks and nobody passes it"
 
 
 def test_a_prompt_beyond_the_wave_limit_goes_alone() -> None:
-    assert decide(granted("a", 257), granted("b", 1)).run == NewWave(keys=(("a", 0),))
+    assert started(decide(granted("a", 257), granted("b", 1))) == ("a",)
 
 
-def test_a_short_prompt_overtakes_before_the_next_group_and_a_long_one_does_not() -> None:
-    assert decide(granted("s", 50), waves=(wave(200),)).run == NewWave(keys=(("s", 0),))
-    assert decide(granted("l", 51), waves=(wave(200),)).run == NextGroup(wave_id=0)
+def test_in_chunked_mode_company_ends_at_a_chunk() -> None:
+    chunked = replace(LIMITS, mode="chunked")
+    assert started(decide(granted("a", 20), granted("b", 12), granted("c", 1), limits=chunked)) == ("a", "b")
+    assert started(decide(granted("a", 33), granted("b", 1), limits=chunked)) == ("a",)
 
 
-def test_short_prompts_overtake_together_up_to_half_of_the_wave() -> None:
+def test_a_short_prompt_passes_before_the_next_piece_and_a_long_one_does_not() -> None:
+    assert started(decide(granted("s", 50), waves=(wave(200),))) == ("s",)
+    assert resumed(decide(granted("l", 51), waves=(wave(200),))) == 0
+
+
+def test_short_prompts_pass_together_up_to_half_of_the_wave() -> None:
     shorts = [granted(f"s{row}", 50) for row in range(3)]
-    assert decide(*shorts, waves=(wave(200),)).run == NewWave(keys=(("s0", 0), ("s1", 0)))
+    assert started(decide(*shorts, waves=(wave(200),))) == ("s0", "s1")
 
 
-def test_a_wave_passed_over_too_often_runs_next() -> None:
+def test_what_passes_a_long_prompt_keeps_to_the_wave_limit_and_to_the_rows_that_memory_holds() -> None:
+    """The longest is 1,024 tokens and a wave has 256: memory for 1,536 rows."""
+    shorts = [granted(f"s{row}", 100) for row in range(4)]
+    assert started(decide(*shorts, waves=(wave(1024),))) == ("s0", "s1"), "a wave's limit, not half of 1,024"
+    assert resumed(decide(granted("a", 250), waves=(wave(1024), wave(1000, wave_id=1)))) == 1, "no room for a third"
+    assert started(decide(granted("b", 200, num_blocks=1), waves=(wave(1024),))) == ("b",)
+
+
+def test_the_shortest_rest_goes_first_unless_an_earlier_target_would_be_missed_by_it() -> None:
+    long, short = wave(256, target_s=1.2), wave(64, wave_id=1, target_s=1.5)
+    assert resumed(decide(waves=(long, short), costs=EVEN)) == 1, "48 ms and 12 ms are left: both make their targets"
+    tight = replace(long, target_s=1.055)  # 7 ms of slack, and the short one takes 12
+    assert resumed(decide(waves=(tight, short), costs=EVEN)) == 0
+    late = replace(long, target_s=1.040)
+    assert resumed(decide(waves=(late, short), costs=EVEN)) == 1, "what is missed already waits for what is not"
+    urgent = replace(short, target_s=1.05)
+    assert resumed(decide(waves=(tight, urgent), costs=EVEN)) == 1, "the earlier target is the short one's"
+    nearly = replace(long, next_group=3, num_tokens=32)
+    assert resumed(decide(waves=(nearly, short), costs=EVEN)) == 0, "2 ms are left of it"
+
+
+def test_a_prompt_that_could_pass_waits_where_an_earlier_target_would_be_missed() -> None:
+    tight = wave(256, target_s=1.055)
+    short = granted("s", 64, arrived_s=0.999)  # due in 0.010 + 4 x 16 ms
+    assert resumed(decide(short, waves=(tight,), costs=EVEN)) == 0
+    assert started(decide(short, waves=(replace(tight, target_s=1.070),), costs=EVEN)) == ("s",)
+
+
+def test_a_wave_passed_over_too_often_runs_next_and_the_most_passed_first() -> None:
     waves = (wave(200, num_passes=MAX_PASSES), wave(20, wave_id=1))
-    assert decide(granted("s", 1), waves=waves).run == NextGroup(wave_id=0)
-    assert decide(waves=(wave(200, num_passes=MAX_PASSES - 1), wave(20, wave_id=1))).run == NextGroup(wave_id=1)
+    assert resumed(decide(granted("s", 1), waves=waves)) == 0
+    assert resumed(decide(waves=(wave(200, num_passes=MAX_PASSES - 1), wave(20, wave_id=1)))) == 1
+    several = (wave(200, num_passes=MAX_PASSES), wave(100, wave_id=1, num_passes=MAX_PASSES + 1), wave(20, wave_id=2))
+    assert resumed(decide(waves=several)) == 1
 
 
-def test_announcements_come_one_group_ahead_of_the_turn() -> None:
+def test_a_piece_is_a_group_until_something_is_known_and_then_what_fits_the_target() -> None:
+    def groups(decision: Plan) -> tuple[int, int]:
+        assert isinstance(decision.run, NextPiece)
+        return decision.run.piece.groups
+
+    sixteen = wave(16)  # a millisecond a group: the target holds two, eight targets all three
+    assert groups(decide(waves=(sixteen,))) == (1, 2)
+    assert groups(decide(waves=(sixteen,), costs=EVEN)) == (1, 4), "nobody waits"
+    assert groups(decide(waves=(sixteen,), costs=EVEN, is_decoding=True)) == (1, 3), "a step waits"
+    assert groups(decide(prompt("s", 4), waves=(sixteen,), costs=EVEN)) == (1, 3), "a prompt waits that could pass"
+    assert groups(decide(prompt("l", 200), waves=(sixteen,), costs=EVEN)) == (1, 4), "a prompt waits that could not"
+    assert groups(decide(waves=(sixteen, wave(400, wave_id=1)), costs=EVEN)) == (1, 4), "a longer wave does not pass it"
+    assert groups(decide(waves=(wave(256),), costs=EVEN)) == (1, 2), "48 ms: too long for one that might come"
+    assert groups(decide(waves=(wave(256),), costs=EVEN, is_decoding=True)) == (1, 2), "one group at least"
+
+
+def test_the_other_modes_walk_the_grid_in_their_own_order() -> None:
+    chunked, whole = replace(LIMITS, mode="chunked"), replace(LIMITS, mode="whole")
+    part = WaveView(wave_id=0, num_tokens=90, num_groups=4, num_chunks=3, next_chunk=1, target_s=0.0)
+    assert decide(waves=(part,), limits=chunked).run == NextPiece(wave_id=0, piece=Piece(groups=(0, 4), chunks=(1, 2)))
+    fresh = wave(90, next_group=0)
+    assert decide(waves=(fresh,), limits=whole, is_decoding=True).run == NextPiece(wave_id=0, piece=Piece(groups=(0, 4), chunks=(0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "is_decoding", "may_run_on"),
+    [
+        ((granted("a", 64),), False, True),
+        ((granted("a", 64), prompt("b", 16)), False, False),
+        ((granted("a", 64), prompt("b", 17)), False, True),
+        ((granted("a", 64),), True, False),
+    ],
+)
+def test_a_new_wave_may_run_on_where_no_boundary_would_be_used(
+    prompts: tuple[PromptView, ...], is_decoding: bool, may_run_on: bool
+) -> None:
+    decision = decide(*prompts, is_decoding=is_decoding)
+    assert decision.run == NewWave(keys=(("a", 0),), may_run_on=may_run_on)
+
+
+def test_announcements_come_one_piece_ahead_of_the_turn() -> None:
     for next_group, is_announced in ((1, False), (2, False), (3, True), (4, True)):
         decision = decide(prompt("a", 200), waves=(wave(200, next_group=next_group),), is_running=True)
         assert (decision.announce == (("a", 0),)) is is_announced, next_group
         assert decision.run is None
-    assert decide(prompt("s", 10), waves=(wave(200),), is_running=True).announce == (("s", 0),), "a short prompt overtakes: at once"
+    assert decide(prompt("s", 10), waves=(wave(200),), is_running=True).announce == (("s", 0),), "a short prompt passes: at once"
+    two_groups = wave(16, next_group=2)
+    assert decide(prompt("a", 200), waves=(two_groups,), is_running=True, costs=EVEN).announce == (("a", 0),), "two groups fit a piece"
+
+
+def test_a_short_prompt_is_announced_while_another_short_wave_passes() -> None:
+    """Its turn comes when that one is over, before the long wave goes on."""
+    assert decide(prompt("s", 40), waves=(wave(250), wave(40, wave_id=1)), is_running=True).announce == (("s", 0),)
 
 
 def test_one_decode_replica_is_asked_for_at_most_one_wave_and_another_is_not_held_up() -> None:
@@ -128,173 +229,32 @@ def test_an_idle_replica_gathers_the_grants_of_a_burst_for_a_moment() -> None:
     burst = (granted("a", announced_s=1.0), prompt("b", announced_s=1.0))
     decision = decide(*burst, now_s=1.0 + GATHER_S / 2)
     assert decision.run is None and decision.wake_s == 1.0 + GATHER_S
-    assert decide(*burst, now_s=1.0 + GATHER_S).run == NewWave(keys=(("a", 0),))
+    assert started(decide(*burst, now_s=1.0 + GATHER_S)) == ("a",)
 
 
 def test_priority_goes_first_and_age_catches_up() -> None:
     old, urgent = granted("old", 200), granted("urgent", 200, priority=1, arrived_s=1.0)
-    assert decide(old, urgent, now_s=1.5).run == NewWave(keys=(("urgent", 0),))
-    assert decide(old, urgent, now_s=2 * PRIORITY_AGE_S - 0.5 + 1.0).run == NewWave(keys=(("old", 0),))
+    assert started(decide(old, urgent, now_s=1.5)) == ("urgent",)
+    assert started(decide(old, urgent, now_s=2 * PRIORITY_AGE_S - 0.5 + 1.0)) == ("old",)
 
 
-@dataclass(slots=True)
-class Arrival:
-    name: str
-    at_s: float
-    num_tokens: int
-    priority: int
-    peer: str
-    grant_after_s: float  # more than the grant timeout: never granted
+def test_of_one_priority_the_earliest_target_goes_first_and_the_late_come_last_shortest_first() -> None:
+    long, short = granted("long", 200), granted("short", 100, arrived_s=0.05)  # due at 0.21 and 0.16
+    assert started(decide(long, short, now_s=0.1, costs=EVEN)) == ("short",)
+    assert started(decide(long, replace(short, arrived_s=0.105), now_s=0.11, costs=EVEN)) == ("long",), "due at 0.21, before 0.215"
+    assert started(decide(long, replace(short, arrived_s=0.9), now_s=0.91, costs=EVEN)) == ("short",), "the long one is late"
+    assert started(decide(granted("a", 200), granted("b", 100, arrived_s=0.1), now_s=1.9, costs=EVEN)) == ("b",), "both are late"
 
 
-@dataclass
-class Simulation:
-    """Runs a trace against the policy with a virtual clock: a group of n tokens takes n ms, its blocks come back a little later."""
-
-    limits: Limits
-    arrivals: list[Arrival]
-    now_s: float = 0.0
-    waiting: dict[Key, PromptView] = field(default_factory=dict)
-    grants: dict[Key, float] = field(default_factory=dict)
-    waves: dict[int, tuple[WaveView, tuple[PromptView, ...]]] = field(default_factory=dict)
-    blocks_back: list[tuple[float, int]] = field(default_factory=list)
-    ended: dict[Key, str] = field(default_factory=dict)
-    runs: list[tuple[int, float]] = field(default_factory=list)  # (wave, start)
-    gaps: dict[int, int] = field(default_factory=dict)
-    running: tuple[int, float] | None = None
-    num_free: int = 0
-
-    def run(self) -> None:
-        self.num_free = self.limits.num_blocks
-        arrivals = sorted(self.arrivals, key=lambda arrival: arrival.at_s)
-        for _ in range(200_000):
-            self._events(arrivals)
-            decision = plan(self._snapshot(), self.now_s)
-            self._apply(decision)
-            times = [arrivals[0].at_s] if arrivals else []
-            times += [self.running[1]] if self.running else []
-            times += list(self.grants.values()) + [at_s for at_s, _ in self.blocks_back]
-            times += [decision.wake_s] if decision.wake_s is not None else []
-            if not times:
-                return
-            assert min(times) >= self.now_s
-            self.now_s = min(times)
-        raise AssertionError("the trace does not end")
-
-    def _snapshot(self) -> Snapshot:
-        return Snapshot(
-            prompts=tuple(self.waiting.values()),
-            waves=tuple(view for view, _ in self.waves.values()),
-            num_free_blocks=self.num_free,
-            is_running=self.running is not None,
-            limits=self.limits,
-        )
-
-    def _events(self, arrivals: list[Arrival]) -> None:
-        while arrivals and arrivals[0].at_s <= self.now_s:
-            new = arrivals.pop(0)
-            view = prompt(new.name, new.num_tokens, priority=new.priority, arrived_s=new.at_s, deadline_s=new.at_s + 1e6, peer=new.peer)
-            self.waiting[view.key] = view
-        for key in [key for key, at_s in self.grants.items() if at_s <= self.now_s]:
-            del self.grants[key]
-            if key in self.waiting:
-                self.waiting[key] = replace(self.waiting[key], is_granted=True)
-        for back in [back for back in self.blocks_back if back[0] <= self.now_s]:
-            self.blocks_back.remove(back)
-            self.num_free += back[1]
-        if self.running is not None and self.running[1] <= self.now_s:
-            self._group_ended(self.running[0])
-
-    def _group_ended(self, wave_id: int) -> None:
-        self.running = None
-        view, prompts = self.waves[wave_id]
-        if view.next_group == view.num_groups:
-            del self.waves[wave_id]
-            for done in prompts:
-                self.ended[done.key] = "done"
-                self.blocks_back.append((self.now_s + 0.005, done.num_blocks))
-
-    def _apply(self, decision: Plan) -> None:
-        for failure in decision.failures:
-            self.ended[failure.key] = failure.code
-            del self.waiting[failure.key]
-            self.grants.pop(failure.key, None)
-        for key in decision.announce:
-            assert self.waiting[key].announced_s is None
-            self.waiting[key] = replace(self.waiting[key], announced_s=self.now_s)
-            delay_s = next(arrival.grant_after_s for arrival in self.arrivals if arrival.name == key[0])
-            if delay_s < self.limits.grant_timeout_s:
-                self.grants[key] = self.now_s + delay_s
-        if decision.run is None:
-            return
-        assert self.running is None, "a group started while one was running"
-        if isinstance(decision.run, NewWave):
-            prompts = tuple(self.waiting.pop(key) for key in decision.run.keys)
-            assert prompts and all(one.is_granted for one in prompts), "only granted prompts run"
-            self.num_free -= sum(one.num_blocks for one in prompts)
-            assert self.num_free >= 0, "blocks over-committed"
-            num_tokens = sum(one.num_tokens for one in prompts)
-            assert len(prompts) == 1 or num_tokens <= self.limits.max_wave_tokens
-            wave_id = len(self.runs)
-            self.waves[wave_id] = (
-                WaveView(wave_id=wave_id, num_tokens=num_tokens, next_group=0, num_groups=self.limits.num_groups, num_passes=0),
-                prompts,
-            )
-        else:
-            wave_id = decision.run.wave_id
-        for other_id, (view, prompts) in self.waves.items():
-            is_chosen = other_id == wave_id
-            changed = (
-                replace(view, next_group=view.next_group + 1, num_passes=0) if is_chosen else replace(view, num_passes=view.num_passes + 1)
-            )
-            self.waves[other_id] = (changed, prompts)
-            assert changed.num_passes <= MAX_PASSES + len(self.waves), "a live wave starves"
-        self.runs.append((wave_id, self.now_s))
-        self.running = (wave_id, self.now_s + self.waves[wave_id][0].num_tokens / 1000)
-
-
-arrivals_of = st.lists(
-    st.tuples(
-        st.floats(0, 2),
-        st.integers(1, 300),
-        st.integers(0, 2),
-        st.sampled_from(["d0", "d1"]),
-        st.sampled_from([0.0, 0.001, 0.05, 1.0, 9.0]),
-    ),
-    min_size=1,
-    max_size=40,
-)
-
-
-@settings(max_examples=120, deadline=None)
-@given(trace=arrivals_of, num_groups=st.integers(1, 5), num_blocks=st.integers(19, 64))
-def test_every_prompt_of_any_trace_ends_and_no_wave_starves(
-    trace: list[tuple[float, int, int, str, float]], num_groups: int, num_blocks: int
-) -> None:
-    arrivals = [Arrival(f"r{row}", *values) for row, values in enumerate(trace)]
-    simulation = Simulation(replace(LIMITS, num_groups=num_groups, num_blocks=num_blocks), arrivals)
-    simulation.run()
-    expected = {(one.name, 0): "done" if one.grant_after_s < LIMITS.grant_timeout_s else "no_grant" for one in arrivals}
-    assert simulation.ended == expected
-    assert simulation.num_free == num_blocks and not simulation.waves
-
-
-@settings(max_examples=60, deadline=None)
-@given(at_s=st.floats(0.01, 0.7), num_tokens=st.integers(1, 62))
-def test_a_short_prompt_waits_at_most_one_group_of_a_long_wave(at_s: float, num_tokens: int) -> None:
-    long, short = Arrival("long", 0.0, 250, 0, "d0", 0.0), Arrival("short", at_s, num_tokens, 0, "d0", 0.0005)
-    simulation = Simulation(LIMITS, [long, short])
-    simulation.run()
-    short_wave = next(wave_id for wave_id, _ in simulation.runs if wave_id != 0)
-    started_s = next(start_s for wave_id, start_s in simulation.runs if wave_id == short_wave)
-    assert started_s - at_s <= 0.250 + 0.001
-
-
-def test_a_stream_of_short_prompts_cannot_starve_a_long_one() -> None:
-    shorts = [Arrival(f"s{row}", row * 0.01, 16, 1, "d0", 0.0) for row in range(300)]
-    simulation = Simulation(LIMITS, [Arrival("long", 0.05, 250, 0, "d0", 0.0), *shorts])
-    simulation.run()
-    starts = [start_s for wave_id, start_s in simulation.runs if simulation.runs[wave_id][0] == wave_id]
-    assert simulation.ended[("long", 0)] == "done" and starts
-    finished_before_long = list(simulation.ended).index(("long", 0))
-    assert finished_before_long < 250, "the long prompt waited for all short ones"
+def test_a_plan_for_fifty_waiting_prompts_takes_well_under_half_a_millisecond() -> None:
+    """The device is idle meanwhile. Minimum of many: other processes share the cores."""
+    waiting = tuple(prompt(f"r{row}", 16 + row, arrived_s=row / 50, announced_s=1.0, is_granted=row % 2 == 0) for row in range(50))
+    snapshot = Snapshot(
+        prompts=waiting, waves=(wave(256),), num_free_blocks=640, is_running=False, limits=replace(LIMITS, num_blocks=640), costs=EVEN
+    )
+    times_s = []
+    for _ in range(50):
+        began_s = time.perf_counter()
+        plan(snapshot, 1.01)
+        times_s.append(time.perf_counter() - began_s)
+    assert min(times_s) < 0.0005, min(times_s)

@@ -1,0 +1,68 @@
+"""Owns whom prefill announces to decode, and when. PURE: knows no turn, tensor or socket.
+
+Everybody, when what is left of the live waves is one piece (so that grants arrive while it runs; at once when idle). While more is left,
+only prompts short enough to pass one of the waves. Of each decode replica at most one wave's worth is asked at a time, in rank order,
+nobody bypassed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.prefill.pieces import advanced, next_piece
+from services.prefill.snapshot import Key, Limits, PromptView, Snapshot, WaveView
+
+PASSING_SHARE = 4  # a prompt this many times smaller than a wave may pass it; larger ones gain more from sharing a wave with each other
+
+
+def may_pass(prompt: PromptView, num_tokens: int) -> bool:
+    """Whether the prompt is short enough to go before a wave of so many tokens."""
+    return PASSING_SHARE * prompt.num_tokens <= num_tokens
+
+
+def announcements(ranked: Sequence[PromptView], waves: Sequence[WaveView], snapshot: Snapshot) -> tuple[Key, ...]:
+    """ranked: who waits, best first. waves: the live ones, as they stand once the piece that was just chosen has begun."""
+    unfinished = [wave for wave in waves if wave.has_more]
+    is_near = _is_one_piece(unfinished, snapshot)
+    largest = max((wave.num_tokens for wave in unfinished), default=0)
+    budgets: dict[tuple[str, bool], _Budget] = {}
+    for prompt in ranked:
+        if prompt.announced_s is not None:
+            budgets.setdefault((prompt.peer, may_pass(prompt, largest)), _Budget()).take(prompt)
+    announce: list[Key] = []
+    for prompt in ranked:
+        is_passing = may_pass(prompt, largest)
+        if prompt.announced_s is None and prompt.is_reachable and (is_near or is_passing):
+            budget = budgets.setdefault((prompt.peer, is_passing), _Budget())
+            if budget.admits(prompt, snapshot.limits):
+                budget.take(prompt)
+                announce.append(prompt.key)
+    return tuple(announce)
+
+
+def _is_one_piece(unfinished: Sequence[WaveView], snapshot: Snapshot) -> bool:
+    if len(unfinished) != 1:
+        return not unfinished
+    (wave,) = unfinished
+    return not advanced(wave, next_piece(wave, snapshot.limits, snapshot.costs, may_run_on=False)).has_more
+
+
+@dataclass(slots=True)
+class _Budget:
+    """What one decode replica has been asked for. Prompts that may pass have their own, so that waiting long ones never hold them up."""
+
+    num_prompts: int = 0
+    num_tokens: int = 0
+    is_full: bool = False
+
+    def take(self, prompt: PromptView) -> None:
+        self.num_prompts += 1
+        self.num_tokens += prompt.num_tokens
+
+    def admits(self, prompt: PromptView, limits: Limits) -> bool:
+        """Once one prompt did not fit, nobody behind it does: announcements keep their order."""
+        is_first = self.num_prompts == 0
+        is_small = self.num_prompts < limits.max_wave_prompts and self.num_tokens + prompt.num_tokens <= limits.company_tokens
+        self.is_full = self.is_full or not (is_first or is_small)
+        return not self.is_full

@@ -1,0 +1,34 @@
+"""Owns when a first token is due and how much of a wave is left, in seconds. PURE: knows no turn and no clock.
+
+A prompt's target is its arrival + ttft_floor_s + ttft_stretch times what it would take alone; a wave's is the least of its prompts'. Its
+slack is its target, less now, less what is left of it to compute: below zero it is late whatever runs. While nothing was measured, work
+counts as nothing.
+"""
+
+from __future__ import annotations
+
+from services.prefill.snapshot import Limits, PromptView, WaveView
+from services.prefill.wave_costs import CostCurve
+
+
+def work_s(num_tokens: int, limits: Limits, costs: CostCurve) -> float:
+    """What a wave of so many rows takes from its first layer to its last, alone. Seconds."""
+    if limits.mode != "chunked" or num_tokens <= limits.chunk_tokens:
+        return limits.num_groups * (costs.group_s(num_tokens) or 0.0)
+    return limits.num_groups * limits.num_chunks_of(num_tokens) * (costs.group_s(limits.chunk_tokens) or 0.0)
+
+
+def left_s(wave: WaveView, limits: Limits, costs: CostCurve) -> float:
+    """What is left of a wave to begin. Seconds."""
+    num_cells = wave.num_groups * wave.num_chunks
+    num_left = (wave.num_groups - wave.next_group) * wave.num_chunks - wave.next_chunk * (wave.num_groups if wave.has_more else 0)
+    return work_s(wave.num_tokens, limits, costs) * num_left / num_cells
+
+
+def target_s(prompt: PromptView, limits: Limits, costs: CostCurve) -> float:
+    """When the prompt's first token is due."""
+    return prompt.arrived_s + limits.ttft_floor_s + limits.ttft_stretch * work_s(prompt.num_tokens, limits, costs)
+
+
+def slack_s(wave: WaveView, limits: Limits, costs: CostCurve, now_s: float) -> float:
+    return wave.target_s - now_s - left_s(wave, limits, costs)
