@@ -17,6 +17,8 @@ from duomo.engine.gpu_decode import PendingStep
 from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.wire.messages import Sampling
+from services.decode.gpu_lander import GpuLander
+from services.decode.landers import Lander
 from services.decode.worker import StepInput, StepOutput
 
 
@@ -43,12 +45,12 @@ class _Launched:
 
 
 class GpuDecodeWorker:
-    """One rank over an engine that prefill shares, and that is warm. Whoever made the engine closes what it counts with."""
+    """One rank over an engine that is warm, and that prefill may share. Whoever made the engine closes what it counts with."""
 
     def __init__(self, engine: GpuEngine, step_delay_s: float = 0.0) -> None:
         self.config = engine.decode.decoder.config
         self._decode = engine.decode
-        self._block_bytes = engine.cache.spec.block_bytes
+        self._cache = engine.cache
         self._compilations = engine.compilations
         self._step_delay_s = step_delay_s
         self._under_way: _Launched | None = None
@@ -56,11 +58,14 @@ class GpuDecodeWorker:
 
     @property
     def block_bytes(self) -> int:
-        return self._block_bytes
+        return self._cache.spec.block_bytes
 
     def check(self, sampling: Sampling) -> None:
         ends = ending_ids(sampling, self.config.eos_ids)
         check_row(RowSampling(sampling=sampling, choice=0, prompt_ids=(), output_ids=(), ending_ids=ends))
+
+    def lander(self) -> Lander:
+        return GpuLander(self._cache)
 
     def counters(self) -> Mapping[str, int]:
         return {"kernel_compilations_after_ready": self._compilations.num_after_ready}

@@ -1,20 +1,16 @@
-"""Owns the landing of KV from other processes: slots granted, messages scattered, slots freed. Knows no leg's state, policy or batch.
+"""Owns the landing of KV from other processes: slots granted, tables open to their messages. Knows no leg's state, policy or batch.
 
 land() runs in the step thread, the rest on the event loop. Blocks of a handle may be given to others once withdraw() has returned: no
-scatter into them is under way then, and none follows.
+message is being written into them then, and none follows (on a GPU: none is queued any more, landers.py).
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Sequence
-
-from duomo.engine.kv_cache import KvCache
 from duomo.errors import TransferError
 from duomo.wire.connection import Connection
 from duomo.wire.messages import Handle
 from services.decode.arrivals import HandoffTerms, LandedMessage, handle_of
+from services.decode.landers import Lander, OpenTables
 from services.decode.leg import Leg
 from services.decode.producer_rings import ProducerRings
 from services.kv_transfer.agent import SlotCounts, TransferAgent
@@ -22,17 +18,16 @@ from services.kv_transfer.layout import messages
 
 
 class RingArrivals:
-    """KV lands in the agent's rings and is scattered into `cache`. The agent is its creator's to close."""
+    """KV lands in the agent's rings, and the lander writes it into blocks. The agent is its creator's to close."""
 
     is_polled = True
 
-    def __init__(self, agent: TransferAgent, cache: KvCache, rings: ProducerRings, terms: HandoffTerms) -> None:
+    def __init__(self, agent: TransferAgent, lander: Lander, rings: ProducerRings, terms: HandoffTerms) -> None:
         self._agent = agent
-        self._cache = cache
+        self._lander = lander
         self._rings = rings
         self._terms = terms
-        self._tables: dict[int, Sequence[int]] = {}
-        self._scattering = threading.Lock()
+        self._tables = OpenTables()
 
     @property
     def way(self) -> str:
@@ -55,16 +50,16 @@ class RingArrivals:
         if slots is None:
             return None
         handle = handle_of(leg, terms, self._agent.next_handle_id(), self._agent.ring_name(producer), slots, 0)
-        self._tables[handle.handle_id] = leg.blocks
+        self._tables.open(handle.handle_id, leg.blocks)
         self._agent.expect(handle, leg.spans)
         return handle
 
     def arrived(self, handle_id: int) -> None:
-        self._forget(handle_id)
+        self._tables.close(handle_id)
 
     def withdraw(self, handle_id: int) -> None:
-        """Waits for a message that is being scattered."""
-        self._forget(handle_id)
+        """Waits for a message that is being written."""
+        self._tables.close(handle_id)
         self._agent.abort(handle_id)
 
     def missing(self, handle_id: int) -> tuple[int, ...]:
@@ -74,28 +69,8 @@ class RingArrivals:
         self._agent.fence(handle_id)
 
     def land(self) -> tuple[LandedMessage, ...]:
-        """Verify and scatter whatever has landed, and free its slots."""
-        landed: list[LandedMessage] = []
-        for message in self._agent.poll():
-            span = message.span
-            if message.error is None:
-                with self._scattering:
-                    table = self._tables.get(message.handle_id)
-                    if table is None:
-                        continue  # given up meanwhile: the agent has quarantined or freed the slot
-                    self._cache.scatter(span.layers, table[span.block_lo : span.block_hi], message.payload)
-                self._agent.release(message.handle_id, span.message_idx)
-            landed.append(
-                LandedMessage(
-                    handle_id=message.handle_id,
-                    message_idx=span.message_idx,
-                    group=span.group,
-                    num_bytes=span.num_bytes,
-                    landed_s=time.monotonic(),
-                    error=message.error,
-                )
-            )
-        return tuple(landed)
+        """Verify and write whatever has landed, and free its slots."""
+        return self._lander.land(self._agent, self._tables)
 
     def joined(self, producer: Connection) -> None:
         self._rings.joined(producer)
@@ -108,7 +83,3 @@ class RingArrivals:
 
     async def close(self) -> None:
         await self._rings.close()
-
-    def _forget(self, handle_id: int) -> None:
-        with self._scattering:
-            self._tables.pop(handle_id, None)

@@ -10,7 +10,7 @@ from services.decode.policy import DecodeLimits
 from services.decode.producer_rings import ProducerRings
 from services.decode.producers import Producers
 from services.decode.ring_arrivals import RingArrivals
-from services.decode.worker import DecodeWorker, StepWorker
+from services.decode.worker import StepWorker
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.loans import BlockLoans
@@ -61,7 +61,6 @@ def arrivals_of(
     terms = terms_of(card, worker)
     if isinstance(means, BlockLoans):
         return LoanArrivals(means, terms, on_room)
-    assert isinstance(worker, DecodeWorker), "what lands is scattered by a CPU"
     config = card.config
     rings = ProducerRings(producers, means, config.decode.ring_slots, config.redis.lease_s, directory, on_room)
-    return RingArrivals(means, worker.cache, rings, terms)
+    return RingArrivals(means, worker.lander(), rings, terms)

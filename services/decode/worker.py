@@ -23,6 +23,7 @@ from duomo.errors import EngineError
 from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
 from duomo.wire.messages import Sampling
+from services.decode.landers import CpuLander, Lander
 from services.decode.policy import blocks_for
 
 WARM_BATCHES = (1, 2, 3, 4, 8, 16)  # torch picks a kernel by the number of rows; the fixed 16-row tiles make larger ones repeat these
@@ -69,6 +70,9 @@ class StepWorker(Protocol):
     def check(self, sampling: Sampling) -> None:
         """Raises RequestError for what no step of this worker can sample."""
 
+    def lander(self) -> Lander:
+        """What writes messages of other processes into its blocks. Asked for once, where KV comes from other processes."""
+
     def counters(self) -> Mapping[str, int]:
         """Event counts of its own, for the replica's report."""
 
@@ -99,6 +103,9 @@ class DecodeWorker:
 
     def check(self, sampling: Sampling) -> None:
         """Everything that the wire can say can be sampled."""
+
+    def lander(self) -> Lander:
+        return CpuLander(self.cache)
 
     def counters(self) -> Mapping[str, int]:
         return {}

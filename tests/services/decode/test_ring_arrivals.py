@@ -9,6 +9,7 @@ from duomo.config import TransferSection
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.wire.messages import PeerAddress, StartDecode, WaveAnnounced
 from services.decode.arrivals import HandoffTerms, LandedMessage
+from services.decode.landers import CpuLander
 from services.decode.leg import Leg
 from services.decode.producer_rings import ProducerRings
 from services.decode.producers import Producers
@@ -63,7 +64,7 @@ def test_withdrawing_a_handle_waits_for_its_message_that_is_being_scattered() ->
         stall_timeout_s=5.0,
     )
     rings = ProducerRings(Producers(), consumer, 4, 5.0, None, lambda: None)
-    arrivals = RingArrivals(consumer, cache, rings, terms)
+    arrivals = RingArrivals(consumer, CpuLander(cache), rings, terms)
     leg = granted_leg([3, 5])
     try:
         assert arrivals.offer(leg) is None, "no ring, no handle"
