@@ -1,7 +1,8 @@
-"""Owns what `duomo bench engine` measures: models, cases in order of worth, prompts, jobs, what a child process writes. Knows no engine.
+"""Owns what `duomo bench engine` and `duomo bench prefill` measure: models, cases, prompts, jobs, what a child writes. Knows no engine.
 
-A decode case is a batch of sequences at a context; a prefill case is a wave of prompts up to the first token of each. Prompts are random
-token ids drawn from the case's name, so that both engines get the same.
+A decode case is a batch of sequences at a context; a prefill case is a wave of prompts up to the first token of each, computed in one of
+three ways (docs/decisions/0008-layered-prefill.md). Prompts are random token ids drawn from the case's name without its way, so that both
+engines and all ways get the same.
 
 A job is one child process: one side, one mode, one model in one format. It writes a Part as JSON after each case, so that what an
 interrupted run had measured is there.
@@ -18,12 +19,18 @@ from typing import Any, Literal
 
 import torch
 
+from bench.engine.arrivals_cases import LoadResult, load_result_from_json
 from bench.gpu_stopwatch import Timing
 
 Phase = Literal["decode", "prefill"]
+Way = Literal["whole", "layered", "chunked"]
 Dtype = Literal["bf16", "fp8"]
-Mode = Literal["ours", "vllm_in_process", "vllm_own_process", "vllm_extended", "vllm_count"]
-MODES: tuple[Mode, ...] = ("ours", "vllm_in_process", "vllm_count", "vllm_own_process", "vllm_extended")
+Mode = Literal[
+    "ours", "ours_deterministic", "ours_arrivals", "vllm_in_process", "vllm_own_process", "vllm_extended", "vllm_count"
+]  # fmt: skip
+OUR_MODES: tuple[Mode, ...] = ("ours", "ours_deterministic", "ours_arrivals")
+VLLM_MODES: tuple[Mode, ...] = ("vllm_in_process", "vllm_count", "vllm_own_process", "vllm_extended")
+MODES: tuple[Mode, ...] = (*OUR_MODES, *VLLM_MODES)
 TIMED_PEERS = ("vllm_in_process", "vllm_own_process", "vllm_extended")
 SHIPPED_PEERS = ("vllm_in_process", "vllm_own_process")
 DTYPES: tuple[Dtype, ...] = ("bf16", "fp8")
@@ -33,6 +40,8 @@ MODELS: Mapping[str, str] = {"olmoe": "olmoe-1b-7b", "qwen3": "qwen3-30b-a3b"}
 SEED = 0
 STD = 0.02
 MAX_TOKENS = 16384  # of a wave; positions of every model are raised to it: OLMoE is published with 4,096
+CHUNK_TOKENS = 512  # of the chunked way: what servers that chunk prompts usually take, and as many rows as our graphs have a bucket for
+PIECES = 4  # of the layered way: the layer groups of a configuration that names none
 DECODE_STEPS = 64  # timed
 LEAD_STEPS = 6  # before them
 CHECK_PROMPTS, CHECK_LENGTH, CHECK_STEPS = 16, 64, 8
@@ -40,14 +49,20 @@ CHECK_PROMPTS, CHECK_LENGTH, CHECK_STEPS = 16, 64, 8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineCase:
-    """`batch` sequences of `tokens` tokens each: decoded from there on, or prefilled."""
+    """`batch` sequences of `tokens` tokens each: decoded from there on, or prefilled. way: of a prefill of ours."""
 
     phase: Phase
     batch: int
     tokens: int
+    way: Way = "whole"
 
     @property
     def name(self) -> str:
+        return self.prompts_name + ("" if self.way == "whole" else f" {self.way}")
+
+    @property
+    def prompts_name(self) -> str:
+        """The same for all ways of one wave."""
         return f"{self.phase} {self.batch} x {self.tokens}"
 
     @property
@@ -84,7 +99,7 @@ CASES = DECODE + PREFILL
 
 def prompts(case: EngineCase, vocab: int, repeat: int = 0) -> list[list[int]]:
     """The case's token ids, other ones for each repeat; the same in every process."""
-    seed = int.from_bytes(hashlib.blake2b(f"{case.name} {repeat}".encode(), digest_size=7).digest(), "big")
+    seed = int.from_bytes(hashlib.blake2b(f"{case.prompts_name} {repeat}".encode(), digest_size=7).digest(), "big")
     return torch.randint(3, vocab, (case.batch, case.tokens), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -95,7 +110,7 @@ def check_prompts(vocab: int) -> list[list[int]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """One child process."""
+    """One child process. loads: names of the loads (arrivals_cases.py) of a child that plays arrivals; it has no cases."""
 
     mode: Mode
     model: str
@@ -103,17 +118,26 @@ class Job:
     cases: tuple[EngineCase, ...]
     repeats: int
     budget_s: float
+    loads: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.mode} {self.model} {self.dtype}"
+
+    @property
+    def num_points(self) -> int:
+        return len(self.cases) + len(self.loads)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.mode in OUR_MODES
 
 
 def write_config(job: Job, folder: Path) -> Path:
     """A folder whose config.json is the published one with room for long prompts; for a peer in fp8 it says what the numbers are."""
     config = json.loads((MODELS_FOLDER / MODELS[job.model] / "config.json").read_text())
     config["max_position_embeddings"] = max(config["max_position_embeddings"], MAX_TOKENS)
-    if job.dtype == "fp8" and job.mode != "ours":
+    if job.dtype == "fp8" and not job.is_ours:
         kept = ["lm_head", *(f"model.layers.{layer}.mlp.gate" for layer in range(config["num_hidden_layers"]))]
         config["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
@@ -129,12 +153,14 @@ class CaseResult:
     """One case of one job. timing: microseconds of a step or of a wave up to its tokens; None where only experts were counted.
 
     distinct: experts that a layer's rows chose, mean over layers (and steps). context: keys of a sequence, mean over the timed steps.
+    expert_bytes: of experts' weights, read by one wave of ours as the engine counted them.
     """
 
     case: EngineCase
     timing: Timing | None = None
     distinct: float | None = None
     context: float | None = None
+    expert_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +178,7 @@ class Part:
     job: Job
     facts: dict[str, Any]
     results: list[CaseResult] = field(default_factory=list)
+    loads: list[LoadResult] = field(default_factory=list)
     first_tokens: FirstTokens | None = None
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -166,7 +193,7 @@ class Part:
 
 
 def job_from_json(row: Mapping[str, Any]) -> Job:
-    return Job(**(dict(row) | {"cases": tuple(EngineCase(**case) for case in row["cases"])}))
+    return Job(**(dict(row) | {"cases": tuple(EngineCase(**case) for case in row["cases"]), "loads": tuple(row["loads"])}))
 
 
 def part_from_json(row: Mapping[str, Any]) -> Part:
@@ -177,4 +204,5 @@ def part_from_json(row: Mapping[str, Any]) -> Part:
         results.append(CaseResult(**(one | {"case": EngineCase(**one["case"]), "timing": timing})))
     first = row["first_tokens"]
     tokens = None if first is None else FirstTokens(token_ids=tuple(first["token_ids"]), is_clear=tuple(first["is_clear"]))
-    return Part(**(dict(row) | {"job": job_from_json(row["job"]), "results": results, "first_tokens": tokens}))
+    loads = [load_result_from_json(one) for one in row["loads"]]
+    return Part(**(dict(row) | {"job": job_from_json(row["job"]), "results": results, "loads": loads, "first_tokens": tokens}))

@@ -28,6 +28,11 @@ def expert_weights(config: ModelConfig) -> int:
     return 3 * config.hidden * config.expert_hidden
 
 
+def expert_bytes(config: ModelConfig, dtype: Dtype) -> float:
+    """Of one expert's weights."""
+    return expert_weights(config) * (2.0 if dtype == "bf16" else FP8_BYTES)
+
+
 def kv_bytes_per_token(config: ModelConfig) -> int:
     """All layers, bf16."""
     return 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim

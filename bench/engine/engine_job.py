@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from bench.engine.engine_cases import Job, Part, job_from_json, part_from_json
+from bench.engine.engine_cases import OUR_MODES, Job, Mode, Part, job_from_json, part_from_json
 from bench.stopwatch import ROOT
 
 FOLDER_VARIABLE = "DUOMO_BENCH_VLLM"  # where vLLM lies, if it is not on sys.path; the same name as in bench/kernels/peers_vllm.py
@@ -26,10 +26,17 @@ GRACE_S = 150.0  # beyond a job's budget: its start, its last case
 MeasureJob = Callable[[Job, Part, Path, float], None]
 
 
+def module_of(mode: Mode) -> str:
+    """The program of a job of this mode."""
+    if mode == "ours_arrivals":
+        return "bench.engine.arrivals_run"
+    return "bench.engine.engine_ours" if mode in OUR_MODES else "bench.engine.engine_vllm"
+
+
 def run_job(measure: MeasureJob) -> int:
     """The child: `JOB.json PART.json`. Returns 2 where it was not called rightly; else it ends the process: 0 measured, 1 wrong."""
     if len(sys.argv) != 3:
-        print(f"usage: {sys.argv[0]} JOB.json PART.json; started by `duomo bench engine`", file=sys.stderr)
+        print(f"usage: {sys.argv[0]} JOB.json PART.json; started by `duomo bench engine` or `duomo bench prefill`", file=sys.stderr)
         return 2
     job, out = job_from_json(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
     part = Part(job=job, facts={})
@@ -47,14 +54,13 @@ def run_job(measure: MeasureJob) -> int:
 
 def start(job: Job, out: Path) -> Part | None:
     """Run the job to its end in a child; its part, or None where it wrote none. Kills what the child leaves behind."""
-    module = "bench.engine.engine_ours" if job.mode == "ours" else "bench.engine.engine_vllm"
     request, log = out.with_suffix(".job.json"), out.with_suffix(".log")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
     request.write_text(json.dumps(asdict(job)))
     with log.open("w") as stream:
         child = subprocess.Popen(
-            [sys.executable, "-m", module, str(request), str(out)],
+            [sys.executable, "-m", module_of(job.mode), str(request), str(out)],
             cwd=ROOT, env=_environment(), stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:

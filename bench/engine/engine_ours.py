@@ -3,11 +3,16 @@
 A decode step is timed as a service runs it: the next step is planned and launched before this one's tokens are waited for; the time between
 two answers is a step, host and all. A wave is timed from lists of token ids to the first token of each prompt on the host.
 
+The ways of prefill differ in what is launched together. whole: everything. layered: PIECES runs of layers, each waited for, as a service
+waits before it decides what runs next. chunked: all layers of CHUNK_TOKENS rows, chunk after chunk, launched ahead without a wait, which a
+service could not do: the baseline is given what it can have.
+
 Before anything is timed, greedy tokens of captured steps are held against one prefill of the same tokens (engine_check.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import tempfile
@@ -25,8 +30,10 @@ from bench.engine.engine_cases import (
     CHECK_LENGTH,
     CHECK_PROMPTS,
     CHECK_STEPS,
+    CHUNK_TOKENS,
     DECODE_STEPS,
     MAX_TOKENS,
+    PIECES,
     SEED,
     STD,
     CaseResult,
@@ -34,6 +41,7 @@ from bench.engine.engine_cases import (
     FirstTokens,
     Job,
     Part,
+    Way,
     check_prompts,
     prompts,
     write_config,
@@ -46,7 +54,7 @@ from duomo.engine.decode_step import DecodeLimits, DecodeRow, DecodeStep, Joinin
 from duomo.engine.gpu_captured_layers import CapturedLimits
 from duomo.engine.gpu_decode import GpuDecode
 from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
-from duomo.engine.gpu_prefill import GpuPrefill
+from duomo.engine.gpu_prefill import GpuBoundaryState, GpuPrefill
 from duomo.engine.memory_plan import GPU_BLOCK_TOKENS, DeviceBytes, Measured, MemoryLimits, MemoryPlan, plan_memory
 from duomo.engine.sampler import RowSampling
 from duomo.models.config import ModelConfig, load_config
@@ -82,6 +90,7 @@ def random_engine(job: Job, config: ModelConfig, device: torch.device) -> tuple[
     limits = DecodeLimits(
         max_batch=max([CHECK_PROMPTS, *(case.batch for case in fitting)]),
         max_model_tokens=max([CHECK_LENGTH + CHECK_STEPS + 1, *(case.last_tokens for case in fitting)]),
+        is_deterministic=job.mode == "ours_deterministic",
     )
     return Engine(weights, plan.num_blocks, limits), plan
 
@@ -90,7 +99,7 @@ class Engine:
     """A model, its pool, prefill and captured decode."""
 
     def __init__(self, weights: GpuWeights, num_blocks: int, limits: DecodeLimits) -> None:
-        decoder = GpuDecoder(weights)
+        decoder = GpuDecoder(weights, is_deterministic=limits.is_deterministic)
         self.config = weights.config
         self.cache = GpuKvCache(gpu_kv_spec(self.config, dtype=weights.dtype), num_blocks, weights.device)
         self.prefill = GpuPrefill(decoder, self.cache)
@@ -105,13 +114,31 @@ class Engine:
         order = torch.randperm(self.cache.num_blocks, generator=torch.Generator().manual_seed(7)).tolist()
         return [order[i * width : (i + 1) * width] for i in range(batch)]
 
+    def wave(self, batch: StepBatch, way: Way) -> tuple[GpuBoundaryState, list[int]]:
+        """The wave, computed this way, and the greedy token after each prompt, on the host."""
+        num_layers = self.config.num_layers
+        state = self.prefill.begin(batch, CHUNK_TOKENS if way == "chunked" else None)
+        bounds = [num_layers * piece // PIECES for piece in range(PIECES + 1)] if way == "layered" else [0, num_layers]
+        for lo, hi in itertools.pairwise(dict.fromkeys(bounds)):
+            state = self.prefill.run_layers(lo, hi, state)
+            if way == "layered":
+                self._wait()
+        return state, self.prefill.logits(state, batch.last_rows).argmax(-1).tolist()
+
+    def _wait(self) -> None:
+        """As a service's worker waits for a piece."""
+        if self.cache.device.type == "cuda":
+            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch ships no types for it
+            end.record()
+            end.synchronize()
+
     def first_tokens(self, batch: Sequence[list[int]], tables: Sequence[Table]) -> list[int]:
         """Prefill in waves of MAX_TOKENS at most; the greedy token after each prompt."""
         per_wave = max(1, MAX_TOKENS // len(batch[0]))
         found: list[int] = []
         for at in range(0, len(batch), per_wave):
             wave = _wave(batch[at : at + per_wave], tables[at : at + per_wave])
-            found += self.prefill.run(wave)[1].argmax(-1).tolist()
+            found += self.wave(wave, "whole")[1]
         return found
 
     def decode_steps(
@@ -189,17 +216,23 @@ def measure(engine: Engine, job: Job, case: EngineCase) -> CaseResult | str:
         context = case.tokens + case.lead_steps + (DECODE_STEPS + 1) / 2  # the step after k tokens sees the prompt and k keys
         distinct = distinct_experts(routed[case.lead_steps : case.lead_steps + DECODE_STEPS])
         return CaseResult(case=case, timing=timing_of(steps_us, 1), distinct=round(distinct, 3), context=round(context, 1))
+    return _measure_waves(engine, job, case, tables)
+
+
+def _measure_waves(engine: Engine, job: Job, case: EngineCase, tables: Sequence[Table]) -> CaseResult:
     waves_us = []
     for repeat in range(WARM_UPS + job.repeats):
-        batch = prompts(case, engine.config.vocab, repeat)
+        wave = _wave(prompts(case, engine.config.vocab, repeat), tables)
         if engine.cache.device.type == "cuda":
             torch.cuda.synchronize()
         started_s = time.perf_counter()
-        engine.prefill.run(_wave(batch, tables))[1].argmax(-1).tolist()
+        engine.wave(wave, case.way)
         waves_us.append(1e6 * (time.perf_counter() - started_s))
-    state, _ = engine.prefill.run(_wave(prompts(case, engine.config.vocab), tables))
-    distinct = float((state.expert_counts.sum(0) > 0).sum(-1).double().mean())
-    return CaseResult(case=case, timing=timing_of(waves_us[WARM_UPS:], 1), distinct=round(distinct, 3))
+    state, _ = engine.wave(_wave(prompts(case, engine.config.vocab), tables), case.way)
+    distinct = float((torch.as_tensor(state.expert_counts).sum(0) > 0).sum(-1).double().mean())
+    return CaseResult(
+        case=case, timing=timing_of(waves_us[WARM_UPS:], 1), distinct=round(distinct, 3), expert_bytes=int(state.expert_bytes)
+    )
 
 
 def measure_job(job: Job, part: Part, out: Path, deadline_s: float) -> None:

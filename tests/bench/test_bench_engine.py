@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from bench.engine import bench_engine, engine_plot
-from bench.engine.bench_engine import gpu_name, parse, read_parts, report
+from bench.engine.bench_engine import parse, report
+from bench.engine.engine_campaign import gpu_name, read_parts
 from bench.engine.engine_cases import (
     CASES,
     DECODE,
     DECODE_STEPS,
     MODELS,
     MODELS_FOLDER,
-    MODES,
+    VLLM_MODES,
     CaseResult,
     Dtype,
     EngineCase,
@@ -36,7 +37,8 @@ from bench.engine.engine_cases import (
 from bench.engine.engine_check import FARTHEST, agreement, judge, slack_of
 from bench.engine.engine_floor import floor_us, kv_bytes_per_token
 from bench.engine.engine_job import start
-from bench.engine.engine_targets import EngineRow, join, table, verdicts
+from bench.engine.engine_rows import EngineRow, join, table
+from bench.engine.engine_targets import verdicts
 from bench.engine.engine_vllm import Arrival, capture_sizes, distinct_experts, distinct_of_wave, settings, step_times
 from bench.gpu_stopwatch import Timing
 from duomo.models.config import ModelConfig, load_config
@@ -252,6 +254,14 @@ def test_fp8_is_held_against_bf16_and_the_bytes() -> None:
     assert words(*parts[:3], better)["fp8 decode step, OLMoE 16..64, share of its byte bound"] == "PASS"
 
 
+def test_what_fixed_sums_cost_stands_below_their_case() -> None:
+    parts = [part("ours", (decode(32), 6.0, 63.0)), part("ours_deterministic", (decode(32), 7.5, 63.0))]
+    _, line, below = table(join(parts, CONFIGS))
+    assert "ours_deterministic" not in line and "7.50  +25% of its time" in below
+    peer = [part("vllm_in_process", (decode(32), 6.6, None)), part("vllm_count", (decode(32), None, 63.0))]
+    assert words(*parts, *peer)["decode step, OLMoE 16..128, Qwen3 16..64, against vLLM"] == "PASS"
+
+
 def test_what_is_missing_or_wrong_is_said() -> None:
     late, done = part("ours", (decode(16), None, None), (decode(32), 6.0, 63.0)), part("vllm_count", (decode(32), None, 63.0))
     rows = join([late, done], CONFIGS)
@@ -318,13 +328,13 @@ def test_without_matplotlib_the_plot_names_the_extra(
 
 def test_the_command_line() -> None:
     every = parse([])
-    assert [job.name for job in every.jobs[:2]] == ["ours olmoe bf16", "vllm_in_process olmoe bf16"]
-    assert len(every.jobs) == 2 * 2 * len(MODES)
+    assert [job.name for job in every.jobs[:3]] == ["ours olmoe bf16", "ours_deterministic olmoe bf16", "vllm_in_process olmoe bf16"]
+    assert len(every.jobs) == 2 * 2 * (2 + len(VLLM_MODES)) and {case.phase for case in every.jobs[1].cases} == {"decode"}
     assert every.jobs[-1].name == "vllm_extended qwen3 fp8" and {case.phase for case in every.jobs[-1].cases} == {"prefill"}
     asked = parse(
         ["--models", "qwen3", "--dtypes", "bf16", "--side", "vllm", "--cases", "decode 32 x, prefill 1 x 1024,", "--repeats", "3"]
     )
-    assert [job.mode for job in asked.jobs] == list(MODES[1:]) and {job.repeats for job in asked.jobs} == {3}
+    assert [job.mode for job in asked.jobs] == list(VLLM_MODES) and {job.repeats for job in asked.jobs} == {3}
     assert {case.name for case in asked.jobs[0].cases} == {"decode 32 x 1024", "decode 32 x 4096", "prefill 1 x 1024"}
     assert [job.mode for job in parse(["--modes", "ours,vllm_count", "--cases", "decode"]).jobs[:2]] == ["ours", "vllm_count"]
 
