@@ -65,14 +65,15 @@ class GpuCapturedLayers:
 
     @torch.inference_mode()
     def capture(self, *, progress: bool = False) -> None:
-        """All layers of all buckets, largest first; one layer of each runs before, so that all is compiled. Touches no KV."""
+        """All layers of all buckets, largest first; one layer of each kind runs before, so that all is compiled. Touches no KV."""
         self._slot_R.fill_(-1)
         for empty in (self._num_valid, self._cu_seqlens_S1, self._start_S):
             empty.zero_()
         num_layers = self.decoder.config.num_layers
         with self.graphs.capturing():
             for rows in tqdm(self.buckets[::-1], desc="capturing waves", unit="bucket", file=sys.stderr, disable=not progress, leave=False):
-                self._layer(rows, 0)
+                for layer_idx in self.decoder.weights.first_of_kinds:
+                    self._layer(rows, layer_idx)
                 for layer_idx in range(num_layers):
                     self.graphs.capture((rows, layer_idx), partial(self._layer, rows, layer_idx))
 

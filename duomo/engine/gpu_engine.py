@@ -1,8 +1,6 @@
 """Owns the start of an engine on one GPU: weights, memory plan, pool, prefill and captured decode, in that order. Knows no service.
 
-What does not fit is refused with figures, before anything is loaded where estimates say so. The profile is one wave as large as waves may
-be, of one token over and over: all of it goes to the same experts, the worst routing there is. (Kernels' tensors are as large as any
-routing needs; were one not, it would show here.)
+What does not fit is refused with figures, before anything is loaded where estimates say so.
 """
 
 from __future__ import annotations
@@ -14,20 +12,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.compile_counter import CompileCounter
 from duomo.engine.decode_step import DecodeLimits
 from duomo.engine.gpu_captured_layers import CapturedLimits
-from duomo.engine.gpu_compile_ahead import compiling_ahead
 from duomo.engine.gpu_decode import GpuDecode
 from duomo.engine.gpu_first_tokens import GpuFirstTokens
 from duomo.engine.gpu_kv_cache import GpuKvCache, gpu_kv_spec
 from duomo.engine.gpu_kv_messages import warm_messages
 from duomo.engine.gpu_prefill import GpuPrefill
+from duomo.engine.gpu_profile import wave_bytes
 from duomo.engine.gpu_warm import warm_prefill
-from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, plan_memory
+from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, captured_rows, plan_memory
 from duomo.engine.startup import Startup
-from duomo.engine.wave_buckets import WAVE_BUCKETS
 from duomo.errors import ConfigError
 from duomo.models.config import ModelConfig
 from duomo.models.gpu_decoder import GpuDecoder
@@ -110,7 +106,7 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
     measured = Measured(weights=_taken_since(memory, start))
     with startup.phase("profile"), _refusing(_too_long_a_wave(start.limits), memory):
         plan_memory(start.config, memory, start.limits, measured)
-        measured = replace(measured, activations=_wave_bytes(decoder, start) if prefills else None)
+        measured = replace(measured, activations=wave_bytes(decoder, start.limits) if prefills else None)
     plan = plan_memory(start.config, memory, start.limits, measured)
     for line in plan.lines():
         log.info("memory: %s", line)
@@ -125,6 +121,8 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
     graphs = (0 if decode is None else decode.graphs.pool_bytes) + (0 if prefill is None else prefill.prefill.graph_bytes)
     if graphs > plan.graphs and not start.is_shared:  # what another process took meanwhile would count as theirs
         log.warning("graphs took %.2f GB, planned were %.2f GB: the reserve has less", graphs / 1e9, plan.graphs / 1e9)
+    if prefill is not None and prefill.prefill.num_graphs:
+        log.info("captured %s", prefill.prefill.capture_line())
     num_graphs = (0 if decode is None else len(decode.graphs)) + (0 if prefill is None else prefill.prefill.num_graphs)
     log.info("%d graphs, %d kernels compiled; %s", num_graphs, compilations.num_before_ready, startup.line())
     compilations.ready()
@@ -149,7 +147,7 @@ def _prefill(decoder: GpuDecoder, cache: GpuKvCache, start: EngineStart) -> GpuP
     prefill = GpuPrefill(decoder, cache)
     if start.device.type == "cuda":  # an interpreter has nothing to compile
         warm_prefill(prefill, start.limits)
-        prefill.capture(_captured_limits(start.limits), progress=start.shows_progress)
+        prefill.capture(_captured_limits(start.config, start.limits), progress=start.shows_progress)
     return prefill
 
 
@@ -160,9 +158,9 @@ def _warm_handoff(cache: GpuKvCache, start: EngineStart) -> None:
         cache.tensor.zero_()
 
 
-def _captured_limits(limits: MemoryLimits) -> CapturedLimits:
-    """Waves as short as graphs are made for, of prompts as long as may be with what is cached of them."""
-    return CapturedLimits(max_rows=min(limits.max_wave_tokens, WAVE_BUCKETS[-1]), max_sequence_tokens=limits.max_model_tokens)
+def _captured_limits(config: ModelConfig, limits: MemoryLimits) -> CapturedLimits:
+    """Chunks as short as graphs are made for, of prompts as long as may be with what is cached of them."""
+    return CapturedLimits(max_rows=captured_rows(config, limits), max_sequence_tokens=limits.max_model_tokens)
 
 
 def _device_bytes(device: torch.device) -> DeviceBytes:
@@ -180,40 +178,9 @@ def _taken_since(memory: DeviceBytes, start: EngineStart) -> int | None:
     return max(0, memory.free - torch.cuda.mem_get_info(start.device)[0])
 
 
-def _wave_bytes(decoder: GpuDecoder, start: EngineStart) -> int | None:
-    """The allocator's peak over one wave of the largest size, less its pool of KV; None where there is no device to ask."""
-    if start.device.type != "cuda":
-        return None
-    peak = _peak_of_a_wave(decoder, start)
-    torch.cuda.empty_cache()  # the wave's pool too, which has gone with the frame that held it
-    return peak
-
-
-def _peak_of_a_wave(decoder: GpuDecoder, start: EngineStart) -> int:
-    limits = start.limits
-    spec = gpu_kv_spec(start.config, block_tokens=limits.block_tokens, dtype=decoder.weights.dtype)
-    lengths = _prompt_lengths(limits)
-    blocks_each = -(-max(lengths) // limits.block_tokens)
-    cache = GpuKvCache(spec, blocks_each * len(lengths), start.device)
-    torch.cuda.synchronize(start.device)
-    before = torch.cuda.memory_reserved(start.device)
-    torch.cuda.reset_peak_memory_stats(start.device)
-    slices = tuple(
-        PromptSlice(token_ids=(0,) * length, start=0, block_table=range(at * blocks_each, (at + 1) * blocks_each))
-        for at, length in enumerate(lengths)
-    )
-    prefill, batch = GpuPrefill(decoder, cache), StepBatch(slices=slices)
-    with compiling_ahead():
-        prefill.run(batch)
-    torch.cuda.empty_cache()
-    prefill.run(batch)
-    torch.cuda.synchronize(start.device)
-    return int(torch.cuda.max_memory_reserved(start.device) - before)
-
-
 def _too_long_a_wave(limits: MemoryLimits) -> str:
-    lower = "max_model_tokens" if limits.max_wave_tokens == limits.max_model_tokens else "max_wave_tokens"
-    return f"a wave of {limits.max_wave_tokens} tokens does not fit beside the weights: lower {lower}"
+    lower = "max_wave_tokens" if limits.most_rows == limits.max_wave_tokens else "long_chunk_tokens"
+    return f"a wave of {limits.most_rows} tokens does not fit beside the weights: lower prefill.{lower}"
 
 
 @contextmanager
@@ -224,9 +191,3 @@ def _refusing(why: str, memory: DeviceBytes) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         figures = f"{memory.total / 1e9:.1f} GB on the device, {memory.free / 1e9:.1f} GB of them free at the start"
         raise ConfigError(f"{why} ({figures})", code="does_not_fit") from error
-
-
-def _prompt_lengths(limits: MemoryLimits) -> list[int]:
-    """Prompts as long as may be that fill a wave."""
-    whole, rest = divmod(limits.max_wave_tokens, limits.max_model_tokens)
-    return [limits.max_model_tokens] * whole + ([rest] if rest else [])

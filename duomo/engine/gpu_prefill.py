@@ -106,6 +106,11 @@ class GpuPrefill:
         """What the device lost to the graphs of short chunks."""
         return 0 if self.captured is None else self.captured.graphs.pool_bytes
 
+    def capture_line(self) -> str:
+        """For people: what capture() made, and what it took."""
+        rows = 0 if self.captured is None else self.captured.buckets[-1]
+        return f"{self.num_graphs} graphs of waves up to {rows} rows: {self.graph_bytes / 1e9:.2f} GB, {self.capture_s:.1f} s"
+
     @torch.inference_mode()
     def begin(self, batch: StepBatch, chunk_tokens: int | None = None, *, keeps_routed: bool = False) -> GpuBoundaryState:
         """Cut the wave and lay its first chunk out. Token ids must be below the vocabulary, positions below the context limit.

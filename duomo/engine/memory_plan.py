@@ -3,7 +3,7 @@
 Sizes that a run has measured replace the estimates here. Estimates count every tensor that a wave has alive at once in its widest layer;
 they do not depend on who is routed where, since the kernels' tensors are as large as any routing needs.
 
-    total = taken (others, and the CUDA context) + weights + activations + graphs + buffers + kv + reserve
+    total = taken (others, and the CUDA context) + weights + activations + rows + graphs + buffers + kv + reserve
 
 The reserve is what gpu_memory_fraction leaves alone: the allocator's fragments, libraries' workspaces.
 """
@@ -29,6 +29,9 @@ BYTES_PER_NODE = 32 * 1024  # assumed, and meant to be too much: with what libra
 LISTED_BYTES = 16384 * 8  # the sampler's list of candidates of one row: value and id
 MAX_PIECES = 32  # of a sequence in deterministic attention (gpu_decode_attention.MAX_CHUNKS): more than it has otherwise
 CUT_BYTES = 16  # of a tile of keys in the cut that all layers share
+MAX_WAVE_GRAPH_BYTES = 2 * 10**9  # design 3.3
+LONG_CHUNK_TOKENS = 8192  # duomo.config.PrefillSection's default
+OVERTAKING_WAVES = 2
 SMALL_WAVE_TOKENS = 2048  # what a refusal proposes
 CONTEXT_BYTES = 700_000_000  # assumed, of a process on a card that others use too: CUDA's context and the kernels loaded into it
 MIN_BLOCKS_PER_ROW = 2  # fewer, and a full batch could not hold its prompts' first tokens and grow
@@ -44,16 +47,31 @@ class DeviceBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryLimits:
-    """What the plan must hold. quantise None: weights of `dtype_bytes` each, as activations and KV are."""
+    """What the plan must hold. quantise None: weights of `dtype_bytes` each, as activations and KV are.
+
+    long_chunk_tokens: a prompt longer than a wave is computed in chunks of so many rows, if it is longer than these too.
+    """
 
     max_batch: int
     max_wave_tokens: int
     max_model_tokens: int
+    long_chunk_tokens: int = LONG_CHUNK_TOKENS
     block_tokens: int = GPU_BLOCK_TOKENS
     gpu_memory_fraction: float = 0.9
     dtype_bytes: int = 2
     quantise: Quantise = None
     part: EnginePart = "both"
+
+    @property
+    def most_rows(self) -> int:
+        """Rows that cross a layer together at most: of a wave, or of a chunk of the longest prompt."""
+        return max(self.max_wave_tokens, min(self.long_chunk_tokens, self.max_model_tokens))
+
+    @property
+    def live_rows(self) -> int:
+        """Rows that lie between two pieces at most: of the longest prompt or wave, and of waves that overtake it
+        (services/prefill/snapshot.py keeps to it)."""
+        return max(self.max_model_tokens, self.max_wave_tokens) + OVERTAKING_WAVES * self.max_wave_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +91,7 @@ class MemoryPlan:
     taken: int
     weights: int
     activations: int
+    rows: int
     graphs: int
     buffers: int
     kv: int
@@ -100,7 +119,8 @@ class MemoryPlan:
             line("device", self.total),
             line("taken", self.taken, "by others and the CUDA context"),
             line("weights", self.weights, source(self.measured.weights)),
-            line("activations", self.activations, f"{source(self.measured.activations)}, a wave's widest layer"),
+            line("activations", self.activations, f"{source(self.measured.activations)}, the widest layer of a wave or chunk"),
+            line("rows", self.rows, "of waves and long prompts, between two pieces"),
             line("graphs", self.graphs, source(self.measured.graphs)),
             line("buffers", self.buffers, "logits, sampler's tables, attention's pieces"),
             line("KV", self.kv, f"{self.num_blocks} blocks of {self.block_tokens} tokens ({self.block_bytes / 1e6:.2f} MB)"),
@@ -155,6 +175,27 @@ def activation_bytes(config: ModelConfig, num_tokens: int, dtype_bytes: int = 2)
     return num_tokens * ((rows + max(attention, experts)) * dtype_bytes + routing)
 
 
+def rows_bytes(config: ModelConfig, limits: MemoryLimits) -> int:
+    """Of all waves between two pieces: two rows of the model's width for each token (gpu_prefill.ChunkState)."""
+    return 0 if limits.part == "decode" else limits.live_rows * 2 * config.hidden * limits.dtype_bytes
+
+
+def captured_rows(config: ModelConfig, limits: MemoryLimits) -> int:
+    """Rows up to which waves and chunks are captured: all that have a bucket, as far as graphs stay within MAX_WAVE_GRAPH_BYTES.
+
+    The largest buckets are left out first: theirs is the memory pool, and a wave of many rows loses least where it is launched kernel by
+    kernel. Refusing instead would keep off a model that runs.
+    """
+    fitting = [rows for rows in wave_buckets_up_to(limits.most_rows) if wave_graph_bytes(config, limits, rows) <= MAX_WAVE_GRAPH_BYTES]
+    return max(fitting, default=wave_buckets_up_to(1)[0])
+
+
+def wave_graph_bytes(config: ModelConfig, limits: MemoryLimits, rows: int) -> int:
+    """Of the layers captured for every bucket up to so many rows."""
+    nodes = len(wave_buckets_up_to(rows)) * config.num_layers * NODES_PER_WAVE_LAYER
+    return nodes * BYTES_PER_NODE + activation_bytes(config, rows, limits.dtype_bytes)
+
+
 def graph_bytes(config: ModelConfig, limits: MemoryLimits, num_buckets: int) -> int:
     """Of the captured decode steps and layers of short waves: nodes, and the memory pools of both."""
     taken = 0
@@ -162,9 +203,7 @@ def graph_bytes(config: ModelConfig, limits: MemoryLimits, num_buckets: int) -> 
         nodes = num_buckets * (config.num_layers * NODES_PER_LAYER + NODES_PER_STEP)
         taken += nodes * BYTES_PER_NODE + activation_bytes(config, limits.max_batch, limits.dtype_bytes) + limits.max_batch * LISTED_BYTES
     if limits.part != "decode":
-        waves = wave_buckets_up_to(limits.max_wave_tokens)
-        taken += len(waves) * config.num_layers * NODES_PER_WAVE_LAYER * BYTES_PER_NODE
-        taken += activation_bytes(config, waves[-1], limits.dtype_bytes)
+        taken += wave_graph_bytes(config, limits, captured_rows(config, limits))
     return taken
 
 
@@ -184,19 +223,21 @@ def _divide(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, meas
         return estimate if value is None else value
 
     weights = known(measured.weights, weight_bytes(config, limits.dtype_bytes, limits.quantise))
-    widest = limits.max_batch if limits.part == "decode" else limits.max_wave_tokens
+    widest = limits.max_batch if limits.part == "decode" else limits.most_rows
     activations = known(measured.activations, activation_bytes(config, widest, limits.dtype_bytes))
     graphs = known(measured.graphs, graph_bytes(config, limits, len(buckets_up_to(limits.max_batch))))
     buffers = buffer_bytes(config, limits)
     reserve = int(device.total * (1 - limits.gpu_memory_fraction))
     taken = device.total - device.free
-    left = device.total - reserve - taken - weights - activations - graphs - buffers
+    rows = rows_bytes(config, limits)
+    left = device.total - reserve - taken - weights - activations - rows - graphs - buffers
     num_blocks = max(0, left // block_bytes(config, limits))
     return MemoryPlan(
         total=device.total,
         taken=taken,
         weights=weights,
         activations=activations,
+        rows=rows,
         graphs=graphs,
         buffers=buffers,
         kv=num_blocks * block_bytes(config, limits),
@@ -219,7 +260,7 @@ def _refusal(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, pla
     asked = f"{limits.max_model_tokens} tokens of one sequence"
     if limits.part != "prefill":
         asked += f", {limits.max_batch} sequences of {MIN_BLOCKS_PER_ROW} blocks"
-    held = plan.weights + plan.activations + plan.graphs + plan.buffers
+    held = plan.weights + plan.activations + plan.rows + plan.graphs + plan.buffers
     missing = plan.taken + held + plan.reserve + needed * plan.block_bytes - plan.total
     return (
         f"{config.architecture} leaves room for {plan.num_blocks} KV blocks, but {needed} are needed ({asked}): {missing / 1e9:.1f} GB too"
@@ -240,10 +281,14 @@ def _advice(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, plan
             found.append(
                 f"--quantize fp8: {by_fp8.weights / 1e9:.1f} GB of weights, {by_fp8.num_blocks} blocks ({by_fp8.num_tokens} tokens)"
             )
-    wave_tokens = max(SMALL_WAVE_TOKENS, limits.max_model_tokens)  # a prompt is one wave at least
-    if limits.max_wave_tokens > wave_tokens and limits.part != "decode":
-        smaller = replace(limits, max_wave_tokens=wave_tokens)
-        by_waves = _divide(config, device, smaller, replace(plan.measured, activations=None))
+    if limits.most_rows > SMALL_WAVE_TOKENS and limits.part != "decode":
+        names = [name for name in ("max_wave_tokens", "long_chunk_tokens") if getattr(limits, name) > SMALL_WAVE_TOKENS]
+        smaller = replace(
+            limits,
+            max_wave_tokens=min(limits.max_wave_tokens, SMALL_WAVE_TOKENS),
+            long_chunk_tokens=min(limits.long_chunk_tokens, SMALL_WAVE_TOKENS),
+        )
+        by_waves = _divide(config, device, smaller, replace(plan.measured, activations=None, graphs=None))
         if by_waves.num_blocks >= _needed_blocks(limits):
-            found.append(f"max_wave_tokens {wave_tokens}: {by_waves.num_blocks} blocks")
+            found.append(f"{' and '.join(f'{name} {SMALL_WAVE_TOKENS}' for name in names)}: {by_waves.num_blocks} blocks")
     return " or ".join(found) if found else "nothing on this device; a larger one, or several"

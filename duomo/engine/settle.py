@@ -61,11 +61,12 @@ def changed_for(config: DuomoConfig, pick: Pick) -> DuomoConfig:
 
 
 def memory_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
-    """What the memory plan must hold, by the configuration. A prompt longer than a wave goes alone: the longest is the least wave."""
+    """What the memory plan must hold, by the configuration. A prompt longer than a wave goes alone, in chunks where it is longer yet."""
     longest = min(config.model.max_model_tokens or model.max_position_tokens, model.max_position_tokens)
     return MemoryLimits(
         max_batch=config.decode.max_batch,
-        max_wave_tokens=max(config.prefill.max_wave_tokens, longest),
+        max_wave_tokens=config.prefill.max_wave_tokens,
+        long_chunk_tokens=config.prefill.long_chunk_tokens,
         max_model_tokens=longest,
         block_tokens=config.model.block_tokens,
         gpu_memory_fraction=config.gpu_memory_fraction,
@@ -82,6 +83,14 @@ def _refuse_on_gpu(config: DuomoConfig, model: ModelConfig) -> None:
         raise ConfigError(  # a cached prefix of fewer would cut the keys of a prompt elsewhere than a prefill of all of it
             f"model.block_tokens is {block_tokens}: deterministic on a GPU needs at least {GPU_BLOCK_TOKENS}"
         )
+    for name in ("chunk_tokens", "long_chunk_tokens") if config.prefill.mode == "chunked" else ("long_chunk_tokens",):
+        if (
+            config.deterministic and getattr(config.prefill, name) % block_tokens
+        ):  # a chunk's keys would be cut where a whole prompt's are not
+            raise ConfigError(
+                f"prefill.{name} is {getattr(config.prefill, name)}: deterministic on a GPU needs a multiple of model.block_tokens"
+                f" ({block_tokens})"
+            )
     if prompts > MAX_WAVE_PROMPTS:
         raise ConfigError(f"prefill.max_wave_prompts is {prompts}: kernels of a GPU are made ready for {MAX_WAVE_PROMPTS} at most")
     if model.head_dim < 16 or model.head_dim & (model.head_dim - 1):

@@ -55,6 +55,11 @@ class GpuLayer:
         parts = (held.gate_up_EFD, held.down_EDF, held.gate_up_scale_Efd, held.down_scale_Edf)
         return sum(part.nbytes for part in parts if part is not None) // held.num_experts
 
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """What decides which kernels the layer is computed by: layers of one kind are compiled once."""
+        return (self.qkv.is_fp8, self.out.is_fp8, self.experts.is_fp8, self.qk_norm is None, self.router_ED is None)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuWeights:
@@ -66,6 +71,12 @@ class GpuWeights:
     norm_D: Tensor
     head_VD: Tensor
     rope: RopeTables
+
+    @property
+    def first_of_kinds(self) -> tuple[int, ...]:
+        """A layer of each kind, the first: what is run to have the kernels of all. Checkpoints may keep some layers wide."""
+        kinds = [layer.kind for layer in self.layers]
+        return tuple(kinds.index(kind) for kind in dict.fromkeys(kinds))
 
     @property
     def dtype(self) -> torch.dtype:

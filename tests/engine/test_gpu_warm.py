@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
-from duomo.engine.gpu_warm import ladder, warm_prefill, warm_waves
+from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.gpu_warm import _warm_layers, ladder, launch_kinds, warm_prefill, warm_waves
 from duomo.engine.memory_plan import MemoryLimits
+from duomo.models.gpu_decoder import GpuDecoder
 from tests.engine.gpu_tiny import tiny_engine
 
 LIMITS = MemoryLimits(max_batch=4, max_wave_tokens=8192, max_model_tokens=4096)
@@ -78,3 +81,25 @@ def test_kernels_are_compiled_by_threads_and_do_not_run(tmp_path: Path) -> None:
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=100)
     assert done.stdout.split("\n")[:2] == ["3 True", "0"], done.stderr
+
+
+def test_the_last_chunk_of_a_long_prompt_runs_behind_all_of_its_keys() -> None:
+    limits = MemoryLimits(max_batch=4, max_wave_tokens=2048, max_model_tokens=131072)
+    last = [wave for wave in warm_waves(limits, num_blocks=2048) if wave.prefix_blocks > 1]
+    assert [(wave.num_tokens, 64 * wave.prefix_blocks + wave.num_tokens) for wave in last] == [(8192, 131072)]
+    assert not [wave for wave in warm_waves(limits, num_blocks=2047) if wave.prefix_blocks > 1], "a pool that does not hold it"
+    assert max(wave.num_tokens for wave in warm_waves(limits, num_blocks=2048)) == 8192
+
+
+def test_a_layer_of_every_kind_is_run() -> None:
+    """Checkpoints in fp8 may keep some layers wide."""
+    engine = tiny_engine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    weights, prefill, ran = engine.decoder.weights, engine.prefill, list[int]()
+    assert weights.first_of_kinds == (0,) and _warm_layers(prefill) == [0, 1]
+    plain = weights.layers[0]
+    bare = replace(plain, qk_norm=None)
+    prefill.decoder = GpuDecoder(replace(weights, layers=(plain, plain, plain, bare, plain, bare)))
+    assert prefill.decoder.weights.first_of_kinds == (0, 3)
+    prefill.launch_layer = lambda layer_idx, at: ran.append(layer_idx)  # type: ignore[assignment,func-returns-value,return-value]  # a witness
+    launch_kinds(prefill, StepBatch(slices=(PromptSlice(token_ids=(1,), start=0, block_table=(0,)),)))
+    assert ran == [0, 1, 3]

@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from duomo.engine.memory_plan import DeviceBytes, Measured, MemoryLimits, MemoryPlan, activation_bytes, plan_memory, weight_bytes
+from duomo.engine.memory_plan import (
+    MAX_WAVE_GRAPH_BYTES,
+    DeviceBytes,
+    Measured,
+    MemoryLimits,
+    MemoryPlan,
+    activation_bytes,
+    captured_rows,
+    plan_memory,
+    wave_graph_bytes,
+    weight_bytes,
+)
+from duomo.engine.wave_buckets import WAVE_BUCKETS
 from duomo.errors import ConfigError
 from duomo.models.config import Fp8Blocks, ModelConfig
 from tests.engine.published import MIXTRAL, OLMOE, QWEN3_30B
@@ -17,7 +29,7 @@ LIMITS = MemoryLimits(max_batch=64, max_wave_tokens=8192, max_model_tokens=4096)
 
 
 def total_of(plan: MemoryPlan) -> int:
-    return plan.taken + plan.weights + plan.activations + plan.graphs + plan.buffers + plan.kv + plan.reserve
+    return plan.taken + plan.weights + plan.activations + plan.rows + plan.graphs + plan.buffers + plan.kv + plan.reserve
 
 
 @pytest.mark.parametrize(("config", "low_gb", "high_gb"), [(OLMOE, 13.7, 14.0), (QWEN3_30B, 60.9, 61.2), (MIXTRAL, 93.2, 93.6)])
@@ -69,14 +81,45 @@ def test_a_long_context_is_refused_and_told_what_would_fit() -> None:
     assert plan_memory(OLMOE, small, replace(LIMITS, max_model_tokens=fitting)).num_tokens >= fitting
 
 
-def test_no_shorter_wave_is_proposed_than_the_longest_prompt() -> None:
-    tight, limits = replace(H100, free=16 * GB), replace(LIMITS, max_wave_tokens=65536, gpu_memory_fraction=0.99)
-    tight = replace(tight, total=16 * GB)
-    with pytest.raises(ConfigError, match="or max_wave_tokens 4096: [0-9]+ blocks"):
+def test_smaller_waves_are_proposed_by_the_names_that_are_too_large() -> None:
+    tight, limits = DeviceBytes(total=16 * GB, free=16 * GB), replace(LIMITS, max_wave_tokens=65536, gpu_memory_fraction=0.99)
+    with pytest.raises(ConfigError, match="or max_wave_tokens 2048 and long_chunk_tokens 2048: [0-9]+ blocks"):
         plan_memory(OLMOE, tight, limits)
+    with pytest.raises(ConfigError, match="or max_wave_tokens 2048: [0-9]+ blocks"):
+        plan_memory(OLMOE, tight, replace(limits, long_chunk_tokens=1024))
     with pytest.raises(ConfigError) as refused:
-        plan_memory(OLMOE, tight, replace(limits, max_model_tokens=65536))
-    assert "max_wave_tokens" not in refused.value.detail
+        plan_memory(OLMOE, tight, replace(limits, max_wave_tokens=1024, long_chunk_tokens=1024, max_model_tokens=65536))
+    assert "max_wave_tokens" not in refused.value.detail and "long_chunk_tokens" not in refused.value.detail
+
+
+def test_a_long_prompt_costs_a_chunk_and_its_rows() -> None:
+    """Not its activations: those of 128k tokens would not fit beside the weights."""
+    short = plan_memory(OLMOE, H100, replace(LIMITS, max_wave_tokens=2048))
+    limits = replace(LIMITS, max_wave_tokens=2048, max_model_tokens=131072)
+    long = plan_memory(OLMOE, H100, limits)
+    assert (limits.most_rows, limits.live_rows) == (8192, 131072 + 4096)
+    assert long.activations == activation_bytes(OLMOE, 8192) and short.activations == activation_bytes(OLMOE, 4096)
+    assert long.rows == limits.live_rows * 2 * OLMOE.hidden * 2 and long.rows < 1.2 * GB
+    assert 10 * long.activations < activation_bytes(OLMOE, 131072)
+    assert 0 <= long.total - total_of(long) < long.block_bytes
+
+
+def test_only_what_prefills_holds_rows_between_pieces() -> None:
+    assert plan_memory(OLMOE, H100, replace(LIMITS, part="decode")).rows == 0
+    assert plan_memory(OLMOE, H100, replace(LIMITS, part="prefill")).rows == plan_memory(OLMOE, H100, LIMITS).rows > 0
+
+
+@pytest.mark.parametrize("config", [OLMOE, QWEN3_30B, MIXTRAL])
+def test_graphs_of_waves_stay_within_two_gigabytes(config: ModelConfig) -> None:
+    """Of published models every bucket does; of one far wider the largest buckets are left out, never all."""
+    assert len(WAVE_BUCKETS) <= 12 and 512 in WAVE_BUCKETS
+    assert captured_rows(config, LIMITS) == WAVE_BUCKETS[-1]
+    assert wave_graph_bytes(config, LIMITS, WAVE_BUCKETS[-1]) < MAX_WAVE_GRAPH_BYTES
+    wide = replace(config, hidden=64 * config.hidden, expert_hidden=64 * config.expert_hidden)
+    rows = captured_rows(wide, LIMITS)
+    assert rows in WAVE_BUCKETS[:-1] and wave_graph_bytes(wide, LIMITS, rows) <= MAX_WAVE_GRAPH_BYTES
+    assert captured_rows(replace(config, num_layers=100_000), LIMITS) == WAVE_BUCKETS[0]
+    assert captured_rows(config, replace(LIMITS, max_wave_tokens=100, long_chunk_tokens=100)) == 128
 
 
 def test_nothing_fits_a_small_card() -> None:
@@ -105,5 +148,15 @@ def test_activations_grow_with_the_wave_and_hold_every_expert_row() -> None:
 
 def test_lines_name_every_use() -> None:
     lines = plan_memory(QWEN3_30B, H100, LIMITS).lines()
-    assert [line.split()[0] for line in lines] == ["device", "taken", "weights", "activations", "graphs", "buffers", "KV", "reserve"]
+    assert [line.split()[0] for line in lines] == [
+        "device",
+        "taken",
+        "weights",
+        "activations",
+        "rows",
+        "graphs",
+        "buffers",
+        "KV",
+        "reserve",
+    ]
     assert all("GB" in line for line in lines)

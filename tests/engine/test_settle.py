@@ -52,7 +52,8 @@ def test_on_a_gpu_one_process_large_blocks_and_a_plan() -> None:
     assert settled.card is not None and "H100" in settled.why
     assert settle(settled.config, gpu).config == settled.config
     limits = memory_limits(settled.config, settled.model)
-    assert (limits.max_model_tokens, limits.max_wave_tokens, limits.quantise) == (4096, 4096, None), "the longest prompt is a wave"
+    assert (limits.max_model_tokens, limits.max_wave_tokens, limits.long_chunk_tokens, limits.quantise) == (4096, 2048, 8192, None)
+    assert limits.most_rows == 4096, "the longest prompt is one chunk"
 
 
 def test_what_is_named_stays() -> None:
@@ -81,6 +82,8 @@ def test_drawn_weights_are_as_wide_as_was_asked_whatever_the_folder_was_quantise
     [
         ({"model.block_tokens": 48}, "block_tokens is 48: on a GPU a power of two"),
         ({"model.block_tokens": 32, "deterministic": True}, "block_tokens is 32: deterministic on a GPU needs at least 64"),
+        ({"prefill.long_chunk_tokens": 8200, "deterministic": True}, r"long_chunk_tokens is 8200.*multiple of model.block_tokens \(64\)"),
+        ({"prefill.mode": "chunked", "prefill.chunk_tokens": 500, "deterministic": True}, "prefill.chunk_tokens is 500: deterministic"),
         ({"prefill.max_wave_prompts": 17}, "max_wave_prompts is 17.*for 16 at most"),
     ],
 )
