@@ -6,13 +6,19 @@ gen_ai_server_time_to_first_token_seconds in Prometheus) and are duomo_* otherwi
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from duomo.errors import WireError
+from duomo.telemetry.expert_loads import ExpertLoads
 from duomo.telemetry.parts import Parts
+from duomo.wire.histogram import unpacked
 from duomo.wire.messages import ReplicaReport
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -22,6 +28,8 @@ _TOKEN_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 
 _REQUEST_BUCKETS_S: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68)
 _PHASE_BUCKETS_S: Final = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _REPLICA: Final = ("role", "replica")
+
+log = logging.getLogger(__name__)
 
 
 class _WithoutCreated(Collector):
@@ -36,6 +44,32 @@ class _WithoutCreated(Collector):
             yield metric
 
 
+class _ExpertGauges(Collector):
+    """A few figures a pool and layer, made when they are scraped: a series for each expert would be thousands (/admin/experts)."""
+
+    def __init__(self, experts: ExpertLoads) -> None:
+        self._experts = experts
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ("pool", "layer")
+        imbalance = GaugeMetricFamily(
+            "duomo_expert_load_imbalance", "Tokens of the busiest expert over the mean, of the last minute", labels=labels
+        )
+        active = GaugeMetricFamily("duomo_active_experts", "Experts with any token in the last minute", labels=labels)
+        top = GaugeMetricFamily("duomo_top_expert", "Number of the busiest expert of the last minute", labels=labels)
+        entropy = GaugeMetricFamily("duomo_router_entropy", "Entropy of the last minute's routing in nats", labels=labels)
+        for pool, loads in self._experts.pools().items():
+            for family, value_L in (
+                (imbalance, loads.imbalance_L),
+                (active, loads.active_L),
+                (top, loads.top_L),
+                (entropy, loads.entropy_L),
+            ):
+                for layer, value in enumerate(value_L.tolist()):
+                    family.add_metric((pool, str(layer)), value)
+        yield from (imbalance, active, top, entropy)
+
+
 class Metrics:
     """One process' metrics. Counters and histograms are public: `metrics.requests.labels("ok", "").inc()`."""
 
@@ -44,7 +78,10 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self._make_request_metrics(self.registry)
         self._make_pool_metrics(self.registry)
+        self.experts = ExpertLoads()
+        self.registry.register(_ExpertGauges(self.experts))
         self._replicas: dict[str, str] = {}
+        self._counted: dict[str, tuple[str, dict[str, int]]] = {}  # by replica id: the start that it is of, and what was counted of it
 
     def _make_request_metrics(self, registry: CollectorRegistry) -> None:
         self.time_to_first_token = Histogram(
@@ -108,6 +145,12 @@ class Metrics:
         self.replica_counters = Gauge(
             "duomo_replica_counter", "The replica's own event counts, as it reports them", (*_REPLICA, "counter"), registry=registry
         )
+        self.prefill_tokens = Counter(
+            "duomo_prefill_tokens", "Prompt tokens of prefill: computed, cached (found in its prefix cache)", ("kind",), registry=registry
+        )
+        self.prefill_expert_bytes = Counter(
+            "duomo_prefill_expert_bytes", "Bytes of expert weights that prefill's waves read", registry=registry
+        )
         self.desired_replicas = Gauge(
             "duomo_desired_replicas", "Replicas that the gateway's load of this moment would need", ("pool",), registry=registry
         )
@@ -136,9 +179,29 @@ class Metrics:
         self.replica_draining.labels(*who).set(report.is_draining)
         for counter, count in report.counters.items():
             self.replica_counters.labels(*who, counter).set(count)
+        if report.role == "prefill":
+            new = self._new_counts(report)
+            self.prefill_tokens.labels("computed").inc(new["prefill_tokens_computed"])
+            self.prefill_tokens.labels("cached").inc(new["prefill_tokens_cached"])
+            self.prefill_expert_bytes.inc(new["expert_bytes_read"])
+        if report.experts is not None:
+            try:
+                self.experts.observe(report.role, report.replica_id, unpacked(report.experts), time.monotonic())
+            except WireError as error:
+                log.warning("%s reports experts that cannot be read: %s", report.replica_id, error.detail)
+
+    def _new_counts(self, report: ReplicaReport) -> dict[str, int]:
+        """By how much the counters of a prefill replica grew since its last report. Kept where it is gone: it may be back."""
+        boot_id, before = self._counted.get(report.replica_id, ("", {}))
+        if boot_id != report.boot_id:
+            before = {}
+        now = {name: report.counters.get(name, 0) for name in ("prefill_tokens_computed", "prefill_tokens_cached", "expert_bytes_read")}
+        self._counted[report.replica_id] = (report.boot_id, now)
+        return {name: max(count - before.get(name, 0), 0) for name, count in now.items()}
 
     def forget_replica(self, replica_id: str) -> None:
         """A replica that is gone leaves no gauge behind."""
+        self.experts.forget(replica_id)
         role = self._replicas.pop(replica_id, None)
         if role is None:
             return

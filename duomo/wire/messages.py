@@ -2,9 +2,10 @@
 
 WIRE_VERSION history:
     1  the first page
-    2  PrefillDone.expert_counts, ReplicaReport.{progress_age_s, pid, transport} (a version 1 peer neither sends nor gets them)
+    2  PrefillDone.expert_counts, ReplicaReport.{progress_age_s, pid, transport}
+    3  PrefillDone.expert_histogram instead of expert_counts (sent by version 2 alone, gone with it), ReplicaReport.experts
 
-Versions N and N-1 are spoken. Fields newer than version 1 are listed in SINCE and carry a default: the codec leaves them
+Versions N and N-1 are spoken. Fields newer than version N-1 are listed in SINCE and carry a default: the codec leaves them
 out for an older peer. Unknown types and unknown fields are refused (WireError). Times are seconds; no clock of another
 machine is ever read: `remaining_s` counts down from the sender's now.
 
@@ -23,17 +24,15 @@ from typing import Literal
 
 import msgspec
 
-WIRE_VERSION = 2
-MIN_WIRE_VERSION = 1
+WIRE_VERSION = 3
+MIN_WIRE_VERSION = 2
 
 Role = Literal["gateway", "prefill", "decode", "directory"]
 FinishReason = Literal["stop", "length"]
 
 SINCE: dict[tuple[str, str], int] = {
-    ("PrefillDone", "expert_counts"): 2,
-    ("ReplicaReport", "progress_age_s"): 2,
-    ("ReplicaReport", "pid"): 2,
-    ("ReplicaReport", "transport"): 2,
+    ("PrefillDone", "expert_histogram"): 3,
+    ("ReplicaReport", "experts"): 3,
 }
 
 
@@ -107,6 +106,18 @@ class Handle(_Value, frozen=True, kw_only=True):
     num_tokens: int
     num_blocks: int
     first_block: int = 0
+
+
+class ExpertHistogram(_Value, frozen=True, kw_only=True):
+    """Tokens routed to each expert: num_layers x num_experts little-endian integers of int_bytes each, layer by layer.
+
+    Read and written by duomo/wire/histogram.py, as one array: a list of thousands of numbers costs a request milliseconds.
+    """
+
+    num_layers: int
+    num_experts: int
+    counts: bytes
+    int_bytes: Literal[4, 8] = 4
 
 
 class TokenLogprob(_Value, frozen=True, kw_only=True):
@@ -250,7 +261,8 @@ class PrefillDone(_RequestMessage, frozen=True, kw_only=True):
     """The prompt is computed and every group pushed or being pushed; num_messages is the handle's total.
 
     first_token_ids: one for each choice, in the order of StartPrefill.choices (the sampling state is counter-based, so position and seed
-    are all of it). ended_choices ended on P. expert_counts[layer][expert]: routed tokens of the prompt.
+    are all of it). ended_choices ended on P. expert_histogram: routed tokens of the prompt, less the cached ones; None from a
+    version 2 peer, which says the same by expert_counts[layer][expert].
     """
 
     handle_id: int
@@ -259,6 +271,7 @@ class PrefillDone(_RequestMessage, frozen=True, kw_only=True):
     ended_choices: tuple[int, ...]
     cached_tokens: int
     expert_counts: tuple[tuple[int, ...], ...] = ()
+    expert_histogram: ExpertHistogram | None = None
 
 
 class TransferFenced(_RequestMessage, frozen=True, kw_only=True):
@@ -319,7 +332,10 @@ class Drain(_Message, frozen=True, kw_only=True):
 
 
 class ReplicaReport(_Message, frozen=True, kw_only=True):
-    """Ten a second: what the router's policy and the invariants read. transport: what moves KV here, "nixl/UCX" or "loopback"."""
+    """Ten a second: what the router's policy and the invariants read. transport: what moves KV here, "nixl/UCX" or "loopback".
+
+    experts: tokens that this replica routed since its start, in a report every few seconds; None in the others.
+    """
 
     replica_id: str
     boot_id: str
@@ -343,6 +359,7 @@ class ReplicaReport(_Message, frozen=True, kw_only=True):
     progress_age_s: float = 0.0
     pid: int = 0
     transport: str = ""
+    experts: ExpertHistogram | None = None
 
 
 RequestMessage = (

@@ -18,7 +18,7 @@ from duomo.config import WireSection
 from duomo.errors import PeerError, WireError
 from duomo.wire.codec import FRAME_TOO_LARGE, NOT_MSGPACK, FrameReader, append_frame, decode
 from duomo.wire.handshake import Handshake
-from duomo.wire.messages import Heartbeat, Hello, Message, Refused
+from duomo.wire.messages import MIN_WIRE_VERSION, Heartbeat, Hello, Message, Refused
 
 _HELLO_MAX_FRAME_BYTES: Final = 16 * 1024  # a stranger cannot make us store more
 _WRITE_NOW_BYTES: Final = 256 * 1024  # a burst is written while it is still being posted
@@ -274,7 +274,7 @@ class Connection(asyncio.Protocol):
     def _send(self, message: Message) -> None:
         if self._ending is not None:
             return
-        version = self.version if self._handshake is None else 1
+        version = self.version if self._handshake is None else MIN_WIRE_VERSION
         num_before = len(self._out)
         append_frame(self._out, message, version=version, max_frame_bytes=self._wire.max_frame_bytes)
         num_bytes = len(self._out)

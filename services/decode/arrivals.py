@@ -19,6 +19,7 @@ class HandoffTerms:
     boot_id: str
     model_fingerprint: str
     num_layers: int
+    num_experts: int
     block_bytes: int
     slot_bytes: int
     write_timeout_s: float

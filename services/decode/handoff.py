@@ -18,6 +18,7 @@ from services.decode.arrivals import Arrivals, HandoffTerms, LandedMessage
 from services.decode.leg import Leg, LegKey, LegState
 from services.decode.policy import plan_grants
 from services.decode.pool import Pool
+from services.decode.prompt_experts import prompt_counts
 
 PULL_AFTER = 0.3  # of write_timeout_s without a message, once everything is computed: a write that was lost is asked for again
 MAX_GRANTS_A_TURN = 32  # how far down the queue one planning looks; the queue is served in order, so nobody is passed over
@@ -235,6 +236,11 @@ class Handoffs:
                     code="kv_mismatch",
                 ),
             )
+            return
+        try:
+            leg.prompt_counts_LE = prompt_counts(message, self._terms.num_layers, self._terms.num_experts)
+        except TransferError as error:
+            self._ends.fail(leg, error)
             return
         self._finish_if_complete(leg)
 

@@ -132,6 +132,7 @@ class Leg:
     silent_s: float = 0.0
     landed_bytes: int = 0
     done: PrefillDone | None = None
+    prompt_counts_LE: NDArray[np.integer] | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
     cancelled_choices: set[int] = field(default_factory=set)
     num_decoded_tokens: int = 0
@@ -194,11 +195,9 @@ class Leg:
             is_protected=self.is_protected,
         )
 
-    def expert_counts(self, num_layers: int, num_experts: int) -> NDArray[np.int64]:
-        """Tokens routed to each expert by the prompt and by the choices that have ended: [layers, experts]."""
+    def decoded_counts(self, num_layers: int, num_experts: int) -> NDArray[np.int64]:
+        """Tokens routed to each expert by the choices that have ended, the prompt not among them: [layers, experts]."""
         counts_LE = np.zeros((num_layers, num_experts), np.int64)
-        if self.done is not None and self.done.expert_counts:
-            counts_LE += np.asarray(self.done.expert_counts, np.int64)
         if self.routed:
             ids_NLK = np.stack(self.routed).reshape(len(self.routed), num_layers, -1)
             flat = ids_NLK + (np.arange(num_layers) * num_experts)[None, :, None]
@@ -208,7 +207,7 @@ class Leg:
     def forget_handoff(self) -> None:
         """Back to EXPECTED: the producer took its announcement back. Nothing is held any more."""
         assert not self.blocks and not self.choices
-        self.state, self.announced, self.handle, self.done = LegState.EXPECTED, None, None, None
+        self.state, self.announced, self.handle, self.done, self.prompt_counts_LE = LegState.EXPECTED, None, None, None, None
         self.spans, self.landed, self.pulled, self.landed_bytes, self.silent_s = (), set(), set(), 0, 0.0
         self.times = LegTimes(started_s=self.times.started_s)
 

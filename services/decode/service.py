@@ -13,9 +13,8 @@ import os
 import time
 from collections import Counter
 
-import numpy as np
-
 from duomo.errors import DeadlineError, DuomoError, EngineError, WireError
+from duomo.telemetry.expert_tokens import ExpertTokens
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.connection import Connection
 from duomo.wire.messages import (
@@ -71,7 +70,8 @@ class DecodeService:
         self.progress = Progress(card.config.decode.hang_timeout_s)
         self.membership = Membership(card, self, directory)
         self.counters: Counter[str] = Counter()
-        self.expert_tokens_LE = np.zeros((worker.config.num_layers, worker.config.num_experts), np.int64)
+        sizes = (worker.config.num_layers, worker.config.num_experts)
+        self.prompt_experts, self.decoded_experts = ExpertTokens(*sizes), ExpertTokens(*sizes)
         self._tracing = tracing
         self._worker = worker
         self._legs: dict[LegKey, Leg] = {}
@@ -196,6 +196,7 @@ class DecodeService:
             progress_age_s=self.progress.age_s(),
             pid=os.getpid(),
             transport=self._arrivals.way,
+            experts=self.decoded_experts.report(time.monotonic()),
         )
 
     # StepHost
@@ -354,8 +355,11 @@ class DecodeService:
             return
         self._return(leg)
         if leg.times.first_token_s is not None:
-            counts_LE = leg.expert_counts(*self.expert_tokens_LE.shape)
-            self.expert_tokens_LE += counts_LE
+            counts_LE = leg.decoded_counts(*self.decoded_experts.total_LE.shape)
+            self.decoded_experts.add(counts_LE)
+            if leg.prompt_counts_LE is not None:
+                self.prompt_experts.add(leg.prompt_counts_LE)
+                counts_LE += leg.prompt_counts_LE
             self.counters["expert_tokens"] += int(counts_LE.sum())
             record_stream(self._tracing, leg, time.monotonic(), counts_LE)
         leg.state = LegState.OVER

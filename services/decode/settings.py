@@ -42,6 +42,7 @@ def terms_of(card: ReplicaCard, worker: StepWorker) -> HandoffTerms:
         boot_id=card.boot_id,
         model_fingerprint=card.model_fingerprint,
         num_layers=worker.config.num_layers,
+        num_experts=worker.config.num_experts,
         block_bytes=worker.block_bytes,
         slot_bytes=transfer.slot_bytes,
         write_timeout_s=transfer.write_timeout_s,

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
 from duomo.errors import CapacityError, DeadlineError, DuomoError, PeerError, RequestError, TransferError, WireError
+from duomo.telemetry.expert_tokens import ExpertTokens
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.connection import Connection
 from duomo.wire.messages import (
@@ -20,13 +21,10 @@ from duomo.wire.messages import (
     EmittedToken,
     HandleOffered,
     Message,
-    PrefillDone,
     PullKv,
     RequestFailed,
-    RequestFinished,
     StartPrefill,
     TokensEmitted,
-    WaveAnnounced,
 )
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.loans import BlockLoans
@@ -36,6 +34,7 @@ from services.prefill import first_tokens
 from services.prefill.decode_peers import DecodePeers
 from services.prefill.handoff import Handoffs
 from services.prefill.leg import Leg, Stage
+from services.prefill.leg_messages import announcement_of, cancel_of, done_of, failed_of, finished_of
 from services.prefill.loan_handoffs import LoanHandoffs
 from services.prefill.prompt_blocks import LentTables, PromptBlocks, TableSource
 from services.prefill.ring_handoffs import RingHandoffs
@@ -66,6 +65,7 @@ class LegBook:
         section = card.config.prefill
         self.card = card
         self.counters: Counter[str] = Counter()
+        self.experts = ExpertTokens(worker.config.num_layers, worker.config.num_experts)
         self.is_draining = False
         self.blocks: TableSource
         self.handoffs: Handoffs
@@ -193,15 +193,7 @@ class LegBook:
         now_s = time.monotonic()
         leg.stage, leg.announced_s = Stage.ANNOUNCED, now_s
         leg.look(is_reachable=True)
-        announcement = WaveAnnounced(
-            request_id=leg.request.request_id,
-            attempt=leg.request.attempt,
-            traceparent=leg.request.traceparent,
-            remaining_s=leg.remaining_s(now_s),
-            wave_id=self.waves.num_waves_formed + 1,
-            num_tokens=len(leg.token_ids),
-            group_bounds=self._worker.group_bounds,
-        )
+        announcement = announcement_of(leg, self.waves.num_waves_formed + 1, self._worker.group_bounds, now_s)
         self.peers.post(leg.request.decode.boot_id, announcement)
 
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
@@ -228,6 +220,8 @@ class LegBook:
             self._prefill_done(leg, output, first)
         for boot_id in {leg.request.decode.boot_id for leg in legs}:
             self.peers.flush(boot_id)
+        for output in outputs:
+            self.experts.add(output.expert_counts)
         for leg in legs:  # last: a span that ends may be written to a disk
             if leg.compute_span is not None:
                 leg.compute_span.end(at_s=leg.sampled_s)
@@ -244,30 +238,12 @@ class LegBook:
             return
         self.counters[f"failed_{error.code}"] += 1
         now_s = time.monotonic()
-        request = leg.request
         leg.queue_span.fail(error)
         if leg.compute_span is not None:
             leg.compute_span.fail(error)
-        failed = RequestFailed(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            traceparent=request.traceparent,
-            remaining_s=leg.remaining_s(now_s),
-            code=error.code,
-            phase=error.phase,
-            retryable=error.retryable,
-            detail=error.detail,
-        )
-        _post(leg.gateway, failed)
+        _post(leg.gateway, failed_of(leg, error, now_s))
         if leg.is_announced:
-            cancel = Cancel(
-                request_id=request.request_id,
-                attempt=request.attempt,
-                traceparent=request.traceparent,
-                remaining_s=leg.remaining_s(now_s),
-                reason=error.code,
-            )
-            self.peers.post(request.decode.boot_id, cancel)
+            self.peers.post(leg.request.decode.boot_id, cancel_of(leg, error.code, now_s))
         self._end(leg, "failed")
 
     # inside
@@ -296,22 +272,8 @@ class LegBook:
         return None
 
     def _prefill_done(self, leg: Leg, output: WaveOutput, first: first_tokens.FirstTokens) -> None:
-        assert leg.handoff is not None
-        request, handle = leg.request, leg.handoff.handle
-        leg.has_only_ended_choices = len(first.ended_choices) == len(request.choices)
-        done = PrefillDone(
-            request_id=request.request_id,
-            attempt=request.attempt,
-            traceparent=request.traceparent,
-            remaining_s=leg.remaining_s(time.monotonic()),
-            handle_id=handle.handle_id,
-            num_messages=len(leg.handoff.spans),
-            first_token_ids=first.first_token_ids,
-            ended_choices=first.ended_choices,
-            cached_tokens=leg.cached_tokens,
-            expert_counts=output.expert_counts,
-        )
-        self.peers.post(request.decode.boot_id, done)
+        leg.has_only_ended_choices = len(first.ended_choices) == len(leg.request.choices)
+        self.peers.post(leg.request.decode.boot_id, done_of(leg, output, first, time.monotonic()))
 
     def _peer_changed(self, boot_id: str) -> None:
         for leg in self.waves.waiting.values():
@@ -372,16 +334,7 @@ class LegBook:
         leg.blocks = ()
         del self._legs[leg.key]
         if leg.is_finished:
-            now_s = time.monotonic()
-            finished = RequestFinished(
-                request_id=leg.request.request_id,
-                attempt=leg.request.attempt,
-                traceparent=leg.request.traceparent,
-                remaining_s=leg.remaining_s(now_s),
-                cached_tokens=leg.cached_tokens,
-                timings=leg.timings(now_s),
-            )
-            _post(leg.gateway, finished)
+            _post(leg.gateway, finished_of(leg, time.monotonic()))
         if not self._legs:
             self.blocks.manager.check_at_rest()
         self.waves.wake()

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections import Counter
 
 from duomo.config import DuomoConfig
@@ -172,10 +173,12 @@ class PrefillService:
             num_open_spans=self._tracing.num_open_spans(),
             num_steps=self._book.waves.num_groups_run,
             block_tokens=blocks.block_tokens,
-            counters=dict(self._book.counters + Counter(slots.counters)),
+            prefix_digests=blocks.digest.told(),
+            counters={**(self._book.counters + Counter(slots.counters)), "prefix_blocks_evicted": blocks.num_evicted},
             progress_age_s=self.progress.age_s(),
             pid=os.getpid(),
             transport=self._means.transport_name,
+            experts=self._book.experts.report(time.monotonic()),
         )
 
 

@@ -46,6 +46,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_route("/metrics", edge.metrics, methods=["GET"])
     if gateway.config.gateway.serves_pool_report:
         app.add_route("/admin/pools", edge.pools, methods=["GET"])
+        app.add_route("/admin/experts", edge.experts, methods=["GET"])
     app.add_exception_handler(DuomoError, _answer_fault)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_bug)
@@ -104,6 +105,10 @@ class Edge:
     async def pools(self, request: Request) -> Response:
         return _json_response(200, msgspec.json.encode(pool_report(self._gateway)))
 
+    async def experts(self, request: Request) -> Response:
+        pools = {role: loads.as_json() for role, loads in self._gateway.metrics.experts.pools().items()}
+        return _json_response(200, msgspec.json.encode({"pools": pools}))
+
     def _call(self, request: Request, prefix: str, endpoint: str) -> Call:
         received_s = time.monotonic()
         return Call(self._gateway, prefix + secrets.token_hex(12), endpoint, received_s, request.headers.get("traceparent", ""))
@@ -123,7 +128,7 @@ def pool_report(gateway: Gateway) -> dict[str, object]:
             "gateway_legs": len(link.legs),
             "gateway_queued_tokens": link.queued_tokens,
             "gateway_reserved_blocks": link.reserved_blocks,
-            "report": link.report,
+            "report": None if link.report is None else msgspec.structs.replace(link.report, experts=None),  # those: /admin/experts
         }
         for link in gateway.pools.links.values()
     ]

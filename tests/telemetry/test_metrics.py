@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.parts import Parts
-from duomo.wire.messages import ReplicaReport
+from duomo.wire.histogram import packed
+from duomo.wire.messages import ExpertHistogram, ReplicaReport
 
 REPORT = ReplicaReport(
     replica_id="decode-1",
@@ -27,7 +30,7 @@ REPORT = ReplicaReport(
     num_quarantined_slots=1,
     num_open_handles=1,
     num_open_spans=2,
-    num_steps=63,
+    num_steps=100_000,
     block_tokens=16,
     counters={"preemptions": 2},
     progress_age_s=0.5,
@@ -71,6 +74,50 @@ def test_a_report_becomes_gauges_that_vanish_with_the_replica() -> None:
     metrics.forget_replica("decode-1")
     metrics.forget_replica("decode-1")
     assert not any("decode-1" in key for key in scraped(metrics))
+
+
+def prefill_report(boot_id: str, computed: int, cached: int, expert_bytes: int) -> ReplicaReport:
+    counters = {"prefill_tokens_computed": computed, "prefill_tokens_cached": cached, "expert_bytes_read": expert_bytes}
+    return msgspec.structs.replace(REPORT, replica_id="prefill-0", boot_id=boot_id, role="prefill", counters=counters)
+
+
+def test_prefills_counts_grow_over_reports_and_starts_and_never_shrink() -> None:
+    metrics = Metrics()
+    for report in (
+        prefill_report("a", 100, 10, 5_000),
+        prefill_report("a", 100, 10, 5_000),
+        prefill_report("a", 150, 20, 7_000),
+        prefill_report("b", 30, 1, 400),
+    ):
+        metrics.observe_report(report)
+        metrics.forget_replica("prefill-0")  # its socket broke: it may be back
+    seen = scraped(metrics)
+    assert seen["duomo_prefill_tokens_total", "computed"] == 180
+    assert seen["duomo_prefill_tokens_total", "cached"] == 21
+    assert seen["duomo_prefill_expert_bytes_total",] == 7_400
+
+
+def test_experts_are_a_few_series_a_layer_that_vanish_with_their_replicas() -> None:
+    metrics = Metrics()
+    for counts in ([[0] * 128] * 48, [[2] + [1] * 127] * 48):
+        metrics.observe_report(msgspec.structs.replace(REPORT, experts=packed(np.array(counts, np.int64))))
+    seen = scraped(metrics)
+    assert seen["duomo_active_experts", "47", "decode"] == 128 and seen["duomo_top_expert", "0", "decode"] == 0
+    assert abs(seen["duomo_expert_load_imbalance", "0", "decode"] - 2 * 128 / 129) < 1e-9
+    assert 4.8 < seen["duomo_router_entropy", "0", "decode"] < 4.86
+    assert (
+        sum("decode" in key and key[0].startswith(("duomo_active", "duomo_top", "duomo_expert", "duomo_router")) for key in seen) == 4 * 48
+    )
+    metrics.observe_report(REPORT)
+    assert scraped(metrics)["duomo_active_experts", "47", "decode"] == 128, "a report without a histogram changes none"
+    metrics.forget_replica("decode-1")
+    assert not any("decode" in key for key in scraped(metrics))
+
+
+def test_a_histogram_that_cannot_be_read_costs_nothing_else() -> None:
+    metrics = Metrics()
+    metrics.observe_report(msgspec.structs.replace(REPORT, experts=ExpertHistogram(num_layers=2, num_experts=2, counts=b"x")))
+    assert scraped(metrics)["duomo_replica_steps", "decode", "decode-1"] == 100_000 and not metrics.experts.pools()
 
 
 def test_two_registries_share_nothing() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from duomo.errors import WireError
 from duomo.wire.codec import CODES, FrameReader, append_frame, decode, encode
+from duomo.wire.histogram import packed
 from duomo.wire.messages import Drain, Heartbeat, Message, PrefillDone, Refused, TokensEmitted
 
 pack = msgspec.msgpack.encode
@@ -22,7 +23,7 @@ DONE = PrefillDone(
     first_token_ids=(3,),
     ended_choices=(),
     cached_tokens=0,
-    expert_counts=((1, 2),),
+    expert_histogram=packed([[1, 2]]),
 )
 
 
@@ -58,11 +59,11 @@ def test_what_cannot_be_understood_is_refused_with_its_code(payload: bytes, code
 
 
 def test_an_older_peer_gets_no_newer_field() -> None:
-    older = encode(DONE, version=1)
-    assert b"expert_counts" not in older
-    assert b"expert_counts" in encode(DONE)
-    assert decode(older[4:]) == msgspec.structs.replace(DONE, expert_counts=())
-    assert encode(Drain(deadline_s=1.0), version=1) == encode(Drain(deadline_s=1.0))
+    older = encode(DONE, version=2)
+    assert b"expert_histogram" not in older
+    assert b"expert_histogram" in encode(DONE)
+    assert decode(older[4:]) == msgspec.structs.replace(DONE, expert_histogram=None)
+    assert encode(Drain(deadline_s=1.0), version=2) == encode(Drain(deadline_s=1.0))
 
 
 def test_a_message_over_the_limit_leaves_the_buffer_as_it_was() -> None:

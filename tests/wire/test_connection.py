@@ -16,6 +16,7 @@ from duomo.errors import ConfigError, PeerError
 from duomo.wire.codec import FrameReader, decode, encode
 from duomo.wire.connection import Connection, Identity, Listener, connect
 from duomo.wire.handshake import Handshake, _mac
+from duomo.wire.histogram import packed
 from duomo.wire.messages import Drain, Hello, Message, PrefillDone, Refused
 
 WIRE = WireSection(connect_timeout_s=1.0, heartbeat_s=0.05, silence_timeout_s=0.5)
@@ -31,7 +32,7 @@ DONE = PrefillDone(
     first_token_ids=(3,),
     ended_choices=(),
     cached_tokens=0,
-    expert_counts=((1, 2),),
+    expert_histogram=packed([[1, 2]]),
 )
 
 
@@ -63,9 +64,9 @@ def test_messages_come_in_order_both_ways_and_nothing_stays_behind(kind: str, tm
     asyncio.run(main())
 
 
-def test_a_version_1_peer_is_spoken_to_in_version_1(tmp_path: Path) -> None:
+def test_a_version_2_peer_is_spoken_to_in_version_2(tmp_path: Path) -> None:
     async def answer(peer: Connection) -> None:
-        assert peer.version == 1
+        assert peer.version == 2
         peer.post(DONE)
         await peer.wait_closed()
 
@@ -75,7 +76,7 @@ def test_a_version_1_peer_is_spoken_to_in_version_1(tmp_path: Path) -> None:
             frames = FrameReader()
             inbox: list[bytes] = []
             older = OlderHandshake(GATEWAY, "connector")
-            writer.write(encode(older.opening(), version=1))
+            writer.write(encode(older.opening(), version=2))
             while not any(b"PrefillDone" in payload for payload in inbox):
                 for payload in frames.payloads(await reader.read(65536)):
                     inbox.append(bytes(payload))
@@ -83,19 +84,19 @@ def test_a_version_1_peer_is_spoken_to_in_version_1(tmp_path: Path) -> None:
                     if isinstance(message, Hello):
                         proof = older.advance(message)
                         assert proof is not None
-                        writer.write(encode(proof, version=1))
-            assert not any(b"expert_counts" in payload for payload in inbox)
-            assert decode(inbox[-1]) == msgspec.structs.replace(DONE, expert_counts=())
+                        writer.write(encode(proof, version=2))
+            assert not any(b"expert_histogram" in payload for payload in inbox)
+            assert decode(inbox[-1]) == msgspec.structs.replace(DONE, expert_histogram=None)
             writer.close()
 
     asyncio.run(main())
 
 
 class OlderHandshake(Handshake):
-    """A peer that speaks version 1 alone."""
+    """A peer that speaks version 2 alone."""
 
     def _hello(self, peer_nonce: bytes) -> Hello:
-        hello = msgspec.structs.replace(super()._hello(b""), max_version=1)
+        hello = msgspec.structs.replace(super()._hello(b""), max_version=2)
         return msgspec.structs.replace(hello, mac=_mac("s3cret", "connector", peer_nonce, hello)) if peer_nonce else hello
 
 

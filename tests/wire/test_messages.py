@@ -104,6 +104,7 @@ EXAMPLES: tuple[Message, ...] = (
         ended_choices=(3,),
         cached_tokens=16,
         expert_counts=((1, 0, 300), (2, 3, 4)),
+        expert_histogram=page.ExpertHistogram(num_layers=2, num_experts=1, counts=bytes((44, 1, 0, 0, 255, 255, 255, 127))),
         **ABOUT,
     ),
     page.TransferFenced(handle_id=2**40 + 7, **ABOUT),
@@ -150,6 +151,7 @@ EXAMPLES: tuple[Message, ...] = (
         progress_age_s=0.5,
         pid=4242,
         transport="nixl/UCX",
+        experts=page.ExpertHistogram(num_layers=1, num_experts=2, counts=bytes((7, *[0] * 7, *[255] * 7, 127)), int_bytes=8),
     ),
 )
 CASES = [

@@ -23,9 +23,11 @@ from duomo.engine.sampler import RowSampling, Sampler, ending_ids
 from duomo.errors import PeerError
 from duomo.models.qwen3_moe import Model, load_model
 from duomo.wire.connection import Connection, Identity, connect, new_boot_id
+from duomo.wire.histogram import packed
 from duomo.wire.messages import (
     Cancel,
     EmittedToken,
+    ExpertHistogram,
     GroupLanded,
     Handle,
     HandleOffered,
@@ -167,7 +169,7 @@ class Computed:
 
     blocks: list[int]
     first_token_ids: tuple[int, ...]
-    expert_counts: tuple[tuple[int, ...], ...]
+    experts: ExpertHistogram
 
 
 class ScriptedPrefill(Peer):
@@ -246,11 +248,11 @@ class ScriptedPrefill(Peer):
             for choice in prompt.choices
         ]
         sampled = Sampler().sample(logits_SV.expand(len(rows), -1), rows)
-        counts = tuple(tuple(layer) for layer in state.expert_counts[0].tolist())
-        return Computed(table, tuple(token.token_id for token in sampled), counts)
+        return Computed(table, tuple(token.token_id for token in sampled), packed(state.expert_counts[0].numpy().astype("int32")))
 
     def open(self, handle: Handle, computed: Computed) -> tuple[MessageSpan, ...]:
-        spans = messages(range(handle.num_blocks), GROUP_BOUNDS, self.cache.spec.block_bytes, self.config.kv_transfer.slot_bytes)
+        to_send = range(handle.first_block, handle.num_blocks)
+        spans = messages(to_send, GROUP_BOUNDS, self.cache.spec.block_bytes, self.config.kv_transfer.slot_bytes)
         self.spans[handle.handle_id], self.tables[handle.handle_id] = spans, computed.blocks
         return spans
 
@@ -277,7 +279,7 @@ class ScriptedPrefill(Peer):
                 first_token_ids=computed.first_token_ids,
                 ended_choices=ended,
                 cached_tokens=0,
-                expert_counts=computed.expert_counts,
+                expert_histogram=computed.experts,
             )
         )
 

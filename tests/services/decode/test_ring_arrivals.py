@@ -58,6 +58,7 @@ def test_withdrawing_a_handle_waits_for_its_message_that_is_being_scattered() ->
         boot_id="d",
         model_fingerprint="f",
         num_layers=GROUP_BOUNDS[-1],
+        num_experts=32,
         block_bytes=cache.spec.block_bytes,
         slot_bytes=section.slot_bytes,
         write_timeout_s=5.0,

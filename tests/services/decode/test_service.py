@@ -43,7 +43,9 @@ def test_tokens_equal_the_monolith(tmp_path: Path) -> None:
                 assert all(token.timings is None for index, token in answer.tokens[0].items() if index > 1)
             await rig.at_rest()
             num_computed = sum(len(prompt.prompt_ids) + GREEDY.max_tokens - 1 for prompt in prompts)
-            assert rig.service.expert_tokens_LE.sum() == num_computed * 8 * 4  # layers, experts a token
+            routed = rig.service.prompt_experts.total_LE.sum() + rig.service.decoded_experts.total_LE.sum()
+            assert routed == rig.service.counters["expert_tokens"] == num_computed * 8 * 4  # layers, experts a token
+            assert rig.service.prompt_experts.total_LE.sum() == sum(len(prompt.prompt_ids) for prompt in prompts) * 8 * 4
 
     play(go())
 

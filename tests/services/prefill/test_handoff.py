@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from duomo.telemetry.span_file import read_spans
+from duomo.wire.histogram import unpacked
 from duomo.wire.messages import PrefillDone, Sampling, TransferFenced, WaveAnnounced
 from services.kv_transfer.faults import Fault
 from tests.services.prefill.prefill_rig import expected_kv, first_token, ids, model, monolith_tokens, rig, run
@@ -26,8 +27,10 @@ def test_landed_kv_and_first_token_are_those_of_the_engine_alone(tmp_path: Path,
             done = await parts.decode.inbox.one(PrefillDone, "r")
             assert isinstance(done, PrefillDone)
             assert done.first_token_ids == (token.token_id,) and done.ended_choices == ()
-            assert all(sum(layer) == num_tokens * model().config.top_k for layer in done.expert_counts)
-            assert len(done.expert_counts) == model().config.num_layers
+            assert done.expert_histogram is not None and done.expert_counts == ()
+            counts_LE = unpacked(done.expert_histogram)
+            assert counts_LE.shape == (model().config.num_layers, model().config.num_experts)
+            assert (counts_LE.sum(axis=1) == num_tokens * model().config.top_k).all()
             assert token.timings is not None and 0 < token.timings.compute_s <= token.timings.total_s <= finished.timings.total_s
             assert not parts.decode.inbox.of(TransferFenced), "a good end needs no fence"
             await parts.is_clean()

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from duomo.config import DuomoConfig
 from duomo.errors import PeerError
 from duomo.wire.connection import Connection, Identity, Listener, new_boot_id
+from duomo.wire.histogram import packed
 from duomo.wire.messages import (
     Cancel,
     EmittedToken,
@@ -112,6 +115,7 @@ class StubReplica:
         self.replica_id = replica_id
         self.seen: list[Message] = []
         self.used_blocks = 0
+        self.expert_tokens_LE = np.zeros((2, 4), np.int64)
         self.num_running = 0
         self.max_running = 0
         self.is_draining = False
@@ -203,6 +207,7 @@ class StubReplica:
             num_open_spans=0,
             num_steps=0,
             block_tokens=BLOCK_TOKENS,
+            experts=packed(self.expert_tokens_LE),
         )
 
     async def _prefill(self, connection: Connection, start: StartPrefill) -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 
+import numpy as np
 import pytest
 import uvloop
 
@@ -129,6 +130,26 @@ def test_the_pools_desired_size_is_shown(tmp_path: Path) -> None:
             assert report["desired_replicas"] == {"prefill": 1, "decode": 1}
             page = (await system.client.get("/metrics")).text
             assert 'duomo_desired_replicas{pool="prefill"} 1.0' in page and 'duomo_desired_replicas{pool="decode"} 1.0' in page
+
+    asyncio.run(scenario())
+
+
+def test_experts_are_shown_by_pool_layer_and_expert(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, num_prefills=2) as system:
+            await system.until(lambda: set(system.gateway.metrics.experts.pools()) == {"prefill", "decode"})
+            await system.until(lambda: all(link.report is not None for link in system.gateway.pools.links.values()))
+            for replica in system.pools.of_role("prefill"):
+                replica.expert_tokens_LE += np.array([[3, 1, 0, 0], [1, 1, 1, 1]])
+            await system.until(lambda: system.gateway.metrics.experts.pools()["prefill"].window_LE.sum() == 2 * 8)
+            shown = (await system.client.get("/admin/experts")).json()["pools"]
+            assert shown["prefill"]["window_tokens"] == [[6, 2, 0, 0], [2, 2, 2, 2]] == shown["prefill"]["total_tokens"]
+            assert shown["prefill"]["imbalance"] == [3.0, 1.0] and shown["prefill"]["active_experts"] == [2, 4]
+            assert shown["decode"]["active_experts"] == [0, 0]
+            page = (await system.client.get("/metrics")).text
+            assert 'duomo_expert_load_imbalance{layer="0",pool="prefill"} 3.0' in page
+            reports = [replica["report"] for replica in (await system.client.get("/admin/pools")).json()["replicas"]]
+            assert [report["experts"] for report in reports] == [None] * 3, "those have a page of their own"
 
     asyncio.run(scenario())
 
