@@ -25,7 +25,8 @@ def announcements(ranked: Sequence[PromptView], waves: Sequence[WaveView], snaps
     """ranked: who waits, best first. waves: the live ones, as they stand once the piece that was just chosen has begun."""
     unfinished = [wave for wave in waves if wave.has_more]
     is_near = _is_one_piece(unfinished, snapshot)
-    largest = max((wave.num_tokens for wave in unfinished), default=0)
+    passable = [wave.num_tokens for wave in unfinished] + [prompt.num_tokens for prompt in ranked if prompt.announced_s is not None]
+    largest = max(passable, default=0)
     budgets: dict[tuple[str, bool], _Budget] = {}
     for prompt in ranked:
         if prompt.announced_s is not None:

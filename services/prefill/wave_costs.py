@@ -22,9 +22,9 @@ class CostCurve:
 
     def at_most_s(self, num_tokens: int) -> float | None:
         """As group_s, but below the first point no less than there: weights are read for few rows too."""
-        return self.group_s(max(num_tokens, int(self.points[0][0]))) if self.points else None
+        return self.group_s(max(num_tokens, self.points[0][0])) if self.points else None
 
-    def group_s(self, num_tokens: int) -> float | None:
+    def group_s(self, num_tokens: float) -> float | None:
         """Between two points along the line; beyond the last in proportion; below the first as the square root of the rows.
 
         Below: between what operations would say (in proportion) and what weights would say (the same). None: nothing is known.
