@@ -121,7 +121,7 @@ def loads_of(scale: Scale) -> tuple[Load, ...]:
         ("layered", 1.8, False),
         ("whole", 0.0, True),
     ]
-    made: list[dict[str, Any]] = [overtake | {"mode": "layered", "size": 0.9}]
+    made: list[dict[str, Any]] = [overtake | {"mode": "layered", "size": 0.45}]
     for mode, size, is_overtake in order:
         made += [each | {"mode": mode, "size": size} for each in ([overtake] if is_overtake else beside)]
     return tuple(Load(**each) for each in made)
@@ -187,30 +187,40 @@ def spread_of(samples_s: Sequence[float]) -> Spread | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WaveSeen:
-    """One wave as its spans tell it. piece_s: how long each of its pieces took; started_s: of its first, since the first wave's."""
+    """One wave as its spans tell it. piece_s: how long each of its pieces took; started_s: of its first, since the first wave's.
+
+    piece_groups: layer groups of each piece.
+    """
 
     wave: int
+    num_prompts: int
     num_tokens: int
     started_s: float
     ended_s: float
     piece_s: tuple[float, ...]
+    piece_groups: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadResult:
     """What one point showed. itl: between tokens of one answer. alone: first tokens of arrivals' shortest length on an idle engine.
 
-    chunk_s: what one chunk of CHUNK_ROWS took alone; pieces: of the long waves, where waves were recorded; late_s: the client's worst lag.
+    chunk_s: what one chunk of CHUNK_ROWS took alone; piece_target_s: 0 where the mode has none. pieces, groups: of the long waves, where
+    waves were recorded (a group's time is its share of its piece's); num_mixed_waves: long ones that took short prompts along. late_s: the
+    client's worst lag.
     """
 
     load: Load
     chunk_s: float
+    piece_target_s: float
     ttft: Spread | None
     itl: Spread | None
     alone: Spread | None
     pieces: Spread | None
+    groups: Spread | None
     num_short_waves: int
     num_long_waves: int
+    num_mixed_waves: int
     waves: tuple[WaveSeen, ...]
     prompt_tokens_per_s: float
     new_tokens_per_s: float
@@ -230,12 +240,15 @@ def load_result(load: Load, chunk_s: float, answers: Sequence[Answer], waves: Se
     return LoadResult(
         load=load,
         chunk_s=round(chunk_s, 7),
+        piece_target_s=round(load.size * chunk_s, 7) if load.mode == "layered" else 0.0,
         ttft=spread_of([one.ttft_s for one in arrived]),
         itl=spread_of(gaps),
         alone=spread_of([one.ttft_s for one in fine if one.kind == "alone"]),
         pieces=spread_of([piece_s for wave in long for piece_s in wave.piece_s]),
+        groups=spread_of([piece_s / num for wave in long for piece_s, num in zip(wave.piece_s, wave.piece_groups, strict=True)]),
         num_short_waves=len(short),
         num_long_waves=len(long),
+        num_mixed_waves=sum(wave.num_tokens > load.long_tokens * (wave.num_tokens // load.long_tokens) for wave in long),
         waves=tuple(sorted([*short[:LISTED_WAVES], *long[:LISTED_WAVES]], key=lambda wave: wave.started_s)),
         prompt_tokens_per_s=round(sum(one.num_tokens for one in timed) / span_s, 1),
         new_tokens_per_s=round(sum(len(one.token_s) for one in timed) / span_s, 1),
@@ -248,6 +261,8 @@ def load_result_from_json(row: Mapping[str, Any]) -> LoadResult:
     """The inverse of asdict."""
     load = dict(row["load"])
     load |= {"lengths": tuple(load["lengths"]), "new_tokens": tuple(load["new_tokens"])}
-    spreads = {name: None if row[name] is None else Spread(**row[name]) for name in ("ttft", "itl", "alone", "pieces")}
-    waves = tuple(WaveSeen(**(one | {"piece_s": tuple(one["piece_s"])})) for one in row["waves"])
+    spreads = {name: None if row[name] is None else Spread(**row[name]) for name in ("ttft", "itl", "alone", "pieces", "groups")}
+    waves = tuple(
+        WaveSeen(**(one | {"piece_s": tuple(one["piece_s"]), "piece_groups": tuple(one["piece_groups"])})) for one in row["waves"]
+    )
     return LoadResult(**(dict(row) | spreads | {"load": Load(**load), "waves": waves, "failures": tuple(row["failures"])}))

@@ -1,0 +1,108 @@
+"""Owns what `duomo bench prefill` says of the ways of prefill, and the targets of such a run. Knows no engine and no GPU.
+
+The floor of the bytes of experts that a prompt needs: layers x D x the bytes of one expert, D being the distinct experts that a layer's
+rows chose, counted over the whole prompt. Chunks read what they share again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.engine.arrivals_targets import arrival_verdicts
+from bench.engine.engine_cases import CaseResult, Dtype, Part, Way
+from bench.engine.engine_floor import expert_bytes
+from bench.engine.engine_rows import EngineRow
+from bench.engine.engine_targets import first_token_verdicts, prompt_verdicts
+from bench.kernels.targets import OURS, Verdict
+from duomo.models.config import ModelConfig
+
+BYTES_OF_FLOOR = 1.05
+AGAINST_CHUNKS = 2.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WaysRow:
+    """One wave of one model in one format, computed by our engine in several ways. floor_bytes: of experts' weights, see above."""
+
+    model: str
+    dtype: Dtype
+    name: str
+    floor_bytes: float
+    results: Mapping[Way, CaseResult]
+
+    def ms(self, way: Way) -> float | None:
+        """Median, to the first token."""
+        found = self.results.get(way)
+        return None if found is None or found.timing is None else found.timing.median_us / 1e3
+
+    def times_floor(self, way: Way) -> float | None:
+        """Expert bytes read, in floors."""
+        found = self.results.get(way)
+        return None if found is None or not found.expert_bytes or not self.floor_bytes else found.expert_bytes / self.floor_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        ways = {
+            way: {"ms": self.ms(way), "expert_bytes": found.expert_bytes, "times_floor": self.times_floor(way), "distinct": found.distinct}
+            for way, found in self.results.items()
+        }
+        return {"model": self.model, "dtype": self.dtype, "case": self.name, "floor_bytes": self.floor_bytes, "ways": ways}
+
+
+def ways_rows(parts: Sequence[Part], configs: Mapping[str, ModelConfig]) -> list[WaysRow]:
+    """A row for each wave that was computed in more ways than one."""
+    rows = []
+    for part in parts:
+        if part.job.mode != OURS or part.red:
+            continue
+        waves: dict[str, dict[Way, CaseResult]] = {}
+        for one in part.results:
+            waves.setdefault(one.case.prompts_name, {})[one.case.way] = one
+        for name, results in waves.items():
+            if len(results) > 1:
+                distinct = next((one.distinct for one in results.values() if one.distinct is not None), 0.0)
+                config = configs[part.job.model]
+                floor = config.num_layers * distinct * expert_bytes(config, part.job.dtype)
+                rows.append(WaysRow(model=part.job.model, dtype=part.job.dtype, name=name, floor_bytes=floor, results=results))
+    return rows
+
+
+def ways_table(rows: Sequence[WaysRow]) -> list[str]:
+    """Lines for people."""
+    lines = [f"{'ways of one wave (ours)':<40}{'ms':>9}{'experts':>9}{'GB of experts':>15}{'of the floor':>14}{'against chunks':>16}"]
+    for row in rows:
+        chunked = row.ms("chunked")
+        for way, found in row.results.items():
+            ms, times = row.ms(way), row.times_floor(way)
+            name = f"{row.name} {row.model} {row.dtype} {way}"
+            read = "-" if found.expert_bytes is None else f"{found.expert_bytes / 1e9:.2f}"
+            faster = "-" if not ms or not chunked else f"{chunked / ms:.2f}x"
+            lines.append(
+                f"{name:<40}{'-' if ms is None else f'{ms:.2f}':>9}{found.distinct or 0.0:>9.1f}{read:>15}"
+                f"{'-' if times is None else f'{times:.3f}':>14}{faster:>16}"
+            )
+    return lines if rows else []
+
+
+def prefill_verdicts(rows: Sequence[EngineRow], ways: Sequence[WaysRow], parts: Sequence[Part]) -> list[Verdict]:
+    """Every target of performance.md 4 about prefill on one GPU, and those of layer-wise prefill, over whatever was measured."""
+    found = prompt_verdicts(rows)
+    for row in ways:
+        where = f"{row.name} {row.model} {row.dtype}"
+        times, layered, chunked = row.times_floor("layered"), row.ms("layered"), row.ms("chunked")
+        found += [
+            Verdict(
+                target=f"layered, {row.model} {row.dtype}: layers x D over expert bytes read",
+                needed=round(1 / BYTES_OF_FLOOR, 3),
+                reached=None if times is None else 1 / times,
+                where=where,
+            ),
+            Verdict(
+                target=f"layered, {row.model} {row.dtype}: first token against our chunks of 512",
+                needed=AGAINST_CHUNKS,
+                reached=None if not layered or not chunked else chunked / layered,
+                where=where,
+            ),
+        ]
+    return [*found, *arrival_verdicts(parts), *first_token_verdicts(parts)]
