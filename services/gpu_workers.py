@@ -60,7 +60,7 @@ def gpu_workers(engine: GpuEngine, config: DuomoConfig) -> GpuWorkers:
         config, {"decode.num_blocks": plan.num_blocks, "model.block_tokens": plan.block_tokens}, f"{plan.num_blocks} KV blocks are planned"
     )
     return GpuWorkers(
-        prefill=GpuPrefillWorker(engine, WorkerSizes.of(planned), config.delays.prefill_group_s),
+        prefill=GpuPrefillWorker(engine, WorkerSizes.of(planned), config.delays),
         decode=GpuDecodeWorker(engine, config.delays.decode_step_s),
         config=planned,
         engine=engine,

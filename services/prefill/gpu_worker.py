@@ -13,32 +13,45 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from duomo.config import DelaySection
 from duomo.engine.decode_step import check_row
 from duomo.engine.gpu_engine import GpuEngine
+from duomo.engine.gpu_kv_messages import GpuKvPacker
 from duomo.engine.gpu_prefill import GpuBoundaryState
 from duomo.engine.gpu_wave import upload_rows
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
+from duomo_kernels.kv_hash_pack import Seal
+from services.kv_transfer.layout import MessageSpan, trailer_start
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation, WaveOutput, WaveRow, WorkerSizes, batch_of, group_bounds, places_of, wanted_rows
 
 
 class GpuPrefillWorker:
-    """One rank over an engine that decode shares."""
+    """One rank over an engine that decode may share. delays: slept on purpose, for tests (config.DelaySection)."""
 
-    def __init__(self, engine: GpuEngine, sizes: WorkerSizes, group_delay_s: float = 0.0) -> None:
+    seals_messages = True
+
+    def __init__(self, engine: GpuEngine, sizes: WorkerSizes, delays: DelaySection | None = None) -> None:
         self.config = engine.prefill.decoder.config
         self.group_bounds = group_bounds(self.config.num_layers, sizes.units, sizes.units_per_group)
         self._prefill = engine.prefill
         self._first_tokens = engine.first_tokens
         self._device = engine.cache.device
         self._torch_threads = sizes.torch_threads
-        self._group_delay_s = group_delay_s
+        self._group_delay_s = delays.prefill_group_s if delays is not None else 0.0
+        self._message_delay_s = delays.kv_handoff_s if delays is not None else 0.0
+        self._cache = engine.cache
+        self._packer: GpuKvPacker | None = None
 
     @property
     def num_groups(self) -> int:
         return len(self.group_bounds) - 1
+
+    @property
+    def block_bytes(self) -> int:
+        return self._cache.spec.block_bytes
 
     def check(self, sampling: Sampling) -> None:
         ends = ending_ids(sampling, self.config.eos_ids)
@@ -85,6 +98,16 @@ class GpuPrefillWorker:
             )
             for place, tokens in enumerate(chosen)
         )
+
+    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+        """The whole message, hashed on the device, on a stream of its own. run_piece has waited for what it reads."""
+        if self._message_delay_s:
+            time.sleep(self._message_delay_s)
+        if self._packer is None:  # the writer thread's alone; an engine that decode shares packs nothing
+            self._packer = GpuKvPacker(self._cache)
+        start = trailer_start(handle_id, span)
+        seal = Seal(handle_id=handle_id, group=span.group, message_idx=span.message_idx, start=start)
+        self._packer.pack(span.layers, blocks[span.block_lo : span.block_hi], seal, out)
 
     def _wait(self) -> None:
         """Until all that was launched is over. Gives the core away, as Event.synchronize does where the event blocks."""

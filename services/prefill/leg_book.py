@@ -40,7 +40,7 @@ from services.prefill.prompt_blocks import LentTables, PromptBlocks, TableSource
 from services.prefill.ring_handoffs import RingHandoffs
 from services.prefill.snapshot import Key, Limits
 from services.prefill.waves import WaveLoop
-from services.prefill.worker import PrefillWorker, WaveOutput, WaveWorker
+from services.prefill.worker import WaveOutput, WaveWorker
 
 LEASE_S = 10.0  # after the last push: D lands, verifies or pulls within this, or the handoff has failed
 ENDED_LEASE_S = 1.0  # where every choice ended here, D needs no KV: what it has not released by then nobody misses
@@ -73,7 +73,6 @@ class LegBook:
             self.peers = DecodePeers(None, connect, self._peer_changed, self._peer_lost)
             self.blocks, self.handoffs = LentTables(means), LoanHandoffs(means)
         else:
-            assert isinstance(worker, PrefillWorker), "what is pushed is packed by a CPU"
             self.peers = DecodePeers(means, connect, self._peer_changed, self._peer_lost)
             self.blocks = PromptBlocks(section.num_blocks, card.config.model.block_tokens, section.prefix_cache_blocks)
             self.handoffs = RingHandoffs(means, self.peers, worker, tracing, self._moved, self.fail)

@@ -19,13 +19,13 @@ from services.kv_transfer.agent import PushJob, PushResult, TransferAgent
 from services.kv_transfer.layout import MessageSpan
 from services.prefill.decode_peers import DecodePeers
 from services.prefill.leg import GroupPush, Handoff, Leg
-from services.prefill.worker import PrefillWorker
+from services.prefill.worker import WaveWorker
 
 
 class RingHandoffs:
     """The producer side of all handles of this replica.
 
-    worker: its pack() writes a message's bytes from the KV cache, in the writer thread. on_change: a leg's handoff moved (a push ended,
+    worker: its pack() writes a message from the KV cache, in the writer thread. on_change: a leg's handoff moved (a push ended,
     a message landed, it became terminal). on_failed: a push failed for good.
     """
 
@@ -33,7 +33,7 @@ class RingHandoffs:
         self,
         agent: TransferAgent,
         peers: DecodePeers,
-        worker: PrefillWorker,
+        worker: WaveWorker,
         tracing: Tracing,
         on_change: Callable[[Leg], None],
         on_failed: Callable[[Leg, TransferError], None],
@@ -112,7 +112,8 @@ class RingHandoffs:
     def _push(self, leg: Leg, handoff: Handoff, span: MessageSpan) -> None:
         loop = asyncio.get_running_loop()
         handoff.num_in_flight += 1
-        job = PushJob(handle=handoff.handle, span=span, fill=functools.partial(self._worker.pack, span, leg.blocks))
+        fill = functools.partial(self._worker.pack, handoff.handle.handle_id, span, leg.blocks)
+        job = PushJob(handle=handoff.handle, span=span, fill=fill, is_sealed=self._worker.seals_messages)
         pushed: Future[PushResult] = self._agent.push(job)
         pushed.add_done_callback(lambda done: _call_soon(loop, self._pushed, leg, handoff, span, done))
 

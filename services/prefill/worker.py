@@ -93,15 +93,23 @@ class WaveOutput:
 
 
 class WaveWorker(Protocol):
-    """One rank that prefills. All but config, group_bounds, num_groups and check is called in the step thread."""
+    """One rank that prefills. All but config, group_bounds, num_groups, block_bytes, check and pack is called in the step thread.
+
+    seals_messages: pack() writes whole messages, padding and trailer included, not the payload alone.
+    """
 
     group_bounds: tuple[int, ...]
+    seals_messages: bool
 
     @property
     def config(self) -> ModelConfig: ...
 
     @property
     def num_groups(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block of one layer."""
 
     def check(self, sampling: Sampling) -> None:
         """Raises RequestError for what this worker cannot sample."""
@@ -121,6 +129,10 @@ class WaveWorker(Protocol):
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
 
+    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+        """A message of the handle into `out`, from the blocks of a prompt's whole table; its groups are over. In the agent's writer thread,
+        while the step thread computes other layers and other waves."""
+
 
 def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int, ...]:
     """Layers [b[g], b[g+1]) form group g. Units are runs of layers whose sizes differ by at most one."""
@@ -133,6 +145,8 @@ def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int
 
 class PrefillWorker:
     """One rank. delays: slept on purpose, for tests (config.DelaySection). cache: shared with decode; None: one of sizes.num_blocks."""
+
+    seals_messages = False
 
     def __init__(self, model: Model, sizes: WorkerSizes, delays: DelaySection | None = None, cache: KvCache | None = None) -> None:
         self._group_delay_s = delays.prefill_group_s if delays is not None else 0.0
@@ -202,8 +216,8 @@ class PrefillWorker:
             for place, chosen in enumerate(tokens)
         )
 
-    def pack(self, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
-        """A message's bytes, from the blocks of a prompt's whole table. In the writer thread."""
+    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+        """The payload; the agent seals it."""
         if self._message_delay_s:
             time.sleep(self._message_delay_s)
         num_bytes = self.cache.pack(span.layers, blocks[span.block_lo : span.block_hi], out)

@@ -55,7 +55,7 @@ def test_a_wave_says_the_same_of_a_prompt_as_the_prompt_alone(model: Model) -> N
             packed = b""
             for span in messages(range(len(tables[place])), worker.group_bounds, worker.block_bytes, 64 * 1024):
                 out = bytearray(span.num_bytes)
-                worker.pack(span, tables[place], memoryview(out))
+                worker.pack(7, span, tables[place], memoryview(out))
                 packed += out
             found.append((output.sampled[0].token_id, packed))
         return found
