@@ -98,11 +98,15 @@ class PrefillSection(PoolSection):
     ttft_stretch: float = Field(default=4.0, ge=1)
     grant_timeout_s: float = Field(default=5.0, gt=0, description="no grant from D in this time: the request is re-routed")
     send_slots: int = Field(default=16, ge=1)
-    prefix_cache_blocks: int = Field(default=0, ge=0)
+    prefix_cache_blocks: int | None = Field(default=None, ge=0, description="as decode's; colocated, where one pool is, decode's counts")
 
 
 class DecodeSection(PoolSection):
-    """The running batch and its admission."""
+    """The running batch and its admission.
+
+    prefix_cache_blocks: blocks without a reader whose KV is kept for prompts that begin the same. Unnamed, all of them: whoever needs a
+    block is given the one that nobody has asked for the longest, so that the cache takes room from no one. 0 keeps none.
+    """
 
     num_blocks: int = Field(default=2048, ge=8)
     max_batch: int = Field(default=64, ge=1, le=256)
@@ -110,6 +114,7 @@ class DecodeSection(PoolSection):
     admit_ahead_tokens: int = Field(default=256, ge=1)
     ring_slots: int = Field(default=32, ge=1)
     max_preemptions: int = Field(default=2, ge=0)
+    prefix_cache_blocks: int | None = Field(default=None, ge=0, description="unnamed: whatever nobody holds; 0: none")
 
 
 class TransferSection(Section):
@@ -175,8 +180,8 @@ class DuomoConfig(Section):
     """Everything a Duomo system is told.
 
     layout: "split" runs prefill and decode as two pools of processes; "colocated" runs both in one process with one copy of the weights
-    and one block pool of decode.num_blocks (prefill.num_blocks says nothing then, kv_transfer neither). "auto" is colocated on a GPU, where
-    memory is planned and decode.num_blocks says nothing either, and split on a CPU.
+    and one block pool of decode.num_blocks (prefill.num_blocks, prefill.prefix_cache_blocks and kv_transfer say nothing then). "auto" is
+    colocated on a GPU, where memory is planned and decode.num_blocks says nothing either, and split on a CPU.
     deterministic: an answer's bytes do not depend on what else runs; a CPU's never do.
     """
 

@@ -140,8 +140,8 @@ def record_start(spans: Tracing, startup: Startup, started_s: float) -> None:
 
 
 def loans_of(config: DuomoConfig, lender_boot_id: str) -> BlockLoans:
-    """The one block pool, with prefill's prefix cache over it."""
-    pool = BlockManager(config.decode.num_blocks, config.model.block_tokens, max_cached_blocks=config.prefill.prefix_cache_blocks)
+    """The one block pool, with the one prefix cache over it."""
+    pool = BlockManager(config.decode.num_blocks, config.model.block_tokens, max_cached_blocks=config.decode.prefix_cache_blocks)
     return BlockLoans(lender_boot_id, pool)
 
 

@@ -78,6 +78,7 @@ class Batch:
         assert leg.done is not None and leg.state is LegState.GRANTED
         leg.state = LegState.RUNNING
         ended = {*leg.done.ended_choices, *leg.cancelled_choices}
+        self._pool.arrived(leg)
         table, leg.blocks = leg.blocks, []
         live = [
             (number, token_id) for number, token_id in zip(leg.choice_numbers, leg.done.first_token_ids, strict=True) if number not in ended
@@ -189,12 +190,12 @@ class Batch:
         return num_output >= choice.leg.sampling.max_tokens or len(choice.leg.prompt_ids) + num_output >= self._stops.max_model_tokens
 
     def remove(self, choice: Choice) -> None:
-        """A choice ends: its blocks come back at once. The leg is over when the caller sees that no choice is left."""
+        """A choice ends, or gives way: its blocks come back at once. The leg is over when the caller sees that no choice is left."""
         choice.is_alive = False
         choice.leg.routed.extend(choice.routed)
         del self._choices[choice.sequence_id]
         del choice.leg.choices[choice.number]
-        self._pool.give_back(choice.table)
+        self._pool.ended(choice)
 
     def _as_sequence(self, choice: Choice) -> RunningSequence:
         return RunningSequence(

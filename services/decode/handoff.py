@@ -66,6 +66,10 @@ class Handoffs:
         """Legs with an open handle."""
         return len(self._landing)
 
+    def unsent_bytes(self, leg: Leg) -> int:
+        """KV that would have been sent, had decode not known the beginning of the leg's prompt. 0 where nothing is sent anyway."""
+        return leg.num_cached_blocks * self._terms.block_bytes * self._terms.num_layers if self._arrivals.is_polled else 0
+
     def expect(self, leg: Leg, now_s: float) -> None:
         """A gateway wants this leg; its announcement may be here already."""
         early = self._early.pop(leg.key, None)
@@ -119,6 +123,8 @@ class Handoffs:
                     self._for_blocks.remove(leg)
                     table = self._pool.take_prompt(leg.token_ids, leg.cache_salt)
                     leg.blocks, leg.cached_tokens = list(table.blocks), table.cached_tokens
+                    leg.num_cached_blocks = table.cached_tokens // self._pool.limits.block_tokens
+                    leg.prefix_hashes = table.hashes
                     leg.num_landing_blocks = len(leg.blocks)
                     leg.promise_blocks = grants[leg.leg_id].promised_blocks
                     leg.order = next(self._orders)

@@ -15,6 +15,7 @@ from enum import Enum
 import numpy as np
 from numpy.typing import NDArray
 
+from duomo.engine.prefix_digest import PrefixHash
 from duomo.engine.sampler import RowSampling
 from duomo.wire.messages import Handle, PeerAddress, PrefillDone, Resume, Sampling, StartDecode, Timings, WaveAnnounced
 from services.decode.policy import DecodeLimits, WaitingLeg, blocks_for, promised_blocks, table_promise
@@ -100,7 +101,8 @@ class Leg:
     """One attempt of one request. `gateway` is the boot id of who gets its tokens, `prefill` who sends its KV.
 
     silent_s: for how long we have looked and nothing of its KV came. blocks: held while the KV lands; they pass to the choices when the leg
-    joins. cached_tokens: tokens whose KV was in them when they were granted. promise_blocks: the whole promise while it lands.
+    joins. cached_tokens: tokens whose KV was in them when they were granted, num_cached_blocks the blocks of those. prefix_hashes: of its
+    tokens' full blocks, where the pool remembers prefixes. promise_blocks: the whole promise while it lands.
     """
 
     leg_id: int
@@ -122,6 +124,9 @@ class Leg:
     announced: WaveAnnounced | None = None
     blocks: list[int] = field(default_factory=list)
     cached_tokens: int = 0
+    num_cached_blocks: int = 0
+    prefix_hashes: tuple[PrefixHash, ...] = ()
+    is_distrusted: bool = False
     promise_blocks: int = 0
     order: int = 0
     handle: Handle | None = None

@@ -38,18 +38,19 @@ class RingArrivals:
         return self._agent.failure
 
     def offer(self, leg: Leg) -> Handle | None:
-        """None while the producer's ring is full, or being replaced."""
+        """None while the producer's ring is full, or being replaced. Blocks whose KV decode has are not sent: at least the last one is."""
         terms = self._terms
         if not self._rings.may_offer():
             return None
         if not leg.spans:
             assert leg.announced is not None
-            leg.spans = messages(range(len(leg.blocks)), leg.announced.group_bounds, terms.block_bytes, terms.slot_bytes)
+            missing = range(leg.num_cached_blocks, len(leg.blocks))
+            leg.spans = messages(missing, leg.announced.group_bounds, terms.block_bytes, terms.slot_bytes)
         producer = leg.prefill.boot_id
         slots = self._agent.grant(producer, len(leg.spans))
         if slots is None:
             return None
-        handle = handle_of(leg, terms, self._agent.next_handle_id(), self._agent.ring_name(producer), slots, 0)
+        handle = handle_of(leg, terms, self._agent.next_handle_id(), self._agent.ring_name(producer), slots, leg.num_cached_blocks)
         self._tables.open(handle.handle_id, leg.blocks)
         self._agent.expect(handle, leg.spans)
         return handle

@@ -36,7 +36,7 @@ from services.decode.leg import Choice, Leg, LegKey, LegState
 from services.decode.outbox import Outbox, cancel_of, failure_of, frame_of
 from services.decode.pool import Pool
 from services.decode.producers import Producers
-from services.decode.settings import arrivals_of, limits_of, max_model_tokens, terms_of
+from services.decode.settings import arrivals_of, cache_of, limits_of, max_model_tokens, terms_of
 from services.decode.spans import record_handoff, record_stream
 from services.decode.steps import StepLoop
 from services.decode.worker import StepOutput, StepWorker
@@ -82,7 +82,7 @@ class DecodeService:
         self._outbox = Outbox()
         self._producers = Producers()
         self._arrivals = arrivals_of(card, worker, means, self._producers, directory, self._changed)
-        self.pool = Pool(limits_of(card), means if isinstance(means, BlockLoans) else None)
+        self.pool = Pool(limits_of(card), means if isinstance(means, BlockLoans) else None, cache_of(card))
         ends = HandoffEnds(post=self._producers.post, ready=self._ready.append, fail=self._fail)
         self._handoffs = Handoffs(self.pool, self._arrivals, terms_of(card, worker), ends)
         stops = Stops(eos_ids=worker.config.eos_ids, max_model_tokens=max_model_tokens(card, worker))
@@ -192,7 +192,8 @@ class DecodeService:
             num_open_spans=self._tracing.num_open_spans(),
             num_steps=self.progress.num_steps,
             block_tokens=self.pool.limits.block_tokens,
-            counters={**(self.counters + Counter(slots.counters)), **self._worker.counters()},
+            prefix_digests=self.pool.manager.digest.told(),
+            counters={**(self.counters + Counter(slots.counters)), **self.pool.counters, **self._worker.counters()},
             progress_age_s=self.progress.age_s(),
             pid=os.getpid(),
             transport=self._arrivals.way,
@@ -206,6 +207,7 @@ class DecodeService:
             self._ready.remove(leg)
             record_handoff(self._tracing, leg, self._arrivals.way)
             self.counters["landed_bytes"] += leg.landed_bytes
+            self.counters["unsent_bytes"] += self._handoffs.unsent_bytes(leg)
             self._batch.join(leg)
         if self._is_pump_due:
             self._is_pump_due = False
@@ -223,6 +225,7 @@ class DecodeService:
     def stepped(self, step: PlannedStep, output: StepOutput) -> None:
         for row, error in output.errors.items():
             if step.rows[row].is_alive:
+                self.pool.distrust(step.rows[row].leg)
                 self._fail(step.rows[row].leg, error)
         emitted = self._batch.apply(step, output.tokens, output.routed_RE)
         self._outbox.emit(frame_of(emitted, output, self._producers.rtt_s, time.monotonic()))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from services.decode.arrivals import Arrivals, HandoffTerms
 from services.decode.loan_arrivals import LoanArrivals
 from services.decode.policy import DecodeLimits
+from services.decode.pool import CacheTerms
 from services.decode.producer_rings import ProducerRings
 from services.decode.producers import Producers
 from services.decode.ring_arrivals import RingArrivals
@@ -33,6 +34,17 @@ def limits_of(card: ReplicaCard) -> DecodeLimits:
         max_batch=section.max_batch,
         max_preemptions=section.max_preemptions,
     )
+
+
+def cache_of(card: ReplicaCard) -> CacheTerms:
+    """What the pool remembers, from the configuration.
+
+    A deterministic GPU remembers prompts alone: a decode step may round a token's KV otherwise than a prefill does, and an answer's bytes
+    would depend on whether an earlier turn was still known. A CPU's rows are exact.
+    """
+    config = card.config
+    keeps_answers = not (config.deterministic and config.model.device == "cuda")
+    return CacheTerms(max_blocks=config.decode.prefix_cache_blocks, keeps_answers=keeps_answers)
 
 
 def terms_of(card: ReplicaCard, worker: StepWorker) -> HandoffTerms:

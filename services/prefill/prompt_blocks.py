@@ -1,6 +1,6 @@
 """Owns the sources of prompts' block tables: a pool of prefill's own with its prefix cache, or decode's grants. Knows no leg and no tensor.
 
-The prefix cache is off at capacity 0. Blocks come back by free(), once for each allocate().
+The prefix cache is off at capacity 0, and bounded by the pool alone at None. Blocks come back by free(), once for each allocate().
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TableSource(Protocol):
 class PromptBlocks:
     """All blocks of one prefill replica. Handles say nothing about them."""
 
-    def __init__(self, num_blocks: int, block_tokens: int, prefix_cache_blocks: int) -> None:
+    def __init__(self, num_blocks: int, block_tokens: int, prefix_cache_blocks: int | None) -> None:
         self.manager = BlockManager(num_blocks, block_tokens, max_cached_blocks=prefix_cache_blocks)
 
     @property

@@ -54,9 +54,9 @@ class RingHandoffs:
         return True
 
     def accept(self, leg: Leg, handle: Handle) -> bool:
-        """Cut what is to be sent into messages, as D did. False where the handle's ring is not attached."""
+        """Cut what is to be sent into messages, as D did. False where its ring is not attached, or its blocks are not the prompt's."""
         slot_bytes = self._peers.slot_bytes(handle.consumer_boot_id, handle.ring_name)
-        if slot_bytes is None:
+        if slot_bytes is None or not 0 <= handle.first_block <= handle.num_blocks:
             return False
         to_send = range(handle.first_block, handle.num_blocks)
         spans = layout.messages(to_send, self._worker.group_bounds, self._worker.block_bytes, slot_bytes)

@@ -32,11 +32,19 @@ class System:
     decodes: list[tuple[DecodeService, ScriptedGateway]]
 
     def start(
-        self, request_id: str, prompt_ids: tuple[int, ...], sampling: Sampling, *, p: int, d: int, choices: tuple[int, ...] = (0,)
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        sampling: Sampling,
+        *,
+        p: int,
+        d: int,
+        choices: tuple[int, ...] = (0,),
+        salt: str = "",
     ) -> None:
         prefill, to_prefill = self.prefills[p]
         decode, to_decode = self.decodes[d]
-        common = {"request_id": request_id, "attempt": 0, "traceparent": "", "remaining_s": 100.0}
+        common = {"request_id": request_id, "attempt": 0, "traceparent": "", "remaining_s": 100.0, "cache_salt": salt}
         to_prefill.post(
             StartPrefill(**common, prompt_ids=prompt_ids, sampling=sampling, choices=choices, decode=address_of(decode))  # type: ignore[arg-type]  # one dict for both
         )

@@ -113,7 +113,31 @@ def test_a_known_prefix_is_shared_from_the_grant_on(tmp_path: Path) -> None:
             assert made.prefills[0][1].of(RequestFinished, name)[0].cached_tokens == 96
         assert engine.prefill.report().counters["prefill_tokens_cached"] == 2 * 96
 
-    play(told(tmp_path, prefill={"prefix_cache_blocks": 40}), scenario)
+    play(told(tmp_path, decode={"prefix_cache_blocks": 40}), scenario)
+
+
+def test_a_following_turn_computes_only_what_the_one_before_left(tmp_path: Path) -> None:
+    """The answer's blocks are known as well, but for its last token's, which was never fed; not under another key."""
+
+    async def scenario(engine: Engine, made: System) -> None:
+        asked, told_so = ids(90), with_tokens(70)
+        made.start("turn 1", asked, told_so, p=0, d=0, salt="key")
+        await made.ended("turn 1", p=0, d=0)
+        answered = (*asked, *made.tokens("turn 1", p=0, d=0))
+        assert len(answered) == 160
+        for name, salt, cached in (("turn 2", "key", 144), ("other", "other key", 0)):  # 159 tokens were fed: 9 blocks
+            prompt = (*answered, *ids(25, 9))
+            made.start(name, prompt, told_so, p=0, d=0, salt=salt)
+            await made.ended(name, p=0, d=0)
+            assert made.tokens(name, p=0, d=0) == expected(prompt, told_so)
+            assert made.prefills[0][1].of(RequestFinished, name)[0].cached_tokens == cached
+        counters = engine.decode.report().counters
+        assert (counters["granted_tokens_cached"], counters["granted_tokens_missing"]) == (144, 90 + 41 + 185)
+        assert engine.prefill.report().counters["prefill_tokens_computed"] == 90 + 41 + 185
+        digests = engine.decode.report().prefix_digests
+        assert digests and digests == engine.prefill.report().prefix_digests and not counters.get("unsent_bytes")
+
+    play(told(tmp_path), scenario)
 
 
 def test_blocks_that_a_cancelled_wave_still_held_are_granted_once_they_are_back(tmp_path: Path) -> None:
@@ -135,8 +159,8 @@ def test_blocks_that_a_cancelled_wave_still_held_are_granted_once_they_are_back(
 def test_a_small_pool_serves_more_than_fit_and_preempts_rightly(tmp_path: Path, prefix_cache_blocks: int) -> None:
     """24 blocks, legs that outgrow their promise, with a common prefix: preempted or not, the tokens are right and no promise breaks."""
     sections: dict[str, dict[str, object]] = {
-        "decode": {"num_blocks": 24, "watermark_blocks": 1, "admit_ahead_tokens": 1},
-        "prefill": {"prefix_cache_blocks": prefix_cache_blocks, "grant_timeout_s": 30.0},
+        "decode": {"num_blocks": 24, "watermark_blocks": 1, "admit_ahead_tokens": 1, "prefix_cache_blocks": prefix_cache_blocks},
+        "prefill": {"grant_timeout_s": 30.0},
     }
 
     async def scenario(engine: Engine, made: System) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import shutil
 import tempfile
@@ -12,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from duomo.wire.messages import Sampling
+from duomo.wire.messages import Preempted, RequestFailed, RequestFinished, Sampling
 from services.kv_transfer.faults import SeededFaults
 from tests.services.decode.rig import configuration
-from tests.services.decode.scripted_peers import GREEDY, expected, ids
-from tests.services.pair_rig import system
+from tests.services.decode.scripted_peers import GREEDY, ScriptedGateway, expected, ids, until
+from tests.services.pair_rig import System, system
 
 
 def test_a_pair_serves_prompts_of_odd_sizes(tmp_path: Path) -> None:
@@ -46,6 +47,89 @@ def test_a_pair_serves_choices_and_single_tokens(tmp_path: Path) -> None:
                 assert made.tokens("n", p=0, d=0, choice=choice) == expected(ids(21), sampling, choice)
             assert made.tokens("one", p=0, d=0) == expected(ids(40), one)
             await made.at_rest()
+
+    asyncio.run(go())
+
+
+def test_a_following_turn_sends_only_the_blocks_that_decode_lacks(tmp_path: Path) -> None:
+    """Bytes counted on both sides, tokens the monolith's. Nothing is shared between keys; a prompt of known whole blocks sends its last."""
+
+    async def go() -> None:
+        async with system(configuration(tmp_path), 1, 1) as made:
+            prefill, decode = made.prefills[0][0], made.decodes[0][0]
+            block_bytes = decode._worker.block_bytes * decode._worker.config.num_layers
+            longer = Sampling(max_tokens=70, temperature=0.0, ignore_eos=True)
+            made.start("turn 1", ids(90), longer, p=0, d=0, salt="key")
+            await made.ended("turn 1", p=0, d=0)
+            turn = (*ids(90), *made.tokens("turn 1", p=0, d=0))  # 160 tokens, 159 of them fed: 9 blocks known on D, 5 on P
+            follow_ups = {
+                "turn 2": ((*turn, *ids(25, 9)), "key", 9, 5),
+                "whole blocks": (turn[:144], "key", 8, 8),  # P knows them by now from turn 2
+                "other key": ((*turn, *ids(25, 9)), "other key", 0, 0),
+                "other head": ((7, *turn[1:]), "key", 0, 0),
+            }
+            for name, (prompt, salt, on_decode, on_prefill) in follow_ups.items():
+                before = {key: decode.report().counters.get(key, 0) for key in ("landed_bytes", "unsent_bytes")}
+                computed = prefill.report().counters["prefill_tokens_computed"]
+                made.start(name, prompt, longer, p=0, d=0, salt=salt)
+                await made.ended(name, p=0, d=0)
+                assert made.tokens(name, p=0, d=0) == expected(prompt, longer), name
+                after = decode.report().counters
+                num_blocks = -(-len(prompt) // 16)
+                assert after["landed_bytes"] - before["landed_bytes"] == (num_blocks - on_decode) * block_bytes, name
+                assert after.get("unsent_bytes", 0) - before["unsent_bytes"] == on_decode * block_bytes, name
+                assert prefill.report().counters["prefill_tokens_computed"] - computed == len(prompt) - 16 * on_prefill, name
+            digests = {service.report().role: service.report().prefix_digests for service in (prefill, decode)}
+            assert digests["prefill"] and digests["decode"]
+            await made.at_rest()
+
+    asyncio.run(go())
+
+
+def test_following_turns_over_faulty_rings_with_small_caches(tmp_path: Path) -> None:
+    """Corrupt and repeated messages, forks, cancels while KV lands, pools that evict and preempt: whoever is answered is answered right."""
+    changes: dict[str, dict[str, object]] = {
+        "decode": {"num_blocks": 17, "watermark_blocks": 1, "ring_slots": 3, "admit_ahead_tokens": 4},
+        "prefill": {"num_blocks": 24, "send_slots": 2, "grant_timeout_s": 60.0, "prefix_cache_blocks": 9},
+        "kv_transfer": {"write_timeout_s": 20.0},
+    }
+    faults = SeededFaults(seed=3, max_delay_s=0.004, chance_duplicate=0.1, chance_corrupt=0.04, chance_announce_early=0.2)
+    draw, sampling = random.Random(11), Sampling(max_tokens=20, temperature=0.7, seed=9, ignore_eos=True)
+
+    def is_over(gateway: ScriptedGateway, name: str) -> bool:
+        return any(gateway.of(kind, name) for kind in (RequestFinished, RequestFailed, Preempted))
+
+    async def chat(made: System, chat_idx: int) -> int:
+        """Turn after turn; how many were answered."""
+        prompt, num_answered = ids(20 + 9 * chat_idx, chat_idx % 2), 0
+        for turn in range(4):
+            name, choices = f"chat {chat_idx} turn {turn}", (0, 1) if chat_idx == 2 else (0,)
+            made.start(name, prompt, sampling, p=0, d=0, choices=choices, salt=str(chat_idx % 2))
+            if draw.random() < 0.2:
+                await asyncio.sleep(draw.random() * 0.05)
+                for _, gateway in (*made.prefills, *made.decodes):
+                    gateway.cancel(name)
+                continue
+            to_prefill, to_decode = made.prefills[0][1], made.decodes[0][1]
+            await until(functools.partial(is_over, to_decode, name), 60.0)
+            if to_decode.of(RequestFinished, name):
+                await to_prefill.ended(name)
+                for choice in choices:
+                    assert made.tokens(name, p=0, d=0, choice=choice) == expected(prompt, sampling, choice), name
+                prompt, num_answered = (*prompt, *expected(prompt, sampling)[:13]), num_answered + 1
+            else:
+                for gateway in (to_prefill, to_decode):
+                    gateway.cancel(name)
+        return num_answered
+
+    async def go() -> None:
+        async with system(configuration(tmp_path, changes), 1, 1, faults) as made:
+            answered = await asyncio.gather(*(chat(made, chat_idx) for chat_idx in range(5)))
+            await made.at_rest()
+            counters = made.decodes[0][0].report().counters
+            assert sum(answered) >= 8
+            for counter in ("unsent_bytes", "prefix_blocks_evicted", "messages_corrupt", "cancelled"):
+                assert counters.get(counter), f"{counter}: the test shows nothing of it"
 
     asyncio.run(go())
 

@@ -21,7 +21,7 @@ from duomo.wire.messages import PeerAddress, PrefillDone, Resume, Sampling, Star
 from services.decode.batch import Batch, BatchEnds, PlannedStep, Stops
 from services.decode.leg import Choice, Leg, LegState
 from services.decode.policy import DecodeLimits, plan_grants
-from services.decode.pool import Pool
+from services.decode.pool import CacheTerms, Pool
 from services.decode.worker import StepInput
 from services.kv_transfer.loans import BlockLoans
 
@@ -88,6 +88,7 @@ class Request:
     tokens: dict[int, list[int]]
     cancelled: set[int] = field(default_factory=set)
     attempt: int = 0
+    salt: str = ""
 
 
 class Play:
@@ -96,32 +97,48 @@ class Play:
     def __init__(self, seed: int, lag: int) -> None:
         self.random = random.Random(seed)
         self.device = Device()
-        loans = BlockLoans("d", BlockManager(LIMITS.num_blocks, LIMITS.block_tokens, max_cached_blocks=8)) if seed % 2 else None
-        self.pool = Pool(LIMITS, loans)
+        self.is_shared, self.salts = seed % 2 == 1, dict[int, str]()
+        num_cached = (None, 8, 3, 0)[seed // 2 % 4]
+        loans = (
+            BlockLoans("d", BlockManager(LIMITS.num_blocks, LIMITS.block_tokens, max_cached_blocks=num_cached)) if self.is_shared else None
+        )
+        self.pool = Pool(LIMITS, loans, CacheTerms(max_blocks=num_cached, keeps_answers=seed % 5 > 0))
         ends = BatchEnds(preempted=self.preempted, finished=self.close)
         self.batch = Batch(self.pool, Stops(eos_ids=(EOS_ID,), max_model_tokens=MAX_MODEL_TOKENS), ends)
         self.requests: dict[str, Request] = {}
         self.waiting: list[Leg] = []
         self.granted: list[Leg] = []
         self.running: list[Leg] = []
-        self.num_preempted = self.num_ahead = 0
+        self.num_preempted = self.num_ahead = self.num_found = 0
         self._lag = lag
         self._out: deque[tuple[PlannedStep, list[int]]] = deque()
         self._leg_ids = iter(range(10**9))
 
     def start(self) -> None:
         number, length = len(self.requests), self.random.randrange(1, 15)
-        common = [7] * 8 if self.random.random() < 0.5 else []  # blocks that prompts share
+        common, salt = self.beginning()
         sampling = Sampling(
             max_tokens=self.random.randrange(1, 28), min_tokens=self.random.randrange(3), stop_token_ids=(STOP_ID,), seed=number
         )
         choices = tuple(range(self.random.choice((1, 1, 2, 3))))
-        request = Request(
-            f"r{number}", tuple(common + [self.random.randrange(60) for _ in range(length)]), sampling, {choice: [] for choice in choices}
-        )
+        prompt_ids = (*common, *(self.random.randrange(60) for _ in range(length)))[: MAX_MODEL_TOKENS - 1]
+        request = Request(f"r{number}", prompt_ids, sampling, {choice: [] for choice in choices}, salt=salt)
         self.requests[request.request_id] = request
         fields = {"request_id": request.request_id, "attempt": 0, "traceparent": "", "remaining_s": 1.0, "prefill": NOWHERE}
-        self.expect(StartDecode(**fields, prompt_ids=request.prompt_ids, sampling=sampling, choices=choices))  # type: ignore[arg-type]  # one dict for both
+        self.expect(
+            StartDecode(**fields, prompt_ids=prompt_ids, sampling=sampling, choices=choices, cache_salt=request.salt)  # type: ignore[arg-type]  # one dict for several fields
+        )
+
+    def beginning(self) -> tuple[list[int], str]:
+        """Nothing in common with others, blocks that many prompts share, or an earlier turn and its answer; and whose key."""
+        kind, salt = self.random.random(), self.random.choice(("", "key"))
+        if kind < 0.3 or not self.requests:
+            return [], salt
+        if kind < 0.5:
+            return [7] * 8, salt
+        earlier = self.random.choice(list(self.requests.values())[-8:])
+        turn = [*earlier.prompt_ids, *earlier.tokens[self.random.choice(list(earlier.tokens))]]
+        return turn[: self.random.choice((8, len(turn), len(turn)))], self.random.choice((salt, earlier.salt, earlier.salt))
 
     def expect(self, message: StartDecode | Resume) -> None:
         leg = Leg.of(message, leg_id=next(self._leg_ids), gateway="g", now_s=0.0, max_preemptions=LIMITS.max_preemptions)
@@ -133,12 +150,40 @@ class Play:
         assert not plan.never_fit
         for grant, leg in zip(plan.grants, list(self.waiting), strict=False):
             assert grant.leg_id == leg.leg_id
-            table = self.pool.take_prompt(leg.token_ids, "")
+            table = self.pool.take_prompt(leg.token_ids, leg.cache_salt)
             leg.blocks, leg.cached_tokens, leg.promise_blocks = list(table.blocks), table.cached_tokens, grant.promised_blocks
+            leg.prefix_hashes = table.hashes
+            self.num_found += table.cached_tokens > 0
+            self.check_found(leg)
             leg.order, leg.state = leg.leg_id, LegState.GRANTED
             self.pool.holders[leg.leg_id] = leg
             self.waiting.remove(leg)
             self.granted.append(leg)
+
+    def check_found(self, leg: Leg) -> None:
+        num_found = leg.cached_tokens // LIMITS.block_tokens
+        held = self.device.read(leg.blocks, leg.cached_tokens)
+        assert held == list(leg.token_ids[: leg.cached_tokens]), "what was found at the grant holds other tokens"
+        assert {self.salts[block] for block in leg.blocks[:num_found]} <= {leg.cache_salt}, "another key's blocks were found"
+        self.salts.update(dict.fromkeys(leg.blocks, leg.cache_salt))
+
+    def land_wrongly(self, leg: Leg) -> None:
+        """A message that does not match its hash lies in the blocks that are sent; it is written again, or the leg ends."""
+        self.device.write(leg.blocks, self.random.randrange(leg.cached_tokens, leg.num_tokens), 61)
+
+    def break_row(self) -> None:
+        """A running leg's row has no token: whatever only it reads is wrong, and must never be found."""
+        if not self.running:
+            return
+        leg = self.random.choice(self.running)
+        self.pool.distrust(leg)
+        for choice in leg.choices.values():
+            for block in choice.table:
+                if self.pool.manager.num_sole([block]):
+                    for offset in range(LIMITS.block_tokens):
+                        self.device.memory[block, offset] = 61
+        self.requests[leg.request_id].cancelled.update(leg.choices)
+        self.close(leg)
 
     def prefill(self, leg: Leg) -> None:
         """Its group is queued behind every step so far."""
@@ -146,7 +191,8 @@ class Play:
         for position in range(leg.cached_tokens, leg.num_tokens):
             self.device.write(leg.blocks, position, leg.token_ids[position])
         seen = self.device.read(leg.blocks, leg.num_tokens)
-        commit_prompt(self.pool.manager, leg.token_ids, leg.blocks, "")
+        if self.is_shared:  # prefill's own commit; it is decode's where the prompt has landed
+            commit_prompt(self.pool.manager, leg.token_ids, leg.blocks, leg.cache_salt)
         firsts = tuple(token_after(seen, choice) for choice in leg.choice_numbers)
         ended = []
         for choice, token_id in zip(leg.choice_numbers, firsts, strict=True):
@@ -185,7 +231,14 @@ class Play:
         fields = {"request_id": leg.request_id, "attempt": leg.attempt + 1, "traceparent": "", "remaining_s": 1.0, "prefill": NOWHERE}
         emitted = tuple(choice.output_ids)
         self.expect(
-            Resume(**fields, prompt_ids=request.prompt_ids, emitted_ids=emitted, sampling=request.sampling, choice=choice.number)  # type: ignore[arg-type]  # one dict for several fields
+            Resume(
+                **fields,  # type: ignore[arg-type]  # one dict for several fields
+                prompt_ids=request.prompt_ids,
+                emitted_ids=emitted,
+                sampling=request.sampling,
+                choice=choice.number,
+                cache_salt=request.salt,
+            )
         )
         if not leg.choices:
             self.close(leg)
@@ -204,6 +257,8 @@ class Play:
         """One turn of the step loop; messages come before it, and between its launch and its answer."""
         self.grant()
         step = self.batch.plan()
+        for choice in step.rows:
+            self.salts.update(dict.fromkeys(choice.table, choice.leg.cache_salt))
         self.num_ahead += any(isinstance(row.source, int) for row in step.work.rows)
         if not step.is_empty:
             self._out.append((step, self.device.step(step.work)))
@@ -230,7 +285,7 @@ class Play:
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("seeds", [range(at, at + 10) for at in range(0, 40, 10)], ids=lambda seeds: f"{seeds.start}-{seeds.stop - 1}")
 def test_random_lives_give_everybody_their_tokens_and_every_block_back(seeds: range, lag: int) -> None:
-    num_preempted = num_ahead = 0
+    num_preempted = num_ahead = num_found = num_evicted = 0
     for seed in seeds:
         play = Play(seed, lag)
         for _ in range(250):
@@ -238,9 +293,13 @@ def test_random_lives_give_everybody_their_tokens_and_every_block_back(seeds: ra
                 play.start()
             if play.random.random() < 0.05:
                 play.cancel()
+            if play.random.random() < 0.03:
+                play.break_row()
             for leg in list(play.granted):
                 if play.random.random() < 0.5:
                     play.prefill(leg)
+                elif not play.is_shared:
+                    play.land_wrongly(leg)
             play.turn()
         while not play.is_over:
             for leg in list(play.granted):
@@ -257,5 +316,8 @@ def test_random_lives_give_everybody_their_tokens_and_every_block_back(seeds: ra
                 assert choice in request.cancelled or is_last(request, tokens), (seed, request.request_id, choice)
         num_preempted += play.num_preempted
         num_ahead += play.num_ahead
+        num_found += play.num_found
+        num_evicted += play.pool.counters["prefix_blocks_evicted"]
     assert num_preempted > 10, "nobody gave way: the test shows nothing"
+    assert num_found > 20 and num_evicted > 20, "nothing was found, or nothing gave way: the test shows nothing"
     assert (num_ahead > 1000) == bool(lag)
