@@ -98,6 +98,7 @@ class WaveLoop:
         self.waiting: dict[Key, Leg] = {}
         self.num_groups_run = 0
         self.num_waves_formed = 0
+        self.expert_bytes_read = 0
         self._worker = worker
         self._limits = limits
         self._progress = progress
@@ -238,6 +239,7 @@ class WaveLoop:
             if output.error is not None and not leg.is_over:
                 self._events.fail(leg, output.error)
         if result.outputs:
+            self.expert_bytes_read += sum(output.expert_bytes for output in result.outputs)  # of the wave, whoever of it still lives
             chosen = [(leg, output) for leg, output in zip(wave.legs, result.outputs, strict=True) if not leg.is_over]
             self._events.wave_computed([leg for leg, _ in chosen], [output for _, output in chosen])
         for group in finished_groups(running.before, piece):

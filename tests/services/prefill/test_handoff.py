@@ -31,6 +31,8 @@ def test_landed_kv_and_first_token_are_those_of_the_engine_alone(tmp_path: Path,
             counts_LE = unpacked(done.expert_histogram)
             assert counts_LE.shape == (model().config.num_layers, model().config.num_experts)
             assert (counts_LE.sum(axis=1) == num_tokens * model().config.top_k).all()
+            expert_bytes = 3 * model().config.hidden * model().config.expert_hidden * 4  # gate, up and down in float32
+            assert parts.service.report().counters["expert_bytes_read"] == (counts_LE > 0).sum() * expert_bytes
             assert token.timings is not None and 0 < token.timings.compute_s <= token.timings.total_s <= finished.timings.total_s
             assert not parts.decode.inbox.of(TransferFenced), "a good end needs no fence"
             await parts.is_clean()
