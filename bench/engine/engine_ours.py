@@ -86,13 +86,17 @@ def random_engine(job: Job, config: ModelConfig, device: torch.device) -> tuple[
     )
     held = Measured(weights=free - torch.cuda.mem_get_info(device)[0])
     plan = plan_memory(config, DeviceBytes(total=total, free=free), room, held)
-    fitting = [case for case in job.cases if case.phase == "decode" and blocks_of(case) <= plan.num_blocks]
-    limits = DecodeLimits(
+    return Engine(weights, plan.num_blocks, decode_limits(job, plan.num_blocks)), plan
+
+
+def decode_limits(job: Job, num_blocks: int) -> DecodeLimits:
+    """Of the steps that are captured: the check's, and those of the job's cases that fit into the pool."""
+    fitting = [case for case in job.cases if case.phase == "decode" and blocks_of(case) <= num_blocks]
+    return DecodeLimits(
         max_batch=max([CHECK_PROMPTS, *(case.batch for case in fitting)]),
         max_model_tokens=max([CHECK_LENGTH + CHECK_STEPS + 1, *(case.last_tokens for case in fitting)]),
         is_deterministic=job.mode == "ours_deterministic",
     )
-    return Engine(weights, plan.num_blocks, limits), plan
 
 
 class Engine:

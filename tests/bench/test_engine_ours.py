@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ import torch
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
 from bench.engine import engine_cases, engine_ours
-from bench.engine.engine_cases import EngineCase, Job, Part
-from bench.engine.engine_ours import Engine, blocks_of, check, distinct_experts, measure, measure_job
+from bench.engine.engine_cases import EngineCase, Job, Mode, Part, Way, prompts
+from bench.engine.engine_ours import Engine, _wave, blocks_of, check, decode_limits, distinct_experts, measure, measure_job
 from duomo.engine.decode_step import DecodeLimits
 from duomo.models.gpu_random import random_gpu_weights
 from tests.engine.gpu_tiny import TINY, WIDE
@@ -82,6 +83,27 @@ def test_waves_have_times_and_experts(engine: Engine) -> None:
     found = measure(engine, job(prompt), prompt)
     assert not isinstance(found, str) and found.timing is not None and found.timing.repeats == 1
     assert found.distinct is not None and engine.config.top_k <= found.distinct <= engine.config.num_experts
+
+
+def test_all_ways_give_the_same_tokens_and_chunks_read_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 rows as 16, 16 and 1, each reads the experts of its own rows again; pieces of one layer read what the whole reads."""
+    monkeypatch.setattr(engine_ours, "CHUNK_TOKENS", 16)
+    ways: tuple[Way, ...] = ("whole", "layered", "chunked")
+    cases = [EngineCase(phase="prefill", batch=1, tokens=33, way=way) for way in ways]
+    waves = [_wave(prompts(case, engine.config.vocab), engine.tables(1, 34)) for case in cases]
+    states, tokens = zip(*(engine.wave(wave, case.way) for wave, case in zip(waves, cases, strict=True)), strict=True)
+    assert tokens[0] == tokens[1] == tokens[2] and [state.num_chunks for state in states] == [1, 1, 3]
+    whole, layered, chunked = [measure(engine, job(case), case) for case in cases]
+    assert not isinstance(whole, str) and not isinstance(layered, str) and not isinstance(chunked, str)
+    assert whole.distinct == layered.distinct == chunked.distinct and whole.distinct is not None
+    each = engine.prefill.decoder.weights.layers[0].expert_bytes
+    assert whole.expert_bytes == layered.expert_bytes == round(whole.distinct * engine.config.num_layers) * each
+    assert chunked.expert_bytes is not None and whole.expert_bytes < chunked.expert_bytes <= 3 * whole.expert_bytes
+
+
+@pytest.mark.parametrize(("mode", "is_deterministic"), [("ours", False), ("ours_deterministic", True)])
+def test_fixed_sums_are_asked_for_by_their_mode(mode: Mode, is_deterministic: bool) -> None:
+    assert decode_limits(replace(job(EngineCase(phase="decode", batch=3, tokens=9)), mode=mode), 100).is_deterministic is is_deterministic
 
 
 def test_what_does_not_fit_is_said(engine: Engine) -> None:
