@@ -137,6 +137,9 @@ class Metrics:
         )
         self.replica_requests = Gauge("duomo_replica_requests", "Requests: running, queued", (*_REPLICA, "state"), registry=registry)
         self.replica_queued_tokens = Gauge("duomo_replica_queued_tokens", "Prompt tokens waiting", _REPLICA, registry=registry)
+        self.replica_prefixes = Gauge(
+            "duomo_replica_prefixes", "Prefixes of prompts that the replica tells routers of; bounded", _REPLICA, registry=registry
+        )
         self.replica_steps = Gauge("duomo_replica_steps", "Engine steps since the replica's start", _REPLICA, registry=registry)
         self.replica_progress_age = Gauge(
             "duomo_replica_progress_age_seconds", "Time since the last step's end while there is work", _REPLICA, registry=registry
@@ -174,6 +177,7 @@ class Metrics:
         self.replica_requests.labels(*who, "running").set(report.num_running)
         self.replica_requests.labels(*who, "queued").set(report.num_queued)
         self.replica_queued_tokens.labels(*who).set(report.num_queued_tokens)
+        self.replica_prefixes.labels(*who).set(len(report.prefix_digests))
         self.replica_steps.labels(*who).set(report.num_steps)
         self.replica_progress_age.labels(*who).set(report.progress_age_s)
         self.replica_draining.labels(*who).set(report.is_draining)
@@ -211,6 +215,7 @@ class Metrics:
             self.replica_slots,
             self.replica_requests,
             self.replica_queued_tokens,
+            self.replica_prefixes,
             self.replica_steps,
             self.replica_progress_age,
             self.replica_draining,

@@ -128,7 +128,9 @@ def pool_report(gateway: Gateway) -> dict[str, object]:
             "gateway_legs": len(link.legs),
             "gateway_queued_tokens": link.queued_tokens,
             "gateway_reserved_blocks": link.reserved_blocks,
-            "report": None if link.report is None else msgspec.structs.replace(link.report, experts=None),  # those: /admin/experts
+            "num_prefixes": len(link.report.prefix_digests) if link.report is not None else 0,
+            # Experts: /admin/experts. Prefixes: their number alone, since JSON's readers round integers of 64 bits.
+            "report": None if link.report is None else msgspec.structs.replace(link.report, experts=None, prefix_digests=()),
         }
         for link in gateway.pools.links.values()
     ]

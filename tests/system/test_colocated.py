@@ -31,7 +31,7 @@ def _stream(url: str, prompt: list[int], max_tokens: int, **more: Any) -> Any:
 
 def test_one_engine_serves_like_two_pools(replica_system: Callable[..., ReplicaSystem]) -> None:
     """A pool of 40 blocks for 24 requests of 5 to 9 blocks, cancels among them: tokens, choices, cached prefixes, and nothing is left."""
-    small = {"decode.num_blocks": 40, "decode.watermark_blocks": 4, "decode.admit_ahead_tokens": 16, "prefill.prefix_cache_blocks": 16}
+    small = {"decode.num_blocks": 40, "decode.watermark_blocks": 4, "decode.admit_ahead_tokens": 16, "decode.prefix_cache_blocks": 16}
     system = replica_system(layout="colocated", **small)
 
     async def run() -> tuple[list[StreamResult], list[StreamResult]]:

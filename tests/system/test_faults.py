@@ -28,7 +28,12 @@ def _landed(system: Any) -> int:
 
 def _busy_prefill(system: Any) -> str:
     """Which prefill replica holds the request's KV."""
-    return next(report["replica_id"] for report in system.reports("prefill") if report["num_free_blocks"] < report["num_blocks"])
+    return next(report["replica_id"] for report in system.reports("prefill") if _holds_blocks(report))
+
+
+def _holds_blocks(report: dict[str, Any]) -> bool:
+    """Cached ones are held by nobody."""
+    return bool(report["num_free_blocks"] + report["num_cached_blocks"] < report["num_blocks"])
 
 
 async def _until(fact: Callable[[], bool], timeout_s: float = 20.0) -> None:
@@ -149,7 +154,7 @@ def test_prefill_killed_under_ray_is_replaced(one_system: Any) -> None:
 
     async def run() -> StreamResult:
         request = asyncio.create_task(post(one_system.url, "/v1/completions", completion_body(PROMPT * 30, 24), timeout_s=90))
-        await _until(lambda: any(report["num_free_blocks"] < report["num_blocks"] for report in one_system.reports("prefill")))
+        await _until(lambda: any(map(_holds_blocks, one_system.reports("prefill"))))
         os.kill(pid, signal.SIGKILL)
         return await request
 

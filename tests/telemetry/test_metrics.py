@@ -32,6 +32,7 @@ REPORT = ReplicaReport(
     num_open_spans=2,
     num_steps=100_000,
     block_tokens=16,
+    prefix_digests=(2**63, 7, 1),
     counters={"preemptions": 2},
     progress_age_s=0.5,
 )
@@ -70,6 +71,7 @@ def test_a_report_becomes_gauges_that_vanish_with_the_replica() -> None:
     assert seen["duomo_replica_requests", "decode", "decode-1", "running"] == 3
     assert seen["duomo_replica_counter", "decode", "decode-1", "preemptions"] == 2
     assert seen["duomo_replica_draining", "decode", "decode-1"] == 1
+    assert seen["duomo_replica_prefixes", "decode", "decode-1"] == 3
     assert seen["duomo_replica_progress_age_seconds", "decode", "decode-1"] == 0.5
     metrics.forget_replica("decode-1")
     metrics.forget_replica("decode-1")

@@ -207,6 +207,7 @@ class StubReplica:
             num_open_spans=0,
             num_steps=0,
             block_tokens=BLOCK_TOKENS,
+            prefix_digests=(2**64 - 1, 5) if self.role == "prefill" else (),
             experts=packed(self.expert_tokens_LE),
         )
 

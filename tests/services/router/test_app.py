@@ -128,6 +128,8 @@ def test_the_pools_desired_size_is_shown(tmp_path: Path) -> None:
             await system.until(lambda: all(link.report is not None for link in system.gateway.pools.links.values()))
             report = (await system.client.get("/admin/pools")).json()
             assert report["desired_replicas"] == {"prefill": 1, "decode": 1}
+            told = {(one["role"], one["num_prefixes"], *one["report"]["prefix_digests"]) for one in report["replicas"]}
+            assert told == {("prefill", 2), ("decode", 0)}, "their number alone"
             page = (await system.client.get("/metrics")).text
             assert 'duomo_desired_replicas{pool="prefill"} 1.0' in page and 'duomo_desired_replicas{pool="decode"} 1.0' in page
 
