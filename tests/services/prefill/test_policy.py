@@ -44,26 +44,10 @@ def wave(num_tokens: int, next_group: int = 1, wave_id: int = 0, num_passes: int
     return WaveView(wave_id=wave_id, num_tokens=num_tokens, next_group=next_group, num_groups=4, num_passes=num_passes, target_s=target_s)
 
 
-def decide(
-    *prompts: PromptView,
-    waves: tuple[WaveView, ...] = (),
-    free: int = 64,
-    is_running: bool = False,
-    is_decoding: bool = False,
-    now_s: float = 1.0,
-    limits: Limits = LIMITS,
-    costs: CostCurve = CostCurve(),  # noqa: B008  # frozen
-) -> Plan:
-    snapshot = Snapshot(
-        prompts=prompts,
-        waves=waves,
-        num_free_blocks=free,
-        is_running=is_running,
-        limits=limits,
-        costs=costs,
-        is_decoding=is_decoding,
-    )
-    return plan(snapshot, now_s)
+def decide(*prompts: PromptView, now_s: float = 1.0, **facts: object) -> Plan:
+    """facts: of the snapshot; without them an idle replica that has measured nothing."""
+    idle = Snapshot(prompts=prompts, waves=(), num_free_blocks=64, is_running=False, limits=LIMITS, costs=CostCurve())
+    return plan(replace(idle, **facts), now_s)  # type: ignore[arg-type]  # the keyword values are checked by the dataclass' users below
 
 
 def started(decision: Plan) -> tuple[str, ...]:
@@ -90,7 +74,7 @@ def test_nothing_is_announced_to_a_peer_that_cannot_be_reached_yet() -> None:
 def test_a_wave_takes_as_many_prompts_as_fit_and_bypasses_nobody() -> None:
     assert started(decide(granted("a", 100), granted("b", 150), granted("c", 100), granted("d", 1))) == ("a", "b")
     assert started(decide(*(granted(name, 1) for name in "abcde"))) == tuple("abcd")
-    assert decide(granted("a", 160), granted("b", 16), free=9).run is None, "the head waits for blocks and nobody passes it"
+    assert decide(granted("a", 160), granted("b", 16), num_free_blocks=9).run is None, "the head waits for blocks and nobody passes it"
 
 
 def test_a_prompt_beyond_the_wave_limit_goes_alone() -> None:
