@@ -70,6 +70,9 @@ class PoolSection(Section):
     listen: Literal["unix", "tcp"] = "unix"
     host: str = "127.0.0.1"
     hang_timeout_s: float = Field(default=30.0, gt=0, description="a step without progress for this long kills the replica")
+    gpu_share: float | None = Field(
+        default=None, gt=0, le=1, description="of its card; less than 1: one replica of the other pool has the rest"
+    )
 
 
 class PrefillSection(PoolSection):
@@ -188,7 +191,9 @@ class DuomoConfig(Section):
     model: ModelSection
     layout: Literal["auto", "split", "colocated"] = "auto"
     deterministic: bool = False
-    gpu_memory_fraction: float = Field(default=0.9, gt=0, lt=1, description="of the whole card; what it leaves alone is a reserve")
+    gpu_memory_fraction: float = Field(
+        default=0.9, gt=0, lt=1, description="of the card, or of a pool's share of it; the rest is a reserve"
+    )
     gateway: GatewaySection = GatewaySection()
     prefill: PrefillSection = PrefillSection()
     decode: DecodeSection = DecodeSection()
@@ -224,10 +229,23 @@ class DuomoConfig(Section):
             raise ValueError(f"model.quantize is {model.quantize}, but model.device is cpu: weights are quantised on a GPU alone")
         if model.device == "cpu" and model.random_weights:
             raise ValueError("model.random_weights is set, but model.device is cpu: weights are drawn on a GPU alone")
-        if model.device == "cuda" and self.layout == "split":
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        named = {"prefill": self.prefill.gpu_share, "decode": self.decode.gpu_share}
+        parts = {pool: share for pool, share in named.items() if share is not None and share < 1}
+        if not parts:
+            return
+        said = " and ".join(f"{pool}.gpu_share is {share:g}" for pool, share in parts.items())
+        if self.layout == "colocated":
+            raise ValueError(f"{said}, but layout is colocated: one process has the card; gpu_memory_fraction limits what it takes")
+        if (self.prefill.replicas, self.decode.replicas) != (1, 1):
             raise ValueError(
-                "layout is split, but model.device is cuda: on a GPU one process is prefill and decode; layout must be colocated"
+                f"{said}, which is one replica of each pool on one card, but prefill.replicas is {self.prefill.replicas} and "
+                f"decode.replicas {self.decode.replicas}: with a card for each leave gpu_share out"
             )
+        if sum(share for share in named.values() if share is not None) > 1:
+            raise ValueError(f"prefill.gpu_share ({named['prefill']:g}) and decode.gpu_share ({named['decode']:g}) are more than one card")
 
     def _check_colocated(self) -> None:
         if (self.prefill.replicas, self.decode.replicas) != (1, 1):

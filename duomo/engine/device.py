@@ -60,11 +60,12 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pick:
-    """The device, the card on a GPU where it was looked at, and why: one line."""
+    """The device, the card on a GPU where it was looked at, how many like it there are, and why: one line."""
 
     device: Device
     why: str
     card: Card | None = None
+    num_cards: int | None = None
 
 
 def resolve_device(wanted: Wanted) -> Device:
@@ -82,7 +83,7 @@ def pick_device(wanted: Wanted, look: Callable[[], Host] | None = None) -> Pick:
     if not host.problem:
         card = host.cards[0]
         others = f"; the first of {len(host.cards)}" if len(host.cards) > 1 else ""
-        return Pick(device="cuda", why=f"device cuda: {card.line()}{others}", card=card)
+        return Pick(device="cuda", why=f"device cuda: {card.line()}{others}", card=card, num_cards=len(host.cards))
     if wanted == "cuda":
         raise ConfigError(f"model.device (--device) is cuda, but {host.problem}")
     return Pick(device="cpu", why=f"device cpu: {host.problem}")

@@ -37,7 +37,7 @@ class EngineStart:
     """What an engine starts with. load: fills the weights on the device. limits.part: what it is for.
 
     memory: of the device, None where it is asked itself. is_shared: others take and give back memory of the same card meanwhile, so only
-    what this process' allocator holds is measured; `memory` is its share of the card (memory_plan.share_of) then.
+    what this process' allocator holds is measured; `memory` is its share of the card (card_shares.share_of) then.
     """
 
     config: ModelConfig

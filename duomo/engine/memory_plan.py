@@ -33,7 +33,6 @@ MAX_WAVE_GRAPH_BYTES = 2 * 10**9  # design 3.3
 LONG_CHUNK_TOKENS = 8192  # duomo.config.PrefillSection's default
 OVERTAKING_WAVES = 2
 SMALL_WAVE_TOKENS = 2048  # what a refusal proposes
-CONTEXT_BYTES = 700_000_000  # assumed, of a process on a card that others use too: CUDA's context and the kernels loaded into it
 MIN_BLOCKS_PER_ROW = 2  # fewer, and a full batch could not hold its prompts' first tokens and grow
 
 
@@ -136,12 +135,6 @@ def plan_memory(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, 
     if plan.num_blocks < needed:
         raise ConfigError(_refusal(config, device, limits, plan), code="does_not_fit")
     return plan
-
-
-def share_of(device: DeviceBytes, share: float) -> DeviceBytes:
-    """What one of several processes on a card plans with: a part of the whole, whatever the others hold already, less its own context."""
-    total = int(device.total * share)
-    return DeviceBytes(total=total, free=max(0, total - CONTEXT_BYTES))
 
 
 def block_bytes(config: ModelConfig, limits: MemoryLimits) -> int:

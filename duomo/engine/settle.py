@@ -9,31 +9,48 @@ only the cards that were set apart for it, the gateway none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from duomo.config import DuomoConfig, changed
+from duomo.engine.card_shares import POOLS, gpu_share, refuse_crowded, share_of, shares
 from duomo.engine.device import Card, Host, Pick, pick_device
-from duomo.engine.memory_plan import GPU_BLOCK_TOKENS, DeviceBytes, MemoryLimits, MemoryPlan, plan_memory
+from duomo.engine.memory_plan import GPU_BLOCK_TOKENS, DeviceBytes, EnginePart, MemoryLimits, MemoryPlan, plan_memory
 from duomo.engine.wave_buckets import MAX_WAVE_PROMPTS
 from duomo.errors import ConfigError, ModelError
 from duomo.models.config import ModelConfig, refuse_on_cpu, served_config
 
+GPU_SLOT_BYTES = 8 * 1024 * 1024  # a token of OLMoE has 128 KiB of KV: each message costs the interpreter much, however large it is
 GPU_START_TIMEOUT_S = 900.0  # tens of gigabytes are read and kernels compiled; a CPU's default is for a small model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settled:
-    """why: one line on device and layout. card, plan (by estimates): where a card was looked at; None on a CPU."""
+    """why: one line on device and layout. card, plan (by estimates): where a card was looked at; None on a CPU.
+
+    prefill_plan: where prefill has an engine of its own; `plan` is decode's then.
+    """
 
     config: DuomoConfig
     model: ModelConfig
     why: str
     card: Card | None = None
     plan: MemoryPlan | None = None
+    prefill_plan: MemoryPlan | None = None
+
+    def memory_lines(self) -> list[str]:
+        """The plan, or both, for people."""
+        if self.plan is None:
+            return []
+        if self.prefill_plan is None:
+            return self.plan.lines()
+        return [f"{pool:<8}{line}" for pool, plan in (("prefill", self.prefill_plan), ("decode", self.plan)) for line in plan.lines()]
 
 
-def settle(config: DuomoConfig, look: Callable[[], Host] | None = None) -> Settled:
-    """Raises ConfigError or ModelError naming what this host cannot do, with figures where memory is short."""
+def settle(config: DuomoConfig, look: Callable[[], Host] | None = None, *, is_alone: bool = False) -> Settled:
+    """is_alone: for one replica that this process will be, with the card that it sees unless gpu_share says otherwise.
+
+    Raises ConfigError or ModelError naming what this host cannot do, with figures where memory is short.
+    """
     model = served_config(config.model)
     pick = _pick(config, look)
     config = changed_for(config, pick)
@@ -42,9 +59,30 @@ def settle(config: DuomoConfig, look: Callable[[], Host] | None = None) -> Settl
         refuse_on_cpu(model)
         return Settled(config=config, model=model, why=why)
     _refuse_on_gpu(config, model)
+    if config.layout == "split":
+        return _settled_split(Settled(config=config, model=model, why=why, card=pick.card), None if is_alone else pick.num_cards)
     limits = memory_limits(config, model)
     plan = None if pick.card is None else plan_memory(model, device_bytes(pick.card), limits)
     return Settled(config=config, model=model, why=why, card=pick.card, plan=plan)
+
+
+def _settled_split(settled: Settled, num_cards: int | None) -> Settled:
+    """Two engines, on a card each or on parts of one; each has its plan."""
+    config = changed(settled.config, shares(settled.config, num_cards), settled.why)
+    parts = {pool: gpu_share(config, pool) or 1.0 for pool in POOLS}
+    way = "a card for each replica" if parts["decode"] == 1.0 else "; ".join(f"{pool}.gpu_share {parts[pool]:g}" for pool in POOLS)
+    settled = replace(settled, config=config, why=f"{settled.why}: {way}")
+    if settled.card is None:
+        return settled
+    device = device_bytes(settled.card)
+    refuse_crowded(config, device)
+    plans = {}
+    for pool in POOLS:
+        try:
+            plans[pool] = plan_memory(settled.model, share_of(device, parts[pool]), memory_limits(config, settled.model, pool))
+        except ConfigError as error:
+            raise ConfigError(f"{pool} with gpu_share {parts[pool]:g}: {error.detail}", code=error.code) from error
+    return replace(settled, plan=plans["decode"], prefill_plan=plans["prefill"])
 
 
 def changed_for(config: DuomoConfig, pick: Pick) -> DuomoConfig:
@@ -55,12 +93,14 @@ def changed_for(config: DuomoConfig, pick: Pick) -> DuomoConfig:
         changes["layout"] = "colocated" if is_gpu else "split"
     if is_gpu and "block_tokens" not in config.model.model_fields_set:
         changes["model.block_tokens"] = GPU_BLOCK_TOKENS
+    if is_gpu and "slot_bytes" not in config.kv_transfer.model_fields_set:
+        changes["kv_transfer.slot_bytes"] = GPU_SLOT_BYTES
     if is_gpu and "start_timeout_s" not in config.ray.model_fields_set:
         changes["ray.start_timeout_s"] = GPU_START_TIMEOUT_S
     return changed(config, changes, pick.why)
 
 
-def memory_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
+def memory_limits(config: DuomoConfig, model: ModelConfig, part: EnginePart = "both") -> MemoryLimits:
     """What the memory plan must hold, by the configuration. A prompt longer than a wave goes alone, in chunks where it is longer yet."""
     longest = min(config.model.max_model_tokens or model.max_position_tokens, model.max_position_tokens)
     return MemoryLimits(
@@ -71,6 +111,7 @@ def memory_limits(config: DuomoConfig, model: ModelConfig) -> MemoryLimits:
         block_tokens=config.model.block_tokens,
         gpu_memory_fraction=config.gpu_memory_fraction,
         quantise=config.model.quantize or None,
+        part=part,
     )
 
 
@@ -108,6 +149,4 @@ def _pick(config: DuomoConfig, look: Callable[[], Host] | None) -> Pick:
         if wanted == "cuda":
             return Pick(device="cuda", why="device cuda: model.device says so, of the Ray cluster's machines")
         return Pick(device="cpu", why="device cpu: the Ray cluster's machines are not looked at; --device cuda asks for their cards")
-    if wanted == "auto" and config.layout == "split":
-        return Pick(device="cpu", why="device cpu: layout split says so, which a GPU does not run")
     return pick_device(wanted, look)

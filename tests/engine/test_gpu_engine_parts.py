@@ -11,9 +11,10 @@ import torch
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
 from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.card_shares import CONTEXT_BYTES, share_of
 from duomo.engine.decode_step import DecodeRow, DecodeStep
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
-from duomo.engine.memory_plan import CONTEXT_BYTES, DeviceBytes, EnginePart, MemoryLimits, plan_memory, share_of
+from duomo.engine.memory_plan import DeviceBytes, EnginePart, MemoryLimits, plan_memory
 from duomo.engine.startup import Startup
 from duomo.errors import ConfigError
 from duomo.models.gpu_random import random_gpu_weights

@@ -123,11 +123,36 @@ def test_a_cpu_refuses_other_families_before_anything_starts(tmp_path: Path) -> 
         settle(config(tmp_path), no_gpu)
 
 
-def test_split_is_a_cpus_also_beside_a_gpu() -> None:
-    settled = settle(config(layout="split"), gpu)
-    assert settled.config.model.device == "cpu" and "layout split" in settled.why
-    with pytest.raises(ConfigError, match="layout must be colocated"):
-        config(layout="split", **{"model.device": "cuda"})
+def test_split_on_one_card_is_two_plans_and_on_two_a_card_each() -> None:
+    asked = config(OLMOE, layout="split", **{"model.random_weights": True})
+    one = settle(asked, gpu)
+    assert one.config.model.device == "cuda" and "layout split: prefill.gpu_share 0.4; decode.gpu_share 0.6" in one.why
+    assert one.config.kv_transfer.slot_bytes == 8 * 1024 * 1024
+    assert one.plan is not None and one.prefill_plan is not None
+    assert one.plan.total + one.prefill_plan.total == pytest.approx(H100["total"], abs=2)
+    assert one.prefill_plan.num_blocks < one.plan.num_blocks and one.prefill_plan.weights == one.plan.weights
+    lines = one.memory_lines()
+    assert len(lines) == len(one.plan.lines()) + len(one.prefill_plan.lines())
+    assert lines[0].startswith("prefill device") and lines[-1].startswith("decode  reserve")
+    again = settle(one.config, gpu)
+    assert again.config == one.config
+
+    two = settle(asked, lambda: look_at_host(ScriptedDriver([H100, H100]).open, lambda cuda: ""))
+    assert "a card for each replica" in two.why and two.config.decode.gpu_share == two.config.prefill.gpu_share == 1.0
+    assert two.plan is not None and two.plan.num_blocks > one.plan.num_blocks and two.plan.total == H100["total"]
+    alone = settle(asked, gpu, is_alone=True)
+    assert alone.config.prefill.gpu_share == 1.0 and alone.prefill_plan is not None
+
+
+def test_split_is_refused_with_figures_where_both_do_not_fit_one_card() -> None:
+    with pytest.raises(ConfigError, match="prefill with gpu_share 0.4: .*GB too much.*weights") as caught:
+        settle(config(QWEN, layout="split", **{"model.random_weights": True}), gpu)
+    assert caught.value.code == "does_not_fit"
+    with pytest.raises(ConfigError, match=r"prefill.replicas \(3\).*need a card each, 4 in all; this host shows 1"):
+        settle(config(OLMOE, layout="split", **{"model.random_weights": True, "prefill.replicas": 3}), gpu)
+
+
+def test_what_colocated_refuses() -> None:
     with pytest.raises(ConfigError, match=r"decode.replicas \(2\) must be 1.*H100"):
         settle(config(**{"decode.replicas": 2}), gpu)
 

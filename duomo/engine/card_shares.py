@@ -1,0 +1,76 @@
+"""PURE: decides how the cards of a host are divided between the replicas of two pools: a card each, or parts of one. Knows no device.
+
+Each pool has its own engine and its own copy of the weights. Two replicas on one card are a layout for tests: each plans with its share as
+if that were the card.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from duomo.config import DuomoConfig
+from duomo.engine.memory_plan import DeviceBytes
+from duomo.errors import ConfigError
+
+Pool = Literal["prefill", "decode"]
+POOLS: tuple[Pool, Pool] = ("prefill", "decode")
+CONTEXT_BYTES = 700_000_000  # assumed, of a process on a card that others use too: CUDA's context and the kernels loaded into it
+PREFILL_SHARE = 0.4  # of a card that both use: both hold the weights, decode holds the KV of what runs
+
+
+def shares(config: DuomoConfig, num_cards: int | None) -> dict[str, object]:
+    """prefill.gpu_share and decode.gpu_share as options for config.changed. num_cards: of this host; None: nobody has counted them.
+
+    Raises ConfigError where there are too few cards.
+    """
+    named = {pool: gpu_share(config, pool) for pool in POOLS}
+    prefill, decode = named["prefill"], named["decode"]
+    replicas = config.prefill.replicas + config.decode.replicas
+    if prefill is None and decode is None:
+        if num_cards is None or num_cards >= replicas:
+            prefill = 1.0
+        elif replicas == len(POOLS):
+            prefill = PREFILL_SHARE
+        else:
+            raise ConfigError(
+                f"prefill.replicas ({config.prefill.replicas}) and decode.replicas ({config.decode.replicas}) need a card each, "
+                f"{replicas} in all; this host shows {num_cards}. One of each pool can share a card"
+            )
+    if prefill is None:
+        assert decode is not None
+        prefill = 1.0 if decode == 1.0 else round(1.0 - decode, 6)
+    if decode is None:
+        decode = 1.0 if prefill == 1.0 else round(1.0 - prefill, 6)
+    if num_cards is not None and prefill == decode == 1.0 and num_cards < replicas:
+        raise ConfigError(
+            f"prefill.gpu_share and decode.gpu_share are 1, a card each: {replicas} cards are needed, this host shows {num_cards}"
+        )
+    return {"prefill.gpu_share": prefill, "decode.gpu_share": decode}
+
+
+def gpu_share(config: DuomoConfig, pool: Pool) -> float | None:
+    """As configured."""
+    return (config.prefill if pool == "prefill" else config.decode).gpu_share
+
+
+def share_of(device: DeviceBytes, share: float) -> DeviceBytes:
+    """What a process plans with: the card, or its part of one that others use too, whatever they hold of it already."""
+    if share == 1.0:
+        return device
+    total = int(device.total * share)
+    return DeviceBytes(total=total, free=max(0, total - CONTEXT_BYTES))
+
+
+def refuse_crowded(config: DuomoConfig, device: DeviceBytes) -> None:
+    """Raises ConfigError where what both shares use of one card is not free now, before either has started."""
+    parts = [gpu_share(config, pool) or 1.0 for pool in POOLS]
+    if parts == [1.0, 1.0]:
+        return
+    needed = int(sum(parts) * device.total * config.gpu_memory_fraction)
+    if needed > device.free:
+        raise ConfigError(
+            f"prefill.gpu_share {parts[0]:g} and decode.gpu_share {parts[1]:g} are {needed / 1e9:.1f} GB of a card of "
+            f"{device.total / 1e9:.1f} GB at gpu_memory_fraction {config.gpu_memory_fraction:g}, "
+            f"but {device.free / 1e9:.1f} GB of it are free",
+            code="does_not_fit",
+        )
