@@ -6,8 +6,10 @@ Few outputs give few programs when each sums all of K, and few programs cannot k
 for block_n outputs, so that there are programs for every multiprocessor and more. Each leaves its sum in float32; the one that draws the
 last ticket of a tile adds them in the order of the slices: arrival decides only who adds, so the bits are the same in every run.
 
-Weights are constants: before it waits for the kernel before it, a program asks for all of its own. Either into L2 by bulk prefetches, which
-take no register, or into registers.
+Weights are constants, so a program may ask for all of its own before it waits for the kernel before it: into L2, by bulk prefetches, which
+take no register. That pays where few programs each have many rows; else their requests only stand in each other's way. Lines touched one
+by one, and weights taken into registers, were measured too and won nowhere by more than half a microsecond
+(bench/results/linear_ways_h100.json).
 
 Legend: T rows of x, N weight rows (outputs), K summed; M rows of a tile, S slices of K.
 """
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import triton
@@ -31,16 +32,14 @@ from duomo_kernels._weights import SCALE_BLOCK
 
 TICKET_BYTES = 4
 SLAB_BYTES = 8 << 20  # tickets of a process: 20,000 captured launches of 100 tiles
-LINE_BYTES = tl.constexpr(128)
-
-Ahead = Literal["nothing", "cache", "lines", "registers"]
+LEAST_PIECE = 256  # bytes of a prefetch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitTile:
     """A program's tile: block_m rows of x times block_n weight rows, of which it sums slice_k columns, a multiple of 128.
 
-    ahead: where its weights go before the wait. In registers they take no stages, and x lies there too, so block_m is at most 32.
+    prefetches: its weights are brought into L2 before the wait.
     """
 
     block_m: int
@@ -50,7 +49,7 @@ class SplitTile:
     num_stages: int = 4
     is_swapped: bool = True
     use_tma: bool = False
-    ahead: Ahead = "cache"
+    prefetches: bool = False
 
     def __post_init__(self) -> None:
         assert self.block_n <= SCALE_BLOCK, f"{self}: a tile's weights lie in one row of scale blocks"
@@ -63,11 +62,8 @@ def _bring_to_cache(w, column, k0, num_n, num_k, BN: tl.constexpr, SLICE: tl.con
     at_N = tl.minimum(column + tl.arange(0, BN), num_n - 1).to(tl.int64)
     piece_P = k0 + tl.arange(0, SLICE // PIECE) * PIECE
     at_NP = (w + at_N[:, None] * num_k + piece_P[None, :]).to(tl.int64)
-    if PIECE == LINE_BYTES:
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at_NP], dtype=tl.int32, is_pure=False, pack=1)
-    else:
-        bulk: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(bulk, "=r,l,r", [at_NP, tl.full(at_NP.shape, PIECE, tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
+    bulk: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(bulk, "=r,l,r", [at_NP, tl.full(at_NP.shape, PIECE, tl.int32)], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -119,19 +115,13 @@ def _store(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED: tl.constexpr):
 def _split_kernel(
     x, w, w_desc, scale, parts, tickets, out, num_rows, num_n, num_k, num_tiles,
     BM: tl.constexpr, BN: tl.constexpr, SLICE: tl.constexpr, NUM_SLICES: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, AHEAD: tl.constexpr, PIECE: tl.constexpr, USE_PDL: tl.constexpr,
+    EVEN: tl.constexpr, IS_SWAPPED: tl.constexpr, PIECE: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     tile, slice_ = pid // NUM_SLICES, pid % NUM_SLICES
     row_M, column, first_k = tile % num_tiles * BM + tl.arange(0, BM), tile // num_tiles * BN, slice_ * SLICE
     scale += column // STEP * tl.cdiv(num_k, STEP)
-    kept_w, kept_scale, kept_x = (), (), ()
-    if AHEAD == "registers":
-        for step in tl.static_range(SLICE // STEP):
-            at = first_k + step * STEP
-            kept_w = kept_w + (_weights(w, w_desc, column, at, num_n, num_k, BN, STEP, EVEN),)  # type: ignore[assignment]  # a growing tuple
-            kept_scale = kept_scale + (_scale(scale, at, num_k, STEP, EVEN),)  # type: ignore[assignment]  # a growing tuple
-    elif AHEAD != "nothing":
+    if PIECE > 0:
         _bring_to_cache(w, column, first_k, num_n, num_k, BN, SLICE, PIECE)
     wait_for_previous(USE_PDL)
     start_next(USE_PDL)
@@ -141,17 +131,11 @@ def _split_kernel(
         sum_ = tl.zeros((BN, BM), tl.float32)
     else:
         sum_ = tl.zeros((BM, BN), tl.float32)
-    if AHEAD == "registers":
-        for step in tl.static_range(SLICE // STEP):
-            kept_x = kept_x + (_rows(x_M, is_row_M, first_k + step * STEP, num_k, STEP, EVEN),)  # type: ignore[assignment]  # a growing tuple
-        for step in tl.static_range(SLICE // STEP):
-            sum_ = _add_block(sum_, kept_x[step], kept_w[step], kept_scale[step], IS_SWAPPED)
-    else:
-        for step in tl.range(0, SLICE // STEP, num_stages=STAGES):
-            at = first_k + step * STEP
-            x_MK = _rows(x_M, is_row_M, at, num_k, STEP, EVEN)
-            w_NK = _weights(w, w_desc, column, at, num_n, num_k, BN, STEP, EVEN)
-            sum_ = _add_block(sum_, x_MK, w_NK, _scale(scale, at, num_k, STEP, EVEN), IS_SWAPPED)
+    for step in tl.range(0, SLICE // STEP, num_stages=STAGES):
+        at = first_k + step * STEP
+        x_MK = _rows(x_M, is_row_M, at, num_k, STEP, EVEN)
+        w_NK = _weights(w, w_desc, column, at, num_n, num_k, BN, STEP, EVEN)
+        sum_ = _add_block(sum_, x_MK, w_NK, _scale(scale, at, num_k, STEP, EVEN), IS_SWAPPED)
     col_N = column + tl.arange(0, BN)
     if NUM_SLICES == 1:
         _store(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED)
@@ -176,11 +160,11 @@ def linear_split(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None, out_T
     num_sums = num_tiles * triton.cdiv(num_n, tile.block_n)
     is_even = num_k % tile.slice_k == 0
     options = pdl_options(device)
-    ahead, piece = tile.ahead, LINE_BYTES.value
-    if ahead in ("cache", "lines") and not (is_even and options["USE_PDL"]):
-        ahead = "nothing"  # prefetches are whole, aligned pieces, and without dependent launch there is nothing to be early for
-    if ahead == "cache":
-        piece = min(tile.slice_k, max(2 * piece, tile.block_n * tile.slice_k // (32 * tile.num_warps)))  # one for each thread
+    piece = 0
+    if (
+        tile.prefetches and is_even and options["USE_PDL"]
+    ):  # whole, aligned pieces; without dependent launch there is nothing to be early for
+        piece = min(tile.slice_k, max(LEAST_PIECE, tile.block_n * tile.slice_k // (32 * tile.num_warps)))  # one for each thread
     parts = drawn = out_TN
     if num_slices > 1:
         parts = torch.empty(num_sums * num_slices * tile.block_m * tile.block_n, dtype=torch.float32, device=device)
@@ -188,7 +172,7 @@ def linear_split(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None, out_T
     _split_kernel[(num_sums * num_slices,)](
         x_TK, weight_NK, _descriptor(weight_NK, tile), scale_nk, parts, drawn, out_TN, num_rows, num_n, num_k, num_tiles,
         BM=tile.block_m, BN=tile.block_n, SLICE=tile.slice_k, NUM_SLICES=num_slices, STEP=SCALE_BLOCK, STAGES=tile.num_stages,
-        EVEN=is_even, IS_SWAPPED=tile.is_swapped, AHEAD=ahead, PIECE=piece, num_warps=tile.num_warps, **options,
+        EVEN=is_even, IS_SWAPPED=tile.is_swapped, PIECE=piece, num_warps=tile.num_warps, **options,
     )  # fmt: skip
 
 

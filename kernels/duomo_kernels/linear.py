@@ -6,7 +6,7 @@ Summed in float32, rounded once to the output's dtype: x's, or float32 (router a
 
     a handful of rows    the time is that of reading the weights. They are constants, so every program asks for its own, into registers,
                          before it waits for the kernel before (_linear_direct.py)
-    few rows             tiles on the tensor cores (_linear_tiles.py)
+    few rows             tiles on the tensor cores (_linear_tiles.py); of fp8 weights, their sums cut across programs (_linear_split.py)
     many rows            torch.mm: its library is at the limit there. fp8 weights are first widened into a scratch, once a call
     is_deterministic     tiles that all sum in the same steps: a row has the same bits alone and among any others
 
@@ -32,6 +32,8 @@ from duomo_kernels._weights import SCALE_BLOCK
 
 LinearPlan: TypeAlias = DirectTile | LinearTile | SplitTile | Literal["library"]
 
+SLICE_K = 512  # columns that a program sums where sums are cut
+MAX_SLICES = 16  # of a sum: one program adds them all
 MAX_STREAMED_ROWS = 64  # beyond, the library's tiles are as fast
 MAX_ROUTED_ROWS = 128  # beyond, a router's x is worth the tensor cores
 NARROW = 256  # outputs of a router at most
@@ -61,6 +63,8 @@ def linear_plan(num_rows: int, weight_NK: Tensor, *, is_deterministic: bool = Fa
     if num_rows <= 2 and num_k <= MAX_DIRECT_COLUMNS:
         return DirectTile(block_n=_few_rows(4 if is_fp8 else 2))
     is_slim = num_n <= 32 * sms  # tiles of 32 columns would be fewer than multiprocessors
+    if is_fp8 and num_k % SLICE_K == 0 and num_k <= MAX_SLICES * SLICE_K:
+        return split_plan(num_rows, is_slim=is_slim)
     return streaming_plan(num_rows, num_k, is_slim=is_slim, is_fp8=is_fp8)
 
 
@@ -94,6 +98,16 @@ def streaming_plan(num_rows: int, num_k: int, *, is_slim: bool, is_fp8: bool) ->
     if is_slim:
         return "library"
     return LinearTile(block_m=64, block_n=64, block_k=256 if is_fp8 else 128, num_stages=3, is_swapped=is_fp8, use_tma=not is_fp8)
+
+
+def split_plan(num_rows: int, *, is_slim: bool) -> SplitTile:
+    """Of fp8 weights. Slices of 512 columns were fastest at every size (bench/results/linear_ways_h100.json), with stages for all four of
+    their blocks but where 64 rows leave no room; there slim weights are asked for ahead of the wait, with a stage more."""
+    if num_rows <= 16:
+        return SplitTile(block_m=16, block_n=64, slice_k=SLICE_K, num_stages=5, use_tma=True)
+    if num_rows <= 32:
+        return SplitTile(block_m=32, block_n=64, slice_k=SLICE_K, num_stages=4, use_tma=True)
+    return SplitTile(block_m=64, block_n=64, slice_k=SLICE_K, num_stages=4 if is_slim else 3, use_tma=True, prefetches=is_slim)
 
 
 def linear(

@@ -87,9 +87,9 @@ CASES = [
     Case(rows=1, outputs=65, inputs=1024, plan=SPLIT, is_fp8=True),
     Case(rows=17, outputs=129, inputs=264, plan=replace(SPLIT, slice_k=128), is_fp8=True),  # a slice of eight columns
     Case(rows=3, outputs=257, inputs=768, plan=replace(SPLIT, is_swapped=False, use_tma=True, block_n=128), is_fp8=True),
-    Case(rows=40, outputs=33, inputs=400, plan=replace(SPLIT, use_tma=True, ahead="nothing"), is_fp8=True),
-    Case(rows=5, outputs=70, inputs=512, plan=replace(SPLIT, ahead="registers", block_n=64), is_fp8=True),
-    Case(rows=9, outputs=40, inputs=136, plan=replace(SPLIT, ahead="registers", slice_k=512), is_fp8=True),  # one slice: nothing to add
+    Case(rows=40, outputs=33, inputs=400, plan=replace(SPLIT, use_tma=True), is_fp8=True),
+    Case(rows=5, outputs=70, inputs=512, plan=replace(SPLIT, prefetches=True, block_n=64), is_fp8=True),
+    Case(rows=9, outputs=40, inputs=136, plan=replace(SPLIT, prefetches=True, slice_k=512), is_fp8=True),  # one slice: nothing to add
     Case(rows=63, outputs=65, inputs=264, plan="library"),
     Case(rows=63, outputs=257, inputs=264, plan="library", is_fp8=True),
 ]
@@ -127,7 +127,7 @@ def test_deterministic_rows_have_the_same_bits_in_every_batch(is_fp8: bool, half
         assert torch.equal(_run(given.rows(rows), None, is_deterministic=True), whole[rows])
 
 
-@pytest.mark.parametrize("plan", [SPLIT, replace(SPLIT, use_tma=True, slice_k=128), replace(SPLIT, ahead="registers")], ids=str)
+@pytest.mark.parametrize("plan", [SPLIT, replace(SPLIT, use_tma=True, slice_k=128), replace(SPLIT, prefetches=True)], ids=str)
 def test_split_sums_have_the_same_bits_in_every_run(plan: SplitTile, half: torch.dtype, device: torch.device) -> None:
     """Whoever comes last adds, in one order; and every ticket it drew stands at zero again."""
     given = _inputs(21, 130, 512, half, device, is_fp8=True)
