@@ -15,7 +15,7 @@ from duomo.config import PrefillSection
 from services.prefill import policy
 from services.prefill.pieces import ALONE_TARGETS, advanced
 from services.prefill.policy import GATHER_S, MAX_PASSES, PRIORITY_AGE_S
-from services.prefill.replay import Machine, Replayed, TracePrompt, replay, trace_of_json
+from services.prefill.replay import Machine, Replayed, Run, TracePrompt, replay, trace_of_json
 from services.prefill.snapshot import Limits, Mode
 
 NUM_TRACES = 1000
@@ -113,7 +113,7 @@ def check_passes(found: Replayed) -> None:
 
 def check_rank(found: Replayed) -> None:
     """A granted prompt is not passed by one that came PRIORITY_AGE_S later for each level of priority, and once more."""
-    first_of = {}
+    first_of: dict[int, Run] = {}
     for run in found.runs:
         first_of.setdefault(run.wave_id, run)
     for wave_id, run in first_of.items():
