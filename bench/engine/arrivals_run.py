@@ -26,6 +26,7 @@ from bench.engine.engine_job import run_job
 from bench.gpu_stopwatch import facts
 from bench.stopwatch import ROOT
 from duomo.config import DuomoConfig, TracingSection, changed, load_config
+from duomo.engine.device import Host
 from duomo.engine.settle import settle
 from duomo.telemetry import tracing
 from duomo.wire.messages import PeerAddress
@@ -45,8 +46,8 @@ WARM_NEW_TOKENS = 4
 SPANS_OFF = TracingSection()
 
 
-def gpu_config(job: Job, folder: Path) -> DuomoConfig:
-    """The job's model, random, colocated, with waves as long as its longest prompt."""
+def gpu_config(job: Job, folder: Path, look: Callable[[], Host] | None = None) -> DuomoConfig:
+    """The job's model, random, colocated, with waves as long as its longest prompt. look: at another host than this one."""
     scale = SCALES[job.model]
     options: dict[str, object] = {
         "model.path": str(write_config(job, folder)),
@@ -62,7 +63,7 @@ def gpu_config(job: Job, folder: Path) -> DuomoConfig:
         "decode.max_batch": MAX_BATCH,
         "run_dir": str(folder),
     }
-    return settle(load_config(None, options)).config
+    return settle(load_config(None, options), look).config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,11 +27,14 @@ from bench.engine.arrivals_cases import (
     spread_of,
 )
 from bench.engine.arrivals_client import ClientPlan, answers_from_json, plan_from_json
-from bench.engine.arrivals_run import play_all, stage
+from bench.engine.arrivals_run import gpu_config, play_all, stage
 from bench.engine.arrivals_targets import arrival_verdicts, arrivals_table, rate_rows
 from bench.engine.engine_cases import Job, Part, part_from_json
-from duomo.config import DuomoConfig, load_config
+from duomo.config import DuomoConfig, changed, load_config
+from duomo.engine.device import look_at_host
+from duomo.engine.settle import settle
 from duomo.wire.messages import PeerAddress
+from tests.engine.scripted_driver import H100, ScriptedDriver
 
 TINY_MOE = Path(__file__).resolve().parents[2] / "models" / "tiny-moe"
 OVERTAKE = Load(
@@ -156,6 +159,21 @@ def test_a_short_prompt_waits_for_one_piece_and_itself(ttft_s: float, word: str)
     answers = [answer("alone", 0.0, 0.002), answer("arrival", 1.0, 1.0 + ttft_s)]
     (verdict,) = arrival_verdicts([played(load_result(OVERTAKE, 0.02, answers, waves))])
     assert verdict.word == word and "0 short and 1 long waves" in verdict.where
+
+
+@pytest.mark.parametrize("model", sorted(SCALES))
+def test_the_engine_of_a_job_fits_its_card_and_its_loads(model: str, tmp_path: Path) -> None:
+    scale = SCALES[model]
+    job = Job(mode="ours_arrivals", model=model, dtype="bf16", cases=(), repeats=1, budget_s=60)
+    config = gpu_config(job, tmp_path, lambda: look_at_host(ScriptedDriver([H100]).open, lambda cuda: ""))
+    assert (config.model.device, config.layout, config.model.block_tokens, config.model.random_weights) == ("cuda", "colocated", 64, True)
+    assert config.prefill.max_wave_tokens == scale.long_tokens and config.model.max_model_tokens is not None
+    assert config.model.max_model_tokens > scale.long_tokens + scale.new_tokens[1]
+    longest = max((*scale.lengths, scale.long_tokens)) + scale.new_tokens[1]
+    settled = settle(config, lambda: look_at_host(ScriptedDriver([H100]).open, lambda cuda: ""))
+    assert settled.plan is not None and settled.plan.num_tokens > (scale.backlog + 1) * longest
+    for load in loads_of(scale):
+        changed(config, load.options(0.005), load.name)  # every mode is one that the configuration knows
 
 
 def cpu(folder: Path, **options: object) -> DuomoConfig:
