@@ -1,31 +1,41 @@
-"""Owns the captured layers of short waves on one GPU: a graph for each layer and bucket of rows. Knows no tokens, logits or requests.
+"""Owns the captured layers of short chunks on one GPU: a graph for each layer, bucket of rows and way to attend. Knows no requests.
 
-Some fifteen launches a layer take the host longer than a thousand tokens take the GPU; one replay takes it a few microseconds. A wave of
-T rows runs in the smallest bucket that holds them: rows past T have no slot, take no expert and are no one's keys. Graphs read and write
-tensors that all waves share, so a wave's own rows are copied there before its layers and back behind them: others may run in between.
+Some fifteen launches a layer take the host longer than a thousand tokens take the GPU; one replay takes it a few microseconds. A chunk of
+T rows runs in the smallest bucket that holds them: rows past T have no slot, take no expert and are no one's keys. What comes before the
+first layer and after the last is captured too, so that a wave costs the host one copy and its replays.
 
-Attention is our kernel under a prefix (of no keys where nothing is cached): one graph serves both.
+Graphs read and write tensors that all chunks share. They hold the rows of one chunk, which goes on where it stopped at no cost; when
+another one runs in between, they are saved and brought back.
 
-Legend: T rows, R rows of a bucket, D model, S sequences, W width of the block tables, L layers, K experts a token.
+Two ways to attend. A prompt alone, with nothing cached before it: cuDNN, which plans for the bucket's rows once. Otherwise our kernel under
+a prefix, which may be of no keys. Deterministic layers know the latter alone: a row's bits must not depend on its company.
+
+Legend: T rows, R rows of a bucket, D model, S sequences, L layers, K experts a token, V vocabulary.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from duomo.engine.batch import StepBatch
 from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_kv_cache import GpuKvCache
-from duomo.engine.gpu_wave import GpuWave, aligned
-from duomo.engine.gpu_wave_attention import attend_under
-from duomo.engine.wave_buckets import MAX_WAVE_PROMPTS, WAVE_BUCKETS, wave_buckets_up_to
-from duomo.models.gpu_decoder import GpuDecoder, KvPlace, RowState
+from duomo.engine.gpu_wave_attention import attend_alone, attend_under
+from duomo.engine.gpu_wave_page import GpuWavePage
+from duomo.engine.wave_buckets import ALONE_MIN_ROWS, MAX_WAVE_PROMPTS, WAVE_BUCKETS, wave_buckets_up_to
+from duomo.models.gpu_decoder import Attend, GpuDecoder, KvPlace, RowState
+from duomo_kernels._prefill_library import takes
 from duomo_kernels.prefill_attention import CachedPrefix
+
+Way = Literal["alone", "under"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +47,37 @@ class CapturedLimits:
     max_sequence_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutedRows:
+    """ids_LTK int32: the experts of the layers that have run. prompt_T int64: for each row its prompt's place in the chunk."""
+
+    ids_LTK: Tensor
+    prompt_T: Tensor
+
+
+@dataclass(slots=True)
+class SavedRows:
+    """What the shared tensors held of a chunk: its rows [T, D], and the experts of the layers that have run [L, T, K]."""
+
+    rows: RowState
+    routed: RoutedRows
+
+
+@dataclass(slots=True, weakref_slot=True, eq=False)
+class CapturedChunk:
+    """A chunk that runs from graphs. saved: None while the shared tensors hold it, and before its first layer."""
+
+    batch: StepBatch
+    bucket: int
+    way: Way
+    num_layers_run: int = 0
+    saved: SavedRows | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch.num_rows
+
+
 class GpuCapturedLayers:
     """One thread and one stream at a time."""
 
@@ -45,75 +86,120 @@ class GpuCapturedLayers:
         self.decoder, self.cache = decoder, cache
         self.buckets = wave_buckets_up_to(limits.max_rows)
         self.graphs = GpuGraphs(device)
-        most, width = self.buckets[-1], aligned(-(-limits.max_sequence_tokens // cache.spec.block_tokens))
+        most = self.buckets[-1]
+        self._page = GpuWavePage(most, limits.max_sequences, limits.max_sequence_tokens, cache.spec.block_tokens, device)
         self._x_RD = torch.zeros(most, config.hidden, dtype=dtype, device=device)
         self._residual_RD = torch.zeros_like(self._x_RD)
         self._ids_LRK = torch.zeros(config.num_layers, most, config.top_k, dtype=torch.int32, device=device)
-        self._slot_R = torch.full((most,), -1, dtype=torch.int64, device=device)
-        self._position_R = torch.zeros(most, dtype=torch.int32, device=device)
-        self._num_valid = torch.zeros(1, dtype=torch.int32, device=device)
-        self._cu_seqlens_S1 = torch.zeros(limits.max_sequences + 1, dtype=torch.int32, device=device)
-        self._start_S = torch.zeros(limits.max_sequences, dtype=torch.int32, device=device)
-        self._table_SW = torch.zeros(limits.max_sequences, width, dtype=torch.int32, device=device)
+        self._logits_SV = torch.zeros(limits.max_sequences, config.vocab, device=device)
+        self._owner: weakref.ref[CapturedChunk] | None = None
 
-    def bucket_of(self, wave: GpuWave) -> int | None:
-        """Rows of the bucket that a wave runs in; None where it is too large."""
-        num_sequences, width = wave.table_SW.shape
-        if num_sequences > self._start_S.shape[0] or width > self._table_SW.shape[1]:
-            return None
-        return next((rows for rows in self.buckets if rows >= wave.num_rows), None)
+    def bucket_of(self, batch: StepBatch) -> int | None:
+        """Rows of the bucket that a chunk runs in; None where it is too large."""
+        return next((rows for rows in self.buckets if rows >= batch.num_rows), None) if self._page.holds(batch) else None
+
+    def begin(self, batch: StepBatch) -> CapturedChunk:
+        """A chunk that has a bucket; nothing of it is on the device yet."""
+        bucket = self.bucket_of(batch)
+        assert bucket is not None, "a chunk without a bucket"
+        is_alone = len(batch.slices) == 1 and not batch.slices[0].start
+        return CapturedChunk(batch, bucket, "alone" if is_alone and "alone" in self._ways(bucket) else "under")
 
     @torch.inference_mode()
     def capture(self, *, progress: bool = False) -> None:
-        """All layers of all buckets, largest first; one layer of each kind runs before, so that all is compiled. Touches no KV."""
-        self._slot_R.fill_(-1)
-        for empty in (self._num_valid, self._cu_seqlens_S1, self._start_S):
-            empty.zero_()
-        num_layers = self.decoder.config.num_layers
+        """All layers of all buckets, largest first; each way runs one layer before, so that all is compiled. Touches no KV."""
+        self._page.clear()
         with self.graphs.capturing():
             for rows in tqdm(self.buckets[::-1], desc="capturing waves", unit="bucket", file=sys.stderr, disable=not progress, leave=False):
-                for layer_idx in self.decoder.weights.first_of_kinds:
-                    self._layer(rows, layer_idx)
-                for layer_idx in range(num_layers):
-                    self.graphs.capture((rows, layer_idx), partial(self._layer, rows, layer_idx))
+                self._capture(("embed", rows), partial(self._embed, rows))
+                self._capture(("logits", rows), partial(self._logits, rows))
+                for way in self._ways(rows):
+                    self._layer(rows, way, 0)
+                    for layer_idx in range(self.decoder.config.num_layers):
+                        self.graphs.capture((rows, way, layer_idx), partial(self._layer, rows, way, layer_idx))
 
     @torch.inference_mode()
-    def run(self, lo: int, hi: int, rows: RowState, wave: GpuWave) -> Tensor:
-        """Layers lo..hi-1 of a wave that has a bucket; `rows` becomes theirs. Returns the experts' ids int32 [hi - lo, T, K], until the
-        next run."""
-        bucket, num_rows = self.bucket_of(wave), wave.num_rows
-        assert bucket is not None, "a wave without a bucket"
-        self._place(wave, bucket)
-        x_TD, residual_TD = self._x_RD[:num_rows], self._residual_RD[:num_rows]
-        if rows.residual_TD is None:  # before the first layer: the same sum, so that all layers are alike
-            residual_TD.copy_(rows.x_TD)
-            x_TD.zero_()
-        else:
-            residual_TD.copy_(rows.residual_TD)
-            x_TD.copy_(rows.x_TD)
+    def run(self, lo: int, hi: int, chunk: CapturedChunk) -> None:
+        """Layers lo..hi-1 of a chunk, in order after those already run."""
+        self._take(chunk)
         for layer_idx in range(lo, hi):
-            self.graphs.run((bucket, layer_idx), partial(self._layer, bucket, layer_idx))
-        rows.x_TD, rows.residual_TD = x_TD.clone(), residual_TD.clone()
-        return self._ids_LRK[lo:hi, :num_rows]
+            self.graphs.run((chunk.bucket, chunk.way, layer_idx), partial(self._layer, chunk.bucket, chunk.way, layer_idx))
+        chunk.num_layers_run = hi
 
-    def _place(self, wave: GpuWave, bucket: int) -> None:
-        """Where the wave's rows, sequences and cached keys are, into the tensors that graphs read."""
-        num_rows, (num_sequences, width) = wave.num_rows, wave.table_SW.shape
-        self._slot_R[:num_rows].copy_(wave.slot_T)
-        self._slot_R[num_rows:bucket].fill_(-1)
-        self._position_R[:num_rows].copy_(wave.position_T)
-        self._num_valid.fill_(num_rows)
-        self._cu_seqlens_S1[: num_sequences + 1].copy_(wave.cu_seqlens_S1)
-        self._cu_seqlens_S1[num_sequences + 1 :].fill_(num_rows)
-        self._start_S[:num_sequences].copy_(wave.start_S)
-        self._table_SW[:num_sequences, :width].copy_(wave.table_SW)
+    @torch.inference_mode()
+    def routed(self, chunk: CapturedChunk) -> RoutedRows:
+        """Of the layers that have run; what the next chunk's layers may write over."""
+        if chunk.saved is not None:
+            return chunk.saved.routed
+        ids_LTK = self._ids_LRK[: chunk.num_layers_run, : chunk.num_rows]
+        return RoutedRows(ids_LTK=ids_LTK, prompt_T=self._page.sequence_R[: chunk.num_rows].long())
 
-    def _layer(self, bucket: int, layer_idx: int) -> None:
-        """What a graph holds; only launches."""
+    @torch.inference_mode()
+    def rows(self, chunk: CapturedChunk) -> RowState:
+        """After the layers that have run, for reading; what the next chunk's layers may write over."""
+        if chunk.saved is not None:
+            return chunk.saved.rows
+        return RowState(self._x_RD[: chunk.num_rows], self._residual_RD[: chunk.num_rows])
+
+    @torch.inference_mode()
+    def last_logits(self, chunk: CapturedChunk) -> Tensor:
+        """float32 [S, V] of each sequence's last row, after the last layer; the caller's own."""
+        self._take(chunk)
+        self.graphs.run(("logits", chunk.bucket), partial(self._logits, chunk.bucket))
+        return self._logits_SV[: len(chunk.batch.slices)].clone()
+
+    def _take(self, chunk: CapturedChunk) -> None:
+        """Make the shared tensors this chunk's."""
+        owner = None if self._owner is None else self._owner()
+        if owner is chunk:
+            return
+        if owner is not None:  # dead ones need nothing any more
+            rows, routed = self.rows(owner), self.routed(owner)
+            assert rows.residual_TD is not None
+            copied = RowState(rows.x_TD.clone(), rows.residual_TD.clone())
+            owner.saved = SavedRows(copied, RoutedRows(ids_LTK=routed.ids_LTK.clone(), prompt_T=routed.prompt_T))
+        self._owner = weakref.ref(chunk)
+        self._page.place(chunk.batch, chunk.bucket)
+        saved, chunk.saved = chunk.saved, None
+        if saved is None:
+            self.graphs.run(("embed", chunk.bucket), partial(self._embed, chunk.bucket))
+            return
+        assert saved.rows.residual_TD is not None
+        for shared_RD, own_TD in ((self._x_RD, saved.rows.x_TD), (self._residual_RD, saved.rows.residual_TD)):
+            shared_RD[: chunk.num_rows].copy_(own_TD)
+            shared_RD[chunk.num_rows : chunk.bucket].zero_()  # another's: a NaN there would pass through cuDNN's weights of zero
+        self._ids_LRK[: chunk.num_layers_run, : chunk.num_rows].copy_(saved.routed.ids_LTK)
+
+    def _ways(self, bucket: int) -> tuple[Way, ...]:
+        dims = self._x_RD.new_empty(0, 1, self.decoder.config.head_dim)
+        # fewer rows are a few tiles of keys, with nothing for cuDNN to overlap
+        has_library = bucket >= ALONE_MIN_ROWS and takes(dims) and not self.decoder.is_deterministic
+        return ("alone", "under") if has_library else ("under",)
+
+    def _capture(self, key: tuple[str, int], body: partial[None]) -> None:
+        body()
+        self.graphs.capture(key, body)
+
+    # what graphs hold; only launches
+
+    def _embed(self, bucket: int) -> None:
+        """Rows before the first layer: the residual, and nothing to add to it, so that all layers are alike."""
+        torch.index_select(self.decoder.weights.embed_VD, 0, self._page.token_R[:bucket], out=self._residual_RD[:bucket])
+        self._x_RD[:bucket].zero_()
+
+    def _layer(self, bucket: int, way: Way, layer_idx: int) -> None:
+        page, pool = self._page, self.cache.layer(layer_idx)
         rows = RowState(self._x_RD[:bucket], self._residual_RD[:bucket])
-        place = KvPlace(slot_T=self._slot_R[:bucket], position_T=self._position_R[:bucket], num_valid=self._num_valid, wants_packed=True)
-        pool = self.cache.layer(layer_idx)
-        prefix = CachedPrefix(pool=pool, block_table_SB=self._table_SW, lengths_S=self._start_S)
-        attend = attend_under(self.decoder, self._cu_seqlens_S1, prefix)
-        ids_RK = self.decoder.layer(layer_idx, rows, place, pool, attend, out_TD=rows.x_TD)
+        place = KvPlace(slot_T=page.slot_R[:bucket], position_T=page.position_R[:bucket], num_valid=page.num_valid, wants_packed=True)
+        ids_RK = self.decoder.layer(layer_idx, rows, place, pool, self._attend(bucket, way, pool), out_TD=rows.x_TD)
         self._ids_LRK[layer_idx, :bucket].copy_(ids_RK)
+
+    def _attend(self, bucket: int, way: Way, pool: Tensor) -> Attend:
+        page = self._page
+        if way == "alone":
+            return attend_alone(self.decoder, page.cu_seqlens_S1[:2], bucket)
+        return attend_under(self.decoder, page.cu_seqlens_S1, CachedPrefix(pool=pool, block_table_SB=page.table_SW, lengths_S=page.start_S))
+
+    def _logits(self, bucket: int) -> None:
+        last = RowState(self._x_RD[:bucket], self._residual_RD[:bucket]).select(self._page.last_row_S)
+        self.decoder.logits(last, out=self._logits_SV)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from duomo.engine.batch import StepBatch
 from duomo.engine.expert_counts import ExpertCounts, ExpertUse
-from duomo.engine.gpu_captured_layers import CapturedLimits, GpuCapturedLayers
+from duomo.engine.gpu_captured_layers import CapturedChunk, CapturedLimits, GpuCapturedLayers
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_wave import GpuWave, upload_rows, upload_wave
 from duomo.engine.gpu_wave_attention import attend_over
@@ -29,8 +29,8 @@ COUNTED_TOGETHER = 1 << 20  # routed ids of several layers by one launch: of all
 
 
 @dataclass(slots=True)
-class ChunkState:
-    """A chunk that has begun: its places on the device, and its rows as they lie between two pieces."""
+class LaunchedChunk:
+    """A chunk whose kernels are launched one by one: its places on the device, and its rows as they lie between two pieces."""
 
     wave: GpuWave
     rows: RowState
@@ -41,15 +41,18 @@ class GpuBoundaryState:
     """A wave between two units. Belongs to the prefill: others only hand it back and read what it ran and counted.
 
     begun: the chunks that have run, or run next, in order. What lies on the device between two pieces is theirs: two rows of the model's
-    width for each token. routed_LTK: where they were asked for, the experts' ids of all rows.
+    width for each token. captured: where some of them run, and what is not counted of them yet lies. routed_LTK: where they were asked
+    for, the experts' ids of all rows.
     """
 
     batch: StepBatch
     chunks: tuple[RowChunk, ...]
     walk: GridWalk
     counts: ExpertCounts
+    captured: GpuCapturedLayers | None = None
     routed_LTK: Tensor | None = None
-    begun: list[ChunkState] = field(default_factory=list)
+    begun: list[LaunchedChunk | CapturedChunk] = field(default_factory=list)
+    num_layers_counted: dict[int, int] = field(default_factory=dict)
 
     @property
     def next_layer(self) -> int:
@@ -68,16 +71,27 @@ class GpuBoundaryState:
     @property
     def expert_counts(self) -> Tensor:
         """Routed tokens, int32 [S, L, E] on the host, which waits for them; layers not yet run count zero."""
-        return self.counts.fetch().counts_SLE
+        return self.expert_use().counts_SLE
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of expert weights that were read: of every layer and chunk those of its distinct experts. The host waits."""
-        return self.counts.fetch().bytes_read
+        return self.expert_use().bytes_read
 
     def expert_use(self) -> ExpertUse:
         """Both, by one copy."""
+        for place, at in enumerate(self.begun):
+            if isinstance(at, CapturedChunk):
+                self._count_captured(place, at)
         return self.counts.fetch()
+
+    def _count_captured(self, place: int, at: CapturedChunk) -> None:
+        """What its replays have routed since the last time: at the end, so that first tokens do not wait for it."""
+        assert self.captured is not None
+        counted, self.num_layers_counted[place] = self.num_layers_counted.get(place, 0), at.num_layers_run
+        if counted < at.num_layers_run:
+            routed = self.captured.routed(at)
+            self.counts.add(counted, routed.ids_LTK[counted:], self.chunks[place], routed.prompt_T)
 
 
 class GpuPrefill:
@@ -123,7 +137,7 @@ class GpuPrefill:
         if keeps_routed:
             routed = torch.empty(config.num_layers, batch.num_rows, config.top_k, dtype=torch.int32, device=device)
         counts = ExpertCounts(len(batch.slices), config.num_experts, self._expert_bytes_L, device)
-        state = GpuBoundaryState(batch, chunks, GridWalk(len(chunks), config.num_layers), counts, routed)
+        state = GpuBoundaryState(batch, chunks, GridWalk(len(chunks), config.num_layers), counts, self.captured, routed)
         self._begun(state, 0)
         return state
 
@@ -135,10 +149,10 @@ class GpuPrefill:
         state.walk.check((lo, hi), (first, end))
         for place in range(first, end):
             at = self._begun(state, place)
-            if self.captured is not None and self.captured.bucket_of(at.wave) is not None:
-                _book(state, place, lo, self.captured.run(lo, hi, at.rows, at.wave))
+            if isinstance(at, CapturedChunk):
+                self._replay(lo, hi, state, at, place)
             else:
-                self._launch(lo, hi, state, place)
+                self._launch(lo, hi, state, at, place)
             state.walk.advance((lo, hi), place)
         return state
 
@@ -147,12 +161,18 @@ class GpuPrefill:
         """float32 [len(rows), V] of these rows, in ascending order where there are several chunks, after the last layer, on the device."""
         assert state.walk.is_over, state.walk.next_layers
         assert state.num_chunks == 1 or rows == sorted(rows), rows
+        only = state.begun[0]
+        if state.num_chunks == 1 and isinstance(only, CapturedChunk) and set(rows) <= set(last := state.batch.last_rows):
+            assert state.captured is not None
+            logits_SV = state.captured.last_logits(only)
+            places = [last.index(row) for row in rows]
+            return logits_SV if places == list(range(len(last))) else logits_SV[upload_rows(places, self.cache.device)]
         picked = []
         for chunk, at in zip(state.chunks, state.begun, strict=True):
             mine = [row - chunk.row_lo for row in rows if chunk.row_lo <= row < chunk.row_hi]
             if mine or state.num_chunks == 1:
-                picked.append(at.rows.select(upload_rows(mine, self.cache.device)))
-        return self.decoder.logits(_joined(picked) if picked else state.begun[0].rows.select(upload_rows([], self.cache.device)))
+                picked.append(_rows_of(state, at).select(upload_rows(mine, self.cache.device)))
+        return self.decoder.logits(_joined(picked) if picked else _rows_of(state, only).select(upload_rows([], self.cache.device)))
 
     def run(self, batch: StepBatch, chunk_tokens: int | None = None) -> tuple[GpuBoundaryState, Tensor]:
         """The whole wave: state and the logits [sequences, V] of each slice's last token."""
@@ -160,34 +180,52 @@ class GpuPrefill:
         return state, self.logits(state, batch.last_rows)
 
     @torch.inference_mode()
-    def launch_layer(self, layer_idx: int, at: ChunkState) -> Tensor:
+    def launch_layer(self, layer_idx: int, at: LaunchedChunk) -> Tensor:
         """One layer of a chunk kernel by kernel, whatever was captured: run_layers without its books. Returns the experts' ids [T, K]."""
         place = KvPlace(slot_T=at.wave.slot_T, position_T=at.wave.position_T, wants_packed=True)
         pool = self.cache.layer(layer_idx)
         return self.decoder.layer(layer_idx, at.rows, place, pool, attend_over(self.decoder, at.wave, pool))
 
-    def _launch(self, lo: int, hi: int, state: GpuBoundaryState, place: int) -> None:
+    def _launch(self, lo: int, hi: int, state: GpuBoundaryState, at: LaunchedChunk, place: int) -> None:
         uncounted: list[Tensor] = []
         for layer_idx in range(lo, hi):
-            uncounted.append(self.launch_layer(layer_idx, state.begun[place]))
+            uncounted.append(self.launch_layer(layer_idx, at))
             if layer_idx + 1 == hi or len(uncounted) * uncounted[0].numel() >= COUNTED_TOGETHER:
-                _book(state, place, layer_idx + 1 - len(uncounted), torch.stack(uncounted))
+                layer_lo, ids_LTK = layer_idx + 1 - len(uncounted), torch.stack(uncounted)
+                state.counts.add(layer_lo, ids_LTK, state.chunks[place], at.wave.sequence_T)
+                _keep_routed(state, place, layer_lo, ids_LTK)
                 uncounted = []
 
-    def _begun(self, state: GpuBoundaryState, place: int) -> ChunkState:
+    def _replay(self, lo: int, hi: int, state: GpuBoundaryState, at: CapturedChunk, place: int) -> None:
+        assert state.captured is not None
+        state.captured.run(lo, hi, at)
+        if state.routed_LTK is not None:
+            _keep_routed(state, place, lo, state.captured.routed(at).ids_LTK[lo:hi])
+
+    def _begun(self, state: GpuBoundaryState, place: int) -> LaunchedChunk | CapturedChunk:
         """The chunk, laid out when it is first asked for: one after the other, so that a long prompt's first does not wait for its last."""
         if place == len(state.begun):
-            wave = upload_wave(state.chunks[place].batch, self.cache.spec.block_tokens, self.cache.device)
-            state.begun.append(ChunkState(wave, RowState(self.decoder.embed(wave.token_id_T))))
+            batch = state.chunks[place].batch
+            if state.captured is not None and state.captured.bucket_of(batch) is not None:
+                state.begun.append(state.captured.begin(batch))
+            else:
+                wave = upload_wave(batch, self.cache.spec.block_tokens, self.cache.device)
+                state.begun.append(LaunchedChunk(wave, RowState(self.decoder.embed(wave.token_id_T))))
         return state.begun[place]
 
 
-def _book(state: GpuBoundaryState, place: int, lo: int, ids_LTK: Tensor) -> None:
-    """Count what a chunk's rows were routed to in the layers from lo on."""
+def _keep_routed(state: GpuBoundaryState, place: int, lo: int, ids_LTK: Tensor) -> None:
+    """What a chunk's rows were routed to in the layers from lo on, where it was asked for."""
     chunk = state.chunks[place]
-    state.counts.add(lo, ids_LTK, chunk, state.begun[place].wave.sequence_T)
     if state.routed_LTK is not None:
         state.routed_LTK[lo : lo + ids_LTK.shape[0], chunk.row_lo : chunk.row_hi] = ids_LTK
+
+
+def _rows_of(state: GpuBoundaryState, at: LaunchedChunk | CapturedChunk) -> RowState:
+    if isinstance(at, LaunchedChunk):
+        return at.rows
+    assert state.captured is not None
+    return state.captured.rows(at)
 
 
 def _joined(parts: list[RowState]) -> RowState:

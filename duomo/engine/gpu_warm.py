@@ -15,7 +15,7 @@ import torch
 
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.gpu_compile_ahead import compiling_ahead
-from duomo.engine.gpu_prefill import GpuPrefill
+from duomo.engine.gpu_prefill import GpuPrefill, LaunchedChunk
 from duomo.engine.gpu_wave import upload_rows
 from duomo.engine.gpu_wave_attention import LIBRARY_MIN_TOKENS, LIBRARY_STEP
 from duomo.engine.memory_plan import MemoryLimits
@@ -75,10 +75,11 @@ def warm_prefill(prefill: GpuPrefill, limits: MemoryLimits) -> None:
 @torch.inference_mode()
 def launch_kinds(prefill: GpuPrefill, batch: StepBatch) -> None:
     """What a wave launches, once each. Nothing is counted: while kernels are compiled ahead none runs, and routed ids may be any number."""
-    state = prefill.begin(batch)
+    at = prefill.begin(batch).begun[0]
+    assert isinstance(at, LaunchedChunk), "before graphs are captured"
     for layer_idx in _warm_layers(prefill):
-        prefill.launch_layer(layer_idx, state.begun[0])
-    prefill.decoder.logits(state.begun[0].rows.select(upload_rows(batch.last_rows, prefill.cache.device)))
+        prefill.launch_layer(layer_idx, at)
+    prefill.decoder.logits(at.rows.select(upload_rows(batch.last_rows, prefill.cache.device)))
 
 
 def _warm_layers(prefill: GpuPrefill) -> list[int]:

@@ -52,6 +52,17 @@ def attend_under(decoder: GpuDecoder, cu_seqlens_S1: Tensor, prefix: CachedPrefi
     return attend
 
 
+def attend_alone(decoder: GpuDecoder, cu_seqlens_S1: Tensor, num_rows: int) -> Attend:
+    """Attention by cuDNN of one prompt from its first token on; rows past its last one, up to num_rows, are seen by none of its rows."""
+
+    def attend(q_THD: Tensor, k_TND: Tensor | None, v_TND: Tensor | None) -> Tensor:
+        assert k_TND is not None and v_TND is not None, "a wave attends over packed keys"
+        packed = (q_THD, k_TND, v_TND, cu_seqlens_S1)
+        return prefill_attention(*packed, scale=decoder.attention_scale, way="cudnn", tokens_each=num_rows)
+
+    return attend
+
+
 def suits_library(q_THD: Tensor, wave: GpuWave) -> bool:
     """Whether cuDNN attends over a wave without prefixes: one long prompt, or several of one length that comes back."""
     if wave.tokens_each is None or wave.tokens_each < LIBRARY_MIN_TOKENS:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from duomo.engine.decode_buckets import buckets_up_to
-from duomo.engine.wave_buckets import wave_buckets_up_to
+from duomo.engine.wave_buckets import ALONE_MIN_ROWS, MAX_WAVE_PROMPTS, wave_buckets_up_to
 from duomo.errors import ConfigError
 from duomo.models.config import ModelConfig
 
@@ -169,7 +169,7 @@ def activation_bytes(config: ModelConfig, num_tokens: int, dtype_bytes: int = 2)
 
 
 def rows_bytes(config: ModelConfig, limits: MemoryLimits) -> int:
-    """Of all waves between two pieces: two rows of the model's width for each token (gpu_prefill.ChunkState)."""
+    """Of all waves between two pieces: two rows of the model's width for each token (gpu_prefill.GpuBoundaryState)."""
     return 0 if limits.part == "decode" else limits.live_rows * 2 * config.hidden * limits.dtype_bytes
 
 
@@ -185,8 +185,11 @@ def captured_rows(config: ModelConfig, limits: MemoryLimits) -> int:
 
 def wave_graph_bytes(config: ModelConfig, limits: MemoryLimits, rows: int) -> int:
     """Of the layers captured for every bucket up to so many rows."""
-    nodes = len(wave_buckets_up_to(rows)) * config.num_layers * NODES_PER_WAVE_LAYER
-    return nodes * BYTES_PER_NODE + activation_bytes(config, rows, limits.dtype_bytes)
+    buckets = wave_buckets_up_to(rows)
+    num_sets = len(buckets) + sum(bucket >= ALONE_MIN_ROWS for bucket in buckets)
+    nodes = num_sets * config.num_layers * NODES_PER_WAVE_LAYER
+    shared = rows * (2 * config.hidden * limits.dtype_bytes + config.num_layers * config.top_k * 4) + MAX_WAVE_PROMPTS * config.vocab * 4
+    return nodes * BYTES_PER_NODE + activation_bytes(config, rows, limits.dtype_bytes) + shared
 
 
 def graph_bytes(config: ModelConfig, limits: MemoryLimits, num_buckets: int) -> int:

@@ -63,7 +63,7 @@ def assert_is_float64s(weights: GpuWeights, logits_TV: Tensor, ids: list[Tensor]
 
 def test_prompts_prefixes_and_what_was_left_by_others(weights: GpuWeights) -> None:
     prefill = prefill_of(weights, 128)
-    assert prefill.captured is not None and prefill.captured.buckets == (16, 32)
+    assert prefill.captured is not None and prefill.captured.buckets == (16, 64)
     first, logits_TV = run(prefill, part([3], 0, 20), part([5], 0, 4))
     assert_is_float64s(weights, logits_TV[:20], [ids_TK[:20] for ids_TK in first.routed_ids], 20)
     assert_is_float64s(weights, logits_TV[20:], [ids_TK[20:] for ids_TK in first.routed_ids], 4)
@@ -91,14 +91,14 @@ def test_larger_waves_are_launched(weights: GpuWeights) -> None:
 
     def bucket(*lengths: int, table: int = 1) -> int | None:
         slices = tuple(PromptSlice(token_ids=TOKENS[:length], start=0, block_table=[0] * table) for length in lengths)
-        return captured.bucket_of(prefill.begin(StepBatch(slices=slices)).begun[0].wave)
+        return captured.bucket_of(StepBatch(slices=slices))
 
-    assert [bucket(1), bucket(16), bucket(17), bucket(20, 12)] == [16, 16, 32, 32]
-    assert bucket(33) is None and bucket(1, 1, 1, 1, 1) is None
+    assert [bucket(1), bucket(16), bucket(17), bucket(50, 14)] == [16, 16, 64, 64]
+    assert bucket(65) is None and bucket(1, 1, 1, 1, 1) is None
     long = PromptSlice(token_ids=TOKENS[:1], start=64 * 16, block_table=[0] * 17)
-    assert captured.bucket_of(prefill.begin(StepBatch(slices=(long,))).begun[0].wave) is None
-    state, logits_TV = run(prefill, part([2], 0, 33))
-    assert_is_float64s(weights, logits_TV, state.routed_ids, 33)
+    assert captured.bucket_of(StepBatch(slices=(long,))) is None
+    state, logits_TV = run(prefill, part([2, 6], 0, 65))
+    assert_is_float64s(weights, logits_TV, state.routed_ids, 65)
 
 
 def test_deterministic_rows_are_those_that_were_launched(weights: GpuWeights) -> None:

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
 from duomo.engine.batch import PromptSlice, StepBatch
-from duomo.engine.gpu_prefill import ChunkState
+from duomo.engine.gpu_prefill import LaunchedChunk
 from duomo.engine.gpu_warm import _warm_layers, ladder, launch_kinds, warm_prefill, warm_waves
 from duomo.engine.memory_plan import MemoryLimits
 from duomo.models.gpu_decoder import GpuDecoder
@@ -102,7 +102,7 @@ def test_a_layer_of_every_kind_is_run() -> None:
     prefill.decoder = GpuDecoder(replace(weights, layers=(plain, plain, plain, bare, plain, bare)))
     assert prefill.decoder.weights.first_of_kinds == (0, 3)
 
-    def witnessed(layer_idx: int, at: ChunkState) -> torch.Tensor:
+    def witnessed(layer_idx: int, at: LaunchedChunk) -> torch.Tensor:
         ran.append(layer_idx)
         return torch.empty(0)
 
