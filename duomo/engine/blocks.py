@@ -10,7 +10,7 @@ prefix. A block that more than one reads is never written: `writable` copies the
 from __future__ import annotations
 
 import hashlib
-import struct
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ def prefix_hashes(token_ids: Sequence[int], block_tokens: int, salt: str, known:
     hashes = list(known)
     previous = hashes[-1] if hashes else hashlib.blake2b(salt.encode(), digest_size=16).digest()
     rest = token_ids[len(hashes) * block_tokens : len(token_ids) // block_tokens * block_tokens]
-    data = struct.pack(f"<{len(rest)}I", *rest)
+    data = array("I", rest).tobytes()  # little endian wherever this runs
     for start in range(0, len(data), 4 * block_tokens):
         previous = hashlib.blake2b(previous + data[start : start + 4 * block_tokens], digest_size=16).digest()
         hashes.append(previous)
@@ -246,9 +246,3 @@ def allocate_prompt(manager: BlockManager, token_ids: Sequence[int], salt: str) 
         manager.free(known)
         return None
     return PromptTable(blocks=(*known, *rest), cached_tokens=len(known) * manager.block_tokens, hashes=tuple(hashes))
-
-
-def commit_prompt(manager: BlockManager, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:
-    """The prompt's KV is computed: its full blocks may be found by others."""
-    if manager.has_prefix_cache:
-        manager.commit(blocks, prefix_hashes(token_ids, manager.block_tokens, salt))

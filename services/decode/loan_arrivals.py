@@ -33,7 +33,8 @@ class LoanArrivals:
 
     def offer(self, leg: Leg) -> Handle:
         """A handle that says: decode has every block already."""
-        handle_id = self._loans.lend(PromptTable(blocks=tuple(leg.blocks), cached_tokens=leg.cached_tokens))
+        table = PromptTable(blocks=tuple(leg.blocks), cached_tokens=leg.cached_tokens, hashes=leg.prefix_hashes)
+        handle_id = self._loans.lend(table)
         return handle_of(leg, self._terms, handle_id, "", (), len(leg.blocks))
 
     def arrived(self, handle_id: int) -> None:

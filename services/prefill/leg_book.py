@@ -229,7 +229,7 @@ class LegBook:
     def wave_left(self, leg: Leg) -> None:
         """See WaveEvents."""
         if leg.stage is Stage.HANDING_OFF and leg.blocks:
-            self.blocks.commit(leg.token_ids, leg.blocks, leg.request.cache_salt)
+            self.blocks.commit(leg.blocks)
         self._moved(leg)
 
     def fail(self, leg: Leg, error: DuomoError) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from duomo.engine.blocks import BlockManager, PromptTable, allocate_prompt, commit_prompt
+from duomo.engine.blocks import BlockManager, PromptTable, allocate_prompt
+from duomo.engine.prefix_digest import PrefixHash
 from services.kv_transfer.loans import BlockLoans
 
 
@@ -25,10 +26,10 @@ class TableSource(Protocol):
     def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
         """The table of the prompt that was granted this handle; None where too few blocks are free. Raises TransferError."""
 
-    def commit(self, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:
-        """The prompt's KV is computed: its full blocks may be found by others."""
+    def commit(self, blocks: tuple[int, ...]) -> None:
+        """The KV of the prompt with this table is computed: its full blocks may be found by others."""
 
-    def free(self, blocks: Sequence[int]) -> None: ...
+    def free(self, blocks: tuple[int, ...]) -> None: ...
 
 
 class PromptBlocks:
@@ -36,18 +37,23 @@ class PromptBlocks:
 
     def __init__(self, num_blocks: int, block_tokens: int, prefix_cache_blocks: int | None) -> None:
         self.manager = BlockManager(num_blocks, block_tokens, max_cached_blocks=prefix_cache_blocks)
+        self._hashes: dict[tuple[int, ...], tuple[PrefixHash, ...]] = {}  # by table: no two live ones are equal, their last blocks differ
 
     @property
     def num_available(self) -> int:
         return self.manager.num_available
 
     def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
-        return allocate_prompt(self.manager, token_ids, salt)
+        table = allocate_prompt(self.manager, token_ids, salt)
+        if table is not None:
+            self._hashes[table.blocks] = table.hashes
+        return table
 
-    def commit(self, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:
-        commit_prompt(self.manager, token_ids, blocks, salt)
+    def commit(self, blocks: tuple[int, ...]) -> None:
+        self.manager.commit(blocks, self._hashes[blocks])
 
-    def free(self, blocks: Sequence[int]) -> None:
+    def free(self, blocks: tuple[int, ...]) -> None:
+        self._hashes.pop(blocks, None)
         self.manager.free(blocks)
 
 
@@ -56,6 +62,7 @@ class LentTables:
 
     def __init__(self, loans: BlockLoans) -> None:
         self._loans = loans
+        self._hashes: dict[tuple[int, ...], tuple[PrefixHash, ...]] = {}
 
     @property
     def manager(self) -> BlockManager:
@@ -67,10 +74,13 @@ class LentTables:
         return self.manager.num_blocks
 
     def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
-        return self._loans.take(handle_id)
+        table = self._loans.take(handle_id)
+        self._hashes[table.blocks] = table.hashes
+        return table
 
-    def commit(self, token_ids: Sequence[int], blocks: Sequence[int], salt: str) -> None:
-        commit_prompt(self.manager, token_ids, blocks, salt)
+    def commit(self, blocks: tuple[int, ...]) -> None:
+        self.manager.commit(blocks, self._hashes[blocks])
 
-    def free(self, blocks: Sequence[int]) -> None:
+    def free(self, blocks: tuple[int, ...]) -> None:
+        self._hashes.pop(blocks, None)
         self._loans.give_back(blocks)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from duomo.engine.blocks import BlockManager, commit_prompt
+from duomo.engine.blocks import BlockManager
 from duomo.engine.decode_step import Joining
 from duomo.engine.sampler import SampledToken
 from duomo.wire.messages import PeerAddress, PrefillDone, Resume, Sampling, StartDecode
@@ -192,7 +192,7 @@ class Play:
             self.device.write(leg.blocks, position, leg.token_ids[position])
         seen = self.device.read(leg.blocks, leg.num_tokens)
         if self.is_shared:  # prefill's own commit; it is decode's where the prompt has landed
-            commit_prompt(self.pool.manager, leg.token_ids, leg.blocks, leg.cache_salt)
+            self.pool.manager.commit(leg.blocks, leg.prefix_hashes)
         firsts = tuple(token_after(seen, choice) for choice in leg.choice_numbers)
         ended = []
         for choice, token_id in zip(leg.choice_numbers, firsts, strict=True):

@@ -12,7 +12,7 @@ def test_without_a_cache_every_prompt_is_computed_whole() -> None:
     for _ in range(2):
         table = blocks.allocate(1, PROMPT, "")
         assert table is not None and (len(table.blocks), table.cached_tokens) == (4, 0)
-        blocks.commit(PROMPT, table.blocks, "")
+        blocks.commit(table.blocks)
         blocks.free(table.blocks)
     assert (blocks.manager.num_free, blocks.manager.num_cached) == (8, 0)
 
@@ -21,7 +21,7 @@ def test_a_known_prefix_is_shared_while_held_and_found_afterwards_within_the_cap
     blocks = PromptBlocks(8, 16, prefix_cache_blocks=2)
     first = blocks.allocate(1, PROMPT, "key")
     assert first is not None
-    blocks.commit(PROMPT, first.blocks, "key")
+    blocks.commit(first.blocks)
     held = blocks.allocate(1, PROMPT, "key")
     assert held is not None and held.cached_tokens == 48 and held.blocks[:3] == first.blocks[:3] and held.blocks[3] != first.blocks[3]
     blocks.free(held.blocks)
@@ -40,7 +40,7 @@ def test_a_whole_known_prompt_leaves_one_token_to_compute() -> None:
     blocks = PromptBlocks(8, 16, prefix_cache_blocks=8)
     table = blocks.allocate(1, PROMPT[:32], "")
     assert table is not None
-    blocks.commit(PROMPT[:32], table.blocks, "")
+    blocks.commit(table.blocks)
     again = blocks.allocate(1, PROMPT[:32], "")
     assert again is not None and again.cached_tokens == 16
 
@@ -49,7 +49,7 @@ def test_too_few_blocks_take_nothing() -> None:
     blocks = PromptBlocks(5, 16, prefix_cache_blocks=5)
     table = blocks.allocate(1, PROMPT, "")
     assert table is not None
-    blocks.commit(PROMPT, table.blocks, "")
+    blocks.commit(table.blocks)
     assert blocks.allocate(1, (*PROMPT, *range(30)), "") is None
     assert blocks.num_available == 1
     blocks.free(table.blocks)
