@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -33,9 +32,9 @@ import psutil
 import torch
 
 from bench.reference.tiny_moe import build_reference
+from bench.serve.host_facts import ROOT, commit, cpu_name
 from bench.serve.rest_client import StreamResult, completion_body, post
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
 NEW_TOKENS = 128
 PROMPT_TOKENS = 24
@@ -173,17 +172,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def run(num_repeats: int) -> Report:

@@ -27,7 +27,8 @@ import httpx
 import torch
 import yaml
 
-from bench.serve.bench_rest import MODEL, ROOT, commit, cpu_name, free_port, prompts
+from bench.serve.bench_rest import MODEL, free_port, prompts
+from bench.serve.host_facts import ROOT, commit, cpu_name
 from bench.serve.rest_client import completion_body, post
 from duomo.telemetry.span_file import read_spans
 from services.kv_transfer.embedded_redis import EmbeddedRedis

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ class StreamResult:
     is_done: bool = False
     started_s: float = 0.0
     request_id: str = ""
+    on_tokens: Callable[[float, int], None] | None = None  # called as they come, with when and how many; 1 where the event gives no ids
 
     @property
     def ttft_s(self) -> float:
@@ -49,6 +51,7 @@ def _take_event(result: StreamResult, payload: bytes) -> None:
     result.request_id = event.get("id", result.request_id)
     if event.get("usage"):
         result.usage = event["usage"]
+    num_tokens = 0
     for choice in event.get("choices", ()):
         idx = choice["index"]
         piece = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content") or ""
@@ -58,6 +61,9 @@ def _take_event(result: StreamResult, payload: bytes) -> None:
             result.finish_reasons[idx] = choice["finish_reason"]
         if choice.get("token_ids") or piece:
             result.event_times_s.append(time.monotonic())
+            num_tokens += len(choice.get("token_ids") or (0,))
+    if num_tokens and result.on_tokens is not None:
+        result.on_tokens(result.event_times_s[-1], num_tokens)
 
 
 async def _chunks(reader: asyncio.StreamReader, headers: dict[str, str]) -> Any:
@@ -81,12 +87,20 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     return status, headers
 
 
-async def post(url: str, path: str, body: dict[str, Any], *, stop_after: int | None = None, timeout_s: float = 300.0) -> StreamResult:
+async def post(
+    url: str,
+    path: str,
+    body: dict[str, Any],
+    *,
+    stop_after: int | None = None,
+    timeout_s: float = 300.0,
+    on_tokens: Callable[[float, int], None] | None = None,
+) -> StreamResult:
     """POST `body` to a loopback `url`; reads events if the answer streams, else the body. Closes the socket after `stop_after` tokens."""
     parts = urlsplit(url)
     assert parts.hostname in ("127.0.0.1", "localhost"), "load goes to this machine only"
     raw = json.dumps(body).encode()
-    result = StreamResult(status=0, started_s=time.monotonic())
+    result = StreamResult(status=0, started_s=time.monotonic(), on_tokens=on_tokens)
     async with asyncio.timeout(timeout_s):
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         try:
