@@ -45,11 +45,11 @@ class Scale:
 SCALES: Mapping[str, Scale] = {
     "olmoe": Scale(
         short_tokens=256, long_tokens=8192, overtake_per_s=20.0, lengths=(2048, 4096, 8192), new_tokens=(64, 128),
-        rates_per_s=(2.0, 4.0, 6.0), load_s=4.0,
+        rates_per_s=(3.0, 5.0, 7.0), load_s=4.0,
     ),
     "qwen3": Scale(
         short_tokens=256, long_tokens=8192, overtake_per_s=10.0, lengths=(2048, 4096, 8192), new_tokens=(64, 128),
-        rates_per_s=(0.75, 1.25, 1.75), load_s=5.0,
+        rates_per_s=(1.0, 2.0, 3.0), load_s=5.0,
     ),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import os
 import statistics
 import sys
@@ -106,6 +107,18 @@ class Served:
     outputs: list[Any]
 
 
+class CaptureHeard(logging.Handler):
+    """What vLLM's log says of the time and memory that its graphs took; nothing where its core runs in a process of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.said = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (line := record.getMessage()).startswith("Graph capturing finished"):
+            self.said = line
+
+
 class Engine:
     """vLLM's engine with its random model, and a clock at its core's outputs."""
 
@@ -114,6 +127,8 @@ class Engine:
             os.environ.setdefault(name, value)
         os.environ[OWN_PROCESS_VARIABLE] = "1" if job.mode == "vllm_own_process" else "0"
         vllm = importlib.import_module("vllm")
+        self.capture = CaptureHeard()
+        logging.getLogger("vllm").addHandler(self.capture)
         self._tokens_input = importlib.import_module("vllm.inputs").tokens_input
         self._params = vllm.SamplingParams
         self._final = importlib.import_module("vllm.sampling_params").RequestOutputKind.FINAL_ONLY
@@ -225,6 +240,7 @@ def measure_job(job: Job, part: Part, out: Path, deadline_s: float) -> None:
     started_s = time.monotonic()
     engine = Engine(job, write_config(job, folder))
     part.facts |= facts("engine", job.repeats) | {"vllm": engine.version, "ready_s": round(time.monotonic() - started_s, 1)}
+    part.facts["vllm_graphs"] = engine.capture.said
     part.facts["vllm_settings"] = {name: value for name, value in settings(job.mode, folder).items() if name != "model"}
     first = engine.serve(check_prompts(engine.vocab), 1)
     part.first_tokens = FirstTokens(token_ids=tuple(one.token_ids[0] for one in first.outputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -94,6 +95,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[PlayedEngine]:
     made: list[PlayedEngine] = []
 
     def llm(**settings: Any) -> Any:
+        logging.getLogger("vllm.v1.worker").warning("Graph capturing finished in %.0f secs, took %.2f GiB", 9, 0.5)
         made.append(PlayedEngine(settings))
         return SimpleNamespace(llm_engine=made[-1])
 
@@ -139,6 +141,7 @@ def test_every_case_is_timed_from_its_core_outputs(run: Run, played: list[Played
         assert one.context is not None and 1024 + 32 < one.context <= 1024 + one.case.lead_steps + 32.5
     assert part.left_out == ["vllm_own_process olmoe bf16 decode 256 x 1024: 285,184 tokens of KV needed, 64,000 there"]
     assert part.first_tokens is not None and part.first_tokens.token_ids == (0,) * 16
+    assert part.facts["vllm_graphs"] == "Graph capturing finished in 9 secs, took 0.50 GiB"
     assert part.facts["vllm"] == "0.24.0" and part.facts["vllm_settings"]["load_format"] == LOAD_FORMAT
     assert played[0].settings["model"] and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
 
