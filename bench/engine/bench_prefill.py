@@ -30,7 +30,7 @@ from bench.engine.engine_cases import VLLM_MODES, Dtype, Job, Mode, Part
 from bench.engine.engine_rows import join, table
 from bench.engine.engine_targets import first_token_lines
 from bench.engine.prefill_cases import PREFILL_CASES
-from bench.engine.prefill_targets import prefill_verdicts, ways_rows, ways_table
+from bench.engine.prefill_targets import prefill_verdicts, prompts_table, ways_rows, ways_table
 
 OURS: tuple[Mode, ...] = ("ours", "ours_arrivals")
 SIDES: Mapping[str, tuple[Mode, ...]] = {"both": (*OURS, *VLLM_MODES), "ours": OURS, "vllm": VLLM_MODES}
@@ -58,7 +58,7 @@ def report(parts: Sequence[Part], out: Path | None) -> Path:
     models = configs()
     rows = [row for row in join(parts, models) if row.case.way == "whole"]
     ways = ways_rows(parts, models)
-    tables = [lines for lines in (table(rows) if rows else [], ways_table(ways), arrivals_table(parts)) if lines]
+    tables = [lines for lines in (table(rows) if rows else [], prompts_table(rows), ways_table(ways), arrivals_table(parts)) if lines]
     content = {
         "first_tokens": {name: list(found) for name, found in first_token_lines(parts)},
         "cases": [row.as_json() for row in rows],

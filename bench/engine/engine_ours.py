@@ -233,10 +233,9 @@ def _measure_waves(engine: Engine, job: Job, case: EngineCase, tables: Sequence[
         engine.wave(wave, case.way)
         waves_us.append(1e6 * (time.perf_counter() - started_s))
     state, _ = engine.wave(_wave(prompts(case, engine.config.vocab), tables), case.way)
-    distinct = float((torch.as_tensor(state.expert_counts).sum(0) > 0).sum(-1).double().mean())
-    return CaseResult(
-        case=case, timing=timing_of(waves_us[WARM_UPS:], 1), distinct=round(distinct, 3), expert_bytes=int(state.expert_bytes)
-    )
+    use = state.expert_use()
+    distinct = float((use.counts_SLE.sum(0) > 0).sum(-1).double().mean())
+    return CaseResult(case=case, timing=timing_of(waves_us[WARM_UPS:], 1), distinct=round(distinct, 3), expert_bytes=use.bytes_read)
 
 
 def measure_job(job: Job, part: Part, out: Path, deadline_s: float) -> None:

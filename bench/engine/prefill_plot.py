@@ -1,7 +1,7 @@
 """Draws prompts by length and the modes beside decode, from a result file of `duomo bench prefill`. Knows no GPU.
 
     python -m bench.engine.prefill_plot bench/results/prefill_h100.json    # writes prefill_h100_prefill_<model>_<format>.png and .svg,
-                                                                           # and prefill_h100_beside_<model>_<format>
+                                                                           # prefill_h100_beside_... and prefill_h100_waves_...
 
 Needs matplotlib: pip install 'duomo[bench]'.
 """
@@ -30,7 +30,24 @@ def draw(result: Path) -> list[Path]:
         if len(beside) >= 2:
             stem = result.with_name(f"{result.stem}_beside_{arrivals['model']}_{arrivals['dtype']}")
             written += _draw_beside(beside, f"prompts beside decode, {arrivals['model']}, {arrivals['dtype']}\n{content['device']}", stem)
+        waves = next((one for one in loads if one.load.experiment == "overtake" and one.load.mode == "layered" and one.waves), None)
+        if waves is not None:
+            stem = result.with_name(f"{result.stem}_waves_{arrivals['model']}_{arrivals['dtype']}")
+            written += _draw_waves(waves, f"{waves.load.name}, {arrivals['model']}, {arrivals['dtype']}\n{content['device']}", stem)
     return written
+
+
+def _draw_waves(one: LoadResult, title: str, stem: Path) -> list[Path]:
+    """When the waves that the file lists ran: a long one goes on below while short ones overtake it."""
+    figure, axes = new_figure()
+    for place, (label, colour) in enumerate((("long", ORANGE), ("short", BLUE))):
+        kind = [wave for wave in one.waves if (wave.num_tokens >= one.load.long_tokens) == (label == "long")]
+        spans = [(1e3 * wave.started_s, 1e3 * max(wave.ended_s - wave.started_s, 1e-4)) for wave in kind]
+        axes.broken_barh(spans, (place - 0.3, 0.6), facecolors=colour, edgecolors="white", linewidth=0.5)
+    axes.set_yticks([0, 1], [f"{one.load.long_tokens:,} tokens", f"{min(one.load.lengths):,} tokens"])
+    axes.set(xlabel="milliseconds", title=title)
+    axes.grid(True, axis="x", alpha=0.25)
+    return save(figure, stem)
 
 
 def _draw_beside(loads: Sequence[LoadResult], title: str, stem: Path) -> list[Path]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.engine.arrivals_targets import arrival_verdicts
-from bench.engine.engine_cases import CaseResult, Dtype, Part, Way
+from bench.engine.engine_cases import SHIPPED_PEERS, CaseResult, Dtype, Part, Way
 from bench.engine.engine_floor import expert_bytes
 from bench.engine.engine_rows import EngineRow
 from bench.engine.engine_targets import first_token_verdicts, prompt_verdicts
-from bench.kernels.targets import OURS, Verdict
+from bench.kernels.targets import OURS, Case, Verdict
 from duomo.models.config import ModelConfig
 
 BYTES_OF_FLOOR = 1.05
@@ -66,6 +66,27 @@ def ways_rows(parts: Sequence[Part], configs: Mapping[str, ModelConfig]) -> list
                 floor = config.num_layers * distinct * expert_bytes(config, part.job.dtype)
                 rows.append(WaysRow(model=part.job.model, dtype=part.job.dtype, name=name, floor_bytes=floor, results=results))
     return rows
+
+
+def prompts_table(rows: Sequence[EngineRow]) -> list[str]:
+    """One prompt by length: ours, vLLM as shipped (the faster of its two processes) and with graphs to 4,096 tokens, always together."""
+    single = [row for row in rows if row.case.batch == 1 and OURS in row.shown.times]
+    if not single:
+        return []
+    lines = [f"{'one prompt, ms to its first token':<40}{'ours':>9}{'vLLM as shipped':>22}{'graphs to 4,096':>22}{'experts':>9}  counts"]
+    for row in sorted(single, key=lambda row: (row.dtype, row.model, row.case.tokens)):
+        shown = row.shown
+        peers = "".join(f"{_beside(shown, names):>22}" for names in (SHIPPED_PEERS, ("vllm_extended",)))
+        counts = "yes" if row.is_same_work else "no: vLLM's experts are others, or were not counted"
+        lines.append(
+            f"{f'{row.case.tokens:,} tokens {row.model} {row.dtype}':<40}{shown.ours_us / 1e3:>9.2f}{peers}{shown.distinct:>9.1f}  {counts}"
+        )
+    return lines
+
+
+def _beside(case: Case, peers: Sequence[str]) -> str:
+    ratio = case.ratio(*peers)
+    return "not measured" if ratio is None else f"{ratio * case.ours_us / 1e3:.2f} ({ratio:.2f}x)"
 
 
 def ways_table(rows: Sequence[WaysRow]) -> list[str]:

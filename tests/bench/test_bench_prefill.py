@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.engine import bench_prefill
-from bench.engine.arrivals_cases import SCALES, Answer, Load, LoadResult, load_result, loads_of
+from bench.engine.arrivals_cases import SCALES, Answer, Kind, Load, LoadResult, WaveSeen, load_result, loads_of
 from bench.engine.bench_prefill import parse, report
 from bench.engine.engine_campaign import configs, read_parts
 from bench.engine.engine_cases import CHUNK_TOKENS, VLLM_MODES, CaseResult, EngineCase, Job, Mode, Part, Way, prompts
@@ -21,7 +21,7 @@ from bench.engine.engine_rows import join
 from bench.engine.engine_vllm import capture_sizes
 from bench.engine.prefill_cases import LONG_TOKENS, PREFILL_CASES, WAYS
 from bench.engine.prefill_plot import draw
-from bench.engine.prefill_targets import prefill_verdicts, ways_rows, ways_table
+from bench.engine.prefill_targets import prefill_verdicts, prompts_table, ways_rows, ways_table
 from bench.gpu_stopwatch import Timing
 from duomo.engine.wave_buckets import WAVE_BUCKETS
 
@@ -120,6 +120,11 @@ def test_prompts_and_waves_have_verdicts_of_both_settings() -> None:
     assert said["first token of 16..512 tokens, against vLLM"] == "MISS", "4.2 ms: its faster setting counts"
     assert said["a wave of 16k tokens, against vLLM"] == "PASS"
     assert said["first token of 640..2,048 tokens, qwen3, vLLM as shipped"] == "----"
+    head, short, long = prompts_table(join(parts, CONFIGS))
+    assert "vLLM as shipped" in head and "graphs to 4,096" in head and "256 tokens" in short and "1,024 tokens" in long
+    assert "28.00 (4.00x)" in long and "8.00 (1.14x)" in long and long.endswith("yes")
+    (_, alone) = prompts_table(join(parts[:1], CONFIGS))[1:]
+    assert alone.count("not measured") == 2 and "were not counted" in alone
 
 
 def played() -> Part:
@@ -132,6 +137,14 @@ def played() -> Part:
     job = Job(mode="ours_arrivals", model="olmoe", dtype="bf16", cases=(), repeats=1, budget_s=60, loads=tuple(load.name for load in loads))
     made = Part(job=job, facts={"device": "NVIDIA H100 80GB HBM3"}, left_out=["ours_arrivals olmoe bf16 overtake: no time"])
     made.loads += [result(load, 0.05 if load.mode == "layered" else 0.1) for load in loads]
+    overtake = loads_of(SCALES["olmoe"])[0]
+    waves = [
+        WaveSeen(wave=at, num_prompts=1, num_tokens=tokens, started_s=0.04 * at, ended_s=0.05, piece_s=(0.002,), piece_groups=(1,))
+        for at, tokens in enumerate((8192, 256))
+    ]
+    kinds: tuple[Kind, ...] = ("arrival", "alone")
+    answers = [Answer(kind=kind, num_tokens=256, due_s=0.0, sent_s=0.0, token_s=(0.005,)) for kind in kinds]
+    made.loads.append(load_result(overtake, 0.005, answers, waves))
     return made
 
 
@@ -151,7 +164,7 @@ def test_one_report_holds_all_children(tmp_path: Path) -> None:
     assert "2.75x" in text and "PASS  beside decode, olmoe: mean TTFT against chunks, same ITL p95" in text
     if importlib.util.find_spec("matplotlib") is not None:
         names = [path.name for path in draw(out)]
-        assert names == ["prefill_h100_beside_olmoe_bf16.png", "prefill_h100_beside_olmoe_bf16.svg"]
+        assert names == [f"prefill_h100_{kind}_olmoe_bf16.{suffix}" for kind in ("beside", "waves") for suffix in ("png", "svg")]
 
 
 def test_the_command_line() -> None:
