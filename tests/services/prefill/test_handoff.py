@@ -74,7 +74,7 @@ def test_a_groups_push_is_in_flight_while_the_next_group_computes(tmp_path: Path
 
     async def scenario(run_dir: Path) -> None:
         slow = {write: Fault(delay_s=0.005) for write in range(100)}
-        async with rig(run_dir, faults=slow) as parts:
+        async with rig(run_dir, faults=slow, piece_target_s=1e-9) as parts:
             parts.decode.is_granting, parts.decode.num_ring_slots = False, 48
             prompts = {name: ids(90, seed=seed) for seed, name in enumerate("abc", start=1)}
             for name, prompt in prompts.items():
