@@ -18,7 +18,9 @@ from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.faults import FaultPlan
 from services.kv_transfer.membership import ReplicaCard
 from services.kv_transfer.step_thread import StepThread
+from services.kv_transfer.transport import Transport
 from services.kv_transfer.transport_loopback import LoopbackHub
+from services.kv_transfer.transport_nixl import NixlTransport
 from services.prefill.service import PrefillService
 from services.prefill.worker import PrefillWorker, WorkerSizes
 from tests.services.decode.scripted_peers import ScriptedGateway, model, until
@@ -94,21 +96,26 @@ def address_of(service: PrefillService | DecodeService) -> PeerAddress:
 
 @asynccontextmanager
 async def system(config: DuomoConfig, num_p: int, num_d: int, faults: FaultPlan | None = None) -> AsyncIterator[System]:
+    """KV goes by config.kv_transfer.transport."""
     hub = LoopbackHub(faults)
+
+    def transport(boot_id: str) -> Transport:
+        return NixlTransport(boot_id, config.kv_transfer) if config.kv_transfer.transport == "nixl" else hub.agent(boot_id)
+
     tracing = configure(config.tracing, "duomo-test")
     fingerprint = model().config.fingerprint
     async with AsyncExitStack() as stack:
         made = System([], [])
         for number in range(num_d):
             card = ReplicaCard.of(config, "decode", f"d{number}", fingerprint)
-            agent = TransferAgent(card.boot_id, hub.agent(card.boot_id), config.kv_transfer, num_send_slots=1)
+            agent = TransferAgent(card.boot_id, transport(card.boot_id), config.kv_transfer, num_send_slots=1)
             stack.callback(agent.close)
             cache = KvCache(kv_spec(model().config, 16), config.decode.num_blocks)
             worker = DecodeWorker(model(), cache, torch_threads=1)
             made.decodes.append((await _serve(stack, DecodeService(card, worker, agent, tracing)), await _gateway(stack, config)))
         for number in range(num_p):
             card = ReplicaCard.of(config, "prefill", f"p{number}", fingerprint)
-            agent = TransferAgent(card.boot_id, hub.agent(card.boot_id), config.kv_transfer, num_send_slots=config.prefill.send_slots)
+            agent = TransferAgent(card.boot_id, transport(card.boot_id), config.kv_transfer, num_send_slots=config.prefill.send_slots)
             stack.callback(agent.close)
             service = PrefillService(card, PrefillWorker(model(), WorkerSizes.of(config)), agent, tracing)
             made.prefills.append((await _serve(stack, service), await _gateway(stack, config)))

@@ -51,11 +51,14 @@ def test_a_pair_serves_choices_and_single_tokens(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
-def test_a_following_turn_sends_only_the_blocks_that_decode_lacks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["loopback", "nixl"])
+def test_a_following_turn_sends_only_the_blocks_that_decode_lacks(tmp_path: Path, transport: str) -> None:
     """Bytes counted on both sides, tokens the monolith's. Nothing is shared between keys; a prompt of known whole blocks sends its last."""
 
+    config = configuration(tmp_path, {"kv_transfer": {"transport": transport, "ucx_net_devices": "lo"}})
+
     async def go() -> None:
-        async with system(configuration(tmp_path), 1, 1) as made:
+        async with system(config, 1, 1) as made:
             prefill, decode = made.prefills[0][0], made.decodes[0][0]
             block_bytes = decode._worker.block_bytes * decode._worker.config.num_layers
             longer = Sampling(max_tokens=70, temperature=0.0, ignore_eos=True)
@@ -79,6 +82,7 @@ def test_a_following_turn_sends_only_the_blocks_that_decode_lacks(tmp_path: Path
                 assert after["landed_bytes"] - before["landed_bytes"] == (num_blocks - on_decode) * block_bytes, name
                 assert after.get("unsent_bytes", 0) - before["unsent_bytes"] == on_decode * block_bytes, name
                 assert prefill.report().counters["prefill_tokens_computed"] - computed == len(prompt) - 16 * on_prefill, name
+            assert decode.report().transport.startswith(transport)
             digests = {service.report().role: service.report().prefix_digests for service in (prefill, decode)}
             assert digests["prefill"] and digests["decode"]
             await made.at_rest()
