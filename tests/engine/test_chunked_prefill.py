@@ -1,14 +1,16 @@
-"""The CPU engine's chunks and pieces: any walk of a wave's grid gives the same bytes, counts and bytes read; long prompts stay small."""
+"""The CPU engine's chunks and pieces: any walk of a wave's grid gives the same bytes, counts and bytes read; nothing is quadratic."""
 
 from __future__ import annotations
 
 import random
-import resource
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.kv_cache import KvCache, kv_spec
@@ -66,7 +68,9 @@ def test_expert_bytes_are_those_of_each_chunks_distinct_experts(model: Model, ch
     batch, experts = waves()[0], model.layers[0].experts
     state, _, _ = walked(model, batch, chunk_tokens)
     step = batch.num_rows if chunk_tokens is None else chunk_tokens
-    distinct = sum(len(part.unique()) for ids_TK in state.routed_ids for part in ids_TK.split(step))
+    distinct = sum(
+        len(set(ids_TK[lo : lo + step].flatten().tolist())) for ids_TK in state.routed_ids for lo in range(0, batch.num_rows, step)
+    )
     one = 4 * 3 * model.config.hidden * model.config.expert_hidden  # float32: gate, up and down
     assert experts.expert_bytes == one and state.expert_bytes == distinct * one
     use = state.expert_use()
@@ -96,15 +100,46 @@ def test_a_walk_out_of_order_is_refused(model: Model) -> None:
         runner.logits(state, [256])
 
 
-def long_prompt_bytes(model: Model, num_tokens: int, chunk_tokens: int) -> int:
-    """By how much the process's peak grew while a prompt of so many tokens was prefilled, layer by layer."""
-    runner = ModelRunner(model, KvCache(kv_spec(model.config), -(-num_tokens // 16)))
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ships no types for it
+    """The most elements that any operation's result has."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch ships no types for it
+        self.numel: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(each, Tensor):
+                self.numel = max(self.numel, each.numel())
+        return result
+
+
+def largest_of(model: Model, num_tokens: int, chunk_tokens: int) -> int:
+    """While the first two layers of a prompt of so many tokens run, of a model that may be asked for 131,072."""
+    config = replace(model.config, max_position_tokens=131072)
+    long = Model(config, model.embed_VD, model.layers, model.norm_D, model.lm_head_DV)
+    runner = ModelRunner(long, KvCache(kv_spec(config), -(-num_tokens // 16)))
     token_ids = (TOKENS * -(-num_tokens // len(TOKENS)))[:num_tokens]
     batch = StepBatch(slices=(PromptSlice(token_ids=token_ids, start=0, block_table=range(runner.cache.num_blocks)),))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    state = runner.begin(batch, chunk_tokens)
-    for (lo, hi), chunks in layered(LAYERS, state.num_chunks, 2):
-        runner.run_layers(lo, hi, state, chunks)
-    assert runner.logits(state, batch.last_rows).isfinite().all()
-    assert (state.expert_counts.sum(-1) == num_tokens * model.config.top_k).all()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    with Largest() as seen:
+        state = runner.begin(batch, chunk_tokens)
+        runner.run_layers(0, 1, state)
+        runner.run_layers(1, 2, state)
+    assert (state.expert_counts[0, :2].sum(-1) == num_tokens * config.top_k).all()
+    return int(seen.numel)
+
+
+def test_nothing_grows_faster_than_a_long_prompt(model: Model) -> None:
+    """Rows, keys, and the scores of some queries at a time: all in proportion to its tokens, none with their square."""
+    short, long = (largest_of(model, num_tokens, 256) for num_tokens in (1024, 4096))
+    assert short == 128 * model.config.num_heads * 1024, "the scores of the last queries are what is largest"
+    assert long == 4 * short
+
+
+def test_a_long_prompt_is_the_same_in_chunks(model: Model) -> None:
+    """1,500 tokens, as a whole and in chunks of 512, layer group by layer group."""
+    batch = StepBatch(slices=(PromptSlice(token_ids=(TOKENS * 3)[:1500], start=0, block_table=range(94)),))
+    _, logits, kv = walked(model, batch, None)
+    _, their_logits, their_kv = walked(model, batch, 512, layered(LAYERS, 3, 2))
+    assert torch.equal(their_logits, logits) and torch.equal(their_kv, kv)
