@@ -7,7 +7,7 @@ launches a decode step, which so waits for one piece at most. The engine was war
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -43,7 +43,9 @@ class GpuPrefillWorker:
         self._group_delay_s = delays.prefill_group_s if delays is not None else 0.0
         self._message_delay_s = delays.kv_handoff_s if delays is not None else 0.0
         self._cache = engine.cache
-        self._packer: GpuKvPacker | None = None
+        self._compilations = engine.compilations
+        self._is_alone = engine.decode_part is None
+        self._packer = GpuKvPacker(engine.cache) if self._is_alone else None  # nothing leaves an engine that decode shares
 
     @property
     def num_groups(self) -> int:
@@ -56,6 +58,10 @@ class GpuPrefillWorker:
     def check(self, sampling: Sampling) -> None:
         ends = ending_ids(sampling, self.config.eos_ids)
         check_row(RowSampling(sampling=sampling, choice=0, prompt_ids=(), output_ids=(), ending_ids=ends))
+
+    def counters(self) -> Mapping[str, int]:
+        """Decode tells of an engine that both share."""
+        return {"kernel_compilations_after_ready": self._compilations.num_after_ready} if self._is_alone else {}
 
     def enter_step_thread(self) -> None:
         torch.set_num_threads(self._torch_threads)
@@ -103,8 +109,7 @@ class GpuPrefillWorker:
         """The whole message, hashed on the device, on a stream of its own. run_piece has waited for what it reads."""
         if self._message_delay_s:
             time.sleep(self._message_delay_s)
-        if self._packer is None:  # the writer thread's alone; an engine that decode shares packs nothing
-            self._packer = GpuKvPacker(self._cache)
+        assert self._packer is not None, "an engine that decode shares pushes nothing"
         start = trailer_start(handle_id, span)
         seal = Seal(handle_id=handle_id, group=span.group, message_idx=span.message_idx, start=start)
         self._packer.pack(span.layers, blocks[span.block_lo : span.block_hi], seal, out)

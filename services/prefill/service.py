@@ -15,6 +15,7 @@ from collections import Counter
 
 from duomo.config import DuomoConfig
 from duomo.errors import ConfigError, DuomoError, EngineError, PeerError, WireError
+from duomo.models.config import served_config
 from duomo.models.qwen3_moe import load_model
 from duomo.telemetry.tracing import Tracing
 from duomo.telemetry.tracing import configure as configure_tracing
@@ -32,6 +33,7 @@ from duomo.wire.messages import (
     RingOffered,
     StartPrefill,
 )
+from services.engine_start import engine_in, page_locks
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.loans import BlockLoans
@@ -39,7 +41,7 @@ from services.kv_transfer.membership import Membership, Progress, ReplicaCard
 from services.kv_transfer.step_thread import StepThread
 from services.kv_transfer.transport_nixl import NixlTransport
 from services.prefill.leg_book import LegBook
-from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes
+from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes, group_bounds
 
 CONNECT_AHEAD_PERIOD_S = 0.5
 
@@ -64,6 +66,7 @@ class PrefillService:
         self.card = card
         self.progress = Progress(card.config.prefill.hang_timeout_s)
         self.membership = Membership(card, self, directory)
+        self._worker = worker
         self._means = means
         self._tracing = tracing
         self._thread = thread or StepThread("prefill-step")
@@ -174,7 +177,11 @@ class PrefillService:
             num_steps=self._book.waves.num_groups_run,
             block_tokens=blocks.block_tokens,
             prefix_digests=blocks.digest.told(),
-            counters={**(self._book.counters + Counter(slots.counters)), "prefix_blocks_evicted": blocks.num_evicted},
+            counters={
+                **(self._book.counters + Counter(slots.counters)),
+                "prefix_blocks_evicted": blocks.num_evicted,
+                **self._worker.counters(),
+            },
             progress_age_s=self.progress.age_s(),
             pid=os.getpid(),
             transport=self._means.transport_name,
@@ -188,29 +195,47 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
         raise ConfigError("redis.url (DUOMO_REDIS_URL) is empty: a replica that runs by itself must be told where its directory is")
     if config.kv_transfer.transport != "nixl":
         raise ConfigError("kv_transfer.transport is 'loopback', which works within one process only; a replica needs 'nixl'")
-    model = await asyncio.to_thread(load_model, config.model.path)
-    card = ReplicaCard.of(config, "prefill", replica_id, model.config.fingerprint)
-    worker = PrefillWorker(model, WorkerSizes.of(config), config.delays)
-    transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer)
-    agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=config.prefill.send_slots)
-    tracing = configure_tracing(config.tracing, "duomo-prefill", "prefill", replica_id)
-    directory = Directory(config.redis.url, config.redis.lease_s)
-    service = PrefillService(card, worker, agent, tracing, directory)
-    ahead: asyncio.Task[None] | None = None
-    try:
+    async with contextlib.AsyncExitStack() as ends:
+        tracing = configure_tracing(config.tracing, "duomo-prefill", "prefill", replica_id)
+        ends.push_async_callback(asyncio.to_thread, tracing.shutdown)
+        directory = Directory(config.redis.url, config.redis.lease_s)
+        ends.push_async_callback(directory.close)
+        thread = StepThread("prefill-step")
+        ends.push_async_callback(asyncio.to_thread, thread.close)
+        worker, config = await _started(config, thread, tracing, ends)
+        card = ReplicaCard.of(config, "prefill", replica_id, worker.config.fingerprint)
+        transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer, page_locks(config))
+        agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=config.prefill.send_slots)
+        ends.push_async_callback(asyncio.to_thread, agent.close)
+        service = PrefillService(card, worker, agent, tracing, directory, thread)
+        ends.push_async_callback(service.stop)
         log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
         await service.start()
         log.info("prefill replica %s serves at %s over %s", replica_id, service.membership.identity.address, agent.transport_name)
         ahead = asyncio.create_task(_connect_ahead(service, directory))
-        await service.membership.serve(stop)
-    finally:
-        if ahead is not None:
+        try:
+            await service.membership.serve(stop)
+        finally:
             ahead.cancel()
             await asyncio.gather(ahead, return_exceptions=True)
-        await service.stop()
-        await asyncio.to_thread(agent.close)
-        await asyncio.to_thread(tracing.shutdown)
-        await directory.close()
+
+
+async def _started(
+    config: DuomoConfig, thread: StepThread, tracing: Tracing, ends: contextlib.AsyncExitStack
+) -> tuple[WaveWorker, DuomoConfig]:
+    """The device's worker, and the configuration with what was planned for it. ends: what closes it. Raises ConfigError and ModelError."""
+    if config.model.device != "cuda":
+        model = await asyncio.to_thread(load_model, config.model.path)
+        return PrefillWorker(model, WorkerSizes.of(config), config.delays), config
+    # refuses before minutes of loading
+    group_bounds(served_config(config.model).num_layers, config.model.units, config.prefill.units_per_group)
+    engine = await engine_in(thread, tracing, config, "prefill")
+    ends.callback(engine.compilations.close)
+    from duomo.engine.gpu_start import planned
+    from services.prefill.gpu_worker import GpuPrefillWorker
+
+    config = planned(config, engine.plan, "prefill")
+    return GpuPrefillWorker(engine, WorkerSizes.of(config), config.delays), config
 
 
 async def _connect_ahead(service: PrefillService, directory: Directory) -> None:

@@ -7,7 +7,7 @@ step thread has left behind. WaveWorker is what the services ask of a rank: this
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -93,7 +93,8 @@ class WaveOutput:
 
 
 class WaveWorker(Protocol):
-    """One rank that prefills. All but config, group_bounds, num_groups, block_bytes, check and pack is called in the step thread.
+    """One rank that prefills. All but config, group_bounds, num_groups, block_bytes, check, counters and pack is called in the
+    step thread.
 
     seals_messages: pack() writes whole messages, padding and trailer included, not the payload alone.
     """
@@ -113,6 +114,9 @@ class WaveWorker(Protocol):
 
     def check(self, sampling: Sampling) -> None:
         """Raises RequestError for what this worker cannot sample."""
+
+    def counters(self) -> Mapping[str, int]:
+        """Event counts of its own, for the replica's report."""
 
     def enter_step_thread(self) -> None:
         """Called once."""
@@ -169,6 +173,9 @@ class PrefillWorker:
 
     def check(self, sampling: Sampling) -> None:
         """Everything that the wire can say can be sampled."""
+
+    def counters(self) -> Mapping[str, int]:
+        return {}
 
     def enter_step_thread(self) -> None:
         """Called once, in the step thread: torch's threads are set per calling thread."""
