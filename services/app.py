@@ -32,6 +32,7 @@ from services.kv_transfer.registration import until_registered
 from services.kv_transfer.service_thread import ServiceThread
 from services.prefill.deployment import PrefillDeployment
 from services.router.deployment import RouterDeployment
+from services.start_board import StartWatch
 
 APP_NAME = "duomo"
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -226,7 +227,9 @@ class RaySystem:
 
     def _wait_until_running(self, began_s: float, deadline_s: float) -> None:
         running: set[str] = set()
+        starting = StartWatch(self._run_dir, lambda line: self._say(f"{line} ({time.monotonic() - began_s:.1f} s)"))
         while True:
+            starting.look()
             overview = self._overview()
             for name, deployment in overview.deployments.items():
                 if deployment.status == "HEALTHY" and name not in running:

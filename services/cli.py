@@ -104,7 +104,7 @@ def replica(
     import socket
 
     loaded = _load(config, {}, settings)
-    from services.cli_serve import run_one
+    from services.cli_replica import run_one
 
     raise typer.Exit(run_one(loaded, role, replica_id or f"{role}-{socket.gethostname()}"))
 

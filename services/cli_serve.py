@@ -1,11 +1,9 @@
-"""Owns `duomo serve` and `duomo replica`: the folder of a run, start-up with its phases, signals and a clean end. Knows no request."""
+"""Owns `duomo serve`: the folder of a run, start-up with its phases, signals and a clean end. Knows no request."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import logging
 import os
 import shutil
 import signal
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 WATCH_PERIOD_S = 2.0
 MARKER = "run.json"
 INTERRUPTED = 130
-
-log = logging.getLogger(__name__)
 
 
 class StopSignals:
@@ -301,47 +297,3 @@ def admin_socket(path: Path, system: RaySystem) -> Iterator[None]:
         yield
     finally:
         door.close()
-
-
-def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
-    """One process of the system without Ray, until SIGINT or SIGTERM: it drains, unregisters and ends."""
-    if not config.redis.url:
-        raise ConfigError("redis.url (DUOMO_REDIS_URL): a replica on its own needs the Redis server of its system")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; why: services/app.py
-    why = ""
-    if role != "router" and config.layout == "auto":  # the role says it
-        config = config.model_copy(update={"layout": "colocated" if role == "engine" else "split"})
-    if role != "router":  # a gateway needs no card, and works beside replicas of any
-        settled = settle(config)
-        config, why = settled.config, settled.why
-    if role == "router":
-        check_port(config)
-        from services.router.service import serve_gateway as run
-    elif role == "engine":
-        from services.colocated import run_replica as run
-    elif config.layout == "colocated" and role in ("prefill", "decode"):
-        raise ConfigError(f"layout is colocated, where one engine is prefill and decode: run `duomo replica engine`, not {role}")
-    elif role == "prefill":
-        from services.prefill.service import run_replica as run
-    elif role == "decode":
-        from services.decode.replica import run_replica as run
-    else:
-        raise ConfigError(f"ROLE must be prefill, decode, engine or router, not {role!r}")
-    from duomo.telemetry import logging as telemetry_logging
-
-    telemetry_logging.configure(role, replica_id)
-    if why:
-        log.info("%s", why)
-
-    async def until_signalled() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
-        await run(config, replica_id, stop)
-
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(until_signalled())
-    return 0

@@ -32,6 +32,7 @@ from services.kv_transfer.membership import FAILED_DRAIN_S, ReplicaCard
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.service import PrefillService
 from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes
+from services.start_board import StartBoard
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +113,12 @@ async def started_workers(config: DuomoConfig, means: EngineMeans) -> Workers:
     """The device's. Raises ConfigError and ModelError naming what is wrong."""
     if config.model.device != "cuda":
         return workers_of(await asyncio.to_thread(load_model, config.model.path, progress=False), config)
-    startup, started_s = Startup(_log_phase), time.monotonic()
+    board = StartBoard(config.run_dir, "engine")
+    startup, started_s = Startup(_log_phase, board.show), time.monotonic()
     try:
         return await means.thread.run("step", _gpu_workers, config, startup)
     finally:
+        board.close()
         record_start(means.decode_spans, startup, started_s)
 
 

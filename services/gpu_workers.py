@@ -44,7 +44,7 @@ def start_gpu_workers(config: DuomoConfig, startup: Startup) -> GpuWorkers:
     device = torch.device("cuda", 0)
     start = EngineStart(
         config=model,
-        load=_loader(config, model, device),
+        load=_loader(config, model, device, startup),
         limits=memory_limits(config, model),
         device=device,
         is_deterministic=config.deterministic,
@@ -67,9 +67,12 @@ def gpu_workers(engine: GpuEngine, config: DuomoConfig) -> GpuWorkers:
     )
 
 
-def _loader(config: DuomoConfig, model: ModelConfig, device: torch.device) -> Callable[[], GpuWeights]:
+def _loader(config: DuomoConfig, model: ModelConfig, device: torch.device, startup: Startup) -> Callable[[], GpuWeights]:
     section = config.model
     quantise = section.quantize or None
     if section.random_weights:
         return partial(random_gpu_weights, model, device=device, quantise=quantise, seed=section.random_seed)
-    return partial(load_gpu_weights, section.path, device=device, quantise=quantise, progress=sys.stderr.isatty())
+    shows_bar = sys.stderr.isatty()
+    return partial(
+        load_gpu_weights, section.path, device=device, quantise=quantise, progress=shows_bar, count=None if shows_bar else startup.count
+    )

@@ -113,7 +113,9 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
     too_much = "KV blocks, buffers and graphs take more than was planned for them: lower gpu_memory_fraction"
     with startup.phase("capture"), _refusing(too_much, memory):
         cache = _pool(decoder, plan.num_blocks, start)
+        startup.part("decode steps")
         decode = _decode(decoder, cache, start) if start.limits.part != "prefill" else None
+        startup.part("waves")
         prefill = None if first_tokens is None else PrefillPart(prefill=_prefill(decoder, cache, start), first_tokens=first_tokens)
         _warm_handoff(cache, start)
         if first_tokens is not None and start.device.type == "cuda":

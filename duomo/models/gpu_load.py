@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -27,19 +28,21 @@ def load_gpu_weights(
     dtype: torch.dtype = torch.bfloat16,
     quantise: Literal["fp8"] | None = None,
     progress: bool = False,
+    count: Callable[[int, int], None] | None = None,
 ) -> GpuWeights:
     """Load a Hugging Face folder of any supported family: safetensors in one or many files, bf16, f16, f32 or fp8 with block scales.
 
     Blocks of 128 x 128 stay fp8 where dtype is a half precision; other blocks, and all where dtype is float32, are dequantised.
     quantise="fp8" turns the experts' and the attention's products to fp8. Host memory holds one tensor at a time. Raises ModelError naming
-    the file, tensor, shape or architecture at fault. progress shows a bar on stderr.
+    the file, tensor, shape or architecture at fault. progress shows a bar on stderr; count is told (tensors read, all).
     """
     target = WeightTarget(device=device, dtype=dtype, quantise=quantise)
     config = load_config(folder)
     blocks = None if config.quantisation is None else config.quantisation.block
     if dtype in HALVES and quantise is None and blocks not in (None, (SCALE_BLOCK, SCALE_BLOCK)):
         log.warning("%s: weights made %s, not kept in fp8: the kernels know blocks of 128 x 128, not %s", folder, dtype, blocks)
-    with WeightFolder(folder, config.quantisation, num_tensors=sum(1 for _ in all_entries(config)), progress=progress) as weights:
+    num_tensors = sum(1 for _ in all_entries(config))
+    with WeightFolder(folder, config.quantisation, num_tensors=num_tensors, progress=progress, count=count) as weights:
         return build_weights(config, _FolderSource(weights, config.quantisation), target)
 
 

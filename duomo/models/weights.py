@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -24,15 +24,27 @@ SCALE_SUFFIX = "_scale_inv"  # DeepSeek-V3's spelling: the factor that undoes th
 
 
 class WeightFolder:
-    """The tensors of a folder, taken one by one, as float32 or as stored. A context manager: leaving it closes files and progress bar."""
+    """The tensors of a folder, taken one by one, as float32 or as stored. A context manager: leaving it closes files and progress bar.
 
-    def __init__(self, folder: Path, quantisation: Fp8Blocks | None, *, num_tensors: int, progress: bool) -> None:
+    count: told of each tensor taken, and of how many there are.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        quantisation: Fp8Blocks | None,
+        *,
+        num_tensors: int,
+        progress: bool,
+        count: Callable[[int, int], None] | None = None,
+    ) -> None:
         self._folder = folder
         self._quantisation = quantisation
         self._files = contextlib.ExitStack()
         self._open: dict[str, safetensors.safe_open] = {}
         self._file_of = self._read_index()
         self._bar = tqdm(total=num_tensors, desc="loading weights", unit="tensor", file=sys.stderr, disable=not progress, leave=False)
+        self._num_taken, self._num_tensors, self._count = 0, num_tensors, count
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +70,9 @@ class WeightFolder:
                 code="bad_tensor_shape",
             )
         self._bar.update(1)
+        self._num_taken += 1
+        if self._count is not None:
+            self._count(self._num_taken, self._num_tensors)
         if tensor.dtype in PLAIN_DTYPES:
             return tensor, None
         if tensor.dtype is not torch.float8_e4m3fn or self._quantisation is None or len(shape) != 2:

@@ -322,8 +322,10 @@ def test_progress_counts_every_tensor(capsys: pytest.CaptureFixture[str], monkey
         return take(self, name, shape)
 
     monkeypatch.setattr(WeightFolder, "take_stored", counting)
-    load_gpu_weights(TINY_MOE, device=CPU, progress=True)
+    counts: list[tuple[int, int]] = []
+    load_gpu_weights(TINY_MOE, device=CPU, progress=True, count=lambda done, whole: counts.append((done, whole)))
     captured = capsys.readouterr()
+    assert counts == [(done, len(taken)) for done in range(1, len(taken) + 1)]
     assert f"/{len(taken)} " in captured.err and len(taken) == len(set(taken)) and not captured.out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
@@ -12,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from duomo.config import DuomoConfig, ModelSection, load_config
+from duomo.config import DuomoConfig, ModelSection
 from duomo.errors import ConfigError
-from services.cli_serve import StopSignals, claimed_run_dir, run_one, wait_until_ready
-
-MODEL = Path(__file__).parents[2] / "models" / "tiny-moe"
+from services.cli_serve import StopSignals, claimed_run_dir, wait_until_ready
 
 
 def config_of(folder: Path) -> DuomoConfig:
@@ -64,20 +61,3 @@ def test_an_interrupt_that_python_drops_still_ends_the_start(stop_signals: StopS
     with pytest.raises(KeyboardInterrupt):
         wait_until_ready(config_of(Path(".")), 5, stop_signals.check)
     assert not stop_signals.urgent.is_set()
-
-
-@pytest.mark.parametrize(
-    ("role", "room", "layout"), [("engine", "services.colocated", "colocated"), ("decode", "services.decode.replica", "split")]
-)
-def test_a_replicas_role_says_the_layout_that_auto_leaves_open(role: str, room: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    served = []
-
-    async def run(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
-        served.append((config.layout, config.model.device))
-
-    monkeypatch.setattr(f"{room}.run_replica", run)
-    monkeypatch.setattr("duomo.telemetry.logging.configure", lambda *_: None)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # run_one's own, gone again afterwards
-    options = {"model.path": str(MODEL), "redis.url": "redis://nowhere"}
-    assert run_one(load_config(None, {**options, "model.device": "cpu"}), role, "r0") == 0
-    assert served == [(layout, "cpu")]

@@ -1,0 +1,92 @@
+"""Owns `duomo replica`: one process of the system without Ray, from its signals to its end. Knows no request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+
+from duomo.config import DuomoConfig
+from duomo.engine.settle import settle
+from duomo.errors import ConfigError
+from services.cli_serve import INTERRUPTED, check_port
+
+INTERRUPT_WAIT_S = 2.0
+
+log = logging.getLogger(__name__)
+
+
+async def interrupted_before(ready: Coroutine[object, object, None], serving: asyncio.Task[None], stop: asyncio.Event) -> bool:
+    """Whether `stop` was set before `ready` returned: then `serving` has been cancelled, and has had INTERRUPT_WAIT_S to close all.
+
+    Returns as soon as it is ready, or has ended by itself.
+    """
+    waits = (asyncio.ensure_future(ready), asyncio.create_task(stop.wait()))
+    try:
+        await asyncio.wait((serving, *waits), return_when=asyncio.FIRST_COMPLETED)
+        is_interrupted = stop.is_set() and not serving.done() and not waits[0].done()
+    finally:
+        for wait in waits:
+            wait.cancel()
+        await asyncio.gather(*waits, return_exceptions=True)
+    if is_interrupted:
+        serving.cancel()
+        await asyncio.wait((serving,), timeout=INTERRUPT_WAIT_S)
+    return is_interrupted
+
+
+def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
+    """One process of the system without Ray, until SIGINT or SIGTERM: it drains, unregisters and ends."""
+    if not config.redis.url:
+        raise ConfigError("redis.url (DUOMO_REDIS_URL): a replica on its own needs the Redis server of its system")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; why: services/app.py
+    why = ""
+    if role != "router" and config.layout == "auto":  # the role says it
+        config = config.model_copy(update={"layout": "colocated" if role == "engine" else "split"})
+    if role != "router":  # a gateway needs no card, and works beside replicas of any
+        settled = settle(config)
+        config, why = settled.config, settled.why
+    if role == "router":
+        check_port(config)
+        from services.router.service import serve_gateway as run
+    elif role == "engine":
+        from services.colocated import run_replica as run
+    elif config.layout == "colocated" and role in ("prefill", "decode"):
+        raise ConfigError(f"layout is colocated, where one engine is prefill and decode: run `duomo replica engine`, not {role}")
+    elif role == "prefill":
+        from services.prefill.service import run_replica as run
+    elif role == "decode":
+        from services.decode.replica import run_replica as run
+    else:
+        raise ConfigError(f"ROLE must be prefill, decode, engine or router, not {role!r}")
+    from duomo.telemetry import logging as telemetry_logging
+
+    telemetry_logging.configure(role, replica_id)
+    if why:
+        log.info("%s", why)
+
+    async def until_signalled() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        serving = loop.create_task(run(config, replica_id, stop))
+        if role != "router":
+            from services.kv_transfer.registration import until_registered
+
+            registered = until_registered(config.redis, f"{replica_id}.prefill" if role == "engine" else replica_id)
+            if await interrupted_before(registered, serving, stop):
+                log.warning("asked to stop before it was ready: ending at once")
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(INTERRUPTED)  # a thread that loads or compiles hears of nothing for minutes, and would be waited for
+        await serving
+
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(until_signalled())
+    return 0

@@ -1,0 +1,106 @@
+"""One process without Ray: what its role says, and that it ends within seconds whatever of its start it is in."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from duomo.config import DuomoConfig, load_config
+from services.cli_replica import interrupted_before, run_one
+
+MODEL = Path(__file__).parents[2] / "models" / "tiny-moe"
+
+STUCK = """
+import asyncio, sys, time
+from duomo.config import load_config
+from services import cli_replica, colocated
+
+async def run_replica(config, replica_id, stop):
+    print("starting", flush=True)
+    try:
+        await asyncio.to_thread(time.sleep, 300)
+    finally:
+        await asyncio.to_thread(time.sleep, 300)
+
+colocated.run_replica = run_replica
+options = {"model.path": sys.argv[1], "redis.url": "redis://127.0.0.1:1", "model.device": "cpu"}
+sys.exit(cli_replica.run_one(load_config(None, options), "engine", "e0"))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_start_that_is_deep_in_a_call_ends_within_seconds(number: signal.Signals) -> None:
+    """Loading and capturing hear of no cancellation, nor does what closes their thread."""
+    process = subprocess.Popen([sys.executable, "-c", STUCK, str(MODEL)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        assert process.stdout.readline() == "starting\n"
+        began_s = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(20) == 130, process.stderr.read()
+        assert time.monotonic() - began_s < 10
+        assert "before it was ready" in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+def test_only_what_is_not_ready_is_interrupted() -> None:
+    async def serve(stop: asyncio.Event, drained: list[str]) -> None:
+        await stop.wait()
+        await asyncio.sleep(0.05)
+        drained.append("drained")
+
+    async def ready_after(delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+
+    async def played(ready_s: float, stop_s: float) -> tuple[bool, list[str]]:
+        stop, drained = asyncio.Event(), list[str]()
+        asyncio.get_running_loop().call_later(stop_s, stop.set)
+        serving = asyncio.create_task(serve(stop, drained))
+        was_interrupted = await interrupted_before(ready_after(ready_s), serving, stop)
+        if not was_interrupted:
+            await serving
+        assert serving.cancelled() == was_interrupted and asyncio.all_tasks() == {asyncio.current_task()}
+        return was_interrupted, drained
+
+    assert asyncio.run(played(0.0, 0.2)) == (False, ["drained"])
+    assert asyncio.run(played(60.0, 0.05)) == (True, [])
+
+
+def test_a_replica_that_fails_while_it_starts_raises_what_it_found() -> None:
+    async def fail() -> None:
+        raise ValueError("no such folder")
+
+    async def main() -> None:
+        serving = asyncio.create_task(fail())
+        assert not await interrupted_before(asyncio.sleep(60), serving, asyncio.Event())
+        with pytest.raises(ValueError, match="no such folder"):
+            await serving
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("role", "room", "layout"), [("engine", "services.colocated", "colocated"), ("decode", "services.decode.replica", "split")]
+)
+def test_a_replicas_role_says_the_layout_that_auto_leaves_open(role: str, room: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+
+    async def run(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
+        served.append((config.layout, config.model.device))
+
+    monkeypatch.setattr(f"{room}.run_replica", run)
+    monkeypatch.setattr("duomo.telemetry.logging.configure", lambda *_: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # run_one's own, gone again afterwards
+    options = {"model.path": str(MODEL), "redis.url": "redis://nowhere"}
+    assert run_one(load_config(None, {**options, "model.device": "cpu"}), role, "r0") == 0
+    assert served == [(layout, "cpu")]

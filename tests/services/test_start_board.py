@@ -1,0 +1,41 @@
+"""How far a start is: written by one process, said by another, gone when it is over."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from services.start_board import STILL_PERIOD_S, StartBoard, StartWatch
+
+
+def test_lines_are_said_when_they_change_and_when_they_stand_for_long(tmp_path: Path) -> None:
+    now_s, said = 0.0, list[str]()
+    watch = StartWatch(tmp_path, said.append, lambda: now_s)
+    watch.look()
+    board = StartBoard(tmp_path, "engine")
+    for line in ("weights", "weights", "weights: 40% (4 of 10)"):
+        board.show(line)
+        watch.look()
+        watch.look()
+    assert said == ["engine: weights", "engine: weights: 40% (4 of 10)"]
+    now_s = STILL_PERIOD_S - 0.1
+    watch.look()
+    now_s = 2 * STILL_PERIOD_S
+    watch.look()
+    watch.look()
+    assert said[2:] == ["engine: weights: 40% (4 of 10), for 20 s now"]
+    board.close()
+    board.close()
+    watch.look()
+    assert len(said) == 3 and not list(tmp_path.iterdir())
+
+
+def test_a_board_that_cannot_be_written_stops_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        for folder in (None, tmp_path / "not" / "there"):
+            board = StartBoard(folder, "engine")
+            board.show("capture: waves")
+            board.close()
+    assert [record.getMessage() for record in caplog.records] == ["engine start: capture: waves"] * 2
