@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 
 from duomo.errors import DuomoError, EngineError
+from services.kv_transfer.started_heap import freeze_started
 
 BEAT_S = 0.5
 MAX_SILENCE_S = 15.0  # a loop that shares two cores with model loading stands still for 2 to 3 s at worst
@@ -47,12 +48,14 @@ class ServiceThread:
         self._beat_s = time.monotonic()
 
     def start(self, timeout_s: float) -> None:
-        """Start and wait until ready. Raises the service's own exception, or EngineError after timeout_s."""
+        """Start and wait until ready; then what the process holds is the collector's no more. Raises the service's own exception, or
+        EngineError after timeout_s."""
         self._thread.start()
         if not self._settled.wait(timeout_s):
             self.ask_to_stop()
             raise EngineError(f"{self.name} was not ready after {timeout_s:.0f} s", phase="start")
         if self._is_ready:
+            freeze_started()
             return
         self._ended.wait(timeout_s)
         raise self._failure or EngineError(f"{self.name} ended while it started", phase="start")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,6 +20,29 @@ async def at_once() -> None:
 
 async def never() -> None:
     await asyncio.Event().wait()
+
+
+@pytest.fixture(autouse=True)
+def _thawed() -> Iterator[None]:
+    """A test's process goes on to other tests, whose garbage is to be collected."""
+    yield
+    gc.unfreeze()
+
+
+def test_what_a_ready_process_holds_is_no_longer_collected() -> None:
+    """A full collection walks what was made since alone."""
+
+    async def run(stop: asyncio.Event) -> None:
+        await stop.wait()
+
+    many = [[index] for index in range(50_000)]
+    thread = ServiceThread("decode-8", run, at_once)
+    thread.start(timeout_s=5)
+    try:
+        assert gc.get_freeze_count() > len(many)
+        assert sum(len(gc.get_objects(generation)) for generation in range(3)) < len(many)
+    finally:
+        asyncio.run(thread.stop(timeout_s=5))
 
 
 def test_runs_in_its_own_thread_and_drains_on_stop() -> None:
