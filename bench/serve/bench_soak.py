@@ -29,6 +29,7 @@ import numpy as np
 from bench.serve.host_facts import commit, cpu_name
 from bench.serve.soak_client import Load, run_client
 from bench.serve.soak_verdicts import (
+    MINUTE_S,
     Floats,
     Verdict,
     by_minute,
@@ -173,11 +174,21 @@ def report(seen: Seen, asked: Asked) -> tuple[dict[str, Any], list[Verdict]]:
         "finished": seen.num_finished,
         "num_errors": seen.num_errors,
         "errors": seen.errors,
+        "rss_growth_by_name": growth_by_name(seen.samples),
         "samples": [asdict(sample) for sample in seen.samples],
         "verdicts": [verdict.line() for verdict in found],
         "is_red": any(verdict.passed is False for verdict in found),
     }
     return content, found
+
+
+def growth_by_name(samples: Sequence[Sample]) -> dict[str, int]:
+    """Bytes of RSS that processes of each name have more at the end than after the first minute, most first. Empty where it was shorter."""
+    later = [sample.rss_by_name for sample in samples if sample.at_s >= MINUTE_S]
+    if not later:
+        return {}
+    growth = {name: size - later[0].get(name, 0) for name, size in later[-1].items()}
+    return dict(sorted(growth.items(), key=lambda item: -item[1]))
 
 
 def print_report(content: dict[str, Any]) -> None:
@@ -187,7 +198,8 @@ def print_report(content: dict[str, Any]) -> None:
     for name, row in [*enumerate(content["itl_by_minute"], 1), ("all", content["itl"]), ("TTFT", content["ttft"])]:
         times = [1e3 * each for each in (*row["quantile_s"].values(), row["max_s"])]
         print(f"{name:>7} {row['num_events']:>9,} {row['tokens_per_s']:>9,.0f}" + "".join(f" {each:>8.2f}" for each in times))
-    print("\n".join(content["errors"][:4] + content["verdicts"]))
+    grown = [f"{name} {more / 2**20:+.1f}" for name, more in list(content["rss_growth_by_name"].items())[:5]]
+    print("\n".join([*content["errors"][:4], *content["verdicts"], f"RSS since the first minute, MiB: {', '.join(grown) or 'too short'}"]))
 
 
 def parse(arguments: list[str]) -> Asked:

@@ -7,8 +7,10 @@ what disturbs. GPU memory is asked through NVML, which makes no context on the c
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass, field
 
 import psutil
@@ -22,13 +24,13 @@ COUNTER_LABEL = re.compile(r'counter="(?P<name>[^"]*)"')
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """at_s: monotonic. rss, pss by pid of the tree's root; what could not be read is not there. counters: summed over replicas; None
-    where the server has none."""
+    """at_s: monotonic. rss, pss by pid of the tree's root, rss of all trees by process name too; what could not be read is not there.
+    counters: summed over replicas; None where the server has none."""
 
     at_s: float
     rss_bytes: dict[int, int] = field(default_factory=dict)
+    rss_by_name: dict[str, int] = field(default_factory=dict)
     pss_bytes: dict[int, int] = field(default_factory=dict)
-    num_processes: int = 0
     gpu_bytes: int | None = None
     counters: dict[str, int] | None = None
 
@@ -46,11 +48,15 @@ class Watch:
         wants_pss = self._num_taken % PSS_EVERY == 0
         self._num_taken += 1
         trees = {pid: _tree(pid) for pid in self._pids}
+        by_process = {pid: [(_name(each), _bytes(each, "rss")) for each in tree] for pid, tree in trees.items() if tree}
+        by_name: Counter[str] = Counter()
+        for name, size in itertools.chain.from_iterable(by_process.values()):
+            by_name[name] += size
         return Sample(
             at_s=at_s,
-            rss_bytes={pid: sum(_bytes(each, "rss") for each in tree) for pid, tree in trees.items() if tree},
+            rss_bytes={pid: sum(size for _, size in sizes) for pid, sizes in by_process.items()},
+            rss_by_name=dict(by_name),
             pss_bytes={pid: sum(_bytes(each, "pss") for each in tree) for pid, tree in trees.items() if tree} if wants_pss else {},
-            num_processes=sum(map(len, trees.values())),
             gpu_bytes=None if self._nvml is None else self._nvml.used_bytes(),
             counters=None if self._metrics_url is None else _counters(self._metrics_url),
         )
@@ -62,6 +68,15 @@ def _tree(pid: int) -> list[psutil.Process]:
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _name(process: psutil.Process) -> str:
+    """As it calls itself: Ray's replicas change their titles, which the kernel's short name does not show."""
+    try:
+        title = process.cmdline()[0]
+        return title if title.startswith("ray::") else process.name()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
+        return "ended"
 
 
 def _bytes(process: psutil.Process, kind: str) -> int:
