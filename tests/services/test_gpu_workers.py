@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,9 @@ import torch
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
 from duomo.config import DuomoConfig
-from duomo.engine.batch import PromptSlice, StepBatch
-from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
 from duomo.engine.memory_plan import DeviceBytes, MemoryLimits
-from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.engine.startup import Startup
-from duomo.models.config import ModelConfig
 from duomo.models.gpu_random import random_gpu_weights
 from duomo.telemetry.span_file import read_spans
 from duomo.telemetry.tracing import configure
@@ -35,7 +31,7 @@ from services.gpu_workers import gpu_workers
 from tests.engine.gpu_tiny import TINY, WIDE
 from tests.interpreter import prepare
 from tests.services.decode.rig import configuration
-from tests.services.decode.scripted_peers import model
+from tests.services.gpu_rig import Asked, judge, known, prompt, serve
 from tests.services.pair_rig import System, colocated
 
 prepare()
@@ -43,20 +39,6 @@ prepare()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOM = 9_410_000  # bytes: mostly what graphs would take
 Scenario = Callable[[Engine, System], Coroutine[Any, Any, None]]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One request."""
-
-    prompt_ids: tuple[int, ...]
-    sampling: Sampling
-    choices: tuple[int, ...] = (0,)
-
-
-def known(config: ModelConfig) -> ModelConfig:
-    """By the fingerprint that scripted gateways serve."""
-    return replace(config, fingerprint=model().config.fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -96,49 +78,6 @@ def play(engine: GpuEngine, config: DuomoConfig, scenario: Scenario) -> None:
     asyncio.run(go())
 
 
-def alone(engine: GpuEngine, asked: Asked, choice: int, num_tokens: int) -> list[int]:
-    """So many tokens of one choice, by the engine without services; nobody else may hold blocks."""
-    ids, block_tokens = asked.prompt_ids, engine.plan.block_tokens
-    table = range(-(-(len(ids) + num_tokens) // block_tokens))
-    ends = ending_ids(asked.sampling, engine.prefill.decoder.config.eos_ids)
-    row = RowSampling(sampling=asked.sampling, choice=choice, prompt_ids=ids, output_ids=(), ending_ids=ends)
-    _, logits = engine.prefill.run(StepBatch(slices=(PromptSlice(token_ids=ids, start=0, block_table=table),)))
-    (first,) = engine.first_tokens.sample(logits, [row])
-    assert isinstance(first, SampledToken)
-    tokens = [first.token_id]
-    source: int | Joining = Joining(token_id=first.token_id, sampling=replace(row, output_ids=tuple(tokens)))
-    while len(tokens) < num_tokens:
-        step = DecodeStep(rows=(DecodeRow(source=source, position=len(ids) + len(tokens) - 1, table=table),))
-        tokens.append(int(engine.decode.launch(step).wait().token_id_R[0]))
-        source = 0
-    return tokens
-
-
-async def serve(system: System, asked: Sequence[Asked]) -> dict[tuple[int, int], list[int]]:
-    """All at once; tokens by request and choice."""
-    for number, each in enumerate(asked):
-        system.start(f"r{number}", each.prompt_ids, each.sampling, p=0, d=0, choices=each.choices)
-    for number in range(len(asked)):
-        await system.ended(f"r{number}", p=0, d=0)
-    return {
-        (number, choice): system.tokens(f"r{number}", p=0, d=0, choice=choice)
-        for number, each in enumerate(asked)
-        for choice in each.choices
-    }
-
-
-def judge(engine: GpuEngine, asked: Sequence[Asked], tokens: dict[tuple[int, int], list[int]], every: int = 1) -> None:
-    for (number, choice), mine in list(tokens.items())[::every]:
-        each = asked[number]
-        assert mine == alone(engine, each, choice, len(mine)), (number, choice, each.sampling)
-        is_stop = not each.sampling.ignore_eos and mine[-1] in TINY.eos_ids
-        assert len(mine) == each.sampling.max_tokens or is_stop
-
-
-def prompt(length: int, seed: int, vocab: int) -> tuple[int, ...]:
-    return tuple(random.Random(seed).randrange(3, vocab) for _ in range(length))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
 def test_requests_of_every_kind_in_the_interpreter(small: GpuEngine, tmp_path: Path) -> None:
     """Five rows asked for, four captured: somebody waits, joins by its known token, and forks copy a partial block."""
@@ -158,6 +97,24 @@ def test_requests_of_every_kind_in_the_interpreter(small: GpuEngine, tmp_path: P
 
     play(small, told(tmp_path, decode={"max_batch": 4}), scenario)
     judge(small, asked, found, every=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+def test_a_following_turn_attends_to_what_the_one_before_left(small: GpuEngine, tmp_path: Path) -> None:
+    """KV of a wave in one block, of a wave and of steps in the other."""
+    first, more = Asked(prompt(28, 8, 97), Sampling(max_tokens=6, temperature=0.0, ignore_eos=True)), prompt(9, 9, 97)
+    asked: list[Asked] = []
+    found: dict[tuple[int, int], list[int]] = {}
+
+    async def scenario(services: Engine, system: System) -> None:
+        system.start("turn 1", first.prompt_ids, first.sampling, p=0, d=0)
+        await system.ended("turn 1", p=0, d=0)
+        asked.append(Asked((*first.prompt_ids, *system.tokens("turn 1", p=0, d=0), *more), first.sampling))
+        found.update(await serve(system, asked))
+        assert services.prefill.report().counters["prefill_tokens_cached"] == 32
+
+    play(small, told(tmp_path, decode={"max_batch": 4}), scenario)
+    judge(small, asked, found)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
