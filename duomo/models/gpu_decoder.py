@@ -40,7 +40,7 @@ class RowState:
     def select(self, row_S: Tensor) -> RowState:
         """Copies of these rows (int64): this state is left as it is."""
         residual_TD = self.residual_TD
-        return RowState(self.x_TD.index_select(0, row_S), None if residual_TD is None else residual_TD.index_select(0, row_S))
+        return RowState(take_rows(self.x_TD, row_S), None if residual_TD is None else take_rows(residual_TD, row_S))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +52,13 @@ class KvPlace:
     position_T: Tensor
     num_valid: Tensor | None = None
     wants_packed: bool = False
+
+
+def take_rows(from_RD: Tensor, row_T: Tensor) -> Tensor:
+    """Rows [T, D] of from_RD, whose numbers (int64) are row_T. Not index_select: of 16 rows or fewer its kernel on a GPU reads one after
+    another (indexSelectSmallIndex, ATen/native/cuda/Indexing.cu), while gather reads all at once."""
+    assert row_T.dtype == torch.int64, f"row_T: {row_T.dtype}, and gather takes int32 for what it is not"
+    return torch.gather(from_RD, 0, row_T[:, None].expand(-1, from_RD.shape[1]))
 
 
 class GpuDecoder:
@@ -75,7 +82,7 @@ class GpuDecoder:
 
     def embed(self, token_id_T: Tensor) -> Tensor:
         """Token ids int64 [T], below the vocabulary -> rows [T, D] for a RowState."""
-        return self.weights.embed_VD.index_select(0, token_id_T)
+        return take_rows(self.weights.embed_VD, token_id_T)
 
     def layer(
         self, layer_idx: int, rows: RowState, place: KvPlace, pool_B2NSD: Tensor, attend: Attend, *, out_TD: Tensor | None = None
