@@ -1,8 +1,8 @@
 """Owns whom prefill announces to decode, and when. PURE: knows no turn, tensor or socket.
 
 Everybody, when what is left of the live waves is one piece (so that grants arrive while it runs; at once when idle). While more is left,
-only prompts short enough to pass one of the waves. Of each decode replica at most one wave's worth is asked at a time, in rank order,
-nobody bypassed.
+only prompts short enough to overtake a wave, or an announced prompt that waits for its turn. Of each decode replica at most one wave's
+worth is asked at a time, in rank order, nobody bypassed.
 """
 
 from __future__ import annotations
@@ -13,29 +13,31 @@ from dataclasses import dataclass
 from services.prefill.pieces import advanced, next_piece
 from services.prefill.snapshot import Key, Limits, PromptView, Snapshot, WaveView
 
-PASSING_SHARE = 4  # a prompt this many times smaller than a wave may pass it; larger ones gain more from sharing a wave with each other
+OVERTAKING_SHARE = (
+    4  # a prompt this many times smaller than a wave may overtake it; larger ones gain more from sharing a wave with each other
+)
 
 
-def may_pass(prompt: PromptView, num_tokens: int) -> bool:
+def may_overtake(prompt: PromptView, num_tokens: int) -> bool:
     """Whether the prompt is short enough to go before a wave of so many tokens."""
-    return PASSING_SHARE * prompt.num_tokens <= num_tokens
+    return OVERTAKING_SHARE * prompt.num_tokens <= num_tokens
 
 
 def announcements(ranked: Sequence[PromptView], waves: Sequence[WaveView], snapshot: Snapshot) -> tuple[Key, ...]:
     """ranked: who waits, best first. waves: the live ones, as they stand once the piece that was just chosen has begun."""
     unfinished = [wave for wave in waves if wave.has_more]
     is_near = _is_one_piece(unfinished, snapshot)
-    passable = [wave.num_tokens for wave in unfinished] + [prompt.num_tokens for prompt in ranked if prompt.announced_s is not None]
-    largest = max(passable, default=0)
+    overtakable = [wave.num_tokens for wave in unfinished] + [prompt.num_tokens for prompt in ranked if prompt.announced_s is not None]
+    largest = max(overtakable, default=0)
     budgets: dict[tuple[str, bool], _Budget] = {}
     for prompt in ranked:
         if prompt.announced_s is not None:
-            budgets.setdefault((prompt.peer, may_pass(prompt, largest)), _Budget()).take(prompt)
+            budgets.setdefault((prompt.peer, may_overtake(prompt, largest)), _Budget()).take(prompt)
     announce: list[Key] = []
     for prompt in ranked:
-        is_passing = may_pass(prompt, largest)
-        if prompt.announced_s is None and prompt.is_reachable and (is_near or is_passing):
-            budget = budgets.setdefault((prompt.peer, is_passing), _Budget())
+        is_overtaking = may_overtake(prompt, largest)
+        if prompt.announced_s is None and prompt.is_reachable and (is_near or is_overtaking):
+            budget = budgets.setdefault((prompt.peer, is_overtaking), _Budget())
             if budget.admits(prompt, snapshot.limits):
                 budget.take(prompt)
                 announce.append(prompt.key)
@@ -51,7 +53,7 @@ def _is_one_piece(unfinished: Sequence[WaveView], snapshot: Snapshot) -> bool:
 
 @dataclass(slots=True)
 class _Budget:
-    """What one decode replica has been asked for. Prompts that may pass have their own, so that waiting long ones never hold them up."""
+    """What one decode replica has been asked for. Prompts that may overtake have their own: waiting long ones never hold them up."""
 
     num_prompts: int = 0
     num_tokens: int = 0

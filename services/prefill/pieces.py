@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from services.prefill.snapshot import Limits, WaveView
 from services.prefill.wave_costs import CostCurve
 
-# What is left of a wave that nobody could pass runs as one piece up to so many targets. Beyond, a prompt that comes while it runs would
+# What is left of a wave that nobody could overtake runs as one piece up to so many targets. Beyond, a prompt that comes while it runs would
 # wait too long; within, a short prompt's launches never wait for the host.
 ALONE_TARGETS = 8
 

@@ -7,7 +7,7 @@ piece by piece (pieces.py); the turn is decided anew at every boundary:
     start      granted prompts in rank order, as many as fit the wave limits and the free blocks, without bypassing: one that does not fit
                waits at the head and nobody behind it starts. Rank: priority, which grows with age; then who can still make its target
                (slack.py), earliest first; then the late, shortest first
-    pass       prompts of at most a quarter of the smallest live wave's tokens, together at most half of them, go before it as a wave of
+    overtake   prompts of at most a quarter of the smallest live wave's tokens, together at most half of them, go before it as a wave of
                their own, and of the live waves the one with the least left goes first, unless a wave that can still make an earlier target
                would miss it by waiting for them: that one runs
     resume     but whoever was passed over MAX_PASSES times runs before all others, the most passed over first; no wave starts meanwhile
@@ -23,13 +23,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.prefill.announcing import announcements, may_pass
+from services.prefill.announcing import announcements, may_overtake
 from services.prefill.pieces import Piece, advanced, next_piece
-from services.prefill.slack import left_s, slack_s, target_s, work_s
+from services.prefill.slack import due_s, left_s, slack_s, target_s, work_s
 from services.prefill.snapshot import Key, Limits, PromptView, Snapshot, WaveView
 from services.prefill.wave_costs import CostCurve
 
-MAX_PASSES = 8  # eight short waves go first, each one piece where nobody could pass it; the ninth waits
+MAX_PASSES = 8  # eight short waves go first, each one piece where nobody could overtake it; the ninth waits
 PRIORITY_AGE_S = 2.0  # a prompt gains one level of priority for each such span of waiting
 GATHER_S = 0.003  # grants of prompts announced together arrive within a few socket round trips: wait for them before starting
 
@@ -101,14 +101,15 @@ def new_wave(wave_id: int, prompts: Iterable[PromptView], num_tokens: int, limit
 def _rank(prompt: PromptView, snapshot: Snapshot, now_s: float) -> tuple[int, bool, float, float, Key]:
     aged_priority = prompt.priority + int(max(now_s - prompt.arrived_s, 0.0) / PRIORITY_AGE_S)
     alone_s = work_s(prompt.num_tokens, snapshot.limits, snapshot.costs)
-    due_s = prompt.arrived_s + snapshot.limits.ttft_floor_s + snapshot.limits.ttft_stretch * alone_s
-    is_late = due_s - now_s < alone_s
-    return (-aged_priority, is_late, alone_s if is_late else due_s, prompt.arrived_s, prompt.key)
+    target = due_s(prompt.arrived_s, alone_s, snapshot.limits)
+    is_late = target - now_s < alone_s
+    return (-aged_priority, is_late, alone_s if is_late else target, prompt.arrived_s, prompt.key)
 
 
 def _failure(prompt: PromptView, limits: Limits, now_s: float) -> Failure | None:
     if prompt.num_blocks > limits.num_blocks:
-        detail = f"the prompt needs {prompt.num_blocks} KV blocks and prefill.num_blocks is {limits.num_blocks}"
+        has = f"this replica has {limits.num_blocks} (prefill.num_blocks; on a GPU what gpu_memory_fraction leaves beside the weights)"
+        detail = f"the prompt needs {prompt.num_blocks} KV blocks, {has}"
         return Failure(key=prompt.key, code="prompt_too_long", phase="prefill.queue", is_retryable=False, detail=detail)
     if now_s >= prompt.deadline_s:
         detail = "the deadline passed before the prompt's first layer group"
@@ -141,7 +142,7 @@ def _next_run(prompts: Sequence[PromptView], snapshot: Snapshot, now_s: float) -
         return _resume(max(overdue, key=lambda wave: (wave.num_passes, -wave.wave_id)), prompts, snapshot)
     limits, costs = snapshot.limits, snapshot.costs
     shortest = min(live, key=lambda wave: (left_s(wave, limits, costs), wave.num_tokens, wave.wave_id))
-    keys = _passing(prompts, live, snapshot)
+    keys = _overtaking(prompts, live, snapshot)
     first = _formed(keys, prompts, snapshot) if keys else shortest
     first_s = left_s(first, limits, costs)
     missing = [wave for wave in live if wave.target_s < first.target_s and 0 <= slack_s(wave, limits, costs, now_s) < first_s]
@@ -150,11 +151,11 @@ def _next_run(prompts: Sequence[PromptView], snapshot: Snapshot, now_s: float) -
     return _start(keys, prompts, snapshot) if keys else _resume(shortest, prompts, snapshot)
 
 
-def _passing(prompts: Iterable[PromptView], live: Sequence[WaveView], snapshot: Snapshot) -> tuple[Key, ...]:
+def _overtaking(prompts: Iterable[PromptView], live: Sequence[WaveView], snapshot: Snapshot) -> tuple[Key, ...]:
     """Who goes before the live waves as a wave of their own."""
     smallest = min(wave.num_tokens for wave in live)
     room = snapshot.limits.max_live_tokens - sum(wave.num_tokens for wave in live)
-    short = [prompt for prompt in prompts if may_pass(prompt, smallest) and prompt.num_tokens <= room]
+    short = [prompt for prompt in prompts if may_overtake(prompt, smallest) and prompt.num_tokens <= room]
     return _fill(short, min(smallest // 2, snapshot.limits.company_tokens, room), snapshot)
 
 
@@ -179,15 +180,15 @@ def _start(keys: tuple[Key, ...], prompts: Sequence[PromptView], snapshot: Snaps
     """It is the smallest of the live waves."""
     wave = _formed(keys, prompts, snapshot)
     started = set(keys)
-    may_wait = any(may_pass(prompt, wave.num_tokens) for prompt in prompts if prompt.key not in started)
+    may_wait = any(may_overtake(prompt, wave.num_tokens) for prompt in prompts if prompt.key not in started)
     return NewWave(keys=keys, may_run_on=not (snapshot.is_decoding or may_wait))
 
 
 def _resume(wave: WaveView, prompts: Sequence[PromptView], snapshot: Snapshot) -> NextPiece:
-    """The wave may run on where no boundary would be used: nothing is decoded, and nobody is there who could pass it."""
-    is_passable = any(other.num_tokens < wave.num_tokens for other in snapshot.waves if other.has_more)
-    is_passable = is_passable or any(may_pass(prompt, wave.num_tokens) for prompt in prompts)
-    piece = next_piece(wave, snapshot.limits, snapshot.costs, may_run_on=not (snapshot.is_decoding or is_passable))
+    """The wave may run on where no boundary would be used: nothing is decoded, and nobody is there who could overtake it."""
+    may_be_overtaken = any(other.num_tokens < wave.num_tokens for other in snapshot.waves if other.has_more)
+    may_be_overtaken = may_be_overtaken or any(may_overtake(prompt, wave.num_tokens) for prompt in prompts)
+    piece = next_piece(wave, snapshot.limits, snapshot.costs, may_run_on=not (snapshot.is_decoding or may_be_overtaken))
     return NextPiece(wave_id=wave.wave_id, piece=piece)
 
 

@@ -27,7 +27,12 @@ def left_s(wave: WaveView, limits: Limits, costs: CostCurve) -> float:
 
 def target_s(prompt: PromptView, limits: Limits, costs: CostCurve) -> float:
     """When the prompt's first token is due."""
-    return prompt.arrived_s + limits.ttft_floor_s + limits.ttft_stretch * work_s(prompt.num_tokens, limits, costs)
+    return due_s(prompt.arrived_s, work_s(prompt.num_tokens, limits, costs), limits)
+
+
+def due_s(arrived_s: float, alone_s: float, limits: Limits) -> float:
+    """When the first token of a prompt that takes alone_s by itself is due."""
+    return arrived_s + limits.ttft_floor_s + limits.ttft_stretch * alone_s
 
 
 def slack_s(wave: WaveView, limits: Limits, costs: CostCurve, now_s: float) -> float:
