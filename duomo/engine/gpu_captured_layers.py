@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -49,15 +49,16 @@ class CapturedLimits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutedRows:
-    """ids_LTK int32: the experts of the layers that have run. prompt_T int64: for each row its prompt's place in the chunk."""
+    """ids_LTK int32: the experts of layers from layer_lo on. prompt_T int64: for each row its prompt's place in the chunk."""
 
+    layer_lo: int
     ids_LTK: Tensor
     prompt_T: Tensor
 
 
 @dataclass(slots=True)
 class SavedRows:
-    """What the shared tensors held of a chunk: its rows [T, D], and the experts of the layers that have run [L, T, K]."""
+    """What the shared tensors held of a chunk: its rows [T, D], and the experts of the layers that nobody has asked for yet."""
 
     rows: RowState
     routed: RoutedRows
@@ -65,12 +66,14 @@ class SavedRows:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class CapturedChunk:
-    """A chunk that runs from graphs. saved: None while the shared tensors hold it, and before its first layer."""
+    """A chunk that runs from graphs. saved: None while the shared tensors hold it, and before its first layer. num_layers_told: whose
+    experts have been asked for; nothing is kept of them."""
 
     batch: StepBatch
     bucket: int
     way: Way
     num_layers_run: int = 0
+    num_layers_told: int = 0
     saved: SavedRows | None = None
 
     @property
@@ -107,14 +110,15 @@ class GpuCapturedLayers:
 
     @torch.inference_mode()
     def capture(self, *, progress: bool = False) -> None:
-        """All layers of all buckets, largest first; each way runs one layer before, so that all is compiled. Touches no KV."""
+        """All layers of all buckets, largest first; each way runs one layer of each kind before, so that all is compiled. Touches no KV."""
         self._page.clear()
         with self.graphs.capturing():
             for rows in tqdm(self.buckets[::-1], desc="capturing waves", unit="bucket", file=sys.stderr, disable=not progress, leave=False):
                 self._capture(("embed", rows), partial(self._embed, rows))
                 self._capture(("logits", rows), partial(self._logits, rows))
                 for way in self._ways(rows):
-                    self._layer(rows, way, 0)
+                    for layer_idx in self.decoder.weights.first_of_kinds:
+                        self._layer(rows, way, layer_idx)
                     for layer_idx in range(self.decoder.config.num_layers):
                         self.graphs.capture((rows, way, layer_idx), partial(self._layer, rows, way, layer_idx))
 
@@ -127,12 +131,13 @@ class GpuCapturedLayers:
         chunk.num_layers_run = hi
 
     @torch.inference_mode()
-    def routed(self, chunk: CapturedChunk) -> RoutedRows:
-        """Of the layers that have run; what the next chunk's layers may write over."""
+    def tell_routed(self, chunk: CapturedChunk) -> RoutedRows:
+        """Of the layers that have run since this was asked the last time; what the next chunk's layers may write over."""
+        routed = self._routed(chunk)
+        chunk.num_layers_told = chunk.num_layers_run
         if chunk.saved is not None:
-            return chunk.saved.routed
-        ids_LTK = self._ids_LRK[: chunk.num_layers_run, : chunk.num_rows]
-        return RoutedRows(ids_LTK=ids_LTK, prompt_T=self._page.sequence_R[: chunk.num_rows].long())
+            chunk.saved.routed = RoutedRows(layer_lo=chunk.num_layers_run, ids_LTK=routed.ids_LTK[:0].clone(), prompt_T=routed.prompt_T)
+        return routed
 
     @torch.inference_mode()
     def rows(self, chunk: CapturedChunk) -> RowState:
@@ -154,10 +159,10 @@ class GpuCapturedLayers:
         if owner is chunk:
             return
         if owner is not None:  # dead ones need nothing any more
-            rows, routed = self.rows(owner), self.routed(owner)
+            rows, routed = self.rows(owner), self._routed(owner)
             assert rows.residual_TD is not None
             copied = RowState(rows.x_TD.clone(), rows.residual_TD.clone())
-            owner.saved = SavedRows(copied, RoutedRows(ids_LTK=routed.ids_LTK.clone(), prompt_T=routed.prompt_T))
+            owner.saved = SavedRows(copied, replace(routed, ids_LTK=routed.ids_LTK.clone()))
         self._owner = weakref.ref(chunk)
         self._page.place(chunk.batch, chunk.bucket)
         saved, chunk.saved = chunk.saved, None
@@ -168,11 +173,18 @@ class GpuCapturedLayers:
         for shared_RD, own_TD in ((self._x_RD, saved.rows.x_TD), (self._residual_RD, saved.rows.residual_TD)):
             shared_RD[: chunk.num_rows].copy_(own_TD)
             shared_RD[chunk.num_rows : chunk.bucket].zero_()  # another's: a NaN there would pass through cuDNN's weights of zero
-        self._ids_LRK[: chunk.num_layers_run, : chunk.num_rows].copy_(saved.routed.ids_LTK)
+        self._ids_LRK[saved.routed.layer_lo : chunk.num_layers_run, : chunk.num_rows].copy_(saved.routed.ids_LTK)
+
+    def _routed(self, chunk: CapturedChunk) -> RoutedRows:
+        """Of the layers that nobody has asked for yet."""
+        if chunk.saved is not None:
+            return chunk.saved.routed
+        ids_LTK = self._ids_LRK[chunk.num_layers_told : chunk.num_layers_run, : chunk.num_rows]
+        return RoutedRows(layer_lo=chunk.num_layers_told, ids_LTK=ids_LTK, prompt_T=self._page.sequence_R[: chunk.num_rows].long())
 
     def _ways(self, bucket: int) -> tuple[Way, ...]:
         dims = self._x_RD.new_empty(0, 1, self.decoder.config.head_dim)
-        # fewer rows are a few tiles of keys, with nothing for cuDNN to overlap
+        # of fewer rows attention is a small part, and ours as fast
         has_library = bucket >= ALONE_MIN_ROWS and takes(dims) and not self.decoder.is_deterministic
         return ("alone", "under") if has_library else ("under",)
 
@@ -201,5 +213,5 @@ class GpuCapturedLayers:
         return attend_under(self.decoder, page.cu_seqlens_S1, CachedPrefix(pool=pool, block_table_SB=page.table_SW, lengths_S=page.start_S))
 
     def _logits(self, bucket: int) -> None:
-        last = RowState(self._x_RD[:bucket], self._residual_RD[:bucket]).select(self._page.last_row_S)
+        last = RowState(self._x_RD[:bucket], self._residual_RD[:bucket]).select(self._page.last_row_S.long())
         self.decoder.logits(last, out=self._logits_SV)

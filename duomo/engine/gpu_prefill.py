@@ -52,7 +52,6 @@ class GpuBoundaryState:
     captured: GpuCapturedLayers | None = None
     routed_LTK: Tensor | None = None
     begun: list[LaunchedChunk | CapturedChunk] = field(default_factory=list)
-    num_layers_counted: dict[int, int] = field(default_factory=dict)
 
     @property
     def next_layer(self) -> int:
@@ -82,16 +81,16 @@ class GpuBoundaryState:
         """Both, by one copy."""
         for place, at in enumerate(self.begun):
             if isinstance(at, CapturedChunk):
-                self._count_captured(place, at)
+                self.count_captured(place, at)
         return self.counts.fetch()
 
-    def _count_captured(self, place: int, at: CapturedChunk) -> None:
-        """What its replays have routed since the last time: at the end, so that first tokens do not wait for it."""
+    def count_captured(self, place: int, at: CapturedChunk) -> None:
+        """What its replays have routed and is not counted. Of a wave of one chunk at the end, so that first tokens do not wait for it."""
         assert self.captured is not None
-        counted, self.num_layers_counted[place] = self.num_layers_counted.get(place, 0), at.num_layers_run
-        if counted < at.num_layers_run:
-            routed = self.captured.routed(at)
-            self.counts.add(counted, routed.ids_LTK[counted:], self.chunks[place], routed.prompt_T)
+        if at.num_layers_told < at.num_layers_run:
+            routed = self.captured.tell_routed(at)
+            self.counts.add(routed.layer_lo, routed.ids_LTK, self.chunks[place], routed.prompt_T)
+            _keep_routed(self, place, routed.layer_lo, routed.ids_LTK)
 
 
 class GpuPrefill:
@@ -199,8 +198,8 @@ class GpuPrefill:
     def _replay(self, lo: int, hi: int, state: GpuBoundaryState, at: CapturedChunk, place: int) -> None:
         assert state.captured is not None
         state.captured.run(lo, hi, at)
-        if state.routed_LTK is not None:
-            _keep_routed(state, place, lo, state.captured.routed(at).ids_LTK[lo:hi])
+        if state.num_chunks > 1 or state.routed_LTK is not None:  # ids of all chunks and layers of a long prompt would take much memory
+            state.count_captured(place, at)
 
     def _begun(self, state: GpuBoundaryState, place: int) -> LaunchedChunk | CapturedChunk:
         """The chunk, laid out when it is first asked for: one after the other, so that a long prompt's first does not wait for its last."""
