@@ -84,15 +84,23 @@ class OurEngine:
             )
             warm_prefill(self.prefill, sizes)
 
-    def prompts_alone(self, chunk_tokens: int) -> list[Computed]:
+    def prompts_launched(self, chunk_tokens: int) -> list[Computed]:
         """Each prompt in a wave of its own, kernel by kernel; longer ones in chunks that attend over those before."""
-        assert self.prefill.captured is None, "before the graphs of short waves"
+        assert self.prefill.captured is None, "before capture()"
         return [self._wave([at], chunk_tokens)[0] for at in range(len(self.prompts))]
 
-    def prompts_and_steps(self) -> list[Computed]:
-        """All prompts in one wave, through captured layers on a GPU; then num_new captured steps of all sequences together."""
-        if self.prefill.cache.device.type == "cuda":  # an interpreter has nothing to compile
+    def capture(self) -> None:
+        """The graphs of short waves, on a GPU: an interpreter has none."""
+        if self.prefill.cache.device.type == "cuda":
             self.prefill.capture(self._captured)
+
+    def prompts_replayed(self) -> list[Computed]:
+        """Each prompt in a wave of its own, by its graphs."""
+        assert self.prefill.captured is not None, "after capture()"
+        return [self._wave([at])[0] for at in range(len(self.prompts))]
+
+    def prompts_and_steps(self) -> list[Computed]:
+        """All prompts in one wave, by graphs where there are any; then num_new captured steps of all sequences together."""
         answers = self._wave(range(len(self.prompts)))
         tokens = [int(answer.logits_TV[-1].argmax()) for answer in answers]
         for step in range(self.num_new):
@@ -111,12 +119,15 @@ class OurEngine:
             tokens = result.token_id_R.tolist()
         return answers
 
+    @torch.inference_mode()
     def _wave(self, which: Sequence[int], chunk_tokens: int | None = None) -> list[Computed]:
         slices = tuple(PromptSlice(token_ids=self.prompts[at], start=0, block_table=self.tables[at]) for at in which)
         batch = StepBatch(slices=slices)
         state = self.prefill.begin(batch, chunk_tokens, keeps_routed=True)
         self.prefill.run_layers(0, self.config.num_layers, state)
+        last_SV = self.prefill.logits(state, batch.last_rows)  # by a graph of its own where there are any
         logits_TV = self.prefill.logits(state, list(range(batch.num_rows)))
+        logits_TV[batch.last_rows] = last_SV
         answers, lo = [], 0
         for part in batch.slices:
             rows = slice(lo, lo := lo + len(part.token_ids))

@@ -36,7 +36,7 @@ class Rig:
     weights: GpuWeights
     peer: Peer
     engine: OurEngine
-    alone: list[Computed]
+    launched: list[Computed]
     whole: list[Computed]
 
     @property
@@ -50,8 +50,9 @@ def rig_of(folder: Path, device: torch.device, dtype: torch.dtype, lengths: tupl
     drawn = torch.Generator().manual_seed(SEED)
     prompts = [torch.randint(3, config.vocab, (length,), generator=drawn).tolist() for length in lengths]
     engine = OurEngine(weights, prompts, num_new)
-    alone = engine.prompts_alone(chunk_tokens)
-    return Rig(folder, weights, Peer.of(folder, config, device, dtype), engine, alone, engine.prompts_and_steps())
+    launched = engine.prompts_launched(chunk_tokens)
+    engine.capture()
+    return Rig(folder, weights, Peer.of(folder, config, device, dtype), engine, launched, engine.prompts_and_steps())
 
 
 def judge(rig: Rig, sequences: list[Computed]) -> dict[str, float]:
@@ -113,7 +114,7 @@ def full() -> Iterator[Rig]:
 
 
 def test_a_small_olmoe(small: Rig) -> None:
-    judge(small, small.alone)
+    judge(small, small.launched)
     judge(small, small.whole)
     judge_broken(small, small.whole[-1])
 
@@ -135,7 +136,8 @@ def test_a_peer_that_is_given_no_wrong_experts_is_transformers_itself(small: Rig
 
 @pytest.mark.gpu
 def test_olmoe_at_full_size(full: Rig) -> None:
-    """Prompts alone kernel by kernel, the longest in three chunks; in one wave through captured layers, then eight captured steps."""
-    judge(full, full.alone)
+    """Prompts alone kernel by kernel, the longest in three chunks; alone by graphs; in one wave by graphs, then eight captured steps."""
+    judge(full, full.launched)
+    judge(full, full.engine.prompts_replayed())
     judge(full, full.whole)
     judge_broken(full, full.whole[2])
