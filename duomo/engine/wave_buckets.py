@@ -8,7 +8,7 @@ from __future__ import annotations
 # would take the host longer than the GPU needs for a model of OLMoE's width.
 WAVE_BUCKETS: tuple[int, ...] = (16, 64, 128, 256, 512, 768, 1024, 1280, 1536, 2048, 3072, 4096)
 
-ALONE_MIN_ROWS = 256  # from here on twice: for a prompt alone, and for several or under a prefix (gpu_captured_layers.py)
+ALONE_MIN_ROWS = 1024  # from here on twice: for a prompt alone, and for several or under a prefix (gpu_captured_layers.py)
 MAX_WAVE_PROMPTS = 16  # of a wave that replays graphs, and of those that run before ready
 
 

@@ -195,15 +195,15 @@ def _prefill_kernel(
                 q_MD, pool_ptr, pool_desc, table_row_ptr, kv_head, tl.load(prefix_ptr + seq), top_M, sum_M, acc_MD, scale_log2,
                 N, BLOCK_TOKENS, BLOCK_N,
             )  # fmt: skip
-        whole_end = tl.where(first + BLOCK_M <= rows, first + BLOCK_M, first)
-        for key in range(0, whole_end, BLOCK_N):
+        is_whole = first + BLOCK_M <= rows
+        for key in range(0, tl.where(is_whole, first + BLOCK_M, first), BLOCK_N):
             k_LD = k_desc.load([begin + key, kv_head * D])
             v_LD = v_desc.load([begin + key, kv_head * D])
             score_ML = tl.dot(q_MD, k_LD.T, input_precision="ieee")
             if key >= first:  # a branch, not a loop of its own: a second loop would fill its pipeline anew
                 score_ML = tl.where(row_M[:, None] >= key + lane_L[None, :], score_ML, float("-inf"))
             top_M, sum_M, acc_MD = _weigh(score_ML, v_LD, top_M, sum_M, acc_MD, scale_log2)
-        for key in range(whole_end, rows, BLOCK_N):
+        for key in range(tl.where(is_whole, rows, first), rows, BLOCK_N):  # of a whole tile none: the rest lies above its diagonal
             key_L = key + lane_L
             k_LD = k_desc.load([begin + key, kv_head * D])
             v_LD = tl.where(key_L[:, None] < rows, v_desc.load([begin + key, kv_head * D]), 0.0)

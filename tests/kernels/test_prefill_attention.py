@@ -259,3 +259,15 @@ def test_cudnn_takes_equal_lengths_into_a_graph(heads: tuple[int, int], lengths:
     out.fill_(torch.nan)
     graph.replay()
     assert error(out, case.reference()) <= bound(out.dtype)
+
+
+def test_tiles_above_the_diagonal_are_never_visited(device: torch.device) -> None:
+    """A weight of zero does not hide a NaN: rows whose tile ends before a key never met it."""
+    case = make_case(device, [100, 40])
+    expected = case.reference()
+    for x in (case.k_TND, case.v_TND):
+        x[64:100] = torch.nan
+    found_THD = prefill_attention(case.q_THD, case.k_TND, case.v_TND, case.cu_seqlens_S1, scale=case.scale, config=SMALL)
+    for rows in (slice(0, 64), slice(100, 140)):
+        assert error(found_THD[rows], expected[rows]) <= bound(case.q_THD.dtype)
+    assert found_THD[64:100].isnan().all()
