@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from typing import Any
 
 
@@ -37,6 +38,7 @@ def _patch_the_language_once_a_launch() -> None:
     patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
     seen_by: dict[Any, tuple[bool, ...]] = {}
     patched: set[tuple[bool, ...]] = set()
+    launching = threading.RLock()  # the interpreter's place in the grid is one of the process: threads of a test take turns
 
     def patch(fn: Any) -> Any:
         if fn not in seen_by:
@@ -48,7 +50,8 @@ def _patch_the_language_once_a_launch() -> None:
         return patch_lang(fn)
 
     def launched(self: Any, *arguments: Any, **named: Any) -> None:
-        patched.clear()
-        launch(self, *arguments, **named)
+        with launching:
+            patched.clear()
+            launch(self, *arguments, **named)
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, launched

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -13,7 +13,7 @@ from duomo.telemetry.tracing import configure
 from duomo.wire.messages import PeerAddress, RequestFailed, Sampling, StartDecode, StartPrefill
 from services.colocated import Engine, EngineMeans, Workers, engine_of, workers_of
 from services.decode.service import DecodeService
-from services.decode.worker import DecodeWorker
+from services.decode.worker import DecodeWorker, StepWorker
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.faults import FaultPlan
 from services.kv_transfer.membership import ReplicaCard
@@ -22,7 +22,7 @@ from services.kv_transfer.transport import Transport
 from services.kv_transfer.transport_loopback import LoopbackHub
 from services.kv_transfer.transport_nixl import NixlTransport
 from services.prefill.service import PrefillService
-from services.prefill.worker import PrefillWorker, WorkerSizes
+from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes
 from tests.services.decode.scripted_peers import ScriptedGateway, model, until
 
 
@@ -94,9 +94,29 @@ def address_of(service: PrefillService | DecodeService) -> PeerAddress:
     return PeerAddress(replica_id=identity.replica_id, boot_id=identity.boot_id, address=identity.address)
 
 
+@dataclass(frozen=True)
+class WorkerMakers:
+    """What computes in each prefill and decode replica."""
+
+    prefill: Callable[[DuomoConfig], WaveWorker]
+    decode: Callable[[DuomoConfig], StepWorker]
+
+
+def _of_cpu() -> WorkerMakers:
+    """The embedded model on this CPU."""
+
+    def decode(config: DuomoConfig) -> StepWorker:
+        return DecodeWorker(model(), KvCache(kv_spec(model().config, 16), config.decode.num_blocks), torch_threads=1)
+
+    return WorkerMakers(prefill=lambda config: PrefillWorker(model(), WorkerSizes.of(config)), decode=decode)
+
+
 @asynccontextmanager
-async def system(config: DuomoConfig, num_p: int, num_d: int, faults: FaultPlan | None = None) -> AsyncIterator[System]:
+async def system(
+    config: DuomoConfig, num_p: int, num_d: int, faults: FaultPlan | None = None, makers: WorkerMakers | None = None
+) -> AsyncIterator[System]:
     """KV goes by config.kv_transfer.transport."""
+    makers = makers or _of_cpu()
     hub = LoopbackHub(faults)
 
     def transport(boot_id: str) -> Transport:
@@ -110,14 +130,13 @@ async def system(config: DuomoConfig, num_p: int, num_d: int, faults: FaultPlan 
             card = ReplicaCard.of(config, "decode", f"d{number}", fingerprint)
             agent = TransferAgent(card.boot_id, transport(card.boot_id), config.kv_transfer, num_send_slots=1)
             stack.callback(agent.close)
-            cache = KvCache(kv_spec(model().config, 16), config.decode.num_blocks)
-            worker = DecodeWorker(model(), cache, torch_threads=1)
-            made.decodes.append((await _serve(stack, DecodeService(card, worker, agent, tracing)), await _gateway(stack, config)))
+            decoding = DecodeService(card, makers.decode(config), agent, tracing)
+            made.decodes.append((await _serve(stack, decoding), await _gateway(stack, config)))
         for number in range(num_p):
             card = ReplicaCard.of(config, "prefill", f"p{number}", fingerprint)
             agent = TransferAgent(card.boot_id, transport(card.boot_id), config.kv_transfer, num_send_slots=config.prefill.send_slots)
             stack.callback(agent.close)
-            service = PrefillService(card, PrefillWorker(model(), WorkerSizes.of(config)), agent, tracing)
+            service = PrefillService(card, makers.prefill(config), agent, tracing)
             made.prefills.append((await _serve(stack, service), await _gateway(stack, config)))
         for prefill, gateway in made.prefills:
             await gateway.connect(prefill.membership.identity.address)

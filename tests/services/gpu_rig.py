@@ -1,0 +1,74 @@
+"""Requests to services over a GPU's engine, and what the engine alone answers. Knows no layout."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining
+from duomo.engine.gpu_engine import GpuEngine
+from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
+from duomo.models.config import ModelConfig
+from duomo.wire.messages import Sampling
+from tests.engine.gpu_tiny import TINY
+from tests.services.decode.scripted_peers import model
+from tests.services.pair_rig import System
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    choices: tuple[int, ...] = (0,)
+
+
+def known(config: ModelConfig) -> ModelConfig:
+    """By the fingerprint that scripted gateways serve."""
+    return replace(config, fingerprint=model().config.fingerprint)
+
+
+def alone(engine: GpuEngine, asked: Asked, choice: int, num_tokens: int) -> list[int]:
+    """So many tokens of one choice, by the engine without services; nobody else may hold blocks."""
+    ids, block_tokens = asked.prompt_ids, engine.plan.block_tokens
+    table = range(-(-(len(ids) + num_tokens) // block_tokens))
+    ends = ending_ids(asked.sampling, engine.prefill.decoder.config.eos_ids)
+    row = RowSampling(sampling=asked.sampling, choice=choice, prompt_ids=ids, output_ids=(), ending_ids=ends)
+    _, logits = engine.prefill.run(StepBatch(slices=(PromptSlice(token_ids=ids, start=0, block_table=table),)))
+    (first,) = engine.first_tokens.sample(logits, [row])
+    assert isinstance(first, SampledToken)
+    tokens = [first.token_id]
+    source: int | Joining = Joining(token_id=first.token_id, sampling=replace(row, output_ids=tuple(tokens)))
+    while len(tokens) < num_tokens:
+        step = DecodeStep(rows=(DecodeRow(source=source, position=len(ids) + len(tokens) - 1, table=table),))
+        tokens.append(int(engine.decode.launch(step).wait().token_id_R[0]))
+        source = 0
+    return tokens
+
+
+async def serve(system: System, asked: Sequence[Asked]) -> dict[tuple[int, int], list[int]]:
+    """All at once; tokens by request and choice."""
+    for number, each in enumerate(asked):
+        system.start(f"r{number}", each.prompt_ids, each.sampling, p=0, d=0, choices=each.choices)
+    for number in range(len(asked)):
+        await system.ended(f"r{number}", p=0, d=0)
+    return {
+        (number, choice): system.tokens(f"r{number}", p=0, d=0, choice=choice)
+        for number, each in enumerate(asked)
+        for choice in each.choices
+    }
+
+
+def judge(engine: GpuEngine, asked: Sequence[Asked], tokens: dict[tuple[int, int], list[int]], every: int = 1) -> None:
+    for (number, choice), mine in list(tokens.items())[::every]:
+        each = asked[number]
+        assert mine == alone(engine, each, choice, len(mine)), (number, choice, each.sampling)
+        is_stop = not each.sampling.ignore_eos and mine[-1] in TINY.eos_ids
+        assert len(mine) == each.sampling.max_tokens or is_stop
+
+
+def prompt(length: int, seed: int, vocab: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).randrange(3, vocab) for _ in range(length))
