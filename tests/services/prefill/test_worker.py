@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from duomo.models.qwen3_moe import Model, load_model
 from duomo.wire.messages import Sampling
 from services.kv_transfer.layout import messages
 from services.prefill.pieces import Piece
-from services.prefill.worker import PrefillWorker, WaveRow, WorkerSizes, group_bounds
+from services.prefill.worker import PrefillWorker, WaveOutput, WaveRow, WorkerSizes, group_bounds
 
 GREEDY = Sampling(max_tokens=4, temperature=0.0)
 
@@ -72,3 +73,29 @@ def test_prompts_that_nobody_wants_any_more_are_not_sampled(model: Model) -> Non
     gone, stays = worker.sample(computation, [[], [wanted]])
     assert gone.sampled == () and len(stays.sampled) == 1
     assert worker.sample(computation, [[], []])[1].sampled == ()
+
+
+def test_a_wave_says_what_it_read_once_and_the_same_in_pieces_and_chunks(model: Model) -> None:
+    sizes = WorkerSizes(num_blocks=32, block_tokens=16, units=4, units_per_group=1, torch_threads=1)
+    prompts = [tuple(range(50, 50 + length)) for length in (33, 63)]
+    rows = [WaveRow(token_ids=prompts[0], start=0, block_table=(0, 1, 2)), WaveRow(token_ids=prompts[1], start=0, block_table=(3, 4, 5, 6))]
+    samplings = [[RowSampling(sampling=GREEDY, choice=0, prompt_ids=ids, output_ids=())] for ids in prompts]
+
+    def outputs(chunk_tokens: int | None, *pieces: Piece) -> tuple[WaveOutput, ...]:
+        worker = PrefillWorker(model, sizes)
+        computation = worker.begin(rows, chunk_tokens)
+        assert computation.num_chunks == (1 if chunk_tokens is None else 3)
+        for piece in pieces:
+            worker.run_piece(computation, piece)
+        return worker.sample(computation, samplings)
+
+    whole = outputs(None, Piece(groups=(0, 4), chunks=(0, 1)))
+    layered = outputs(40, *(Piece(groups=(lo, lo + 2), chunks=(0, 3)) for lo in (0, 2)))
+    chunked = outputs(40, *(Piece(groups=(0, 4), chunks=(chunk, chunk + 1)) for chunk in range(3)))
+    assert [each.expert_bytes for each in whole] == [whole[0].expert_bytes, 0] and whole[0].expert_bytes > 0
+    for other in (layered, chunked):
+        assert other[0].expert_bytes > whole[0].expert_bytes and other[1].expert_bytes == 0
+        for mine, theirs in zip(whole, other, strict=True):
+            assert mine.expert_counts.dtype == np.dtype(np.int32) and mine.expert_counts.flags.c_contiguous
+            assert np.array_equal(mine.expert_counts, theirs.expert_counts)
+            assert [token.token_id for token in mine.sampled] == [token.token_id for token in theirs.sampled]
