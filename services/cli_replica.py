@@ -43,12 +43,12 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
     if not config.redis.url:
         raise ConfigError("redis.url (DUOMO_REDIS_URL): a replica on its own needs the Redis server of its system")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; why: services/app.py
-    why = ""
+    why, fingerprint = "", ""
     if role != "router" and config.layout == "auto":  # the role says it
         config = config.model_copy(update={"layout": "colocated" if role == "engine" else "split"})
     if role != "router":  # a gateway needs no card, and works beside replicas of any
         settled = settle(config)
-        config, why = settled.config, settled.why
+        config, why, fingerprint = settled.config, settled.why, settled.model.fingerprint
     if role == "router":
         check_port(config)
         from services.router.service import serve_gateway as run
@@ -73,6 +73,10 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
+        if config.layout != "auto" and fingerprint:
+            from services.neighbours import refuse_mixed
+
+            await refuse_mixed(config.redis, config.layout, fingerprint, replica_id)
         serving = loop.create_task(run(config, replica_id, stop))
         if role != "router":
             from services.kv_transfer.registration import until_registered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -90,6 +91,10 @@ def _serve(config: DuomoConfig) -> int:
             run_dir = ends.enter_context(claimed_run_dir(config))
             config = config.model_copy(update={"run_dir": run_dir})
             config = ends.enter_context(with_redis(config, run_dir, say))
+            if settled.config.redis.url and config.layout != "auto":
+                from services.neighbours import refuse_mixed
+
+                asyncio.run(refuse_mixed(config.redis, config.layout, settled.model.fingerprint))
             try:
                 system = _start(config, run_dir, say, signals, ends)
             except BaseException:  # raised again: nothing was served yet, so nothing needs to drain
@@ -111,6 +116,7 @@ def _start(config: DuomoConfig, run_dir: Path, say: _Phases, signals: StopSignal
 
     def next_phase(phase: str) -> None:
         say(phase)
+        signals.install()  # ray.init() has put its own SIGTERM handler in place, and the longest wait is still to come
         signals.check()
 
     next_phase("ray is imported")

@@ -28,6 +28,10 @@ _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # CUdevice_attribute
 log = logging.getLogger(__name__)
 
 
+class _DriverFault(Exception):
+    """A function of the driver returned an error after cuInit had not. Never leaves this file."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
     """One GPU. free_bytes: of now; None where the driver does not tell."""
@@ -98,10 +102,14 @@ def look_at_host(open_library: OpenLibrary = ctypes.CDLL, software: Callable[[in
     code = cuda.cuInit(0)
     if code:
         return Host(cards=(), driver="", problem=f"NVIDIA's driver finds no card to use: {_error_name(cuda, code)}")
-    version = _number(cuda.cuDriverGetVersion)
     nvml = _opened_nvml(open_library)
-    driver = f"driver {_nvml_version(nvml)}, CUDA {version // 1000}.{version % 1000 // 10}"
-    cards = tuple(_card(cuda, nvml, index) for index in range(_number(cuda.cuDeviceGetCount)))
+    driver = f"driver {_nvml_version(nvml)}"
+    try:
+        version = _number(cuda.cuDriverGetVersion)
+        driver += f", CUDA {version // 1000}.{version % 1000 // 10}"
+        cards = tuple(_card(cuda, nvml, index) for index in range(_number(cuda.cuDeviceGetCount)))
+    except (_DriverFault, AttributeError) as fault:  # ctypes' AttributeError: a driver too old to have the function
+        return Host(cards=(), driver=driver, problem=f"NVIDIA's driver fails ({fault}); nvidia-smi may say more")
     problem = _problem_of(cards) or (_software_problem if software is None else software)(version // 1000)
     return Host(cards=cards, driver=driver, problem=problem)
 
@@ -141,7 +149,7 @@ def _number(call: Any, *arguments: int) -> int:
 
 def _checked(code: int, what: str) -> None:
     if code:
-        raise ConfigError(f"NVIDIA's driver fails at {what} with error {code}; nvidia-smi may say more")
+        raise _DriverFault(f"{what} ends with error {code}")
 
 
 def _error_name(cuda: Any, code: int) -> str:

@@ -139,7 +139,9 @@ class Handoffs:
         limits = self._pool.limits
         error = CapacityError(
             f"{leg.num_tokens} tokens of KV and {leg.max_new_tokens} to come for {len(leg.choice_numbers)} choices need "
-            f"{leg.num_promised(limits)} blocks of {limits.block_tokens} tokens; decode.num_blocks is {limits.num_blocks}",
+            f"{leg.num_promised(limits)} blocks of {limits.block_tokens} tokens; this replica has {limits.num_blocks} "
+            "(on a CPU decode.num_blocks, on a GPU what gpu_memory_fraction leaves beside the weights; "
+            "--max-model-tokens refuses such requests at the door)",
             phase="decode.admit",
         )
         error.retryable = False

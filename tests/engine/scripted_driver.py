@@ -24,12 +24,14 @@ class ScriptedDriver:
         has_nvml: bool = True,
         init_code: int = 0,
         attribute_code: int = 0,
+        version_code: int = 0,
         nvml_code: int = 0,
     ) -> None:
         self.cards = cards
         self._has = {"libcuda.so.1": has_cuda, "libnvidia-ml.so.1": has_nvml}
         self._init_code = init_code
         self._attribute_code = attribute_code
+        self._version_code = version_code
         self._nvml_code = nvml_code
 
     def open(self, name: str) -> Any:
@@ -46,7 +48,7 @@ class ScriptedDriver:
 
     def cuDriverGetVersion(self, out: Any) -> int:
         out._obj.value = 13000
-        return 0
+        return self._version_code
 
     def cuDeviceGetCount(self, out: Any) -> int:
         out._obj.value = len(self.cards)

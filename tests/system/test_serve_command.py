@@ -26,7 +26,7 @@ MODEL = ROOT / "models" / "tiny-moe"
 class Run:
     """One `duomo serve` in a session of its own, whose whole family is watched."""
 
-    def __init__(self, folder: Path, port: int, *options: str, model: Path = MODEL) -> None:
+    def __init__(self, folder: Path, port: int, *options: str, model: Path = MODEL, environment: dict[str, str] | None = None) -> None:
         self.run_dir = folder / "run"
         self.log = folder / "log"
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("DUOMO_", "OTEL_", "RAY_"))}
@@ -35,7 +35,7 @@ class Run:
             self.process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                env=kept,
+                env=kept | (environment or {}),
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -168,6 +168,38 @@ def test_ctrl_c_during_the_start_leaves_nothing(folder: Path, port: int, words: 
         assert run.process.wait(40) == 130, run.said()
         assert not run.left()
         assert not run.run_dir.exists()
+    finally:
+        run.clear()
+
+
+STUCK = """
+import ctypes, pathlib, os, sys
+
+class Stuck:
+    def find_spec(self, name, path=None, target=None):
+        if name == "services.colocated":
+            pathlib.Path(os.environ["STUCK_BOARD"]).write_text("weights: 40% (4 of 10)")
+            ctypes.PyDLL(None).sleep(600)
+
+sys.meta_path.insert(0, Stuck())
+"""
+
+
+@pytest.mark.slow
+def test_a_start_that_hears_nothing_is_shown_and_ends_within_seconds(folder: Path, port: int) -> None:
+    """A GPU's start is minutes of calls into C; here one holds the interpreter, where the replica would import its engine."""
+    (folder / "site").mkdir()
+    (folder / "site" / "sitecustomize.py").write_text(STUCK)
+    environment = {"PYTHONPATH": str(folder / "site"), "STUCK_BOARD": str(folder / "run" / "engine.starting")}
+    run = Run(folder, port, "--device", "cpu", "--layout", "colocated", environment=environment)
+    try:
+        run.wait_for("engine: weights: 40% (4 of 10)")
+        run.look()
+        began_s = time.monotonic()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(40) == 130, run.said()
+        assert time.monotonic() - began_s < 15
+        assert not run.left() and not run.run_dir.exists()
     finally:
         run.clear()
 

@@ -180,7 +180,7 @@ def test_what_never_fits_is_refused_with_the_limit(tmp_path: Path) -> None:
             rig.prefill.announce(prompt)
             failure = await rig.gateway.failed("big")
             assert (failure.code, failure.retryable) == ("no_capacity", False)
-            assert "decode.num_blocks is 8" in failure.detail
+            assert "this replica has 8 (on a CPU decode.num_blocks, on a GPU what gpu_memory_fraction" in failure.detail
             await rig.at_rest()
 
     play(go())
