@@ -75,10 +75,11 @@ class GpuPrefillWorker:
 
     def run_piece(self, computation: Computation, piece: Piece) -> None:
         lo, hi = piece.groups
+        stopwatch = _Stopwatch(self._device)
         if self._group_delay_s:
             time.sleep(self._group_delay_s * (hi - lo))
         self._prefill.run_layers(self.group_bounds[lo], self.group_bounds[hi], _state(computation), piece.chunks)
-        self._wait()
+        computation.piece_s = stopwatch.wait()
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
         state, computed_s = _state(computation), time.monotonic()
@@ -114,12 +115,24 @@ class GpuPrefillWorker:
         seal = Seal(handle_id=handle_id, group=span.group, message_idx=span.message_idx, start=start)
         self._packer.pack(span.layers, blocks[span.block_lo : span.block_hi], seal, out)
 
-    def _wait(self) -> None:
-        """Until all that was launched is over. Gives the core away, as Event.synchronize does where the event blocks."""
-        if self._device.type == "cuda":
-            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch ships no types for it
-            end.record()
-            end.synchronize()
+
+class _Stopwatch:
+    """From here until all that is launched meanwhile is over, by the device's clock: a decode step still under way does not count."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_on_device = device.type == "cuda"
+        self._began_s = time.monotonic()
+        if self._is_on_device:
+            self._begin, self._end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch ships no types for it
+            self._begin.record()
+
+    def wait(self) -> float:
+        """Seconds. Gives the core away while it waits, as Event.synchronize does where the event blocks."""
+        if not self._is_on_device:
+            return time.monotonic() - self._began_s
+        self._end.record()
+        self._end.synchronize()
+        return float(self._begin.elapsed_time(self._end)) / 1000
 
 
 def _state(computation: Computation) -> GpuBoundaryState:

@@ -207,9 +207,8 @@ class WaveLoop:
         """In the step thread: one piece; after the last one the first tokens of every leg that is still wanted."""
         if wave.computation is None:
             wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs], self._limits.chunk_tokens_of(wave.view.num_tokens))
-        began_s = time.monotonic()
         self._worker.run_piece(wave.computation, piece)
-        seconds = time.monotonic() - began_s
+        seconds = wave.computation.piece_s
         if not is_last:
             return PieceOutput(seconds=seconds, outputs=())
         eos_ids = self._worker.config.eos_ids

@@ -66,10 +66,11 @@ class WaveRow:
 
 @dataclass(slots=True, kw_only=True)
 class Computation:
-    """A wave between two pieces; belongs to the step thread."""
+    """A wave between two pieces; belongs to the step thread. piece_s: what its last piece took, without what ran before it."""
 
     batch: StepBatch
     state: BoundaryState | GpuBoundaryState
+    piece_s: float = 0.0
 
     @property
     def num_chunks(self) -> int:
@@ -128,7 +129,7 @@ class WaveWorker(Protocol):
 
     def run_piece(self, computation: Computation, piece: Piece) -> None:
         """Compute the groups of a piece for its chunks; they are over, and their KV is in the cache, afterwards. A chunk's group needs that
-        group of all earlier chunks, and the group before of itself."""
+        group of all earlier chunks, and the group before of itself. Sets computation.piece_s."""
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
@@ -199,9 +200,11 @@ class PrefillWorker:
     def run_piece(self, computation: Computation, piece: Piece) -> None:
         """Compute the groups of a piece for its chunks; their KV is in the cache afterwards."""
         lo, hi = piece.groups
+        began_s = time.monotonic()
         if self._group_delay_s:
             time.sleep(self._group_delay_s * (hi - lo))
         self._runner.run_layers(self.group_bounds[lo], self.group_bounds[hi], _state(computation), piece.chunks)
+        computation.piece_s = time.monotonic() - began_s
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
