@@ -7,7 +7,7 @@ Two experiments, each played to prefill and decode in one process, as a gateway 
 
 A mode (docs/decisions/0008-layered-prefill.md) has a size that trades one against the other: of layered prefill the target time of a
 piece, in shares of what one chunk of CHUNK_ROWS takes alone on this machine; of chunked prefill the rows of a chunk; whole prefill has
-none. All modes and sizes get the same prompts at the same times.
+none. All modes and sizes get the same prompts at the same times; nothing of a prompt is cached.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Load:
 
     def options(self, chunk_s: float) -> dict[str, object]:
         """The configuration's, where a chunk of CHUNK_ROWS takes chunk_s seconds alone."""
-        found: dict[str, object] = {"prefill.mode": self.mode}
+        found: dict[str, object] = {"prefill.mode": self.mode, "prefill.prefix_cache_blocks": 0, "decode.prefix_cache_blocks": 0}
         if self.mode == "layered":
             found["prefill.piece_target_s"] = self.size * chunk_s
         if self.mode == "chunked":

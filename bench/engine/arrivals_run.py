@@ -21,13 +21,14 @@ from pathlib import Path
 from bench.engine.arrivals_cases import CHUNK_ROWS, SCALES, Answer, Arrival, Load, LoadResult, arrivals_of, load_result, loads_of
 from bench.engine.arrivals_client import ClientPlan, answers_from_json
 from bench.engine.arrivals_waves import waves_in
-from bench.engine.engine_cases import SEED, Job, Part, write_config
+from bench.engine.engine_cases import SEED, Job, Part, embedding_factor, write_config
 from bench.engine.engine_job import run_job
 from bench.gpu_stopwatch import facts
 from bench.stopwatch import ROOT
 from duomo.config import DuomoConfig, TracingSection, changed, load_config
 from duomo.engine.device import Host
 from duomo.engine.settle import settle
+from duomo.engine.startup import Startup
 from duomo.telemetry import tracing
 from duomo.wire.messages import PeerAddress
 from services.colocated import Engine, EngineMeans, Workers, engine_of, started_workers
@@ -133,6 +134,25 @@ class Stage:
         return answers_from_json(json.loads(out.read_text()))
 
 
+async def _started(config: DuomoConfig, means: EngineMeans) -> Workers:
+    """A GPU's with routing spread over all experts (engine_cases.py): of few, chunks would read too little again."""
+    if config.model.device != "cuda":
+        return await started_workers(config, means)
+    return await means.thread.run("step", _spread_gpu_workers, config)
+
+
+def _spread_gpu_workers(config: DuomoConfig) -> Workers:
+    """In the step thread: who captures and plans is who runs."""
+    import torch
+
+    from services.gpu_workers import start_gpu_workers  # Triton and all kernels: a CPU serves without
+
+    made = start_gpu_workers(config, Startup())
+    with torch.inference_mode():
+        made.engine.prefill.decoder.weights.embed_VD.mul_(embedding_factor("drawn", "spread"))
+    return Workers(prefill=made.prefill, decode=made.decode, config=made.config, close=made.engine.compilations.close)
+
+
 @asynccontextmanager
 async def stage(config: DuomoConfig, folder: Path) -> AsyncIterator[Stage]:
     """Start engine and client; end both. Raises what the engine's start raises."""
@@ -141,7 +161,7 @@ async def stage(config: DuomoConfig, folder: Path) -> AsyncIterator[Stage]:
     workers: Workers | None = None
     client: asyncio.subprocess.Process | None = None
     try:
-        workers = await started_workers(config, EngineMeans(thread=thread, prefill_spans=off, decode_spans=off))
+        workers = await _started(config, EngineMeans(thread=thread, prefill_spans=off, decode_spans=off))
         client = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "bench.engine.arrivals_client", cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
         )  # fmt: skip
@@ -214,7 +234,7 @@ async def play_all(config: DuomoConfig, folder: Path, loads: Sequence[Load], par
 def measure_job(job: Job, part: Part, out: Path, deadline_s: float) -> None:
     """All loads of the job in this process; the part is written after each."""
     folder = Path(tempfile.mkdtemp(prefix="duomo-b-"))  # short: it holds sockets
-    part.facts |= facts("prefill", job.repeats)
+    part.facts |= facts("prefill", job.repeats) | {"routing": "spread"}
     loads = [load for load in loads_of(SCALES[job.model]) if load.name in job.loads]
     asyncio.run(play_all(gpu_config(job, folder), folder, loads, part, deadline_s, lambda: part.write(out)))
     part.write(out)

@@ -3,6 +3,7 @@
     prompts     time to the first token of one prompt by length, and of waves: ours and vLLM as shipped (in process, in a process of its
                 own) and with graphs to 4,096 tokens, same random weights, same prompts; distinct experts counted on both sides
     ways        one prompt of 8,192 tokens layered, in chunks of 512 and whole: times, and bytes of experts that were read
+                (both with weights as drawn, and with routing spread over all experts: engine_cases.py)
     arrivals    both services in one process under a client: short prompts among long ones, prompts beside decode (arrivals_cases.py)
 
 Children run one at a time (engine_campaign.py says what an interrupted run leaves, and the exit codes).
@@ -61,7 +62,8 @@ def report(parts: Sequence[Part], out: Path | None) -> Path:
     tables = [lines for lines in (table(rows) if rows else [], prompts_table(rows), ways_table(ways), arrivals_table(parts)) if lines]
     content = {
         "first_tokens": {name: list(found) for name, found in first_token_lines(parts)},
-        "cases": [row.as_json() for row in rows],
+        "cases": [row.as_json() for row in rows if row.case.routing == "drawn"],
+        "cases_spread": [row.as_json() for row in rows if row.case.routing == "spread"],
         "ways": [row.as_json() for row in ways],
         "arrivals": [
             {"model": part.job.model, "dtype": part.job.dtype, "loads": [asdict(one) for one in part.loads]} for part in parts if part.loads

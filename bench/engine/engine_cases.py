@@ -1,8 +1,12 @@
 """Owns what `duomo bench engine` and `duomo bench prefill` measure: models, cases, prompts, jobs, what a child writes. Knows no engine.
 
 A decode case is a batch of sequences at a context; a prefill case is a wave of prompts up to the first token of each, computed in one of
-three ways (docs/decisions/0008-layered-prefill.md). Prompts are random token ids drawn from the case's name without its way, so that both
-engines and all ways get the same.
+three ways (docs/decisions/0008-layered-prefill.md). Prompts are random token ids drawn from the case's name without its way and routing, so
+that both engines and all ways get the same.
+
+Where all weights are drawn alike ("drawn"), what attention adds is much the same for all positions of a prompt, and outgrows the tokens'
+own small embeddings: the router then sends all tokens of one prompt to few experts. With embeddings EMBEDDING_SCALE times as large
+("spread") rows stay their own, and a prompt uses the experts that a uniform router would.
 
 A job is one child process: one side, one mode, one model in one format. It writes a Part as JSON after each case, so that what an
 interrupted run had measured is there.
@@ -24,6 +28,7 @@ from bench.gpu_stopwatch import Timing
 
 Phase = Literal["decode", "prefill"]
 Way = Literal["whole", "layered", "chunked"]
+Routing = Literal["drawn", "spread"]
 Dtype = Literal["bf16", "fp8"]
 Mode = Literal[
     "ours", "ours_deterministic", "ours_arrivals", "vllm_in_process", "vllm_own_process", "vllm_extended", "vllm_count"
@@ -42,6 +47,7 @@ STD = 0.02
 MAX_TOKENS = 16384  # of a wave; positions of every model are raised to it: OLMoE is published with 4,096
 CHUNK_TOKENS = 512  # of the chunked way: what servers that chunk prompts usually take, and as many rows as our graphs have a bucket for
 PIECES = 4  # of the layered way: the layer groups of a configuration that names none
+EMBEDDING_SCALE = 64.0  # a power of two: put on and taken off in bf16 without a rounding
 DECODE_STEPS = 64  # timed
 LEAD_STEPS = 6  # before them
 CHECK_PROMPTS, CHECK_LENGTH, CHECK_STEPS = 16, 64, 8
@@ -55,14 +61,20 @@ class EngineCase:
     batch: int
     tokens: int
     way: Way = "whole"
+    routing: Routing = "drawn"
 
     @property
     def name(self) -> str:
-        return self.prompts_name + ("" if self.way == "whole" else f" {self.way}")
+        return self.wave_name + ("" if self.way == "whole" else f" {self.way}")
+
+    @property
+    def wave_name(self) -> str:
+        """The same for all ways."""
+        return self.prompts_name + ("" if self.routing == "drawn" else f" {self.routing}")
 
     @property
     def prompts_name(self) -> str:
-        """The same for all ways of one wave."""
+        """The same for all ways and routings of one wave."""
         return f"{self.phase} {self.batch} x {self.tokens}"
 
     @property
@@ -101,6 +113,12 @@ def prompts(case: EngineCase, vocab: int, repeat: int = 0) -> list[list[int]]:
     """The case's token ids, other ones for each repeat; the same in every process."""
     seed = int.from_bytes(hashlib.blake2b(f"{case.prompts_name} {repeat}".encode(), digest_size=7).digest(), "big")
     return torch.randint(3, vocab, (case.batch, case.tokens), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def embedding_factor(before: Routing, after: Routing) -> float:
+    """By what the embeddings are multiplied to come from one routing to another."""
+    sizes = {"drawn": 1.0, "spread": EMBEDDING_SCALE}
+    return sizes[after] / sizes[before]
 
 
 def check_prompts(vocab: int) -> list[list[int]]:

@@ -41,8 +41,10 @@ from bench.engine.engine_cases import (
     FirstTokens,
     Job,
     Part,
+    Routing,
     Way,
     check_prompts,
+    embedding_factor,
     prompts,
     write_config,
 )
@@ -105,12 +107,20 @@ class Engine:
     def __init__(self, weights: GpuWeights, num_blocks: int, limits: DecodeLimits) -> None:
         decoder = GpuDecoder(weights, is_deterministic=limits.is_deterministic)
         self.config = weights.config
+        self._routing: Routing = "drawn"
         self.cache = GpuKvCache(gpu_kv_spec(self.config, dtype=weights.dtype), num_blocks, weights.device)
         self.prefill = GpuPrefill(decoder, self.cache)
         self.decode = GpuDecode(decoder, self.cache, limits)
         self.decode.capture()
         if weights.device.type == "cuda":
             self.prefill.capture(CapturedLimits(max_sequence_tokens=MAX_TOKENS))
+
+    @torch.inference_mode()
+    def take_routing(self, routing: Routing) -> None:
+        """From here on prompts are routed so (engine_cases.py); graphs read the same tensor."""
+        if (factor := embedding_factor(self._routing, routing)) != 1.0:
+            self.prefill.decoder.weights.embed_VD.mul_(factor)
+        self._routing = routing
 
     def tables(self, batch: int, last_tokens: int) -> list[Table]:
         """A table for each sequence, blocks scattered over the pool as a service's are after a while."""
@@ -210,6 +220,7 @@ def measure(engine: Engine, job: Job, case: EngineCase) -> CaseResult | str:
     if (needed := blocks_of(case)) > engine.cache.num_blocks:
         return f"{needed:,} blocks of KV needed, {engine.cache.num_blocks:,} there"
     tables = engine.tables(case.batch, case.last_tokens)
+    engine.take_routing(case.routing)
     if case.phase == "decode":
         batch = prompts(case, engine.config.vocab)
         first = engine.first_tokens(batch, tables)

@@ -47,7 +47,7 @@ def _is_large(row: EngineRow) -> bool:
 
 
 def _is_prompt(row: EngineRow, lo: int, hi: int) -> bool:
-    return row.case.phase == "prefill" and row.case.batch == 1 and row.case.way == "whole" and lo <= row.case.tokens <= hi
+    return row.case.phase == "prefill" and row.case.batch == 1 and lo <= row.case.tokens <= hi
 
 
 def verdicts(rows: Sequence[EngineRow], parts: Sequence[Part]) -> list[Verdict]:
@@ -64,7 +64,7 @@ def verdicts(rows: Sequence[EngineRow], parts: Sequence[Part]) -> list[Verdict]:
 
 
 def prompt_verdicts(rows: Sequence[EngineRow]) -> list[Verdict]:
-    """The targets about prompts and waves: both settings of vLLM's graphs, always together."""
+    """The targets about prompts and waves: both settings of vLLM's graphs, always together. rows: of one routing."""
     found = []
     for model, needed in TTFT.items():
         middle = _select([row for row in rows if row.model == model], "bf16", lambda row: _is_prompt(row, 640, 2048))

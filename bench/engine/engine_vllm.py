@@ -39,7 +39,9 @@ from bench.engine.engine_cases import (
     Job,
     Mode,
     Part,
+    Routing,
     check_prompts,
+    embedding_factor,
     prompts,
     write_config,
 )
@@ -138,6 +140,7 @@ class Engine:
         self._arrivals: list[Arrival] = []
         self._engine.engine_core.get_output = self._recorded
         self._ids = itertools.count()
+        self._routing: Routing = "drawn"
         self.version: str = vllm.__version__
         self.vocab: int = self._engine.model_config.get_vocab_size()
 
@@ -146,6 +149,12 @@ class Engine:
         """Tokens that the pool holds."""
         cache = self._engine.vllm_config.cache_config
         return int(cache.num_gpu_blocks) * int(cache.block_size)
+
+    def take_routing(self, routing: Routing) -> None:
+        """From here on prompts are routed so (engine_cases.py), by the worker in whatever process it runs."""
+        if (factor := embedding_factor(self._routing, routing)) != 1.0:
+            self._llm.collective_rpc("scale_embedding", args=(factor,))
+        self._routing = routing
 
     def _recorded(self) -> Any:
         found = self._core_output()
@@ -208,6 +217,7 @@ def measure(engine: Engine, job: Job, case: EngineCase) -> CaseResult | str:
     """The case's numbers, or why there are none."""
     if (needed := case.batch * case.last_tokens) > engine.kv_tokens:
         return f"{needed:,} tokens of KV needed, {engine.kv_tokens:,} there"
+    engine.take_routing(case.routing)
     if job.mode == "vllm_count":
         return _count(engine, case)
     if case.phase == "decode":

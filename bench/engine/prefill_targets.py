@@ -7,7 +7,7 @@ rows chose, counted over the whole prompt. Chunks read what they share again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.engine.arrivals_targets import arrival_verdicts
@@ -58,7 +58,7 @@ def ways_rows(parts: Sequence[Part], configs: Mapping[str, ModelConfig]) -> list
             continue
         waves: dict[str, dict[Way, CaseResult]] = {}
         for one in part.results:
-            waves.setdefault(one.case.prompts_name, {})[one.case.way] = one
+            waves.setdefault(one.case.wave_name, {})[one.case.way] = one
         for name, results in waves.items():
             if len(results) > 1:
                 distinct = next((one.distinct for one in results.values() if one.distinct is not None), 0.0)
@@ -74,14 +74,17 @@ def prompts_table(rows: Sequence[EngineRow]) -> list[str]:
     if not single:
         return []
     lines = [f"{'one prompt, ms to its first token':<40}{'ours':>9}{'vLLM as shipped':>22}{'graphs to 4,096':>22}{'experts':>9}  counts"]
-    for row in sorted(single, key=lambda row: (row.dtype, row.model, row.case.tokens)):
+    for row in sorted(single, key=lambda row: (row.dtype, row.model, row.case.routing, row.case.tokens)):
         shown = row.shown
         peers = "".join(f"{_beside(shown, names):>22}" for names in (SHIPPED_PEERS, ("vllm_extended",)))
         counts = "yes" if row.is_same_work else "no: vLLM's experts are others, or were not counted"
-        lines.append(
-            f"{f'{row.case.tokens:,} tokens {row.model} {row.dtype}':<40}{shown.ours_us / 1e3:>9.2f}{peers}{shown.distinct:>9.1f}  {counts}"
-        )
+        lines.append(f"{_prompt_name(row):<40}{shown.ours_us / 1e3:>9.2f}{peers}{shown.distinct:>9.1f}  {counts}")
     return lines
+
+
+def _prompt_name(row: EngineRow) -> str:
+    routing = "" if row.case.routing == "drawn" else f" {row.case.routing}"
+    return f"{row.case.tokens:,} tokens{routing} {row.model} {row.dtype}"
 
 
 def _beside(case: Case, peers: Sequence[str]) -> str:
@@ -107,20 +110,25 @@ def ways_table(rows: Sequence[WaysRow]) -> list[str]:
 
 
 def prefill_verdicts(rows: Sequence[EngineRow], ways: Sequence[WaysRow], parts: Sequence[Part]) -> list[Verdict]:
-    """Every target of performance.md 4 about prefill on one GPU, and those of layer-wise prefill, over whatever was measured."""
-    found = prompt_verdicts(rows)
+    """Every target of performance.md 4 about prefill on one GPU, and those of layer-wise prefill, over whatever was measured.
+
+    The targets stand for weights as drawn; those of spread routing stand beside them where they were measured.
+    """
+    found = prompt_verdicts([row for row in rows if row.case.routing == "drawn"])
+    spread = prompt_verdicts([row for row in rows if row.case.routing == "spread"])
+    found += [replace(verdict, target=f"{verdict.target}, spread") for verdict in spread if verdict.reached is not None]
     for row in ways:
         where = f"{row.name} {row.model} {row.dtype}"
         times, layered, chunked = row.times_floor("layered"), row.ms("layered"), row.ms("chunked")
         found += [
             Verdict(
-                target=f"layered, {row.model} {row.dtype}: layers x D over expert bytes read",
+                target=f"layered, {row.name}, {row.model} {row.dtype}: layers x D over bytes read",
                 needed=round(1 / BYTES_OF_FLOOR, 3),
                 reached=None if times is None else 1 / times,
                 where=where,
             ),
             Verdict(
-                target=f"layered, {row.model} {row.dtype}: first token against our chunks of 512",
+                target=f"layered, {row.name}, {row.model} {row.dtype}: against our chunks of 512",
                 needed=AGAINST_CHUNKS,
                 reached=None if not layered or not chunked else chunked / layered,
                 where=where,

@@ -60,4 +60,13 @@ class RandomLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is absent whe
 
 
 class RandomWeights:
-    """The worker's extension: empty, it is there so that vLLM imports this module."""
+    """The worker's extension: its methods become the worker's own. vLLM imports this module for it."""
+
+    def scale_embedding(self, factor: float) -> None:
+        """Multiply the tokens' embeddings in place, where compiled code and graphs read them; engine_cases.py says why."""
+        (embedding,) = (
+            weight
+            for name, weight in self.get_model().named_parameters()  # type: ignore[attr-defined]  # the worker's, which this class becomes part of
+            if name.endswith("embed_tokens.weight")
+        )
+        embedding.data.mul_(factor)

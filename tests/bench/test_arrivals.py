@@ -69,9 +69,10 @@ def test_arrivals_are_poisson_and_of_every_length() -> None:
 
 
 def test_a_mode_becomes_options() -> None:
-    assert OVERTAKE.options(0.02) == {"prefill.mode": "layered", "prefill.piece_target_s": pytest.approx(0.001)}
-    assert BESIDE.options(0.02) == {"prefill.mode": "chunked", "prefill.chunk_tokens": 64}
-    assert replace(BESIDE, mode="whole").options(0.02) == {"prefill.mode": "whole"}
+    uncached = {"prefill.prefix_cache_blocks": 0, "decode.prefix_cache_blocks": 0}
+    assert OVERTAKE.options(0.02) == uncached | {"prefill.mode": "layered", "prefill.piece_target_s": pytest.approx(0.001)}
+    assert BESIDE.options(0.02) == uncached | {"prefill.mode": "chunked", "prefill.chunk_tokens": 64}
+    assert replace(BESIDE, mode="whole").options(0.02) == uncached | {"prefill.mode": "whole"}
 
 
 def test_a_plan_survives_its_file() -> None:

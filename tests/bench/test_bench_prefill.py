@@ -14,7 +14,7 @@ from bench.engine import bench_prefill
 from bench.engine.arrivals_cases import SCALES, Answer, Kind, Load, LoadResult, WaveSeen, load_result, loads_of
 from bench.engine.bench_prefill import parse, report
 from bench.engine.engine_campaign import configs, read_parts
-from bench.engine.engine_cases import CHUNK_TOKENS, VLLM_MODES, CaseResult, EngineCase, Job, Mode, Part, Way, prompts
+from bench.engine.engine_cases import CHUNK_TOKENS, VLLM_MODES, CaseResult, EngineCase, Job, Mode, Part, Way, embedding_factor, prompts
 from bench.engine.engine_floor import expert_bytes
 from bench.engine.engine_job import module_of
 from bench.engine.engine_rows import join
@@ -53,14 +53,22 @@ def test_cases_are_those_of_the_issue() -> None:
     assert single == {16, 32, 64, 128, 256, 512, 640, 1024, 1280, 1536, 2048, 4096, 8192}
     waves = {(case.batch, case.tokens) for case in PREFILL_CASES if case.batch > 1}
     assert waves == {(16, 1024), (8, 2048), (2, 8192)} and all(batch * tokens == 16384 for batch, tokens in waves)
-    assert {case.way for case in WAYS} == {"whole", "layered", "chunked"} and len({case.name for case in PREFILL_CASES}) == len(
-        PREFILL_CASES
-    )
+    ways = {(case.way, case.routing) for case in WAYS}
+    assert ways == {(way, routing) for way in ("whole", "layered", "chunked") for routing in ("drawn", "spread")}
+    assert len({case.name for case in PREFILL_CASES}) == len(PREFILL_CASES)
 
 
 def test_all_ways_get_the_same_prompt() -> None:
     drawn = [prompts(replace(case, tokens=40), 500) for case in WAYS]
-    assert drawn[0] == drawn[1] == drawn[2] and len({case.name for case in WAYS}) == 3
+    assert all(one == drawn[0] for one in drawn) and len({case.name for case in WAYS}) == 6
+    assert {case.wave_name for case in WAYS} == {"prefill 1 x 8192", "prefill 1 x 8192 spread"}
+
+
+def test_spreading_is_undone_exactly() -> None:
+    embed = torch.randn(1000, generator=torch.Generator().manual_seed(0)).mul(0.02).bfloat16()
+    there = embed * embedding_factor("drawn", "spread")
+    assert torch.equal(there * embedding_factor("spread", "drawn"), embed) and there.std() > 1.0
+    assert embedding_factor("spread", "spread") == 1.0
 
 
 def test_chunks_of_the_baseline_replay_graphs() -> None:
@@ -94,8 +102,8 @@ def ways(layered_ms: float, chunked_ms: float, times_floor: float, model: str = 
 )
 def test_layers_are_held_against_chunks(layered_ms: float, times_floor: float, bytes_word: str, time_word: str) -> None:
     verdict = words(ways(layered_ms, 100.0, times_floor))
-    assert verdict["layered, olmoe bf16: layers x D over expert bytes read"] == bytes_word
-    assert verdict["layered, olmoe bf16: first token against our chunks of 512"] == time_word
+    assert verdict["layered, prefill 1 x 8192, olmoe bf16: layers x D over bytes read"] == bytes_word
+    assert verdict["layered, prefill 1 x 8192, olmoe bf16: against our chunks of 512"] == time_word
 
 
 def test_ways_are_shown_beside_their_floor() -> None:
@@ -120,6 +128,11 @@ def test_prompts_and_waves_have_verdicts_of_both_settings() -> None:
     assert said["first token of 16..512 tokens, against vLLM"] == "MISS", "4.2 ms: its faster setting counts"
     assert said["a wave of 16k tokens, against vLLM"] == "PASS"
     assert said["first token of 640..2,048 tokens, qwen3, vLLM as shipped"] == "----"
+    spread = [replace(one, results=[replace(found, case=replace(found.case, routing="spread")) for found in one.results]) for one in parts]
+    for one in spread:
+        one.job = replace(one.job, cases=tuple(found.case for found in one.results))
+    assert words(*spread)["a wave of 16k tokens, against vLLM, spread"] == "PASS"
+    assert words(*spread)["a wave of 16k tokens, against vLLM"] == "----"
     head, short, long = prompts_table(join(parts, CONFIGS))
     assert "vLLM as shipped" in head and "graphs to 4,096" in head and "256 tokens" in short and "1,024 tokens" in long
     assert "28.00 (4.00x)" in long and "8.00 (1.14x)" in long and long.endswith("yes")
@@ -176,7 +189,7 @@ def test_the_command_line() -> None:
     assert module_of("ours_arrivals") == "bench.engine.arrivals_run" and module_of("vllm_count") == "bench.engine.engine_vllm"
     some = parse(["--models", "qwen3", "--cases", "1 x 1024,overtake"])
     assert {job.mode for job in some.jobs} == {"ours", "ours_arrivals", *VLLM_MODES}
-    assert {case.name for job in some.jobs for case in job.cases} == {"prefill 1 x 1024"}
+    assert {case.name for job in some.jobs for case in job.cases} == {"prefill 1 x 1024", "prefill 1 x 1024 spread"}
     assert all(name.startswith("overtake") for job in some.jobs for name in job.loads)
     assert [job.mode for job in parse(["--models", "olmoe", "--cases", "chunked 1024"]).jobs] == ["ours_arrivals"]
 

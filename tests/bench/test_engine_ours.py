@@ -86,19 +86,28 @@ def test_waves_have_times_and_experts(engine: Engine) -> None:
 
 
 def test_all_ways_give_the_same_tokens_and_chunks_read_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """33 rows as 16, 16 and 1, each reads the experts of its own rows again; pieces of one layer read what the whole reads."""
+    """17 rows as 16 and 1, each reads the experts of its own rows again; pieces of one layer read what the whole reads."""
     monkeypatch.setattr(engine_ours, "CHUNK_TOKENS", 16)
     ways: tuple[Way, ...] = ("whole", "layered", "chunked")
-    cases = [EngineCase(phase="prefill", batch=1, tokens=33, way=way) for way in ways]
-    waves = [_wave(prompts(case, engine.config.vocab), engine.tables(1, 34)) for case in cases]
+    cases = [EngineCase(phase="prefill", batch=1, tokens=17, way=way) for way in ways]
+    waves = [_wave(prompts(case, engine.config.vocab), engine.tables(1, 18)) for case in cases]
     states, tokens = zip(*(engine.wave(wave, case.way) for wave, case in zip(waves, cases, strict=True)), strict=True)
-    assert tokens[0] == tokens[1] == tokens[2] and [state.num_chunks for state in states] == [1, 1, 3]
+    assert tokens[0] == tokens[1] == tokens[2] and [state.num_chunks for state in states] == [1, 1, 2]
     whole, layered, chunked = [measure(engine, job(case), case) for case in cases]
     assert not isinstance(whole, str) and not isinstance(layered, str) and not isinstance(chunked, str)
     assert whole.distinct == layered.distinct == chunked.distinct and whole.distinct is not None
     each = engine.prefill.decoder.weights.layers[0].expert_bytes
     assert whole.expert_bytes == layered.expert_bytes == round(whole.distinct * engine.config.num_layers) * each
-    assert chunked.expert_bytes is not None and whole.expert_bytes < chunked.expert_bytes <= 3 * whole.expert_bytes
+    assert chunked.expert_bytes is not None and whole.expert_bytes < chunked.expert_bytes <= 2 * whole.expert_bytes
+
+
+def test_spread_routing_uses_more_experts_and_is_taken_back(engine: Engine) -> None:
+    before = engine.prefill.decoder.weights.embed_VD.clone()
+    drawn = EngineCase(phase="prefill", batch=1, tokens=9)
+    found = [measure(engine, job(case), case) for case in (drawn, replace(drawn, routing="spread"), drawn)]
+    first, spread, last = [one.distinct for one in found if not isinstance(one, str) and one.distinct is not None]
+    assert first == last <= spread
+    assert torch.equal(engine.prefill.decoder.weights.embed_VD, before)
 
 
 @pytest.mark.parametrize(("mode", "is_deterministic"), [("ours", False), ("ours_deterministic", True)])

@@ -44,6 +44,7 @@ class PlayedEngine:
         self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=4000, block_size=16))
         self.model_config = SimpleNamespace(get_vocab_size=lambda: VOCAB)
         self.engine_core = SimpleNamespace(get_output=self._get_output, shutdown=lambda: None)
+        self.calls: list[tuple[Any, ...]] = []
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._is_ahead = False
@@ -97,7 +98,8 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[PlayedEngine]:
     def llm(**settings: Any) -> Any:
         logging.getLogger("vllm.v1.worker").warning("Graph capturing finished in %.0f secs, took %.2f GiB", 9, 0.5)
         made.append(PlayedEngine(settings))
-        return SimpleNamespace(llm_engine=made[-1])
+        calls = made[-1].calls
+        return SimpleNamespace(llm_engine=made[-1], collective_rpc=lambda method, args: calls.append((method, *args)))
 
     def module(name: str, **members: Any) -> None:
         found = ModuleType(name)
@@ -144,6 +146,21 @@ def test_every_case_is_timed_from_its_core_outputs(run: Run, played: list[Played
     assert part.facts["vllm_graphs"] == "Graph capturing finished in 9 secs, took 0.50 GiB"
     assert part.facts["vllm"] == "0.24.0" and part.facts["vllm_settings"]["load_format"] == LOAD_FORMAT
     assert played[0].settings["model"] and os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
+
+
+def test_routing_is_spread_and_drawn_back_by_the_worker(run: Run, played: list[PlayedEngine]) -> None:
+    drawn = EngineCase(phase="prefill", batch=1, tokens=64)
+    run("vllm_in_process", drawn, replace(drawn, routing="spread"), replace(drawn, routing="spread", tokens=32), drawn)
+    assert played[0].calls == [("scale_embedding", 64.0), ("scale_embedding", 1 / 64.0)]
+
+
+def test_the_worker_scales_the_embedding_alone(worker: ModuleType) -> None:
+    model = torch.nn.ModuleDict({"embed_tokens": torch.nn.Embedding(5, 3), "lm_head": torch.nn.Linear(3, 5)})
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    made = type("Worker", (worker.RandomWeights,), {"get_model": lambda self: model})()
+    made.scale_embedding(64.0)
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, before[name] * (64.0 if name == "embed_tokens.weight" else 1.0))
 
 
 def test_experts_are_counted_where_they_are_returned(run: Run, played: list[PlayedEngine]) -> None:
