@@ -46,8 +46,8 @@ class ExpertCounts:
         found_LX = torch.zeros(num_layers, num_prompts * num_experts, dtype=torch.int32, device=expert_LX.device)
         found_LSE = found_LX.scatter_add_(1, expert_LX, self._one.expand(expert_LX.shape)).view(num_layers, num_prompts, num_experts)
         layers = slice(layer_lo, layer_lo + num_layers)
-        self._counts_SLE[chunk.prompts, layers] += found_LSE.transpose(0, 1)
-        self._distinct_L[layers] += (found_LSE.amax(1) > 0).sum(1, dtype=torch.int32)
+        self._counts_SLE[chunk.prompts, layers].add_(found_LSE.transpose(0, 1))  # not +=, which would copy the result onto itself
+        self._distinct_L[layers].add_((found_LSE.amax(1) > 0).sum(1, dtype=torch.int32))
 
     def fetch(self) -> ExpertUse:
         """One copy to the host, which waits for it."""
