@@ -12,6 +12,7 @@ from duomo.wire.histogram import unpacked
 from duomo.wire.messages import PrefillDone, Sampling, TransferFenced, WaveAnnounced
 from services.kv_transfer.faults import Fault
 from tests.services.prefill.prefill_rig import expected_kv, first_token, ids, model, monolith_tokens, rig, run
+from tests.services.prefill.scripted_peers import until
 
 
 @pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 63, 257])
@@ -171,6 +172,20 @@ def test_only_blocks_that_decode_lacks_are_sent(tmp_path: Path) -> None:
             num_layers, num_blocks = 8, 7
             rows = [want[(layer * num_blocks + 3) * block_bytes : (layer * num_blocks + 6) * block_bytes] for layer in range(num_layers)]
             assert got.contiguous().numpy().tobytes() == b"".join(rows)
+
+    run(scenario, tmp_path)
+
+
+def test_a_handle_for_blocks_that_the_prompt_has_not_is_refused(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            parts.decode.first_block = -1
+            parts.gateway.start("r", ids(100), parts.decode.address)
+            failed = await parts.gateway.failed("r")
+            assert (failed.code, failed.retryable) == ("stale_handle", True)
+            await parts.decode.inbox.one(TransferFenced, "r")
+            await until(lambda: parts.service.num_live_requests() == 0, "the leg lives on")
+            assert not parts.service.report().counters.get("messages_pushed")
 
     run(scenario, tmp_path)
 
