@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import re
 import sys
@@ -99,8 +100,8 @@ def build_application(config: DuomoConfig) -> serve.Application:
 
 def _deployed(service: type, name: str, replicas: int, config: DuomoConfig) -> serve.Deployment:
     actor: dict[str, object] = {"num_cpus": CPUS_PER_REPLICA}
-    if name == "engine" and _gpus(config):
-        actor["num_gpus"] = _gpus(config)  # without any Ray hides the cards from the replica (CUDA_VISIBLE_DEVICES is empty there)
+    if gpus := _gpus_of(name, config):
+        actor["num_gpus"] = gpus  # without any Ray hides the cards from the replica (CUDA_VISIBLE_DEVICES is empty there)
     if config.ray.pin_by_resource:
         actor["resources"] = {f"duomo_{name}": 0.001}
     return serve.deployment(
@@ -116,9 +117,17 @@ def _deployed(service: type, name: str, replicas: int, config: DuomoConfig) -> s
     )(service)
 
 
+def _gpus_of(name: str, config: DuomoConfig) -> float:
+    """Cards that a replica of this deployment takes, as Ray counts them: two that share one take half each, whatever their shares of memory."""
+    if config.model.device != "cuda" or name not in pool_deployments(config):
+        return 0
+    is_shared = name != "engine" and any((pool.gpu_share or 1) < 1 for pool in (config.prefill, config.decode))
+    return 0.5 if is_shared else 1
+
+
 def _gpus(config: DuomoConfig) -> int:
-    """Cards that the engine takes."""
-    return 1 if config.model.device == "cuda" else 0
+    """Cards that all replicas take."""
+    return math.ceil(sum(replicas * _gpus_of(name, config) for name, (_, replicas) in pool_deployments(config).items()))
 
 
 class RaySystem:
@@ -215,7 +224,8 @@ class RaySystem:
     def _check_placeable(self) -> None:
         offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray ships no type for it
         if not self._is_local and offered.get("GPU", 0) < _gpus(self._config):
-            raise ConfigError("model.device (--device) is cuda, but no node of the Ray cluster offers a GPU")
+            found = f"the Ray cluster offers {offered.get('GPU', 0):g} GPUs, and {_gpus(self._config)} are needed"
+            raise ConfigError(f"model.device (--device) is cuda, but {found}")
         if not self._config.ray.pin_by_resource:
             return
         for name in ("directory", *pool_deployments(self._config), "router"):

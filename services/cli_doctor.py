@@ -85,7 +85,7 @@ def _kernels(settled: Settled) -> str:
 def _plan(settled: Settled) -> str:
     """Estimates, before anything is loaded: a start measures and plans again."""
     if settled.plan is not None:
-        return "\n".join(settled.plan.lines())
+        return "\n".join(settled.memory_lines())
     blocks, tokens = settled.config.decode.num_blocks, settled.config.model.block_tokens
     return f"{blocks} KV blocks of {tokens} tokens in decode (decode.num_blocks): not planned on a CPU"
 

@@ -47,7 +47,7 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
     if role != "router" and config.layout == "auto":  # the role says it
         config = config.model_copy(update={"layout": "colocated" if role == "engine" else "split"})
     if role != "router":  # a gateway needs no card, and works beside replicas of any
-        settled = settle(config)
+        settled = settle(config, is_alone=True)
         config, why, fingerprint = settled.config, settled.why, settled.model.fingerprint
     if role == "router":
         check_port(config)

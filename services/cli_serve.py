@@ -82,7 +82,7 @@ def _serve(config: DuomoConfig) -> int:
     signals = StopSignals()
     say = _Phases()
     say(settled.why)
-    for line in [] if settled.plan is None else settled.plan.lines():
+    for line in settled.memory_lines():
         say(f"memory: {line}")
     if note:
         say(note)

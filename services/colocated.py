@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,21 +17,21 @@ from dataclasses import dataclass
 from duomo.config import DuomoConfig
 from duomo.engine.blocks import BlockManager
 from duomo.engine.kv_cache import KvCache, kv_spec
-from duomo.engine.startup import StartPhase, Startup
 from duomo.errors import ConfigError
+from duomo.models.config import served_config
 from duomo.models.qwen3_moe import Model, load_model
 from duomo.telemetry import tracing
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.messages import PeerAddress
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker, StepWorker
+from services.engine_start import engine_in
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import FAILED_DRAIN_S, ReplicaCard
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.service import PrefillService
-from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes
-from services.start_board import StartBoard
+from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes, group_bounds
 
 log = logging.getLogger(__name__)
 
@@ -113,33 +112,13 @@ async def started_workers(config: DuomoConfig, means: EngineMeans) -> Workers:
     """The device's. Raises ConfigError and ModelError naming what is wrong."""
     if config.model.device != "cuda":
         return workers_of(await asyncio.to_thread(load_model, config.model.path, progress=False), config)
-    board = StartBoard(config.run_dir, "engine")
-    startup, started_s = Startup(_log_phase, board.show), time.monotonic()
-    try:
-        return await means.thread.run("step", _gpu_workers, config, startup)
-    finally:
-        board.close()
-        record_start(means.decode_spans, startup, started_s)
+    # refuses before minutes of loading
+    group_bounds(served_config(config.model).num_layers, config.model.units, config.prefill.units_per_group)
+    engine = await engine_in(means.thread, means.decode_spans, config, "both")
+    from services.gpu_workers import gpu_workers  # Triton and all kernels: a CPU serves without
 
-
-def _gpu_workers(config: DuomoConfig, startup: Startup) -> Workers:
-    """In the step thread: who captures and plans is who runs."""
-    with startup.phase("import"):
-        from services.gpu_workers import start_gpu_workers  # Triton and all kernels: a CPU serves without
-    made = start_gpu_workers(config, startup)
-    return Workers(prefill=made.prefill, decode=made.decode, config=made.config, close=made.engine.compilations.close)
-
-
-def _log_phase(phase: StartPhase) -> None:
-    log.info("engine start: %s took %.1f s", phase.name, phase.duration_s)
-
-
-def record_start(spans: Tracing, startup: Startup, started_s: float) -> None:
-    """engine.start and its phases, also of a start that failed."""
-    whole = spans.start_span("engine.start", start_s=started_s)
-    for phase in startup.phases:
-        spans.record_span("engine.phase", whole.traceparent, phase.started_s, phase.ended_s, {"duomo.phase": phase.name})
-    whole.end()
+    made = gpu_workers(engine, config)
+    return Workers(prefill=made.prefill, decode=made.decode, config=made.config, close=engine.compilations.close)
 
 
 def loans_of(config: DuomoConfig, lender_boot_id: str) -> BlockLoans:

@@ -1,4 +1,4 @@
-"""Owns a replica's wait for its GPU engine: started in the step thread, its phases logged and traced. Knows no service and no device.
+"""Owns a replica's wait for its GPU engine: started in the step thread, its phases shown, logged, traced. Knows no service or device.
 
 Light to import: what needs CUDA is imported by the step thread, as the first phase.
 """
@@ -15,6 +15,7 @@ from duomo.engine.startup import StartPhase, Startup
 from duomo.telemetry.tracing import Tracing
 from services.kv_transfer.memory import PageLocks
 from services.kv_transfer.step_thread import StepThread
+from services.start_board import StartBoard
 
 if TYPE_CHECKING:  # a CPU serves without Triton
     from duomo.engine.gpu_engine import GpuEngine
@@ -24,10 +25,12 @@ log = logging.getLogger(__name__)
 
 async def engine_in(thread: StepThread, spans: Tracing, config: DuomoConfig, part: EnginePart) -> GpuEngine:
     """Whoever asks closes the engine's `compilations`. Raises ConfigError and ModelError naming what is wrong."""
-    startup, started_s = Startup(_log_phase), time.monotonic()
+    board = StartBoard(config.run_dir, "engine" if part == "both" else part)
+    startup, started_s = Startup(_log_phase, board.show), time.monotonic()
     try:
         return await thread.run("step", _start, config, startup, part)
     finally:
+        board.close()
         record_start(spans, startup, started_s)
 
 

@@ -32,7 +32,7 @@ def start_gpu_engine(config: DuomoConfig, startup: Startup, part: EnginePart = "
     share = 1.0 if part == "both" else gpu_share(config, part) or 1.0
     start = EngineStart(
         config=model,
-        load=_loader(config, model, device),
+        load=_loader(config, model, device, startup),
         limits=memory_limits(config, model, part),
         device=device,
         is_deterministic=config.deterministic,
@@ -55,9 +55,12 @@ def _whole(device: torch.device) -> DeviceBytes:
     return DeviceBytes(total=total, free=free)
 
 
-def _loader(config: DuomoConfig, model: ModelConfig, device: torch.device) -> Callable[[], GpuWeights]:
+def _loader(config: DuomoConfig, model: ModelConfig, device: torch.device, startup: Startup) -> Callable[[], GpuWeights]:
     section = config.model
     quantise = section.quantize or None
     if section.random_weights:
         return partial(random_gpu_weights, model, device=device, quantise=quantise, seed=section.random_seed)
-    return partial(load_gpu_weights, section.path, device=device, quantise=quantise, progress=sys.stderr.isatty())
+    shows_bar = sys.stderr.isatty()
+    return partial(
+        load_gpu_weights, section.path, device=device, quantise=quantise, progress=shows_bar, count=None if shows_bar else startup.count
+    )

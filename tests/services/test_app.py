@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from duomo.config import DuomoConfig, load_config
-from services.app import APP_NAME, _import_roots, _kill_tree, _last_words, build_application
+from services.app import APP_NAME, _gpus, _import_roots, _kill_tree, _last_words, build_application
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
@@ -61,6 +61,11 @@ def test_an_engine_on_a_gpu_asks_for_the_card_that_ray_would_hide() -> None:
 
     assert asked(config(layout="colocated", **{"model.device": "cuda"})) == {"router": 0, "directory": 0, "engine": 1}
     assert asked(config(layout="colocated")) == {"router": 0, "directory": 0, "engine": 0}
+    split = {"model.device": "cuda", "layout": "split"}
+    alone = config(**split, **{"prefill.gpu_share": 1.0, "decode.gpu_share": 1.0, "decode.replicas": 2})
+    assert asked(alone) == {"router": 0, "directory": 0, "prefill": 1, "decode": 1} and _gpus(alone) == 3
+    shared = config(**split, **{"prefill.gpu_share": 0.4, "decode.gpu_share": 0.6})
+    assert asked(shared) == {"router": 0, "directory": 0, "prefill": 0.5, "decode": 0.5} and _gpus(shared) == 1
 
 
 def test_pools_are_pinned_by_resource_only_when_asked() -> None:

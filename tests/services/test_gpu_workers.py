@@ -26,7 +26,8 @@ from duomo.models.gpu_random import random_gpu_weights
 from duomo.telemetry.span_file import read_spans
 from duomo.telemetry.tracing import configure
 from duomo.wire.messages import Sampling
-from services.colocated import Engine, Workers, record_start
+from services.colocated import Engine, Workers
+from services.engine_start import record_start
 from services.gpu_workers import gpu_workers
 from tests.engine.gpu_tiny import TINY, WIDE
 from tests.interpreter import prepare
