@@ -138,7 +138,9 @@ def test_modes_are_compared_at_the_same_smoothness() -> None:
     (verdict,) = arrival_verdicts([part])
     assert verdict.word == "PASS" and "50.00 ms with layered x0.9, 100.00 ms with chunks of 512" in verdict.where
     slower = played(chunks, point("layered", 0.9, 0.101, 0.010))
-    rough = played(chunks, point("layered", 0.9, 0.001, 0.011))
+    tied = played(chunks, point("layered", 0.9, 0.050, 0.0101))
+    assert arrival_verdicts([tied])[0].word == "PASS"
+    rough = played(chunks, point("layered", 0.9, 0.001, 0.0103))
     for other, said in ((slower, "0.990"), (rough, "0.000")):
         (verdict,) = arrival_verdicts([other])
         assert verdict.word == "MISS" and said in verdict.line()
