@@ -33,6 +33,7 @@ from duomo.telemetry import tracing
 from duomo.wire.messages import PeerAddress
 from services.colocated import Engine, EngineMeans, Workers, engine_of, started_workers
 from services.decode.service import DecodeService
+from services.kv_transfer.started_heap import freeze_started
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.service import PrefillService
 
@@ -150,6 +151,7 @@ def _spread_gpu_workers(config: DuomoConfig) -> Workers:
     made = start_gpu_workers(config, Startup())
     with torch.inference_mode():
         made.engine.prefill.decoder.weights.embed_VD.mul_(embedding_factor("drawn", "spread"))
+    freeze_started()  # as a replica's process does
     return Workers(prefill=made.prefill, decode=made.decode, config=made.config, close=made.engine.compilations.close)
 
 
