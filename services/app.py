@@ -118,7 +118,7 @@ def _deployed(service: type, name: str, replicas: int, config: DuomoConfig) -> s
 
 
 def _gpus_of(name: str, config: DuomoConfig) -> float:
-    """Cards that a replica of this deployment takes, as Ray counts them: two that share one take half each, whatever their shares of memory."""
+    """Cards that a replica of this deployment takes, as Ray counts: two that share one take half each, whatever their shares of memory."""
     if config.model.device != "cuda" or name not in pool_deployments(config):
         return 0
     is_shared = name != "engine" and any((pool.gpu_share or 1) < 1 for pool in (config.prefill, config.decode))
