@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -168,8 +168,7 @@ def test_a_chunk_without_the_keys_before_it_is_refused(weights: GpuWeights) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chunks_of_every_family_on_a_gpu(family: str) -> None:
     """Captured chunks of 512 under a prefix; launched ones of 2,048 and more, the first by cuDNN; prompts side by side."""
-    sizes = WIDE if family in ("qwen3_moe", "qwen3", "llama", "mixtral") else replace(WIDE, num_kv_heads=8)
-    weights = small_decoder(family, dtype=torch.bfloat16, device=DEVICE, sizes=sizes).weights
+    weights = small_decoder(family, dtype=torch.bfloat16, device=DEVICE, sizes=WIDE).weights
     pool = Pool(num_blocks=64, block_tokens=64, captured=2048)
     prefill = pool.prefill(weights)
     for lengths, chunk_tokens in (((1500,), 512), ((1700, 33), 512), ((2000,), 1024), ((700, 900), 640)):
@@ -188,15 +187,15 @@ def test_chunks_of_every_family_on_a_gpu(family: str) -> None:
 
 @pytest.mark.gpu
 def test_deterministic_chunks_on_a_gpu() -> None:
-    """Captured, launched, whole, in chunks: the same bits."""
+    """Captured, launched, whole, in chunks of whole blocks: the same bits."""
     weights = small_decoder("qwen3_moe", dtype=torch.bfloat16, device=DEVICE, sizes=WIDE).weights
     pool = Pool(num_blocks=64, block_tokens=64, captured=2048, is_deterministic=True)
-    prefill, batch = pool.prefill(weights), pool.wave(2000, 70)
+    prefill, batch = pool.prefill(weights), pool.wave(2000, 40)
     _, logits_TV = walked(prefill, batch, None)
     for chunk_tokens in (512, 1024, 1984):
         assert torch.equal(walked(prefill, batch, chunk_tokens)[1], logits_TV), chunk_tokens
     prefill.captured = None
-    assert torch.equal(walked(prefill, batch, 512, layered(3, 5))[1], logits_TV)
+    assert torch.equal(walked(prefill, batch, 512, layered(3, 4))[1], logits_TV)
 
 
 def tiny_greedy(prompt: list[int], num_tokens: int, chunk_tokens: int) -> list[int]:
@@ -219,6 +218,7 @@ def cpu_greedy(model: Model, prompt: list[int], num_tokens: int) -> list[int]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk_tokens", [16, 63, 256])
 def test_chunked_tokens_of_the_embedded_model_equal_the_cpus(model: Model, chunk_tokens: int) -> None:
-    """Without TF32; no call among these is close (test_gpu_prefill.tiny_prompts)."""
-    prompt = torch.randint(3, 8192, (257,), generator=torch.Generator().manual_seed(4)).tolist()
+    """Without TF32. No token among these is nearer to another than 2e-4 of the logits' length, no expert than 3e-6 of probability: more than
+    float32 rounds."""
+    prompt = torch.randint(3, 8192, (257,), generator=torch.Generator().manual_seed(5)).tolist()
     assert tiny_greedy(prompt, 12, chunk_tokens) == cpu_greedy(model, prompt, 12)

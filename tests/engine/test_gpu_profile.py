@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels
 
 from duomo.engine.gpu_profile import profile_waves, wave_bytes
 from duomo.engine.memory_plan import MemoryLimits, activation_bytes
-from tests.engine.gpu_tiny import tiny_engine
+from tests.engine.gpu_tiny import WIDE, engine_of, tiny_engine
 
 LIMITS = MemoryLimits(max_batch=4, max_wave_tokens=2048, max_model_tokens=512)
 
@@ -44,7 +46,7 @@ def test_a_processor_has_nothing_to_measure() -> None:
 @pytest.mark.gpu
 def test_what_is_measured_is_near_what_is_estimated() -> None:
     """A small model in bf16: allocator's rounding and libraries' workspaces come on top, the estimate is of the right size."""
-    decoder = tiny_engine(torch.device("cuda")).decoder
+    decoder = engine_of(replace(WIDE, max_position_tokens=131072), torch.device("cuda"), 1, 64).decoder
     limits = MemoryLimits(max_batch=4, max_wave_tokens=2048, max_model_tokens=131072)
     found, estimated = wave_bytes(decoder, limits), activation_bytes(decoder.config, limits.most_rows)
     assert found is not None and 0.3 * estimated < found < 3 * estimated + 2**27, (found, estimated)
