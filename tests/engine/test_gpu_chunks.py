@@ -218,7 +218,7 @@ def cpu_greedy(model: Model, prompt: list[int], num_tokens: int) -> list[int]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk_tokens", [16, 63, 256])
 def test_chunked_tokens_of_the_embedded_model_equal_the_cpus(model: Model, chunk_tokens: int) -> None:
-    """Without TF32. No token among these is nearer to another than 2e-4 of the logits' length, no expert than 3e-6 of probability: more than
-    float32 rounds."""
+    """Without TF32. No token among these is nearer to another than 2e-4 of the logits' length, no expert than 3e-6 of probability: more
+    than float32 rounds."""
     prompt = torch.randint(3, 8192, (257,), generator=torch.Generator().manual_seed(5)).tolist()
     assert tiny_greedy(prompt, 12, chunk_tokens) == cpu_greedy(model, prompt, 12)
