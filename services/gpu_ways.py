@@ -8,7 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 
 from duomo.config import DuomoConfig
+from duomo.engine.decode_buckets import buckets_up_to
 from duomo.engine.device import Card
+from duomo.engine.memory_plan import captured_rows
+from duomo.engine.settle import memory_limits
+from duomo.engine.wave_buckets import wave_buckets_up_to
 from duomo.models.config import ModelConfig
 
 
@@ -21,6 +25,7 @@ def ways(config: DuomoConfig, model: ModelConfig, card: Card | None) -> list[str
         f"experts: {_experts(config, model, card)}" if model.has_router else "experts: none, a dense model's MLP is one expert",
         f"linear: {_linear(config)}",
         "sampler: ours (sample, token_logprobs)",
+        f"graphs: {_graphs(config, model)}",
     ]
 
 
@@ -40,11 +45,25 @@ def _decode(config: DuomoConfig, model: ModelConfig, card: Card | None) -> str:
 
 def _prefill(config: DuomoConfig, model: ModelConfig) -> str:
     from duomo_kernels._prefill_library import HEAD_DIMS
-    from duomo_kernels.prefill_attention import CUDNN_MIN_TOKENS
 
     if config.deterministic or model.head_dim not in HEAD_DIMS:
         return "ours (prefill_attention)"
-    return f"ours (prefill_attention), cuDNN where a wave's prompts are equally long, from {CUDNN_MIN_TOKENS} tokens on"
+    from duomo.engine.gpu_wave_attention import LIBRARY_MIN_TOKENS
+
+    return (
+        f"ours (prefill_attention), cuDNN without a cached prefix from {LIBRARY_MIN_TOKENS} tokens on, alone or among equally long prompts"
+    )
+
+
+def _graphs(config: DuomoConfig, model: ModelConfig) -> str:
+    """What is captured at a start; their bytes are the plan's."""
+    limits = memory_limits(config, model, "both" if config.layout == "colocated" else "prefill")
+    waves = wave_buckets_up_to(captured_rows(model, limits))
+    steps = buckets_up_to(config.decode.max_batch)
+    return (
+        f"decode steps of up to {steps[-1]} rows in {len(steps)} sizes; waves of up to {waves[-1]} rows in {len(waves)} sizes, "
+        "one for each layer; longer ones go kernel by kernel"
+    )
 
 
 def _experts(config: DuomoConfig, model: ModelConfig, card: Card | None) -> str:

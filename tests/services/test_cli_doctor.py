@@ -68,7 +68,18 @@ def test_a_gpu_is_shown_with_its_kernels_and_the_plan() -> None:
     olmoe = {"model.path": str(ROOT / "bench/engine/models/olmoe-1b-7b"), "model.random_weights": True, "model.device": "auto"}
     settled = settle(config(**olmoe), lambda: host)
     lines = _kernels(settled)
-    for word in ("Triton", "nvidia_h100_80gb_hbm3.json", "decode_attention", "cuDNN", "expert_gemm", "measured at 1,", "linear", "sampler"):
+    for word in (
+        "Triton",
+        "nvidia_h100_80gb_hbm3.json",
+        "decode_attention",
+        "cuDNN",
+        "expert_gemm",
+        "measured at 1,",
+        "linear",
+        "sampler",
+        "from 1024 tokens on",
+        "decode steps of up to",
+    ):
         assert word in lines, lines
     assert "weights" in _plan(settled) and "blocks of 64 tokens" in _plan(settled)
     exact = _kernels(settle(config(**olmoe, deterministic=True), lambda: host))
@@ -89,9 +100,11 @@ def test_a_host_without_card_says_so_and_one_process_needs_no_nixl(monkeypatch: 
 def test_where_the_driver_breaks_the_other_parts_are_still_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.cli_doctor.look_at_host", lambda: look_at_host(ScriptedDriver([H100], attribute_code=1).open))
     parts = dict(_parts(config(**{"model.device": "auto"})))
-    for name in ("device", "layout"):
-        with pytest.raises(ConfigError, match="cuDeviceGetAttribute"):
-            parts[name]()
+    assert "no GPU to serve on" in parts["device"]() and "cuDeviceGetAttribute" in parts["device"]()
+    layout = dict(_parts(config(**{"model.device": "auto"})))["layout"]()
+    assert layout.startswith("device cpu: NVIDIA's driver fails (cuDeviceGetAttribute")
+    with pytest.raises(ConfigError, match="cuDeviceGetAttribute"):
+        dict(_parts(config(**{"model.device": "cuda"})))["layout"]()
     assert "torch" in parts["packages"]()
 
 
