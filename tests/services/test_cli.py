@@ -40,7 +40,6 @@ def duomo(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess
         (("serve", str(MODEL), "--port", "70000"), "gateway.port"),
         (("serve", str(MODEL), "--device", "cpu", "--quantize", "fp8"), "model.quantize"),
         (("serve", str(MODEL), "--device", "cpu", "--random-weights"), "model.random_weights"),
-        (("serve", str(MODEL), "--device", "cuda", "--layout", "split"), "layout must be colocated"),
         (("serve", str(MODEL), "--max-model-tokens", "4096"), "model.max_model_tokens"),
         (("serve", str(MODEL), "--device", "cpu", "--layout", "colocated", "--decode-replicas", "2"), "decode.replicas"),
         (("replica", "decode", "--set", f"model.path={MODEL}"), "redis.url"),
