@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from duomo.wire.histogram import packed
 from duomo.wire.messages import (
     Cancel,
     HandleOffered,
@@ -181,6 +184,25 @@ def test_what_never_fits_is_refused_with_the_limit(tmp_path: Path) -> None:
             failure = await rig.gateway.failed("big")
             assert (failure.code, failure.retryable) == ("no_capacity", False)
             assert "this replica has 8 (on a CPU decode.num_blocks, on a GPU what gpu_memory_fraction" in failure.detail
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_another_models_histogram_fails_the_leg_and_gives_all_back(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("r", 0, ids(20), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            handle = await rig.prefill.granted(prompt)
+            computed = rig.prefill.compute(prompt)
+            rig.prefill.open(handle, computed)
+            rig.prefill.done(prompt, handle, replace(computed, experts=packed(np.ones((8, 7), np.int32))))
+            failure = await rig.gateway.failed("r")
+            assert failure.code == "kv_mismatch" and "8 x 7, this model has 8 layers of" in failure.detail
+            assert not rig.service.prompt_experts.total_LE.any()
+            rig.prefill.blocks.free(computed.blocks)
             await rig.at_rest()
 
     play(go())
