@@ -97,13 +97,14 @@ def start_engine(start: EngineStart, startup: Startup) -> GpuEngine:
 def _started(start: EngineStart, startup: Startup, compilations: CompileCounter) -> GpuEngine:
     memory = _device_bytes(start.device) if start.memory is None else start.memory
     plan_memory(start.config, memory, start.limits)
+    held = _held_bytes(start.device)
     with startup.phase("weights"), _refusing("the weights do not fit: take --quantize fp8 or a smaller model", memory):
         weights = start.load()
     decoder = GpuDecoder(weights, is_deterministic=start.is_deterministic)
     prefills = start.limits.part != "decode"
     # before memory is measured: its buffers count with the weights
     first_tokens = GpuFirstTokens(start.config.vocab, start.device) if prefills else None
-    measured = Measured(weights=_taken_since(memory, start))
+    measured = Measured(weights=_taken_since(memory, held, start))
     with startup.phase("profile"), _refusing(_too_long_a_wave(start.limits), memory):
         plan_memory(start.config, memory, start.limits, measured)
         measured = replace(measured, activations=wave_bytes(decoder, start.limits) if prefills else None)
@@ -170,13 +171,18 @@ def _device_bytes(device: torch.device) -> DeviceBytes:
     return DeviceBytes(total=total, free=free)
 
 
-def _taken_since(memory: DeviceBytes, start: EngineStart) -> int | None:
-    """What the device has less than at the start, or on a shared card what our allocator holds; None where there is no device to ask."""
+def _held_bytes(device: torch.device) -> int:
+    """By this process' allocator."""
+    return int(torch.cuda.memory_reserved(device)) if device.type == "cuda" else 0
+
+
+def _taken_since(memory: DeviceBytes, held: int, start: EngineStart) -> int | None:
+    """What the device has less than at the start, or on a shared card what our allocator holds more; None where there is none to ask."""
     if start.device.type != "cuda":
         return None
     torch.cuda.empty_cache()
     if start.is_shared:
-        return int(torch.cuda.memory_reserved(start.device))
+        return max(0, _held_bytes(start.device) - held)
     return max(0, memory.free - torch.cuda.mem_get_info(start.device)[0])
 
 
