@@ -2,7 +2,7 @@
 
 Routed ids are counted as soon as a chunk has crossed some layers and then dropped: those of a long prompt through all layers would take
 much memory. A layer reads an expert once a chunk, whoever of its rows asks: distinct experts of every layer and chunk, times the bytes
-of one, are what the wave read. Nothing waits for the device before fetch().
+of one, are what the wave read. Nothing waits for the device before PendingUse.wait().
 
 Legend: S prompts, L layers, E experts, T rows, K experts a token, X = S * E.
 """
@@ -49,10 +49,30 @@ class ExpertCounts:
         self._counts_SLE[chunk.prompts, layers].add_(found_LSE.transpose(0, 1))  # not +=, which would copy the result onto itself
         self._distinct_L[layers].add_((found_LSE.amax(1) > 0).sum(1, dtype=torch.int32))
 
-    def fetch(self) -> ExpertUse:
-        """One copy to the host, which waits for it."""
-        packed = self._packed.cpu()
-        num_counts = self._counts_SLE.numel()
-        distinct_L = packed[num_counts:].tolist()
-        num_bytes = sum(distinct * each for distinct, each in zip(distinct_L, self._expert_bytes_L, strict=True))
-        return ExpertUse(counts_SLE=packed[:num_counts].view(self._shape), bytes_read=num_bytes)
+    def fetch(self) -> PendingUse:
+        """Queue one copy to the host."""
+        is_cuda = self._packed.device.type == "cuda"
+        packed = torch.empty(self._packed.shape, dtype=torch.int32, pin_memory=is_cuda).copy_(self._packed, non_blocking=True)
+        end = torch.cuda.Event(blocking=True) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types for it
+        if end is not None:
+            end.record()
+        return PendingUse(packed=packed, shape=self._shape, expert_bytes_L=self._expert_bytes_L, end=end)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PendingUse:
+    """Counts on their way to the host."""
+
+    packed: Tensor
+    shape: tuple[int, int, int]
+    expert_bytes_L: Sequence[int]
+    end: torch.cuda.Event | None
+
+    def wait(self) -> ExpertUse:
+        """When the copy is over; in any thread."""
+        if self.end is not None:
+            self.end.synchronize()
+        num_counts = self.packed.numel() - len(self.expert_bytes_L)
+        distinct_L = self.packed[num_counts:].tolist()
+        num_bytes = sum(distinct * each for distinct, each in zip(distinct_L, self.expert_bytes_L, strict=True))
+        return ExpertUse(counts_SLE=self.packed[:num_counts].view(self.shape), bytes_read=num_bytes)

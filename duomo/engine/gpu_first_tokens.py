@@ -1,26 +1,43 @@
 """Owns the sampling of the first tokens of prompts on one GPU: by the kernels of decode steps, launched as they come. Knows no wave.
 
 A prompt with several choices comes with its logits once for each. Rows beyond MAX_ROWS are sampled in turns: their number is the requests'.
+Each turn but the last is waited for, since the host's buffers are few; the last one by whoever wants the tokens.
 
 Legend: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from duomo.engine.decode_step import DecodeRow, Joining
-from duomo.engine.gpu_host_ring import HostRing
+from duomo.engine.gpu_host_ring import HostBuffer, HostRing
+from duomo.engine.gpu_sample_rows import SampleKind
 from duomo.engine.gpu_sampler import GpuSampler
 from duomo.engine.sampler import RowSampling, SampledToken
 from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
 
+Answer = SampledToken | EngineError
 MAX_ROWS = 64
 POSITIONS = 4  # word where they start: the number of valid rows stands before them, and both at multiples of 16 bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PendingTokens:
+    """Tokens that are being sampled. At most DEPTH - 1 more may be launched before they are waited for."""
+
+    done: tuple[Answer, ...]
+    last: Callable[[], list[Answer]] | None
+
+    def wait(self) -> list[Answer]:
+        """One for each row, an error where it has none; in any thread, once."""
+        return [*self.done, *(self.last() if self.last is not None else ())]
 
 
 class GpuFirstTokens:
@@ -43,17 +60,24 @@ class GpuFirstTokens:
                     row = RowSampling(sampling=sampling, choice=0, prompt_ids=(0,), output_ids=())
                     self.sample(torch.zeros(1, self._vocab, device=self._places.device), [row])
 
-    @torch.inference_mode()
-    def sample(self, logits_RV: Tensor, rows: Sequence[RowSampling]) -> list[SampledToken | EngineError]:
+    def sample(self, logits_RV: Tensor, rows: Sequence[RowSampling]) -> list[Answer]:
         """logits float32 [R, V], one row each. Waits for the tokens; an error stands where a row has none."""
-        assert logits_RV.shape[0] == len(rows), (logits_RV.shape, len(rows))
-        answers: list[SampledToken | EngineError] = []
-        for start in range(0, len(rows), self._max_rows):
-            end = start + self._max_rows
-            answers += self._sample(logits_RV[start:end], rows[start:end])
-        return answers
+        return self.launch(logits_RV, rows).wait()
 
-    def _sample(self, logits_RV: Tensor, rows: Sequence[RowSampling]) -> list[SampledToken | EngineError]:
+    @torch.inference_mode()
+    def launch(self, logits_RV: Tensor, rows: Sequence[RowSampling]) -> PendingTokens:
+        """The same, to be waited for elsewhere."""
+        assert logits_RV.shape[0] == len(rows), (logits_RV.shape, len(rows))
+        done: list[Answer] = []
+        last: Callable[[], list[Answer]] | None = None
+        for start in range(0, len(rows), self._max_rows):
+            if last is not None:
+                done += last()
+            end = start + self._max_rows
+            last = self._launch(logits_RV[start:end], rows[start:end])
+        return PendingTokens(tuple(done), last)
+
+    def _launch(self, logits_RV: Tensor, rows: Sequence[RowSampling]) -> Callable[[], list[Answer]]:
         num_rows = len(rows)
         last = [len(row.prompt_ids) + len(row.output_ids) - 1 for row in rows]
         joining = [
@@ -68,11 +92,15 @@ class GpuFirstTokens:
         self._sampler.run(logits_RV, self._places[POSITIONS : POSITIONS + num_rows], self._places[:1], kind)
         down = self._down.take()
         self._sampler.download(down, 0, kind)
+        return partial(self._answers, down, kind, rows)
+
+    def _answers(self, down: HostBuffer, kind: SampleKind, rows: Sequence[RowSampling]) -> list[Answer]:
+        num_rows = len(rows)
         down.wait()
         errors = self._sampler.errors(down, num_rows)
         ids = self._sampler.tokens(down, num_rows).tolist()
         listed = self._sampler.logprobs(down, num_rows) if kind.has_logprobs else None
-        answers: list[SampledToken | EngineError] = []
+        answers: list[Answer] = []
         for at, row in enumerate(rows):
             num_top = row.sampling.logprobs
             if at in errors:

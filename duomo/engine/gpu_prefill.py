@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from duomo.engine.batch import StepBatch
-from duomo.engine.expert_counts import ExpertCounts, ExpertUse
+from duomo.engine.expert_counts import ExpertCounts, ExpertUse, PendingUse
 from duomo.engine.gpu_captured_layers import CapturedChunk, CapturedLimits, GpuCapturedLayers
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_wave import GpuWave, upload_rows, upload_wave
@@ -78,7 +78,11 @@ class GpuBoundaryState:
         return self.expert_use().bytes_read
 
     def expert_use(self) -> ExpertUse:
-        """Both, by one copy."""
+        """Both, by one copy, which the host waits for."""
+        return self.fetch_use().wait()
+
+    def fetch_use(self) -> PendingUse:
+        """Queue that copy."""
         for place, at in enumerate(self.begun):
             if isinstance(at, CapturedChunk):
                 self.count_captured(place, at)

@@ -57,16 +57,16 @@ class BoundaryState:
     @property
     def expert_counts(self) -> Tensor:
         """Routed tokens, int32 [S, L, E]; layers not yet run count zero."""
-        return self.counts.fetch().counts_SLE
+        return self.expert_use().counts_SLE
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of expert weights that were read: of every layer and chunk those of its distinct experts."""
-        return self.counts.fetch().bytes_read
+        return self.expert_use().bytes_read
 
     def expert_use(self) -> ExpertUse:
         """Both at once."""
-        return self.counts.fetch()
+        return self.counts.fetch().wait()
 
 
 class ModelRunner:

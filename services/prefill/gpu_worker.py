@@ -1,13 +1,15 @@
 """Owns what one prefill rank on a GPU computes with: the engine's prefill and its sampler of first tokens. Knows no request and no policy.
 
-A piece's kernels are queued at once, then its end is waited for without holding the interpreter: between two pieces the step thread
-launches a decode step, which so waits for one piece at most. The engine was warm before there was a worker.
+A piece's kernels are queued and left behind: the step thread goes on to launch the decode step behind them, and who waits for the
+piece's end is another thread. The next piece is launched when that end has been told, so a step waits for one piece at most. The engine
+was warm before there was a worker.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +17,9 @@ from numpy.typing import NDArray
 
 from duomo.config import DelaySection
 from duomo.engine.decode_step import check_row
+from duomo.engine.expert_counts import PendingUse
 from duomo.engine.gpu_engine import GpuEngine
+from duomo.engine.gpu_first_tokens import PendingTokens
 from duomo.engine.gpu_kv_messages import GpuKvPacker
 from duomo.engine.gpu_prefill import GpuBoundaryState
 from duomo.engine.gpu_wave import upload_rows
@@ -24,6 +28,7 @@ from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
 from duomo_kernels.kv_hash_pack import Seal
 from services.kv_transfer.layout import MessageSpan, trailer_start
+from services.prefill.pending import Pending
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation, WaveOutput, WaveRow, WorkerSizes, batch_of, group_bounds, places_of, wanted_rows
 
@@ -73,25 +78,52 @@ class GpuPrefillWorker:
         batch = batch_of(rows)
         return Computation(batch=batch, state=self._prefill.begin(batch, chunk_tokens))
 
-    def run_piece(self, computation: Computation, piece: Piece) -> None:
+    def run_piece(self, computation: Computation, piece: Piece) -> Pending[float]:
         lo, hi = piece.groups
         stopwatch = _Stopwatch(self._device)
         if self._group_delay_s:
             time.sleep(self._group_delay_s * (hi - lo))
         self._prefill.run_layers(self.group_bounds[lo], self.group_bounds[hi], _state(computation), piece.chunks)
-        computation.piece_s = stopwatch.wait()
+        stopwatch.stop()
+        return stopwatch
 
-    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
-        state, computed_s = _state(computation), time.monotonic()
+    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Pending[tuple[WaveOutput, ...]]:
+        state, computed = _state(computation), _Stopwatch(self._device)
+        computed.stop()
         choices = [row for each in rows for row in each]
-        found: list[SampledToken | EngineError] = []
+        tokens: PendingTokens | None = None
         if choices:
             logits_SV, places = self._prefill.logits(state, wanted_rows(computation, rows)), places_of(rows)
             logits_RV = logits_SV if len(places) == len(logits_SV) else logits_SV[upload_rows(places, self._device)]
-            found = self._first_tokens.sample(logits_RV, choices)
-        answers = iter(found)
-        chosen = [[next(answers) for _ in each] for each in rows]
-        use = state.expert_use()
+            tokens = self._first_tokens.launch(logits_RV, choices)
+        return _PendingOutputs(computed, tokens, state.fetch_use(), tuple(len(each) for each in rows))
+
+    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+        """The whole message, hashed on the device, on a stream of its own; what it reads is over."""
+        if self._message_delay_s:
+            time.sleep(self._message_delay_s)
+        assert self._packer is not None, "an engine that decode shares pushes nothing"
+        start = trailer_start(handle_id, span)
+        seal = Seal(handle_id=handle_id, group=span.group, message_idx=span.message_idx, start=start)
+        self._packer.pack(span.layers, blocks[span.block_lo : span.block_hi], seal, out)
+
+
+@dataclass(frozen=True, slots=True)
+class _PendingOutputs:
+    """A wave whose last tokens are being sampled. computed: over when its layers are. num_choices: of each prompt."""
+
+    computed: _Stopwatch
+    tokens: PendingTokens | None
+    use: PendingUse
+    num_choices: tuple[int, ...]
+
+    def wait(self) -> tuple[WaveOutput, ...]:
+        """Of every prompt."""
+        self.computed.wait()
+        computed_s = time.monotonic()
+        answers = iter(self.tokens.wait() if self.tokens is not None else ())
+        chosen = [[next(answers) for _ in range(num)] for num in self.num_choices]
+        use = self.use.wait()
         counts_SLE: NDArray[np.int32] = use.counts_SLE.numpy()
         sampled_s = time.monotonic()
         return tuple(
@@ -106,31 +138,28 @@ class GpuPrefillWorker:
             for place, tokens in enumerate(chosen)
         )
 
-    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
-        """The whole message, hashed on the device, on a stream of its own. run_piece has waited for what it reads."""
-        if self._message_delay_s:
-            time.sleep(self._message_delay_s)
-        assert self._packer is not None, "an engine that decode shares pushes nothing"
-        start = trailer_start(handle_id, span)
-        seal = Seal(handle_id=handle_id, group=span.group, message_idx=span.message_idx, start=start)
-        self._packer.pack(span.layers, blocks[span.block_lo : span.block_hi], seal, out)
-
 
 class _Stopwatch:
-    """From here until all that is launched meanwhile is over, by the device's clock: a decode step still under way does not count."""
+    """From here to stop(), by the device's clock: a decode step still under way does not count, nor one launched behind."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_on_device = device.type == "cuda"
         self._began_s = time.monotonic()
+        self._ended_s = self._began_s
         if self._is_on_device:
             self._begin, self._end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch ships no types for it
             self._begin.record()
 
+    def stop(self) -> None:
+        """Behind all that was launched."""
+        self._ended_s = time.monotonic()
+        if self._is_on_device:
+            self._end.record()
+
     def wait(self) -> float:
-        """Seconds. Gives the core away while it waits, as Event.synchronize does where the event blocks."""
+        """Seconds. Gives the core away while it waits, as Event.synchronize does where the event blocks; in any thread."""
         if not self._is_on_device:
-            return time.monotonic() - self._began_s
-        self._end.record()
+            return self._ended_s - self._began_s
         self._end.synchronize()
         return float(self._begin.elapsed_time(self._end)) / 1000
 

@@ -94,6 +94,7 @@ class PrefillService:
             await asyncio.gather(self._loop_task, return_exceptions=True)
         if self._owns_thread:
             await asyncio.to_thread(self._thread.close)
+        await asyncio.to_thread(self._book.waves.close)
         await self._book.peers.close()
 
     def check_health(self) -> None:

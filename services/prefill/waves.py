@@ -1,7 +1,8 @@
 """Owns the live waves: plan, run a piece in the step thread, apply. Knows no socket and no handle; what follows is told to WaveEvents.
 
-One task on the event loop plans whenever something changed; at most one piece is in the step thread at a time. Between pieces everything is
-decided anew by policy.plan, which is told what pieces were measured to take.
+One task on the event loop plans whenever something changed; at most one piece is under way at a time. Between pieces everything is decided
+anew by policy.plan, which is told what pieces were measured to take. A device's piece is launched by the step thread and waited for by a
+thread that does nothing else, so that decode steps are launched behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from duomo.errors import DeadlineError, DuomoError, EngineError
 from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.leg import Leg
+from services.prefill.pending import Over, Pending
 from services.prefill.pieces import Piece, advanced, finished_groups, next_piece, num_rows
 from services.prefill.policy import Failure, NewWave, NextPiece, Plan, new_wave, plan
 from services.prefill.snapshot import Key, Limits, Snapshot, WaveView
@@ -54,15 +56,31 @@ class Wave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceOutput:
-    """What the step thread says of a piece: how long it took, and after a wave's last one the outputs of its legs."""
+    """What is known of a piece that is over: how long it took, and after a wave's last one the outputs of its legs."""
 
     seconds: float
     outputs: tuple[WaveOutput, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchedPiece:
+    """What the step thread says of a piece. outputs: after a wave's last one alone."""
+
+    seconds: Pending[float]
+    outputs: Pending[tuple[WaveOutput, ...]]
+
+    @property
+    def is_over(self) -> bool:
+        return isinstance(self.seconds, Over) and isinstance(self.outputs, Over)
+
+    def wait(self) -> PieceOutput:
+        """Until it is; in any thread."""
+        return PieceOutput(seconds=self.seconds.wait(), outputs=self.outputs.wait())
+
+
 @dataclass(slots=True, kw_only=True)
 class RunningPiece:
-    """A piece in the step thread, or next in it. before: its wave as it stood."""
+    """A piece in the step thread, next in it, or launched by it. before: its wave as it stood."""
 
     wave: Wave
     before: WaveView
@@ -110,6 +128,7 @@ class WaveLoop:
         self._running: RunningPiece | None = None
         self._woken = asyncio.Event()
         self._thread = thread
+        self._waiting_thread = StepThread("prefill-waits")
 
     @property
     def num_running(self) -> int:
@@ -126,16 +145,27 @@ class WaveLoop:
 
     async def run(self) -> None:
         """Plan, run, apply until cancelled."""
-        while True:
-            self._woken.clear()
-            if self._running is not None and self._running.done.done():
-                self._apply_piece()
-            decision = plan(self._snapshot(), time.monotonic())
-            if self._delay_s and isinstance(decision.run, NewWave):
-                await asyncio.sleep(self._delay_s)
-            self._apply(decision)
-            if decision.run is None or self._running is not None:
-                await self._wait(decision.wake_s)
+        try:
+            while True:
+                await self._turn()
+        finally:
+            if self._running is not None:
+                self._running.done.cancel()
+
+    def close(self) -> None:
+        """After the end of run() and of the step thread. Waits for what a device still computes, in bounds."""
+        self._waiting_thread.close()
+
+    async def _turn(self) -> None:
+        self._woken.clear()
+        if self._running is not None and self._running.done.done():
+            self._apply_piece()
+        decision = plan(self._snapshot(), time.monotonic())
+        if self._delay_s and isinstance(decision.run, NewWave):
+            await asyncio.sleep(self._delay_s)
+        self._apply(decision)
+        if decision.run is None or self._running is not None:
+            await self._wait(decision.wake_s)
 
     async def _wait(self, wake_s: float | None) -> None:
         timeout_s = None if wake_s is None else max(wake_s - time.monotonic(), 0.0)
@@ -195,7 +225,7 @@ class WaveLoop:
         for other in self._waves.values():
             other.view = replace(other.view, num_passes=0 if other is wave else other.view.num_passes + 1)
         wave.view = advanced(wave.view, piece)
-        done = self._thread.run("group", self._compute, wave, piece, is_last=not wave.view.has_more)
+        done = asyncio.ensure_future(self._piece(wave, piece, is_last=not wave.view.has_more))
         done.add_done_callback(lambda _: self._woken.set())
         self._running = RunningPiece(wave=wave, before=before, piece=piece, done=done)
         self._progress.pending()
@@ -203,20 +233,24 @@ class WaveLoop:
             if leg.compute_span is not None and not leg.is_over:
                 leg.compute_span.event("group_started", self._running.attributes, at_s=self._running.started_s)
 
-    def _compute(self, wave: Wave, piece: Piece, *, is_last: bool) -> PieceOutput:
+    async def _piece(self, wave: Wave, piece: Piece, *, is_last: bool) -> PieceOutput:
+        """Launched by the step thread, waited for by another: decode steps are launched behind it meanwhile."""
+        launched = await self._thread.run("group", self._compute, wave, piece, is_last=is_last)
+        return launched.wait() if launched.is_over else await self._waiting_thread.run("group", launched.wait)
+
+    def _compute(self, wave: Wave, piece: Piece, *, is_last: bool) -> LaunchedPiece:
         """In the step thread: one piece; after the last one the first tokens of every leg that is still wanted."""
         if wave.computation is None:
             wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs], self._limits.chunk_tokens_of(wave.view.num_tokens))
-        self._worker.run_piece(wave.computation, piece)
-        seconds = wave.computation.piece_s
+        seconds = self._worker.run_piece(wave.computation, piece)
         if not is_last:
-            return PieceOutput(seconds=seconds, outputs=())
+            return LaunchedPiece(seconds=seconds, outputs=Over(()))
         eos_ids = self._worker.config.eos_ids
         rows = [[] if leg.is_over else leg.choice_rows(eos_ids) for leg in wave.legs]
-        return PieceOutput(seconds=seconds, outputs=self._worker.sample(wave.computation, rows))
+        return LaunchedPiece(seconds=seconds, outputs=self._worker.sample(wave.computation, rows))
 
     def _apply_piece(self) -> None:
-        """A piece has left the step thread: hand the KV of its groups on, then end or drop its wave."""
+        """A piece is over: hand the KV of its groups on, then end or drop its wave."""
         running, self._running = self._running, None
         assert running is not None
         wave, piece = running.wave, running.piece

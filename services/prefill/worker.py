@@ -1,7 +1,7 @@
 """Owns what one prefill rank computes with: model, KV cache, runner, sampler. Knows no request, policy, block count or socket.
 
-Everything but pack() runs in the step thread, one call at a time; pack() runs in the agent's writer thread and reads layers that the
-step thread has left behind. WaveWorker is what the services ask of a rank: this one on a CPU, gpu_worker.py.
+Everything but pack() runs in the step thread, one call at a time, and is over, or launched, when it returns; pack() runs in the agent's
+writer thread and reads layers that are over. WaveWorker is what the services ask of a rank: this one on a CPU, gpu_worker.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
 from duomo.wire.messages import Sampling
 from services.kv_transfer.layout import MessageSpan
+from services.prefill.pending import Over, Pending
 from services.prefill.pieces import Piece
 
 if TYPE_CHECKING:  # a CPU serves without Triton
@@ -66,11 +67,10 @@ class WaveRow:
 
 @dataclass(slots=True, kw_only=True)
 class Computation:
-    """A wave between two pieces; belongs to the step thread. piece_s: what its last piece took, without what ran before it."""
+    """A wave between two pieces; belongs to the step thread."""
 
     batch: StepBatch
     state: BoundaryState | GpuBoundaryState
-    piece_s: float = 0.0
 
     @property
     def num_chunks(self) -> int:
@@ -127,11 +127,11 @@ class WaveWorker(Protocol):
     def begin(self, rows: Sequence[WaveRow], chunk_tokens: int | None = None) -> Computation:
         """Embed a wave whose rows cross the layers in chunks of so many (None: in one)."""
 
-    def run_piece(self, computation: Computation, piece: Piece) -> None:
-        """Compute the groups of a piece for its chunks; they are over, and their KV is in the cache, afterwards. A chunk's group needs that
-        group of all earlier chunks, and the group before of itself. Sets computation.piece_s."""
+    def run_piece(self, computation: Computation, piece: Piece) -> Pending[float]:
+        """Compute the groups of a piece for its chunks. A chunk's group needs that group of all earlier chunks, and the group before of
+        itself. When waiting ends their KV is in the cache; it says the seconds that they took, without what ran before them."""
 
-    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
+    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Pending[tuple[WaveOutput, ...]]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
 
     def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
@@ -197,16 +197,16 @@ class PrefillWorker:
         batch = batch_of(rows)
         return Computation(batch=batch, state=self._runner.begin(batch, chunk_tokens))
 
-    def run_piece(self, computation: Computation, piece: Piece) -> None:
+    def run_piece(self, computation: Computation, piece: Piece) -> Over[float]:
         """Compute the groups of a piece for its chunks; their KV is in the cache afterwards."""
         lo, hi = piece.groups
         began_s = time.monotonic()
         if self._group_delay_s:
             time.sleep(self._group_delay_s * (hi - lo))
         self._runner.run_layers(self.group_bounds[lo], self.group_bounds[hi], _state(computation), piece.chunks)
-        computation.piece_s = time.monotonic() - began_s
+        return Over(time.monotonic() - began_s)
 
-    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> tuple[WaveOutput, ...]:
+    def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Over[tuple[WaveOutput, ...]]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
         logits_SV = self._runner.logits(_state(computation), wanted_rows(computation, rows))
         computed_s = time.monotonic()
@@ -215,7 +215,7 @@ class PrefillWorker:
         use = computation.state.expert_use()
         counts_SLE: NDArray[np.int32] = use.counts_SLE.numpy()
         sampled_s = time.monotonic()
-        return tuple(
+        outputs = (
             WaveOutput(
                 sampled=chosen,
                 expert_counts=counts_SLE[place],
@@ -225,6 +225,7 @@ class PrefillWorker:
             )
             for place, chosen in enumerate(tokens)
         )
+        return Over(tuple(outputs))
 
     def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
         """The payload; the agent seals it."""

@@ -18,6 +18,7 @@ from duomo.telemetry.span_file import read_spans
 from duomo.wire.messages import Drain, PeerAddress, RequestFailed, RequestFinished, Sampling, StartPrefill
 from services.colocated import Engine
 from services.decode.worker import StepInput, StepOutput
+from services.prefill.pending import Pending
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation
 from tests.services.decode.rig import configuration
@@ -199,9 +200,9 @@ def test_groups_and_steps_take_turns(tmp_path: Path) -> None:
             ran.append("step")
             return run(step)
 
-        def seen_piece(computation: Computation, piece: Piece) -> None:
+        def seen_piece(computation: Computation, piece: Piece) -> Pending[float]:
             ran.append("group")
-            run_piece(computation, piece)
+            return run_piece(computation, piece)
 
         decode.run, prefill.run_piece = seen_step, seen_piece  # type: ignore[method-assign]  # witnesses of the turns
         made.start("short", ids(5), with_tokens(60), p=0, d=0)

@@ -8,6 +8,7 @@ from pathlib import Path
 from duomo.config import DuomoConfig
 from duomo.wire.messages import Sampling
 from services.decode.worker import StepInput, StepOutput
+from services.prefill.pending import Pending
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation
 from tests.services.decode.rig import configuration
@@ -40,9 +41,9 @@ def test_pieces_are_large_alone_and_keep_to_the_target_beside_decode(tmp_path: P
                 ran.append("step")
                 return run(step)
 
-            def seen_piece(computation: Computation, piece: Piece) -> None:
+            def seen_piece(computation: Computation, piece: Piece) -> Pending[float]:
                 ran.append(piece.groups)
-                run_piece(computation, piece)
+                return run_piece(computation, piece)
 
             decode.run, prefill.run_piece = seen_step, seen_piece  # type: ignore[method-assign]  # witnesses of the turns
 

@@ -46,9 +46,9 @@ def outputs(engine: GpuEngine, chunk_tokens: int | None, *pieces: Piece) -> tupl
     worker = GpuPrefillWorker(engine, sizes)
     computation = worker.begin(ROWS, chunk_tokens)
     for piece in pieces:
-        worker.run_piece(computation, piece)
+        worker.run_piece(computation, piece).wait()
     samplings = [[RowSampling(sampling=GREEDY, choice=0, prompt_ids=ids, output_ids=())] for ids in PROMPTS]
-    return worker.sample(computation, samplings)
+    return worker.sample(computation, samplings).wait()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")

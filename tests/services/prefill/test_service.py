@@ -11,6 +11,7 @@ from duomo.errors import TransferError
 from duomo.wire.messages import Cancel, PrefillDone, Refused, RequestFailed, Sampling, TransferFenced, WaveAnnounced
 from services.kv_transfer.transport import Span, Write
 from services.kv_transfer.transport_loopback import LoopbackTransport
+from services.prefill.pending import Over
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation
 from tests.services.prefill.prefill_rig import Rig, expected_kv, first_token, ids, model, rig, run
@@ -235,12 +236,12 @@ def test_a_step_that_fails_fails_its_wave_alone(tmp_path: Path) -> None:
             worker = parts.worker
             healthy, num_runs = worker.run_piece, 0
 
-            def fails_once(computation: Computation, piece: Piece) -> None:
+            def fails_once(computation: Computation, piece: Piece) -> Over[float]:
                 nonlocal num_runs
                 num_runs += 1
                 if num_runs == 2:
                     raise RuntimeError("out of memory")
-                healthy(computation, piece)
+                return healthy(computation, piece)
 
             worker.run_piece = fails_once  # type: ignore[method-assign]  # the fault is planted here
             parts.gateway.start("fails", ids(60), parts.decode.address)

@@ -51,7 +51,7 @@ def test_a_wave_says_the_same_of_a_prompt_as_the_prompt_alone(model: Model) -> N
             worker.run_piece(computation, Piece(groups=(group, group + 1), chunks=(0, 1)))
         samplings = [[RowSampling(sampling=GREEDY, choice=0, prompt_ids=prompts[place], output_ids=())] for place in places]
         found = []
-        for place, output in zip(places, worker.sample(computation, samplings), strict=True):
+        for place, output in zip(places, worker.sample(computation, samplings).wait(), strict=True):
             assert (output.expert_counts.sum(1) == len(prompts[place]) * model.config.top_k).all()
             packed = b""
             for span in messages(range(len(tables[place])), worker.group_bounds, worker.block_bytes, 64 * 1024):
@@ -70,9 +70,9 @@ def test_prompts_that_nobody_wants_any_more_are_not_sampled(model: Model) -> Non
     computation = worker.begin([WaveRow(token_ids=(5, 6), start=0, block_table=(0,)), WaveRow(token_ids=(7,), start=0, block_table=(1,))])
     worker.run_piece(computation, Piece(groups=(0, 1), chunks=(0, 1)))
     wanted = RowSampling(sampling=GREEDY, choice=0, prompt_ids=(7,), output_ids=())
-    gone, stays = worker.sample(computation, [[], [wanted]])
+    gone, stays = worker.sample(computation, [[], [wanted]]).wait()
     assert gone.sampled == () and len(stays.sampled) == 1
-    assert worker.sample(computation, [[], []])[1].sampled == ()
+    assert worker.sample(computation, [[], []]).wait()[1].sampled == ()
 
 
 def test_a_wave_says_what_it_read_once_and_the_same_in_pieces_and_chunks(model: Model) -> None:
@@ -87,7 +87,7 @@ def test_a_wave_says_what_it_read_once_and_the_same_in_pieces_and_chunks(model: 
         assert computation.num_chunks == (1 if chunk_tokens is None else 3)
         for piece in pieces:
             worker.run_piece(computation, piece)
-        return worker.sample(computation, samplings)
+        return worker.sample(computation, samplings).wait()
 
     whole = outputs(None, Piece(groups=(0, 4), chunks=(0, 1)))
     layered = outputs(40, *(Piece(groups=(lo, lo + 2), chunks=(0, 3)) for lo in (0, 2)))
