@@ -20,6 +20,7 @@ from duomo.errors import ConfigError, ModelError
 from duomo.models.config import ModelConfig, refuse_on_cpu, served_config
 
 GPU_SLOT_BYTES = 8 * 1024 * 1024  # a token of OLMoE has 128 KiB of KV: each message costs the interpreter much, however large it is
+COLOCATED_UNITS = 16  # layers that a decode step waits for at least: few. Nothing is sent group by group there, so groups may be many
 GPU_START_TIMEOUT_S = 900.0  # tens of gigabytes are read and kernels compiled; a CPU's default is for a small model
 
 
@@ -53,7 +54,7 @@ def settle(config: DuomoConfig, look: Callable[[], Host] | None = None, *, is_al
     """
     model = served_config(config.model)
     pick = _pick(config, look)
-    config = changed_for(config, pick)
+    config = changed_for(config, pick, model.num_layers)
     why = f"{pick.why}; layout {config.layout}"
     if pick.device == "cpu":
         refuse_on_cpu(model)
@@ -85,12 +86,15 @@ def _settled_split(settled: Settled, num_cards: int | None) -> Settled:
     return replace(settled, plan=plans["decode"], prefill_plan=plans["prefill"])
 
 
-def changed_for(config: DuomoConfig, pick: Pick) -> DuomoConfig:
+def changed_for(config: DuomoConfig, pick: Pick, num_layers: int) -> DuomoConfig:
     """Everything that follows from the device, named; what the operator named stays. Raises ConfigError with the device's reason."""
     is_gpu = pick.device == "cuda"
     changes: dict[str, object] = {"model.device": pick.device}
     if config.layout == "auto":
         changes["layout"] = "colocated" if is_gpu else "split"
+    is_one_process = changes.get("layout", config.layout) == "colocated"
+    if is_gpu and is_one_process and "units" not in config.model.model_fields_set:
+        changes["model.units"] = min(COLOCATED_UNITS, num_layers)
     if is_gpu and "block_tokens" not in config.model.model_fields_set:
         changes["model.block_tokens"] = GPU_BLOCK_TOKENS
     if is_gpu and "slot_bytes" not in config.kv_transfer.model_fields_set:

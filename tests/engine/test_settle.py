@@ -47,6 +47,8 @@ def test_on_a_cpu_nothing_but_names_changes() -> None:
 def test_on_a_gpu_one_process_large_blocks_and_a_plan() -> None:
     settled = settle(config(OLMOE, **{"model.random_weights": True}), gpu)
     assert (settled.config.model.device, settled.config.layout, settled.config.model.block_tokens) == ("cuda", "colocated", 64)
+    assert settled.config.model.units == 16, "as many groups as OLMoE has layers: a decode step waits for one"
+    assert settle(config(TINY), gpu).config.model.units == 8 and settle(config(TINY, layout="split"), gpu).config.model.units == 4
     assert settled.config.ray.start_timeout_s > 120
     assert settled.plan is not None and settled.plan.block_tokens == 64 and settled.plan.num_tokens > 100_000
     assert settled.card is not None and "H100" in settled.why
@@ -57,9 +59,15 @@ def test_on_a_gpu_one_process_large_blocks_and_a_plan() -> None:
 
 
 def test_what_is_named_stays() -> None:
-    named = {"model.random_weights": True, "model.block_tokens": 128, "ray.start_timeout_s": 60.0, "model.max_model_tokens": 2048}
+    named = {
+        "model.random_weights": True,
+        "model.units": 2,
+        "model.block_tokens": 128,
+        "ray.start_timeout_s": 60.0,
+        "model.max_model_tokens": 2048,
+    }
     settled = settle(config(OLMOE, **named, **{"decode.max_batch": 8}), gpu)
-    assert (settled.config.model.block_tokens, settled.config.ray.start_timeout_s) == (128, 60.0)
+    assert (settled.config.model.block_tokens, settled.config.ray.start_timeout_s, settled.config.model.units) == (128, 60.0, 2)
     assert settled.plan is not None and settled.plan.block_tokens == 128
 
 
