@@ -237,6 +237,8 @@ class LegBook:
         if leg.is_over:
             return
         self.counters[f"failed_{error.code}"] += 1
+        if error.code == "bad_logits":  # it may be what the leg found that is wrong: whoever begins the same is not to fail by it too
+            self.blocks.manager.forget(leg.blocks)
         now_s = time.monotonic()
         leg.queue_span.fail(error)
         if leg.compute_span is not None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from duomo.errors import TransferError
+from duomo.engine.sampler import RowSampling
+from duomo.errors import EngineError, TransferError
 from duomo.wire.messages import Cancel, PrefillDone, Refused, RequestFailed, Sampling, TransferFenced, WaveAnnounced
 from services.kv_transfer.transport import Span, Write
 from services.kv_transfer.transport_loopback import LoopbackTransport
 from services.prefill.pending import Over
 from services.prefill.pieces import Piece
-from services.prefill.worker import Computation
+from services.prefill.worker import Computation, WaveOutput
 from tests.services.prefill.prefill_rig import Rig, expected_kv, first_token, ids, model, rig, run
 from tests.services.prefill.scripted_peers import ScriptedGateway, until
 
@@ -225,6 +228,35 @@ def test_what_cannot_be_prefilled_is_refused_by_name(tmp_path: Path) -> None:
             await parts.gateway.finished("twice")
             (refused,) = parts.gateway.inbox.of(Refused)
             assert isinstance(refused, Refused) and refused.code == "duplicate_request"
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+def test_a_prompt_without_logits_takes_what_it_found_out_of_the_cache(tmp_path: Path) -> None:
+    """What is wrong may lie in the blocks that it was given: the next one computes them anew."""
+
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            worker, prompt = parts.worker, ids(100)
+            healthy, error = (
+                worker.sample,
+                EngineError("its logits hold a NaN", code="bad_logits", phase="prefill.compute", retryable=False),
+            )
+
+            def without(computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Over[tuple[WaveOutput, ...]]:
+                return Over(tuple(replace(one, sampled=(), error=error) for one in healthy(computation, rows).wait()))
+
+            parts.gateway.start("known", prompt, parts.decode.address)
+            await parts.gateway.finished("known")
+            worker.sample = without  # type: ignore[method-assign]  # the fault is planted here
+            parts.gateway.start("bad", prompt, parts.decode.address)
+            assert (await parts.gateway.failed("bad")).code == "bad_logits"
+            assert parts.service.report().counters["prefill_tokens_cached"] == 96
+            worker.sample = healthy  # type: ignore[method-assign]
+            parts.gateway.start("again", prompt, parts.decode.address)
+            assert (await parts.gateway.finished("again")).cached_tokens == 0
+            parts.decode.abort("bad")
             await parts.is_clean()
 
     run(scenario, tmp_path)
