@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duomo.errors import TransferError, WireError
-from duomo.wire.histogram import unpacked
+from duomo.wire.histogram import packed, unpacked
 from duomo.wire.messages import PrefillDone
 
 
@@ -17,8 +17,8 @@ def prompt_counts(done: PrefillDone, num_layers: int, num_experts: int) -> NDArr
     """
     try:
         counts_LE = _counts(done)
-    except (WireError, ValueError) as error:
-        detail = error.detail if isinstance(error, WireError) else "rows of different lengths"
+    except (WireError, ValueError, OverflowError) as error:
+        detail = error.detail if isinstance(error, WireError) else f"rows of different lengths, or a count that no token makes ({error})"
         raise TransferError(f"prefill sends an expert histogram that cannot be read: {detail}", code="kv_mismatch") from error
     if counts_LE is not None and counts_LE.shape != (num_layers, num_experts):
         raise TransferError(
@@ -32,4 +32,4 @@ def prompt_counts(done: PrefillDone, num_layers: int, num_experts: int) -> NDArr
 def _counts(done: PrefillDone) -> NDArray[np.integer] | None:
     if done.expert_histogram is not None:
         return unpacked(done.expert_histogram)
-    return np.asarray(done.expert_counts, np.int64) if done.expert_counts else None
+    return unpacked(packed(np.asarray(done.expert_counts, np.int64))) if done.expert_counts else None

@@ -52,6 +52,8 @@ def test_an_older_decode_replica_hears_nothing_of_it() -> None:
         (done(packed(np.ones((2, 4), np.int32))), "2 x 4, this model has 2 layers of 3 experts"),
         (done(rows=((1, 2, 3),)), "1 x 3"),
         (done(rows=((1, 2, 3), (1, 2))), "different lengths"),
+        (done(rows=((1, 2, 3), (1, 2, 2**63))), "a count that no token makes"),
+        (done(rows=((1, 2, 3), (1, 2, -1))), "fewer than no tokens"),
         (done(ExpertHistogram(num_layers=2, num_experts=3, counts=bytes(23))), "24 bytes, not 23"),
     ],
 )
