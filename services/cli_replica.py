@@ -10,6 +10,7 @@ import sys
 from collections.abc import Coroutine
 
 from duomo.config import DuomoConfig
+from duomo.engine.card_shares import POOLS
 from duomo.engine.settle import settle
 from duomo.errors import ConfigError
 from services.cli_serve import INTERRUPTED, check_port
@@ -47,7 +48,7 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
     if role != "router" and config.layout == "auto":  # the role says it
         config = config.model_copy(update={"layout": "colocated" if role == "engine" else "split"})
     if role != "router":  # a gateway needs no card, and works beside replicas of any
-        settled = settle(config, is_alone=True)
+        settled = settle(config, own=next((pool for pool in POOLS if pool == role), None))
         config, why, fingerprint = settled.config, settled.why, settled.model.fingerprint
     if role == "router":
         check_port(config)

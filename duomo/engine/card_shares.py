@@ -6,6 +6,7 @@ if that were the card.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from duomo.config import DuomoConfig
@@ -61,15 +62,17 @@ def share_of(device: DeviceBytes, share: float) -> DeviceBytes:
     return DeviceBytes(total=total, free=max(0, total - CONTEXT_BYTES))
 
 
-def refuse_crowded(config: DuomoConfig, device: DeviceBytes) -> None:
-    """Raises ConfigError where what both shares use of one card is not free now, before either has started."""
-    parts = [gpu_share(config, pool) or 1.0 for pool in POOLS]
-    if parts == [1.0, 1.0]:
+def refuse_crowded(config: DuomoConfig, device: DeviceBytes, starting: Sequence[Pool] = POOLS) -> None:
+    """Raises ConfigError where what the shares of `starting` use of one card is not free now: of both pools before either has started, or
+    of the one that starts beside the other."""
+    parts = {pool: gpu_share(config, pool) or 1.0 for pool in POOLS}
+    if set(parts.values()) == {1.0}:
         return
-    needed = int(sum(parts) * device.total * config.gpu_memory_fraction)
+    needed = int(sum(parts[pool] for pool in starting) * device.total * config.gpu_memory_fraction)
     if needed > device.free:
+        said = " and ".join(f"{pool}.gpu_share {parts[pool]:g}" for pool in starting)
         raise ConfigError(
-            f"prefill.gpu_share {parts[0]:g} and decode.gpu_share {parts[1]:g} are {needed / 1e9:.1f} GB of a card of "
+            f"{said} {'is' if len(starting) == 1 else 'are'} {needed / 1e9:.1f} GB of a card of "
             f"{device.total / 1e9:.1f} GB at gpu_memory_fraction {config.gpu_memory_fraction:g}, "
             f"but {device.free / 1e9:.1f} GB of it are free",
             code="does_not_fit",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from duomo.config import DuomoConfig, changed
-from duomo.engine.card_shares import POOLS, gpu_share, refuse_crowded, share_of, shares
+from duomo.engine.card_shares import POOLS, Pool, gpu_share, refuse_crowded, share_of, shares
 from duomo.engine.device import Card, Host, Pick, pick_device
 from duomo.engine.memory_plan import GPU_BLOCK_TOKENS, DeviceBytes, EnginePart, MemoryLimits, MemoryPlan, plan_memory
 from duomo.engine.wave_buckets import MAX_WAVE_PROMPTS
@@ -47,8 +47,8 @@ class Settled:
         return [f"{pool:<8}{line}" for pool, plan in (("prefill", self.prefill_plan), ("decode", self.plan)) for line in plan.lines()]
 
 
-def settle(config: DuomoConfig, look: Callable[[], Host] | None = None, *, is_alone: bool = False) -> Settled:
-    """is_alone: for one replica that this process will be, with the card that it sees unless gpu_share says otherwise.
+def settle(config: DuomoConfig, look: Callable[[], Host] | None = None, *, own: Pool | None = None) -> Settled:
+    """own: of one replica that this process will be, with the card that it sees unless gpu_share says that another has a part of it.
 
     Raises ConfigError or ModelError naming what this host cannot do, with figures where memory is short.
     """
@@ -61,22 +61,22 @@ def settle(config: DuomoConfig, look: Callable[[], Host] | None = None, *, is_al
         return Settled(config=config, model=model, why=why)
     _refuse_on_gpu(config, model)
     if config.layout == "split":
-        return _settled_split(Settled(config=config, model=model, why=why, card=pick.card), None if is_alone else pick.num_cards)
+        return _settled_split(Settled(config=config, model=model, why=why, card=pick.card), pick.num_cards, own)
     limits = memory_limits(config, model)
     plan = None if pick.card is None else plan_memory(model, device_bytes(pick.card), limits)
     return Settled(config=config, model=model, why=why, card=pick.card, plan=plan)
 
 
-def _settled_split(settled: Settled, num_cards: int | None) -> Settled:
+def _settled_split(settled: Settled, num_cards: int | None, own: Pool | None) -> Settled:
     """Two engines, on a card each or on parts of one; each has its plan."""
-    config = changed(settled.config, shares(settled.config, num_cards), settled.why)
+    config = changed(settled.config, shares(settled.config, None if own else num_cards), settled.why)
     parts = {pool: gpu_share(config, pool) or 1.0 for pool in POOLS}
     way = "a card for each replica" if parts["decode"] == 1.0 else "; ".join(f"{pool}.gpu_share {parts[pool]:g}" for pool in POOLS)
     settled = replace(settled, config=config, why=f"{settled.why}: {way}")
     if settled.card is None:
         return settled
     device = device_bytes(settled.card)
-    refuse_crowded(config, device)
+    refuse_crowded(config, device, POOLS if own is None else (own,))
     plans = {}
     for pool in POOLS:
         try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from duomo.config import DuomoConfig, load_config
+from duomo.engine.card_shares import Pool
 from duomo.engine.device import Host, look_at_host
 from duomo.engine.settle import memory_limits, settle
 from duomo.errors import ConfigError, ModelError
@@ -148,8 +150,27 @@ def test_split_on_one_card_is_two_plans_and_on_two_a_card_each() -> None:
     two = settle(asked, lambda: look_at_host(ScriptedDriver([H100, H100]).open, lambda cuda: ""))
     assert "a card for each replica" in two.why and two.config.decode.gpu_share == two.config.prefill.gpu_share == 1.0
     assert two.plan is not None and two.plan.num_blocks > one.plan.num_blocks and two.plan.total == H100["total"]
-    alone = settle(asked, gpu, is_alone=True)
+    alone = settle(asked, gpu, own="decode")
     assert alone.config.prefill.gpu_share == 1.0 and alone.prefill_plan is not None
+
+
+def test_a_replica_starts_beside_the_one_that_has_the_rest_of_its_card() -> None:
+    """The other has taken its share by then: only this one's must be free."""
+    asked = config(OLMOE, layout="split", **{"model.random_weights": True, "prefill.gpu_share": 0.4, "decode.gpu_share": 0.6})
+
+    def beside(free: int) -> Callable[[], Host]:
+        return lambda: look_at_host(ScriptedDriver([{**H100, "free": free}]).open, lambda cuda: "")
+
+    total = int(H100["total"])
+    replicas: tuple[tuple[Pool, float], ...] = (("decode", 0.6), ("prefill", 0.4))
+    for own, rest in replicas:
+        settled = settle(asked, beside(int(rest * total)), own=own)
+        assert settled.config.decode.gpu_share == 0.6 and settled.plan is not None
+        with pytest.raises(ConfigError, match=rf"{own}.gpu_share {rest} is .* GB of it are free") as caught:
+            settle(asked, beside(int(0.8 * rest * total)), own=own)
+        assert caught.value.code == "does_not_fit"
+    with pytest.raises(ConfigError, match="prefill.gpu_share 0.4 and decode.gpu_share 0.6 are"):
+        settle(asked, beside(int(0.6 * total)))
 
 
 def test_split_is_refused_with_figures_where_both_do_not_fit_one_card() -> None:
