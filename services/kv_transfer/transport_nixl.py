@@ -51,6 +51,8 @@ class NixlTransport:
         try:
             descs = self._agent.register_memory([(region.address, region.num_bytes, 0, "")], _MEMORY)
         except self._errors as error:
+            if self._locks is not None:
+                self._locks.unlock(region.address)  # nobody deregisters it: it would be freed locked, and its addresses given to others
             raise TransferError(
                 f"{region.num_bytes} bytes cannot be registered: {error}", code="register_failed", retryable=False
             ) from error
@@ -143,9 +145,11 @@ class NixlTransport:
             self._forget(address, descs)
 
     def _forget(self, address: int, descs: Any) -> None:
-        self._agent.deregister_memory(descs)
-        if self._locks is not None:
-            self._locks.unlock(address)
+        try:
+            self._agent.deregister_memory(descs)
+        finally:
+            if self._locks is not None:
+                self._locks.unlock(address)
 
     def _end(self, write: _NixlWrite, state: WriteState, detail: str) -> None:
         """Release the handle and remember how it ended."""

@@ -252,3 +252,39 @@ def test_two_agents_write_and_a_finished_write_stays_finished() -> None:
     assert bytes(later.slice(0, 5)) == b"hello"
     for transport in (left, right):
         transport.close()
+
+
+class Locked:
+    """PageLocks that remembers what is locked."""
+
+    def __init__(self) -> None:
+        self.addresses: set[int] = set()
+
+    def lock(self, address: int, num_bytes: int) -> None:
+        self.addresses.add(address)
+
+    def unlock(self, address: int) -> None:
+        self.addresses.remove(address)
+
+
+def test_memory_is_locked_for_the_card_exactly_while_it_is_registered() -> None:
+    """Also where NIXL refuses it: a region that goes away locked takes its addresses out of use."""
+    locks = Locked()
+    transport, regions = NixlTransport("kv-locks", SECTION, locks), [Region(4096) for _ in range(3)]
+    first, second, refused = (region.address for region in regions)
+    transport.register(regions[0])
+    transport.register(regions[1])
+    assert locks.addresses == {first, second}
+
+    def refuse(*_: object) -> None:
+        raise transport._errors[0]("no memory")
+
+    registers, transport._agent.register_memory = transport._agent.register_memory, refuse
+    with pytest.raises(TransferError, match="cannot be registered"):
+        transport.register(regions[2])
+    assert refused not in locks.addresses
+    transport._agent.register_memory = registers
+    transport.deregister(regions[0])
+    assert locks.addresses == {second}
+    transport.close()
+    assert not locks.addresses
