@@ -6,6 +6,7 @@ copy first, while its caller waits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import Any
@@ -29,6 +30,8 @@ class GpuPageLocks:
         """Page-aligned memory of this process. Where CUDA refuses, the log says why and copies are slower."""
         with torch.cuda.device(self._device):
             answer = int(_cudart().cudaHostRegister(address, num_bytes, _PORTABLE))
+            if answer:
+                _take_error(self._device)
         if answer:
             log.warning("CUDA locks no page of %d bytes at %#x (error %d): KV is copied by way of other memory", num_bytes, address, answer)
             return
@@ -44,8 +47,17 @@ class GpuPageLocks:
         with torch.cuda.device(self._device):
             torch.cuda.synchronize()  # copies that are queued still read it
             answer = int(_cudart().cudaHostUnregister(address))
+            if answer:
+                _take_error(self._device)
         if answer:
             log.warning("CUDA does not unlock the memory at %#x (error %d)", address, answer)
+
+
+def _take_error(device: torch.device) -> None:
+    """CUDA keeps what it has refused as this thread's last error, and torch raises that at the thread's next launch: so at this one. Its
+    bindings have no cudaGetLastError."""
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device)
 
 
 def _cudart() -> Any:

@@ -16,10 +16,12 @@ class ScriptedCudart:
 
     def __init__(self, answer: int) -> None:
         self.answer = answer
+        self.pending = 0
         self.asked: list[tuple[object, ...]] = []
 
     def cudaHostRegister(self, *what: int) -> int:  # CUDA's name
         self.asked.append(("register", *what))
+        self.pending = self.answer
         return self.answer
 
     def cudaHostUnregister(self, *what: int) -> int:  # CUDA's name
@@ -31,6 +33,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch, answer: int) -> ScriptedCudart:
     cudart = ScriptedCudart(answer)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: cudart.asked.append(("synchronize",)))
+
+    def launch(*what: object, device: torch.device) -> None:
+        """As torch does: what CUDA refused before is raised by the launch behind it, once."""
+        cudart.asked.append(("launch",))
+        pending, cudart.pending = cudart.pending, 0
+        if pending:
+            raise RuntimeError(f"CUDA error {pending}")
+
+    monkeypatch.setattr(torch, "ones", launch)
 
     class Here:
         def __init__(self, device: torch.device) -> None:
@@ -57,7 +68,8 @@ def test_a_refusal_is_told_and_not_undone(monkeypatch: pytest.MonkeyPatch, caplo
     cudart, locks = scripted(monkeypatch, 2), GpuPageLocks(torch.device("cuda", 0))
     locks.lock(4096, 100)
     locks.unlock(4096)
-    assert cudart.asked == [("register", 4096, 100, 1)] and "error 2" in caplog.text
+    assert cudart.asked == [("register", 4096, 100, 1), ("launch",)] and "error 2" in caplog.text
+    assert not cudart.pending, "the next launch of this thread would raise it"
 
 
 @pytest.mark.gpu
@@ -75,3 +87,16 @@ def test_locked_memory_is_seen_as_such_and_copied_rightly() -> None:
     assert torch.equal(words, torch.arange(words.numel()))
     locks.unlock(address)
     assert not words.is_pinned()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="page locks are CUDA's")
+def test_what_was_refused_is_not_raised_by_the_next_launch(caplog: pytest.LogCaptureFixture) -> None:
+    pages = mmap.mmap(-1, 1 << 20)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    locks = GpuPageLocks(torch.device("cuda", 0))
+    locks.lock(address, 1 << 20)
+    locks.lock(address, 1 << 20)
+    assert "locks no page" in caplog.text, "what is locked already is refused"
+    assert int(torch.full((4,), 3, device="cuda").sum()) == 12
+    locks.unlock(address)
