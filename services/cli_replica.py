@@ -14,6 +14,7 @@ from duomo.engine.card_shares import POOLS
 from duomo.engine.settle import settle
 from duomo.errors import ConfigError
 from services.cli_serve import INTERRUPTED, check_port
+from services.kv_transfer.started_heap import freeze_started
 
 INTERRUPT_WAIT_S = 2.0
 
@@ -88,6 +89,7 @@ def run_one(config: DuomoConfig, role: str, replica_id: str) -> int:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(INTERRUPTED)  # a thread that loads or compiles hears of nothing for minutes, and would be waited for
+            freeze_started()
         await serving
 
     import uvloop

@@ -104,3 +104,25 @@ def test_a_replicas_role_says_the_layout_that_auto_leaves_open(role: str, room: 
     options = {"model.path": str(MODEL), "redis.url": "redis://nowhere"}
     assert run_one(load_config(None, {**options, "model.device": "cpu"}), role, "r0") == 0
     assert served == [(layout, "cpu")]
+
+
+def test_what_a_ready_replica_holds_is_set_apart_from_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under Ray (service_thread.py): a full collection would stop every stream."""
+    happened: list[str] = []
+
+    async def run(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
+        async with asyncio.timeout(10):
+            while "set apart" not in happened:
+                await asyncio.sleep(0.01)
+
+    async def registered(*_: object) -> None:
+        happened.append("registered")
+
+    monkeypatch.setattr("services.decode.replica.run_replica", run)
+    monkeypatch.setattr("services.kv_transfer.registration.until_registered", registered)
+    monkeypatch.setattr("services.cli_replica.freeze_started", lambda: happened.append("set apart"))
+    monkeypatch.setattr("duomo.telemetry.logging.configure", lambda *_: None)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    options: dict[str, object] = {"model.path": str(MODEL), "redis.url": "redis://nowhere", "model.device": "cpu"}
+    assert run_one(load_config(None, options), "decode", "r0") == 0
+    assert happened == ["registered", "set apart"]
