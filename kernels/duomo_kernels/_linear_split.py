@@ -31,6 +31,7 @@ from duomo_kernels._tile_walk import TMA_BYTES
 from duomo_kernels._weights import SCALE_BLOCK
 
 TICKET_BYTES = 4
+TICKETS_TOGETHER = 4  # 16 bytes: Triton compiles a kernel anew for a pointer to anything else, which a capture may be the first to meet
 SLAB_BYTES = 8 << 20  # tickets of a process: 20,000 captured launches of 100 tiles
 LEAST_PIECE = 256  # bytes of a prefetch
 
@@ -161,14 +162,14 @@ def linear_split(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None, out_T
     is_even = num_k % tile.slice_k == 0
     options = pdl_options(device)
     piece = 0
-    if (
-        tile.prefetches and is_even and options["USE_PDL"]
-    ):  # whole, aligned pieces; without dependent launch there is nothing to be early for
+    # whole, aligned pieces; without dependent launch there is nothing to be early for
+    if tile.prefetches and is_even and options["USE_PDL"]:
         piece = min(tile.slice_k, max(LEAST_PIECE, tile.block_n * tile.slice_k // (32 * tile.num_warps)))  # one for each thread
     parts = drawn = out_TN
     if num_slices > 1:
         parts = torch.empty(num_sums * num_slices * tile.block_m * tile.block_n, dtype=torch.float32, device=device)
-        drawn = tickets(device).take(num_sums, TICKET_BYTES).view(torch.int32)
+        whole = triton.cdiv(num_sums, TICKETS_TOGETHER) * TICKETS_TOGETHER
+        drawn = tickets(device).take(whole, TICKET_BYTES).view(torch.int32)
     _split_kernel[(num_sums * num_slices,)](
         x_TK, weight_NK, _descriptor(weight_NK, tile), scale_nk, parts, drawn, out_TN, num_rows, num_n, num_k, num_tiles,
         BM=tile.block_m, BN=tile.block_n, SLICE=tile.slice_k, NUM_SLICES=num_slices, STEP=SCALE_BLOCK, STAGES=tile.num_stages,

@@ -136,6 +136,14 @@ def test_split_sums_have_the_same_bits_in_every_run(plan: SplitTile, half: torch
     assert not tickets(device).slab.any()
 
 
+def test_every_launch_draws_tickets_at_an_aligned_address(half: torch.dtype, device: torch.device) -> None:
+    """Or the same shape would be another kernel in another graph: one that no launch before the capture has compiled."""
+    for outputs in (65, 40, 97):  # three sums, two, four
+        _run(_inputs(3, outputs, 512, half, device, is_fp8=True), SPLIT)
+    drawn = tickets(device)
+    assert drawn.eager and all(taken.data_ptr() % 16 == 0 for taken in drawn.eager.values())
+
+
 def test_a_broken_product_fails(half: torch.dtype, device: torch.device) -> None:
     given = _inputs(5, 257, 264, half, device, is_fp8=True)
     assert given.scale_nk is not None
