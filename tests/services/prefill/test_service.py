@@ -253,7 +253,7 @@ def test_a_prompt_without_logits_takes_what_it_found_out_of_the_cache(tmp_path: 
             parts.gateway.start("bad", prompt, parts.decode.address)
             assert (await parts.gateway.failed("bad")).code == "bad_logits"
             assert parts.service.report().counters["prefill_tokens_cached"] == 96
-            worker.sample = healthy  # type: ignore[method-assign]
+            worker.sample = healthy  # type: ignore[method-assign]  # and taken away
             parts.gateway.start("again", prompt, parts.decode.address)
             assert (await parts.gateway.finished("again")).cached_tokens == 0
             parts.decode.abort("bad")
