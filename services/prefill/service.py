@@ -1,7 +1,7 @@
 """Owns one prefill replica: its parts' start and end, which message goes where, its report. Knows no leg's state and no torch.
 
-Everything here runs on the event loop. Threads: the step thread (waves.py), the agent's writer thread (ring_handoffs.py), and one that
-attaches rings (decode_peers.py).
+Everything here runs on the event loop. Threads: the step thread and one that waits for a device's pieces (waves.py), the agent's writer
+thread (ring_handoffs.py), and one that attaches rings (decode_peers.py).
 """
 
 from __future__ import annotations
