@@ -87,15 +87,16 @@ def test_waves_take_turns_between_units(weights: GpuWeights) -> None:
 def test_what_is_not_counted_yet_outlives_other_waves(weights: GpuWeights) -> None:
     """A wave of one chunk is counted when somebody asks: here in the middle, and while another wave's rows lie in the graphs' tensors."""
     prefill = prefill_of(weights, 128)
-    unlike = PromptSlice(token_ids=TOKENS[100:117], start=0, block_table=[5])
-    first, other = (StepBatch(slices=slices) for slices in ((part([3], 0, 30), part([2], 0, 7)), (unlike,)))
+    others = [PromptSlice(token_ids=TOKENS[at : at + 17], start=0, block_table=[table]) for at, table in ((100, 5), (200, 6))]
+    first, other, third = (StepBatch(slices=tuple(slices)) for slices in ((part([3], 0, 30), part([2], 0, 7)), others[:1], others[1:]))
     expected = [prefill.run(batch)[0].expert_use() for batch in (first, other)]
     states = [prefill.begin(batch) for batch in (first, other)]
     halves = []
     for layer in range(2):
         for state in states:
             prefill.run_layers(layer, layer + 1, state)
-        halves.append(states[0].expert_counts)  # its rows are saved, the other's are there
+            prefill.run_layers(0, 1, prefill.begin(third))  # the same layer's ids lie where the others' did
+        halves.append(states[0].expert_counts)
     assert torch.equal(halves[0][:, 0], expected[0].counts_SLE[:, 0]) and not halves[0][:, 1].any()
     for state, use in zip(states, expected, strict=True):
         found = state.expert_use()
