@@ -125,17 +125,15 @@ def _refuse_on_gpu(config: DuomoConfig, model: ModelConfig) -> None:
     if block_tokens & (block_tokens - 1):
         raise ConfigError(f"model.block_tokens is {block_tokens}: on a GPU a power of two")
     if config.deterministic and block_tokens < GPU_BLOCK_TOKENS:
-        raise ConfigError(  # a cached prefix of fewer would cut the keys of a prompt elsewhere than a prefill of all of it
-            f"model.block_tokens is {block_tokens}: deterministic on a GPU needs at least {GPU_BLOCK_TOKENS}"
+        # a cached prefix of fewer would cut the keys of a prompt elsewhere than a prefill of all of it
+        raise ConfigError(f"model.block_tokens is {block_tokens}: deterministic on a GPU needs at least {GPU_BLOCK_TOKENS}")
+    # a chunk's keys would be cut where a whole prompt's are not
+    name = "chunk_tokens" if config.prefill.mode == "chunked" else "long_chunk_tokens"
+    chunk_tokens: int = getattr(config.prefill, name)
+    if config.deterministic and chunk_tokens % block_tokens:
+        raise ConfigError(
+            f"prefill.{name} is {chunk_tokens}: deterministic on a GPU needs a multiple of model.block_tokens ({block_tokens})"
         )
-    for name in ("chunk_tokens", "long_chunk_tokens") if config.prefill.mode == "chunked" else ("long_chunk_tokens",):
-        if (
-            config.deterministic and getattr(config.prefill, name) % block_tokens
-        ):  # a chunk's keys would be cut where a whole prompt's are not
-            raise ConfigError(
-                f"prefill.{name} is {getattr(config.prefill, name)}: deterministic on a GPU needs a multiple of model.block_tokens"
-                f" ({block_tokens})"
-            )
     if prompts > MAX_WAVE_PROMPTS:
         raise ConfigError(f"prefill.max_wave_prompts is {prompts}: kernels of a GPU are made ready for {MAX_WAVE_PROMPTS} at most")
     if model.head_dim < 16 or model.head_dim & (model.head_dim - 1):
