@@ -100,6 +100,7 @@ def test_a_replicas_role_says_the_layout_that_auto_leaves_open(role: str, room: 
 
     monkeypatch.setattr(f"{room}.run_replica", run)
     monkeypatch.setattr("duomo.telemetry.logging.configure", lambda *_: None)
+    monkeypatch.setattr("services.cli_replica.freeze_started", lambda: None)  # this process goes on to other tests
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # run_one's own, gone again afterwards
     options = {"model.path": str(MODEL), "redis.url": "redis://nowhere"}
     assert run_one(load_config(None, {**options, "model.device": "cpu"}), role, "r0") == 0
