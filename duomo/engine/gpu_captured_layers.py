@@ -196,7 +196,7 @@ class GpuCapturedLayers:
 
     def _embed(self, bucket: int) -> None:
         """Rows before the first layer: the residual, and nothing to add to it, so that all layers are alike."""
-        torch.index_select(self.decoder.weights.embed_VD, 0, self._page.token_R[:bucket], out=self._residual_RD[:bucket])
+        self.decoder.embed(self._page.token_R[:bucket].long(), out_TD=self._residual_RD[:bucket])
         self._x_RD[:bucket].zero_()
 
     def _layer(self, bucket: int, way: Way, layer_idx: int) -> None:

@@ -54,11 +54,14 @@ class KvPlace:
     wants_packed: bool = False
 
 
-def take_rows(from_RD: Tensor, row_T: Tensor) -> Tensor:
-    """Rows [T, D] of from_RD, whose numbers (int64) are row_T. Not index_select: of 16 rows or fewer its kernel on a GPU reads one after
-    another (indexSelectSmallIndex, ATen/native/cuda/Indexing.cu), while gather reads all at once."""
+def take_rows(from_RD: Tensor, row_T: Tensor, out_TD: Tensor | None = None) -> Tensor:
+    """Rows [T, D] of from_RD, whose numbers (int64) are row_T, in out_TD where given.
+
+    Not index_select: of 16 rows or fewer its kernel on a GPU reads one after another (indexSelectSmallIndex,
+    ATen/native/cuda/Indexing.cu), while gather reads all at once.
+    """
     assert row_T.dtype == torch.int64, f"row_T: {row_T.dtype}, and gather takes int32 for what it is not"
-    return torch.gather(from_RD, 0, row_T[:, None].expand(-1, from_RD.shape[1]))
+    return torch.gather(from_RD, 0, row_T[:, None].expand(-1, from_RD.shape[1]), out=out_TD)
 
 
 class GpuDecoder:
@@ -80,9 +83,9 @@ class GpuDecoder:
         """What scores are multiplied with before softmax."""
         return float(self.config.head_dim**-0.5)
 
-    def embed(self, token_id_T: Tensor) -> Tensor:
-        """Token ids int64 [T], below the vocabulary -> rows [T, D] for a RowState."""
-        return take_rows(self.weights.embed_VD, token_id_T)
+    def embed(self, token_id_T: Tensor, out_TD: Tensor | None = None) -> Tensor:
+        """Token ids int64 [T], below the vocabulary -> rows [T, D] for a RowState, in out_TD where given."""
+        return take_rows(self.weights.embed_VD, token_id_T, out_TD)
 
     def layer(
         self, layer_idx: int, rows: RowState, place: KvPlace, pool_B2NSD: Tensor, attend: Attend, *, out_TD: Tensor | None = None
