@@ -113,6 +113,33 @@ def test_kv_that_never_comes_is_a_typed_failure(tmp_path: Path) -> None:
     play(go())
 
 
+@pytest.mark.parametrize("mode", ["layered", "chunked"])
+def test_a_producer_that_is_silent_while_it_computes_is_given_up_unless_its_kv_comes_last(tmp_path: Path, mode: str) -> None:
+    """Prefill by chunks sends everything after the last one; by layers there is something to send all the while."""
+
+    async def go() -> None:
+        async with running(configuration(tmp_path, {"prefill": {"mode": mode, "hang_timeout_s": 0.2}})) as rig:
+            prompt = Prompt("s", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            handle = await rig.prefill.granted(prompt)
+            if mode == "layered":
+                failure = await rig.gateway.failed("s")
+                assert (failure.code, failure.retryable) == ("transfer_timeout", True)
+            else:
+                await asyncio.sleep(1.5)
+                assert not rig.gateway.of(RequestFailed)
+                computed = rig.prefill.compute(prompt)
+                for span in rig.prefill.open(handle, computed):
+                    rig.prefill.push(handle.handle_id, span.message_idx)
+                rig.prefill.done(prompt, handle, computed)
+                await rig.gateway.finished("s")
+                assert rig.gateway.answers["s"].ids() == expected(prompt.prompt_ids)[1:]
+            await rig.at_rest()
+
+    play(go())
+
+
 def test_the_death_of_prefill_fails_what_has_not_landed_and_nothing_else(tmp_path: Path) -> None:
     async def go() -> None:
         async with running(configuration(tmp_path)) as rig:
