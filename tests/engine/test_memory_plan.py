@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from duomo.config import PrefillSection
 from duomo.engine.memory_plan import (
     MAX_WAVE_GRAPH_BYTES,
     DeviceBytes,
@@ -21,6 +22,7 @@ from duomo.engine.memory_plan import (
 from duomo.engine.wave_buckets import WAVE_BUCKETS
 from duomo.errors import ConfigError
 from duomo.models.config import Fp8Blocks, ModelConfig
+from services.prefill.snapshot import Limits
 from tests.engine.published import MIXTRAL, OLMOE, QWEN3_30B
 
 GB = 10**9
@@ -102,6 +104,18 @@ def test_a_long_prompt_costs_a_chunk_and_its_rows() -> None:
     assert long.rows == limits.live_rows * 2 * OLMOE.hidden * 2 and long.rows < 1.2 * GB
     assert 10 * long.activations < activation_bytes(OLMOE, 131072)
     assert 0 <= long.total - total_of(long) < long.block_bytes
+
+
+@pytest.mark.parametrize("longest", [100, 4096, 131072])
+def test_the_policy_keeps_no_more_rows_alive_than_are_planned(longest: int) -> None:
+    """Two packages that do not know each other: the bound is said in both."""
+    section = PrefillSection(max_wave_tokens=1000)
+    kept = Limits.of(section, num_groups=4, num_blocks=4000, max_prompt_tokens=longest)
+    planned = MemoryLimits(max_batch=1, max_wave_tokens=1000, max_model_tokens=longest)
+    assert kept.max_live_tokens == planned.live_rows
+    assert planned.long_chunk_tokens == section.long_chunk_tokens
+    assert all(rows <= planned.most_rows for rows in range(1, longest + 1, 99) if kept.chunk_tokens_of(rows) is None)
+    assert kept.long_chunk_tokens <= planned.most_rows or longest <= planned.most_rows
 
 
 def test_only_what_prefills_holds_rows_between_pieces() -> None:
