@@ -111,7 +111,7 @@ class Edge:
 
     def _call(self, request: Request, prefix: str, endpoint: str) -> Call:
         received_s = time.monotonic()
-        return Call(self._gateway, prefix + secrets.token_hex(12), endpoint, received_s, request.headers.get("traceparent", ""))
+        return Call(self._gateway, prefix + secrets.token_hex(12), endpoint, received_s, request.headers)
 
 
 def pool_report(gateway: Gateway) -> dict[str, object]:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -19,6 +19,7 @@ from starlette.responses import Response
 from duomo.errors import DuomoError, RequestCancelled
 from duomo.wire.messages import Sampling
 from services.router.answers import AnswerHead, AnswerShape, ChatShape, CompletionShape
+from services.router.cache_salt import cache_salt
 from services.router.flight import Flight
 from services.router.gateway import Gateway
 from services.router.generation import GenerationRequest
@@ -31,16 +32,20 @@ _NO_SAMPLING: Final = Sampling(max_tokens=1)
 
 
 class Call:
-    """One HTTP call that generates: its id and flights. endpoint: OpenTelemetry's operation, "chat" or "text_completion"."""
+    """One HTTP call that generates: its id and flights. endpoint: OpenTelemetry's operation, "chat" or "text_completion".
 
-    def __init__(self, gateway: Gateway, answer_id: str, endpoint: str, received_s: float, traceparent: str) -> None:
+    headers: traceparent and authorization are read.
+    """
+
+    def __init__(self, gateway: Gateway, answer_id: str, endpoint: str, received_s: float, headers: Mapping[str, str]) -> None:
         self._gateway = gateway
         self._section = gateway.config.gateway
         self._answer_id = answer_id
         self._endpoint = endpoint
         self._received_s = received_s
         self._tokenized_s = received_s
-        self._traceparent = traceparent
+        self._traceparent = headers.get("traceparent", "")
+        self._cache_salt = cache_salt(headers.get("authorization", ""))
         self._flights: list[Flight] = []
         self._watcher: asyncio.Task[None] | None = None
 
@@ -55,6 +60,7 @@ class Call:
             received_s=self._received_s,
             deadline_s=self._received_s + self._section.request_deadline_s,
             traceparent=self._traceparent,
+            cache_salt=self._cache_salt,
             endpoint=self._endpoint,
         )
 

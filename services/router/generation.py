@@ -15,7 +15,7 @@ class GenerationRequest:
 
     received_s, deadline_s: on the gateway's monotonic clock. tokenize_s: seconds spent rendering and tokenising.
     first_choice: number of choice 0 in the client's answer (several prompts of one call count on).
-    traceparent: the client's W3C context, "" without one.
+    traceparent: the client's W3C context, "" without one. cache_salt: only requests of the same one find each other's prompts.
     """
 
     request_id: str
@@ -28,6 +28,7 @@ class GenerationRequest:
     tokenize_s: float = 0.0
     first_choice: int = 0
     traceparent: str = ""
+    cache_salt: str = ""
     endpoint: str = "chat"
 
 

@@ -120,6 +120,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
         remaining_s=remaining_s,
         prompt_ids=request.prompt_ids,
         sampling=request.sampling,
+        cache_salt=request.cache_salt,
         choices=choices,
         decode=leg.decode.address,
         emitted_ids=emitted,
@@ -134,6 +135,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
             prompt_ids=request.prompt_ids,
             emitted_ids=emitted,
             sampling=request.sampling,
+            cache_salt=request.cache_salt,
             choice=choices[0],
             prefill=leg.prefill.address,
         )
@@ -145,6 +147,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
             remaining_s=remaining_s,
             prompt_ids=request.prompt_ids,
             sampling=request.sampling,
+            cache_salt=request.cache_salt,
             choices=choices,
             prefill=leg.prefill.address,
         )
