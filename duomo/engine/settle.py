@@ -28,7 +28,7 @@ GPU_START_TIMEOUT_S = 900.0  # tens of gigabytes are read and kernels compiled; 
 class Settled:
     """why: one line on device and layout. card, plan (by estimates): where a card was looked at; None on a CPU.
 
-    prefill_plan: where prefill has an engine of its own; `plan` is decode's then.
+    prefill_plan: where prefill has an engine of its own; `plan` is decode's then. Of one replica `plan` alone, its own.
     """
 
     config: DuomoConfig
@@ -75,15 +75,15 @@ def _settled_split(settled: Settled, num_cards: int | None, own: Pool | None) ->
     settled = replace(settled, config=config, why=f"{settled.why}: {way}")
     if settled.card is None:
         return settled
-    device = device_bytes(settled.card)
-    refuse_crowded(config, device, POOLS if own is None else (own,))
-    plans = {}
-    for pool in POOLS:
+    device, starting = device_bytes(settled.card), POOLS if own is None else (own,)
+    refuse_crowded(config, device, starting)
+    plans: dict[Pool, MemoryPlan] = {}
+    for pool in starting:
         try:
             plans[pool] = plan_memory(settled.model, share_of(device, parts[pool]), memory_limits(config, settled.model, pool))
         except ConfigError as error:
             raise ConfigError(f"{pool} with gpu_share {parts[pool]:g}: {error.detail}", code=error.code) from error
-    return replace(settled, plan=plans["decode"], prefill_plan=plans["prefill"])
+    return replace(settled, plan=plans[starting[-1]], prefill_plan=plans["prefill"] if own is None else None)
 
 
 def changed_for(config: DuomoConfig, pick: Pick, num_layers: int) -> DuomoConfig:

@@ -151,7 +151,7 @@ def test_split_on_one_card_is_two_plans_and_on_two_a_card_each() -> None:
     assert "a card for each replica" in two.why and two.config.decode.gpu_share == two.config.prefill.gpu_share == 1.0
     assert two.plan is not None and two.plan.num_blocks > one.plan.num_blocks and two.plan.total == H100["total"]
     alone = settle(asked, gpu, own="decode")
-    assert alone.config.prefill.gpu_share == 1.0 and alone.prefill_plan is not None
+    assert alone.config.prefill.gpu_share == 1.0 and (alone.plan, alone.prefill_plan) == (two.plan, None)
 
 
 def test_a_replica_starts_beside_the_one_that_has_the_rest_of_its_card() -> None:
@@ -171,6 +171,14 @@ def test_a_replica_starts_beside_the_one_that_has_the_rest_of_its_card() -> None
         assert caught.value.code == "does_not_fit"
     with pytest.raises(ConfigError, match="prefill.gpu_share 0.4 and decode.gpu_share 0.6 are"):
         settle(asked, beside(int(0.6 * total)))
+
+
+def test_a_replica_is_not_refused_for_what_the_other_pool_needs() -> None:
+    asked = config(OLMOE, layout="split", **{"model.random_weights": True, "prefill.max_wave_tokens": 1_000_000})
+    decode = settle(asked, gpu, own="decode")
+    assert decode.plan is not None and decode.memory_lines() == decode.plan.lines()
+    with pytest.raises(ConfigError, match="prefill with gpu_share 1"):
+        settle(asked, gpu, own="prefill")
 
 
 def test_split_is_refused_with_figures_where_both_do_not_fit_one_card() -> None:
