@@ -36,7 +36,9 @@ class ModelSection(Section):
     random_seed: int = Field(default=0, ge=0, description="of those weights: the same seed draws the same model")
     block_tokens: int = Field(default=16, ge=16, le=256, multiple_of=16, description="16 on a CPU, 64 on a GPU, unless named")
     max_model_tokens: int | None = Field(default=None, ge=1, description="context limit below the model's own")
-    units: int = Field(default=4, ge=1, description="fixed runs of layers; a layer group is one or more. 16 in one process on a GPU, unless named")
+    units: int = Field(
+        default=4, ge=1, description="fixed runs of layers; a layer group is one or more. 16 in one process on a GPU, unless named"
+    )
 
     @property
     def served_name(self) -> str:
