@@ -161,7 +161,7 @@ class Batch:
             index = len(choice.output_ids)
             choice.output_ids.append(token.token_id)
             choice.next_token_id = token.token_id
-            choice.routed.append(routed_RE[row])
+            leg.routed.add(routed_RE[row])
             leg.num_decoded_tokens += 1
             finish_reason = self._finish_reason(choice, token.token_id)
             emission = EmittedToken(
@@ -192,7 +192,6 @@ class Batch:
     def remove(self, choice: Choice) -> None:
         """A choice ends, or gives way: its blocks come back at once. The leg is over when the caller sees that no choice is left."""
         choice.is_alive = False
-        choice.leg.routed.extend(choice.routed)
         del self._choices[choice.sequence_id]
         del choice.leg.choices[choice.number]
         self._pool.ended(choice)

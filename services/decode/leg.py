@@ -19,6 +19,7 @@ from duomo.engine.prefix_digest import PrefixHash
 from duomo.engine.sampler import RowSampling
 from duomo.wire.messages import Handle, PeerAddress, PrefillDone, Resume, Sampling, StartDecode, Timings, WaveAnnounced
 from services.decode.policy import DecodeLimits, WaitingLeg, blocks_for, promised_blocks, table_promise
+from services.decode.routed_tokens import RoutedTokens
 from services.kv_transfer.layout import MessageSpan
 
 LegKey = tuple[str, int]  # (request id, attempt)
@@ -72,8 +73,8 @@ class Choice:
     """One choice in the batch. table: its blocks, those shared with others first; num_kv: tokens whose KV is in them.
 
     next_token_id is fed at position num_kv by the next step. output_ids: every emitted token of the choice, over all attempts; `sampling`
-    reads the same list. routed: expert ids of each decoded token. num_in_flight: steps planned and not applied, in the last of which it has
-    this row: then next_token_id is not known, and the row's token is fed.
+    reads the same list. num_in_flight: steps planned and not applied, in the last of which it has this row: then next_token_id is not
+    known, and the row's token is fed.
     """
 
     sequence_id: int
@@ -87,7 +88,6 @@ class Choice:
     promised_blocks: int
     num_in_flight: int = 0
     row: int = 0
-    routed: list[NDArray[np.int16]] = field(default_factory=list)
     is_alive: bool = True
 
     @property
@@ -142,7 +142,7 @@ class Leg:
     cancelled_choices: set[int] = field(default_factory=set)
     num_decoded_tokens: int = 0
     num_preempted: int = 0
-    routed: list[NDArray[np.int16]] = field(default_factory=list)
+    routed: RoutedTokens = field(default_factory=RoutedTokens)
 
     @classmethod
     def of(cls, message: StartDecode | Resume, *, leg_id: int, gateway: str, now_s: float, max_preemptions: int) -> Leg:
@@ -199,15 +199,6 @@ class Leg:
             num_choices=len(self.choice_numbers),
             is_protected=self.is_protected,
         )
-
-    def decoded_counts(self, num_layers: int, num_experts: int) -> NDArray[np.int64]:
-        """Tokens routed to each expert by the choices that have ended, the prompt not among them: [layers, experts]."""
-        counts_LE = np.zeros((num_layers, num_experts), np.int64)
-        if self.routed:
-            ids_NLK = np.stack(self.routed).reshape(len(self.routed), num_layers, -1)
-            flat = ids_NLK + (np.arange(num_layers) * num_experts)[None, :, None]
-            counts_LE += np.bincount(flat.ravel(), minlength=counts_LE.size).reshape(counts_LE.shape)
-        return counts_LE
 
     def forget_handoff(self) -> None:
         """Back to EXPECTED: the producer took its announcement back. Nothing is held any more."""

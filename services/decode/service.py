@@ -231,6 +231,7 @@ class DecodeService:
         self._outbox.emit(frame_of(emitted, output, self._producers.rtt_s, time.monotonic()))
         self.counters["tokens"] += len(emitted)
         for choice, token in emitted:
+            choice.leg.routed.count_when_due(*self.decoded_experts.total_LE.shape)
             if token.finish_reason is not None:
                 self._is_pump_due = True
                 if not choice.leg.choices:
@@ -358,7 +359,7 @@ class DecodeService:
             return
         self._return(leg)
         if leg.times.first_token_s is not None:
-            counts_LE = leg.decoded_counts(*self.decoded_experts.total_LE.shape)
+            counts_LE = leg.routed.count(*self.decoded_experts.total_LE.shape)
             self.decoded_experts.add(counts_LE)
             if leg.prompt_counts_LE is not None:
                 self.prompt_experts.add(leg.prompt_counts_LE)
