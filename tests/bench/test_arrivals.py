@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -179,6 +180,13 @@ def test_the_engine_of_a_job_fits_its_card_and_its_loads(model: str, tmp_path: P
         changed(config, load.options(0.005), load.name)  # every mode is one that the configuration knows
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Its path is short: sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="duomo-t-") as path:
+        yield Path(path)
+
+
 def cpu(folder: Path, **options: object) -> DuomoConfig:
     told: dict[str, object] = {
         "model.path": str(TINY_MOE),
@@ -193,13 +201,11 @@ def cpu(folder: Path, **options: object) -> DuomoConfig:
     return load_config(None, told | options)
 
 
-def test_loads_are_played_to_the_real_services(tmp_path: Path) -> None:
+def test_loads_are_played_to_the_real_services(tmp_path: Path, folder: Path) -> None:
     """Three loads over one engine: waves of both kinds are seen, every prompt gets its tokens, nothing is left behind."""
     part = played()
     loads: Sequence[Load] = (OVERTAKE, replace(OVERTAKE, mode="chunked", size=64.0), BESIDE)
     written: list[int] = []
-    folder = tmp_path / "run"
-    folder.mkdir()
     asyncio.run(play_all(cpu(folder), folder, loads, part, float("inf"), lambda: written.append(len(part.loads))))
     assert written == [0, 1, 2, 3] and part.facts["chunk_s"] > 0 and not part.left_out
     layered, chunked, beside = part.loads
@@ -219,18 +225,14 @@ def test_loads_are_played_to_the_real_services(tmp_path: Path) -> None:
     assert part_from_json(json.loads((tmp_path / "part.json").read_text())) == part
 
 
-def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+def test_what_there_is_no_time_for_is_named(folder: Path) -> None:
     part = played()
-    folder = tmp_path / "run"
-    folder.mkdir()
     asyncio.run(play_all(cpu(folder), folder, [BESIDE], part, 0.0, lambda: None))
     assert part.left_out == ["ours_arrivals olmoe bf16 beside 4/s chunked 64: no time"] and not part.loads
 
 
-def test_a_request_that_fails_is_named(tmp_path: Path) -> None:
+def test_a_request_that_fails_is_named(folder: Path) -> None:
     """A prompt that no pool of this size can hold."""
-    folder = tmp_path / "run"
-    folder.mkdir()
 
     async def go() -> LoadResult:
         async with stage(cpu(folder, **{"decode.num_blocks": 16, "decode.watermark_blocks": 1}), folder) as made:
