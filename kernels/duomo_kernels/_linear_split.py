@@ -27,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duomo_kernels._grid_board import Boards
 from duomo_kernels._launch import pdl_options, start_next, wait_for_previous
+from duomo_kernels._linear_blocks import row_block, store_sums, weight_block
 from duomo_kernels._tile_walk import TMA_BYTES
 from duomo_kernels._weights import SCALE_BLOCK
 
@@ -68,25 +69,6 @@ def _bring_to_cache(w, column, k0, num_n, num_k, BN: tl.constexpr, SLICE: tl.con
 
 
 @triton.jit
-def _weights(w, w_desc, column, k0, num_n, num_k, BN: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr):
-    """[BN, STEP]. Past the last row another row or zeros: those outputs are not stored."""
-    if w_desc is not None:
-        return w_desc.load([column, k0])
-    else:
-        at_N = tl.minimum(column + tl.arange(0, BN), num_n - 1).to(tl.int64)
-        k_K = k0 + tl.arange(0, STEP)
-        at_NK = w + at_N[:, None] * num_k + k_K[None, :]
-        return tl.load(at_NK) if EVEN else tl.load(at_NK, mask=k_K[None, :] < num_k, other=0.0)
-
-
-@triton.jit
-def _rows(x_M, is_row_M, k0, num_k, STEP: tl.constexpr, EVEN: tl.constexpr):
-    k_K = k0 + tl.arange(0, STEP)
-    is_here_MK = is_row_M[:, None] if EVEN else is_row_M[:, None] & (k_K < num_k)[None, :]
-    return tl.load(x_M[:, None] + k_K[None, :], mask=is_here_MK, other=0.0)
-
-
-@triton.jit
 def _scale(scale, k0, num_k, STEP: tl.constexpr, EVEN: tl.constexpr):
     return tl.load(scale + k0 // STEP) if EVEN else tl.load(scale + k0 // STEP, mask=k0 < num_k, other=0.0)
 
@@ -100,16 +82,6 @@ def _add_block(sum_, x_MK, w_NK, scale, IS_SWAPPED: tl.constexpr):
     else:
         part = tl.dot(x_MK, w_NK.T, input_precision="ieee")
     return sum_ + part * scale
-
-
-@triton.jit
-def _store(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED: tl.constexpr):
-    if IS_SWAPPED:
-        at_ = out + row_M.to(tl.int64)[None, :] * num_n + col_N[:, None]
-        tl.store(at_, sum_.to(out.dtype.element_ty), mask=(row_M < num_rows)[None, :] & (col_N < num_n)[:, None])
-    else:
-        at_ = out + row_M.to(tl.int64)[:, None] * num_n + col_N[None, :]
-        tl.store(at_, sum_.to(out.dtype.element_ty), mask=(row_M < num_rows)[:, None] & (col_N < num_n)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tiles"])
@@ -134,12 +106,12 @@ def _split_kernel(
         sum_ = tl.zeros((BM, BN), tl.float32)
     for step in tl.range(0, SLICE // STEP, num_stages=STAGES):
         at = first_k + step * STEP
-        x_MK = _rows(x_M, is_row_M, at, num_k, STEP, EVEN)
-        w_NK = _weights(w, w_desc, column, at, num_n, num_k, BN, STEP, EVEN)
+        x_MK = row_block(x_M, is_row_M, at, num_k, STEP, EVEN)
+        w_NK = weight_block(w, w_desc, column, at, num_n, num_k, BN, STEP, EVEN)
         sum_ = _add_block(sum_, x_MK, w_NK, _scale(scale, at, num_k, STEP, EVEN), IS_SWAPPED)
     col_N = column + tl.arange(0, BN)
     if NUM_SLICES == 1:
-        _store(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED)
+        store_sums(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED)
     else:
         piece = tl.arange(0, sum_.shape[0])[:, None] * sum_.shape[1] + tl.arange(0, sum_.shape[1])[None, :]
         piece_ptrs = parts + tile.to(tl.int64) * (NUM_SLICES * BM * BN) + piece
@@ -150,7 +122,7 @@ def _split_kernel(
             sum_ = tl.load(piece_ptrs, cache_modifier=".cg")
             for other in tl.static_range(1, NUM_SLICES):
                 sum_ += tl.load(piece_ptrs + other * (BM * BN), cache_modifier=".cg")
-            _store(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED)
+            store_sums(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED)
 
 
 def linear_split(x_TK: Tensor, weight_NK: Tensor, scale_nk: Tensor | None, out_TN: Tensor, tile: SplitTile) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from duomo_kernels._launch import pdl_options, start_next, wait_for_previous
+from duomo_kernels._linear_blocks import row_block, store_sums, weight_block
 from duomo_kernels._tile_walk import TMA_BYTES
 from duomo_kernels._weights import SCALE_BLOCK
 
@@ -55,25 +56,6 @@ def _place(pid, num_tiles, num_columns):
 
 
 @triton.jit
-def _weights(w, w_desc, column, k0, num_n, num_k, BN: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """[BN, BK]. Past the last row another row or zeros: those columns are not stored."""
-    if w_desc is not None:
-        return w_desc.load([column, k0])
-    else:
-        at_N = tl.minimum(column + tl.arange(0, BN), num_n - 1).to(tl.int64)
-        k_K = k0 + tl.arange(0, BK)
-        at_NK = w + at_N[:, None] * num_k + k_K[None, :]
-        return tl.load(at_NK) if EVEN_K else tl.load(at_NK, mask=k_K[None, :] < num_k, other=0.0)
-
-
-@triton.jit
-def _rows(x_M, is_row_M, k0, num_k, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    k_K = k0 + tl.arange(0, BK)
-    is_here_MK = is_row_M[:, None] if EVEN_K else is_row_M[:, None] & (k_K < num_k)[None, :]
-    return tl.load(x_M[:, None] + k_K[None, :], mask=is_here_MK, other=0.0)
-
-
-@triton.jit
 def _product(x_MK, w_NK, sum_, IS_SWAPPED: tl.constexpr):
     """sum_ + x @ w.T, [M, N], or its transpose. float32 operands are not cut short."""
     if IS_SWAPPED:
@@ -104,23 +86,18 @@ def _tiles_kernel(
         for k0 in tl.range(0, num_k, BK, num_stages=STAGES):
             for part in tl.static_range(BK // SCALE):
                 at = k0 + part * SCALE
-                x_MK = _rows(x_M, is_row_M, at, num_k, SCALE, EVEN_K)
-                w_NK = _weights(w, w_desc, column, at, num_n, num_k, BN, SCALE, EVEN_K)
+                x_MK = row_block(x_M, is_row_M, at, num_k, SCALE, EVEN_K)
+                w_NK = weight_block(w, w_desc, column, at, num_n, num_k, BN, SCALE, EVEN_K)
                 w_NK = w_NK.to(tl.float32).to(x.dtype.element_ty)  # straight to bf16 is an instruction of a quarter of the rate
                 block_scale = tl.load(scale + at // SCALE) if EVEN_K else tl.load(scale + at // SCALE, mask=at < num_k, other=0.0)
                 sum_ += _product(x_MK, w_NK, tl.zeros_like(sum_), IS_SWAPPED) * block_scale
     else:
         for k0 in tl.range(0, num_k, BK, num_stages=STAGES):
-            x_MK = _rows(x_M, is_row_M, k0, num_k, BK, EVEN_K)
-            w_NK = _weights(w, w_desc, column, k0, num_n, num_k, BN, BK, EVEN_K)
+            x_MK = row_block(x_M, is_row_M, k0, num_k, BK, EVEN_K)
+            w_NK = weight_block(w, w_desc, column, k0, num_n, num_k, BN, BK, EVEN_K)
             sum_ = _product(x_MK, w_NK, sum_, IS_SWAPPED)
     col_N = column + tl.arange(0, BN)
-    if IS_SWAPPED:
-        at_ = out + row_M.to(tl.int64)[None, :] * num_n + col_N[:, None]
-        tl.store(at_, sum_.to(out.dtype.element_ty), mask=is_row_M[None, :] & (col_N < num_n)[:, None])
-    else:
-        at_ = out + row_M.to(tl.int64)[:, None] * num_n + col_N[None, :]
-        tl.store(at_, sum_.to(out.dtype.element_ty), mask=is_row_M[:, None] & (col_N < num_n)[None, :])
+    store_sums(out, sum_, row_M, num_rows, col_N, num_n, IS_SWAPPED)
 
 
 @triton.jit
