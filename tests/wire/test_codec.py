@@ -11,20 +11,10 @@ from duomo.errors import WireError
 from duomo.wire.codec import CODES, FrameReader, append_frame, decode, encode
 from duomo.wire.histogram import packed
 from duomo.wire.messages import Drain, Heartbeat, Message, PrefillDone, Refused, TokensEmitted
+from tests.wire.prefill_done import prefill_done
 
 pack = msgspec.msgpack.encode
-DONE = PrefillDone(
-    request_id="r",
-    attempt=0,
-    traceparent="",
-    remaining_s=1.0,
-    handle_id=1,
-    num_messages=2,
-    first_token_ids=(3,),
-    ended_choices=(),
-    cached_tokens=0,
-    expert_histogram=packed([[1, 2]]),
-)
+DONE = prefill_done(packed([[1, 2]]))
 
 
 @pytest.mark.parametrize(

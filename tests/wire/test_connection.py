@@ -17,23 +17,13 @@ from duomo.wire.codec import FrameReader, decode, encode
 from duomo.wire.connection import Connection, Identity, Listener, connect
 from duomo.wire.handshake import Handshake, _mac
 from duomo.wire.histogram import packed
-from duomo.wire.messages import Drain, Hello, Message, PrefillDone, Refused
+from duomo.wire.messages import Drain, Hello, Message, Refused
+from tests.wire.prefill_done import prefill_done
 
 WIRE = WireSection(connect_timeout_s=1.0, heartbeat_s=0.05, silence_timeout_s=0.5)
 GATEWAY = Identity("router-0", "00000000000000f1", "gateway", "tiny:1", secret="s3cret")
 DECODE = Identity("decode-0", "00000000000000d1", "decode", "tiny:1", secret="s3cret")
-DONE = PrefillDone(
-    request_id="r",
-    attempt=0,
-    traceparent="",
-    remaining_s=1.0,
-    handle_id=1,
-    num_messages=2,
-    first_token_ids=(3,),
-    ended_choices=(),
-    cached_tokens=0,
-    expert_histogram=packed([[1, 2]]),
-)
+DONE = prefill_done(packed([[1, 2]]))
 
 
 async def echo(peer: Connection) -> None:

@@ -10,6 +10,7 @@ from duomo.errors import WireError
 from duomo.wire.codec import decode, encode
 from duomo.wire.histogram import packed, unpacked
 from duomo.wire.messages import ExpertHistogram, PrefillDone
+from tests.wire.prefill_done import prefill_done
 
 
 def counted(num_layers: int, num_experts: int) -> np.ndarray:
@@ -47,29 +48,14 @@ def test_bytes_that_are_not_what_their_sizes_say_are_refused(histogram: ExpertHi
 
 
 def test_other_widths_do_not_pass_the_decoder() -> None:
-    payload = msgspec.msgpack.encode(msgspec.to_builtins(done(packed(np.array([[1]], np.int32))), builtin_types=(bytes,)))
+    payload = msgspec.msgpack.encode(msgspec.to_builtins(prefill_done(packed(np.array([[1]], np.int32))), builtin_types=(bytes,)))
     assert isinstance(decode(payload), PrefillDone)
     with pytest.raises(WireError, match="bad_field"):
         decode(payload.replace(b"\xa9int_bytes\x04", b"\xa9int_bytes\x02"))
 
 
 def test_what_a_frame_brought_is_read_without_a_copy() -> None:
-    message = decode(encode(done(packed(counted(48, 128))))[4:])
+    message = decode(encode(prefill_done(packed(counted(48, 128))))[4:])
     assert isinstance(message, PrefillDone) and message.expert_histogram is not None
     counts_LE = unpacked(message.expert_histogram)
     assert not counts_LE.flags.owndata and not counts_LE.flags.writeable
-
-
-def done(histogram: ExpertHistogram) -> PrefillDone:
-    return PrefillDone(
-        request_id="r",
-        attempt=0,
-        traceparent="",
-        remaining_s=1.0,
-        handle_id=1,
-        num_messages=2,
-        first_token_ids=(3,),
-        ended_choices=(),
-        cached_tokens=0,
-        expert_histogram=histogram,
-    )

@@ -10,22 +10,7 @@ from duomo.wire.codec import decode, encode
 from duomo.wire.histogram import packed
 from duomo.wire.messages import ExpertHistogram, PrefillDone
 from services.decode.prompt_experts import prompt_counts
-
-
-def done(histogram: ExpertHistogram | None = None, rows: tuple[tuple[int, ...], ...] = ()) -> PrefillDone:
-    return PrefillDone(
-        request_id="r",
-        attempt=0,
-        traceparent="",
-        remaining_s=1.0,
-        handle_id=1,
-        num_messages=2,
-        first_token_ids=(3,),
-        ended_choices=(),
-        cached_tokens=0,
-        expert_counts=rows,
-        expert_histogram=histogram,
-    )
+from tests.wire.prefill_done import prefill_done
 
 
 def arrived(message: PrefillDone, version: int) -> PrefillDone:
@@ -36,25 +21,25 @@ def arrived(message: PrefillDone, version: int) -> PrefillDone:
 
 def test_both_versions_of_a_prefill_replica_are_understood() -> None:
     counts_LE = np.array([[1, 0, 2], [0, 3, 0]], np.int32)
-    newer = prompt_counts(arrived(done(packed(counts_LE)), 3), 2, 3)
-    older = prompt_counts(arrived(done(rows=((1, 0, 2), (0, 3, 0))), 2), 2, 3)
+    newer = prompt_counts(arrived(prefill_done(packed(counts_LE)), 3), 2, 3)
+    older = prompt_counts(arrived(prefill_done(rows=((1, 0, 2), (0, 3, 0))), 2), 2, 3)
     assert newer is not None and older is not None
     assert np.array_equal(newer, counts_LE) and np.array_equal(older, counts_LE)
 
 
 def test_an_older_decode_replica_hears_nothing_of_it() -> None:
-    assert prompt_counts(arrived(done(packed(np.ones((2, 3), np.int32))), 2), 2, 3) is None
+    assert prompt_counts(arrived(prefill_done(packed(np.ones((2, 3), np.int32))), 2), 2, 3) is None
 
 
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (done(packed(np.ones((2, 4), np.int32))), "2 x 4, this model has 2 layers of 3 experts"),
-        (done(rows=((1, 2, 3),)), "1 x 3"),
-        (done(rows=((1, 2, 3), (1, 2))), "different lengths"),
-        (done(rows=((1, 2, 3), (1, 2, 2**63))), "a count that no token makes"),
-        (done(rows=((1, 2, 3), (1, 2, -1))), "fewer than no tokens"),
-        (done(ExpertHistogram(num_layers=2, num_experts=3, counts=bytes(23))), "24 bytes, not 23"),
+        (prefill_done(packed(np.ones((2, 4), np.int32))), "2 x 4, this model has 2 layers of 3 experts"),
+        (prefill_done(rows=((1, 2, 3),)), "1 x 3"),
+        (prefill_done(rows=((1, 2, 3), (1, 2))), "different lengths"),
+        (prefill_done(rows=((1, 2, 3), (1, 2, 2**63))), "a count that no token makes"),
+        (prefill_done(rows=((1, 2, 3), (1, 2, -1))), "fewer than no tokens"),
+        (prefill_done(ExpertHistogram(num_layers=2, num_experts=3, counts=bytes(23))), "24 bytes, not 23"),
     ],
 )
 def test_another_models_histogram_is_refused_in_words(message: PrefillDone, words: str) -> None:
