@@ -1,0 +1,22 @@
+"""A PrefillDone for tests that look at its histogram alone."""
+
+from __future__ import annotations
+
+from duomo.wire.messages import ExpertHistogram, PrefillDone
+
+
+def prefill_done(histogram: ExpertHistogram | None = None, rows: tuple[tuple[int, ...], ...] = ()) -> PrefillDone:
+    """With the histogram of version 3, or the rows of version 2."""
+    return PrefillDone(
+        request_id="r",
+        attempt=0,
+        traceparent="",
+        remaining_s=1.0,
+        handle_id=1,
+        num_messages=2,
+        first_token_ids=(3,),
+        ended_choices=(),
+        cached_tokens=0,
+        expert_counts=rows,
+        expert_histogram=histogram,
+    )
