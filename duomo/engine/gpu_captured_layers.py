@@ -184,7 +184,7 @@ class GpuCapturedLayers:
 
     def _ways(self, bucket: int) -> tuple[Way, ...]:
         dims = self._x_RD.new_empty(0, 1, self.decoder.config.head_dim)
-        # of fewer rows attention is a small part, and ours as fast
+        # of fewer rows attention is a small part
         has_library = bucket >= ALONE_MIN_ROWS and takes(dims) and not self.decoder.is_deterministic
         return ("alone", "under") if has_library else ("under",)
 
