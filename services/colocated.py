@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from duomo.config import DuomoConfig
@@ -27,9 +27,10 @@ from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker, StepWorker
 from services.engine_start import engine_in
 from services.kv_transfer.directory import Directory
+from services.kv_transfer.ending import SERVICE_LIMIT_S, STEP_LIMIT_S, closed, in_thread
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import FAILED_DRAIN_S, ReplicaCard
-from services.kv_transfer.step_thread import StepThread
+from services.kv_transfer.step_thread import CLOSE_LIMIT_S, StepThread
 from services.prefill.service import PrefillService
 from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes, group_bounds
 
@@ -143,26 +144,24 @@ def engine_of(workers: Workers, replica_id: str, means: EngineMeans) -> Engine:
 @asynccontextmanager
 async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[Engine]:
     """Load and open everything, close it in reverse. Raises ModelError naming what is wrong."""
-    workers: Workers | None = None
-    means = EngineMeans(
-        thread=StepThread("engine-step"),
-        prefill_spans=tracing.configure(config.tracing, "duomo-prefill", "prefill", f"{replica_id}.prefill"),
-        decode_spans=tracing.configure(config.tracing, "duomo-decode", "decode", f"{replica_id}.decode"),
-        directory=Directory(config.redis.url, config.redis.lease_s),
-    )
-    try:
+    async with AsyncExitStack() as ends:
+        directory = Directory(config.redis.url, config.redis.lease_s)
+        means = EngineMeans(
+            thread=StepThread("engine-step"),
+            prefill_spans=tracing.configure(config.tracing, "duomo-prefill", "prefill", f"{replica_id}.prefill"),
+            decode_spans=tracing.configure(config.tracing, "duomo-decode", "decode", f"{replica_id}.decode"),
+            directory=directory,
+        )
+        for spans in (means.decode_spans, means.prefill_spans):
+            ends.push_async_callback(closed, "the spans", in_thread(spans.shutdown))
+        ends.push_async_callback(closed, "the directory", directory.close)
+        compiling = ends.enter_context(ExitStack())  # of the workers, closed once nothing computes any more
+        ends.push_async_callback(closed, "the step thread", in_thread(means.thread.close), CLOSE_LIMIT_S + STEP_LIMIT_S)
         workers = await started_workers(config, means)
+        compiling.callback(workers.close)
         planned = workers.config
         log.info("one process for prefill and decode: %d blocks of %d tokens", planned.decode.num_blocks, planned.model.block_tokens)
         yield engine_of(workers, replica_id, means)
-    finally:
-        await asyncio.to_thread(means.thread.close)
-        if workers is not None:
-            workers.close()
-        assert means.directory is not None
-        await means.directory.close()
-        for spans in (means.prefill_spans, means.decode_spans):
-            await asyncio.to_thread(spans.shutdown)
 
 
 async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
@@ -176,4 +175,4 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
             await engine.start()
             await engine.serve(stop)
         finally:
-            await engine.stop()
+            await closed("both services", engine.stop, CLOSE_LIMIT_S + 2 * SERVICE_LIMIT_S)

@@ -26,6 +26,7 @@ from duomo.wire.connection import Connection
 from services.decode.producers import Producers
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory, Member
+from services.kv_transfer.ending import end_tasks
 
 LOOK_PERIOD_S = 0.5
 DEAD_WITHOUT_DIRECTORY_S = 1.0
@@ -118,9 +119,7 @@ class ProducerRings:
         self._lost[boot_id] = LostProducer(replica_id=connection.peer.replica_id, was_silent=was_silent, lost_s=time.monotonic())
 
     async def close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(self._tasks)
 
     def _spawn(self, work: asyncio._CoroutineLike[None]) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

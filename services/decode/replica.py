@@ -19,8 +19,9 @@ from services.decode.worker import DecodeWorker, StepWorker
 from services.engine_start import engine_in, page_locks
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
+from services.kv_transfer.ending import SERVICE_LIMIT_S, STEP_LIMIT_S, closed, in_thread
 from services.kv_transfer.membership import ReplicaCard
-from services.kv_transfer.step_thread import StepThread
+from services.kv_transfer.step_thread import CLOSE_LIMIT_S, StepThread
 from services.kv_transfer.transport_nixl import NixlTransport
 
 log = logging.getLogger(__name__)
@@ -47,16 +48,16 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaP
         raise ConfigError("kv_transfer.transport is 'loopback', which works within one process only; a replica needs 'nixl'")
     async with AsyncExitStack() as ends:
         spans = tracing.configure(config.tracing, "duomo-decode", "decode", replica_id)
-        ends.push_async_callback(asyncio.to_thread, spans.shutdown)
+        ends.push_async_callback(closed, "the spans", in_thread(spans.shutdown))
         directory = Directory(config.redis.url, config.redis.lease_s)
-        ends.push_async_callback(directory.close)
+        ends.push_async_callback(closed, "the directory", directory.close)
         thread = StepThread("decode-step")
-        ends.push_async_callback(asyncio.to_thread, thread.close)
+        ends.push_async_callback(closed, "the step thread", in_thread(thread.close), CLOSE_LIMIT_S + STEP_LIMIT_S)
         worker, config = await _started(config, thread, spans, ends)
         card = ReplicaCard.of(config, "decode", replica_id, worker.config.fingerprint)
         transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer, page_locks(config))
         agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=1)
-        ends.push_async_callback(asyncio.to_thread, agent.close)
+        ends.push_async_callback(closed, "the transfer agent", in_thread(agent.close))
         log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
         blocks, tokens = config.decode.num_blocks, config.model.block_tokens
         log.info("decode: %d blocks of %d tokens, transport %s", blocks, tokens, agent.transport_name)
@@ -86,4 +87,4 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
             await service.start()
             await service.membership.serve(stop)
         finally:
-            await service.stop()
+            await closed("the service", service.stop, SERVICE_LIMIT_S)

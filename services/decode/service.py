@@ -42,6 +42,7 @@ from services.decode.steps import StepLoop
 from services.decode.worker import StepOutput, StepWorker
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
+from services.kv_transfer.ending import end_tasks
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import Membership, Progress, ReplicaCard
 from services.kv_transfer.step_thread import StepThread
@@ -107,8 +108,7 @@ class DecodeService:
         for leg in list(self._legs.values()):
             self._close(leg)
         if self._ticker is not None:
-            self._ticker.cancel()
-            await asyncio.gather(self._ticker, return_exceptions=True)
+            await end_tasks((self._ticker,))
         await self._steps.stop()
         await self._arrivals.close()
 

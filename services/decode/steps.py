@@ -19,6 +19,7 @@ from duomo.errors import DuomoError, EngineError
 from services.decode.arrivals import Arrivals, LandedMessage
 from services.decode.batch import Batch, PlannedStep
 from services.decode.worker import StepInput, StepOutput, StepWorker
+from services.kv_transfer.ending import end_tasks
 from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 
@@ -73,8 +74,7 @@ class StepLoop:
     async def stop(self) -> None:
         """End the task; in a thread of its own a step that runs is waited for."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks((self._task,))
         if self._owns_thread:
             await asyncio.to_thread(self._thread.close)
 

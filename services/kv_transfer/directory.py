@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 
 from duomo.errors import ConfigError, PeerError
 from duomo.wire.messages import Role
+from services.kv_transfer.ending import heeding_cancellation
 
 TIMEOUT_S = 1.0
 _MAX_CONNECTIONS = 8
@@ -132,11 +133,12 @@ class Directory:
         return await self._answer(cast(Awaitable[object], self._redis.eval(script, len(keys), *keys, *arguments)))
 
     async def _answer(self, asked: Awaitable[object]) -> object:
-        try:
-            async with asyncio.timeout(3 * TIMEOUT_S):
-                return await asked
-        except (RedisError, OSError, TimeoutError) as error:
-            raise PeerError(f"the directory (Redis) does not answer: {error!r}", code="directory_unavailable", phase="start") from error
+        with heeding_cancellation():
+            try:
+                async with asyncio.timeout(3 * TIMEOUT_S):
+                    return await asked
+            except (RedisError, OSError, TimeoutError) as error:
+                raise PeerError(f"the directory (Redis) does not answer: {error!r}", code="directory_unavailable", phase="start") from error
 
 
 def _decode(value: bytes) -> Member | None:

@@ -33,6 +33,7 @@ from duomo.wire.address import clear_stale
 from duomo.wire.connection import Connection, Identity, Listener, connect, new_boot_id
 from duomo.wire.messages import Drain, Message, Refused, ReplicaReport, Role
 from services.kv_transfer.directory import Directory, Member
+from services.kv_transfer.ending import end_tasks
 
 REPORT_PERIOD_S = 0.1
 MAX_UNIX_PATH_BYTES = 100  # sun_path holds 108 with its NUL; the rest is room for a suffix
@@ -229,11 +230,8 @@ class Membership:
                 await self._directory.remove(self.member)
             except DuomoError as error:
                 log.warning("could not unregister (the lease will expire): %s", error)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for connection in list(self._connections):
-            await connection.close()
+        await end_tasks(self._tasks)
+        await asyncio.gather(*(connection.close() for connection in self._connections))
         if self._listener is not None:
             await self._listener.close()
             self._listener = None

@@ -6,7 +6,6 @@ Redis gone means degraded, never dead: the service lives on, and says what it la
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from duomo.config import DuomoConfig, RedisSection
 from duomo.errors import ConfigError, EngineError, PeerError
 from services.kv_transfer.directory import Directory, Member
+from services.kv_transfer.ending import end_tasks
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +60,7 @@ class DirectoryService:
     async def stop(self) -> None:
         """End the background task and the connections."""
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await end_tasks((self._task,))
         await self._directory.close()
 
     def health(self) -> DirectoryHealth:

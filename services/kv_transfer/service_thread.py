@@ -19,6 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 
 from duomo.errors import DuomoError, EngineError
+from services.kv_transfer.ending import end_tasks
 from services.kv_transfer.started_heap import freeze_started
 
 BEAT_S = 0.5
@@ -111,9 +112,7 @@ class ServiceThread:
                 self._settled.set()
             await service
         finally:
-            for task in (ready, service, beats):
-                task.cancel()
-            await asyncio.gather(ready, service, beats, return_exceptions=True)
+            await end_tasks((ready, service, beats))
 
     async def _beat(self) -> None:
         while True:

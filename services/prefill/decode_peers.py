@@ -18,6 +18,7 @@ from duomo.errors import DuomoError, PeerError, WireError
 from duomo.wire.connection import Connection
 from duomo.wire.messages import Message, PeerAddress, RingOffered, TransferFenced
 from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.ending import closed, end_tasks, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -130,10 +131,8 @@ class DecodePeers:
         self._on_lost(boot_id, PeerError(f"decode replica {connection.peer.replica_id} is gone", phase="kv.handoff"))
 
     async def close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._attach_thread.shutdown(wait=True)
+        await end_tasks(self._tasks)
+        await closed("the thread that attaches rings", in_thread(self._attach_thread.shutdown))
 
     def _spawn(self, work: asyncio._CoroutineLike[None]) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)

@@ -36,9 +36,10 @@ from duomo.wire.messages import (
 from services.engine_start import engine_in, page_locks
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
+from services.kv_transfer.ending import SERVICE_LIMIT_S, STEP_LIMIT_S, closed, end_tasks, in_thread
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import Membership, Progress, ReplicaCard
-from services.kv_transfer.step_thread import StepThread
+from services.kv_transfer.step_thread import CLOSE_LIMIT_S, StepThread
 from services.kv_transfer.transport_nixl import NixlTransport
 from services.prefill.leg_book import LegBook
 from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes, group_bounds
@@ -90,8 +91,7 @@ class PrefillService:
         """Close every socket; legs still alive are dropped with them."""
         await self.membership.stop()
         if self._loop_task is not None:
-            self._loop_task.cancel()
-            await asyncio.gather(self._loop_task, return_exceptions=True)
+            await end_tasks((self._loop_task,))
         if self._owns_thread:
             await asyncio.to_thread(self._thread.close)
         await asyncio.to_thread(self._book.waves.close)
@@ -198,18 +198,18 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
         raise ConfigError("kv_transfer.transport is 'loopback', which works within one process only; a replica needs 'nixl'")
     async with contextlib.AsyncExitStack() as ends:
         tracing = configure_tracing(config.tracing, "duomo-prefill", "prefill", replica_id)
-        ends.push_async_callback(asyncio.to_thread, tracing.shutdown)
+        ends.push_async_callback(closed, "the spans", in_thread(tracing.shutdown))
         directory = Directory(config.redis.url, config.redis.lease_s)
-        ends.push_async_callback(directory.close)
+        ends.push_async_callback(closed, "the directory", directory.close)
         thread = StepThread("prefill-step")
-        ends.push_async_callback(asyncio.to_thread, thread.close)
+        ends.push_async_callback(closed, "the step thread", in_thread(thread.close), CLOSE_LIMIT_S + STEP_LIMIT_S)
         worker, config = await _started(config, thread, tracing, ends)
         card = ReplicaCard.of(config, "prefill", replica_id, worker.config.fingerprint)
         transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer, page_locks(config))
         agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=config.prefill.send_slots)
-        ends.push_async_callback(asyncio.to_thread, agent.close)
+        ends.push_async_callback(closed, "the transfer agent", in_thread(agent.close))
         service = PrefillService(card, worker, agent, tracing, directory, thread)
-        ends.push_async_callback(service.stop)
+        ends.push_async_callback(closed, "the service", service.stop, CLOSE_LIMIT_S + SERVICE_LIMIT_S)
         log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
         await service.start()
         log.info("prefill replica %s serves at %s over %s", replica_id, service.membership.identity.address, agent.transport_name)
@@ -217,8 +217,7 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
         try:
             await service.membership.serve(stop)
         finally:
-            ahead.cancel()
-            await asyncio.gather(ahead, return_exceptions=True)
+            await end_tasks((ahead,))
 
 
 async def _started(

@@ -26,7 +26,7 @@ from duomo.wire.messages import (
     RequestFinished,
     TokensEmitted,
 )
-from services.router.tasks import end_tasks
+from services.kv_transfer.ending import end_tasks
 
 if TYPE_CHECKING:
     from services.kv_transfer.directory import Member

@@ -17,7 +17,7 @@ import redis.asyncio
 from redis.exceptions import RedisError
 
 from duomo.config import RedisSection
-from services.router.tasks import end_tasks
+from services.kv_transfer.ending import end_tasks
 
 PREFIX: Final = "duomo:gateway:"
 _RENEWALS_PER_LEASE: Final = 3

@@ -53,6 +53,46 @@ def test_a_start_that_is_deep_in_a_call_ends_within_seconds(number: signal.Signa
         process.stderr.close()
 
 
+ENDLESS = """
+import asyncio, sys, threading, time
+from duomo.config import load_config
+from services import cli_replica, colocated
+from services.kv_transfer import registration
+
+async def run_replica(config, replica_id, stop):
+    await stop.wait()
+    if sys.argv[2] == "loop":
+        time.sleep(300)
+    threading.Thread(target=time.sleep, args=(300,)).start()
+
+async def registered(*_):
+    pass
+
+colocated.run_replica = run_replica
+registration.until_registered = registered
+cli_replica.freeze_started = lambda: print("ready", flush=True)
+cli_replica.END_LIMIT_S = cli_replica.EXIT_LIMIT_S = 0.5
+options = {"model.path": sys.argv[1], "redis.url": "redis://127.0.0.1:1", "model.device": "cpu", "gateway.request_deadline_s": 0.5}
+sys.exit(cli_replica.run_one(load_config(None, options), "engine", "e0"))
+"""
+
+
+@pytest.mark.parametrize(("held_by", "place"), [("loop", "in run_replica"), ("thread", "in _shutdown")])
+def test_an_end_that_does_not_end_is_left_by_force_with_its_stacks(held_by: str, place: str) -> None:
+    """Whatever holds it: a call on the loop that does not return, or a thread that the interpreter waits for."""
+    command = [sys.executable, "-c", ENDLESS, str(MODEL), held_by]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 1
+            said = process.stderr.read()
+            assert "Timeout (0:00:0" in said and place in said, said
+        finally:
+            process.kill()
+
+
 def test_only_what_is_not_ready_is_interrupted() -> None:
     async def serve(stop: asyncio.Event, drained: list[str]) -> None:
         await stop.wait()

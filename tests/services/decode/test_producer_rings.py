@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
 
-from services.decode.producer_rings import GIVEN_UP_WITHOUT_DIRECTORY_S, Fate, LostProducer
-from services.kv_transfer.directory import Member
+from services.decode.producer_rings import GIVEN_UP_WITHOUT_DIRECTORY_S, Fate, LostProducer, ProducerRings
+from services.decode.producers import Producers
+from services.kv_transfer.directory import Directory, Member
 from tests.services.decode.rig import configuration, running, serve
 from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, until
 
@@ -67,6 +69,40 @@ def test_without_a_directory_a_silent_producer_is_given_up_too() -> None:
     lost = LostProducer(replica_id="p0", was_silent=True, lost_s=100.0)
     assert lost.fate("boot", None, LEASE_S, 99.9 + GIVEN_UP_WITHOUT_DIRECTORY_S) is Fate.UNKNOWN
     assert lost.fate("boot", None, LEASE_S, 100.0 + GIVEN_UP_WITHOUT_DIRECTORY_S) is Fate.GIVEN_UP
+
+
+class DeafDirectory(Directory):
+    """Loses the first cancellation of each call, as redis-py on Python 3.11 may, and answers."""
+
+    def __init__(self) -> None:
+        super().__init__("unix:///nowhere", LEASE_S)
+        self.is_asked = asyncio.Event()
+
+    async def members(self) -> list[Member]:
+        self.is_asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return []
+
+
+def test_rings_close_while_the_directory_is_asked_for_a_lost_producer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode replica whose producers left just before it once waited for ever for this watch, which went on looking."""
+    monkeypatch.setattr("services.decode.producer_rings.LOOK_PERIOD_S", 0.01)
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            directory = DeafDirectory()
+            rings = ProducerRings(Producers(), rig.agent, 4, LEASE_S, directory, lambda: None)
+            producer = rig.prefill.connection
+            assert producer is not None
+            rings.joined(producer)
+            rings.left(producer)
+            async with asyncio.timeout(5):
+                await directory.is_asked.wait()
+                await rings.close()
+            await directory.close()
+
+    asyncio.run(go())
 
 
 def test_a_stopped_producer_gives_everything_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
