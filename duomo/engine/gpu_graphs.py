@@ -2,6 +2,8 @@
 
 Graphs share a pool because no two run at once: what one leaves in it is gone when another has run. Results that outlive a replay lie in
 tensors of their owner's. Where there is no GPU (tests in Triton's interpreter) nothing is captured, and the body itself runs each time.
+
+A replay keeps Python's interpreter (gpu_held_calls.py). Bodies draw nothing from torch's generators: a replay would draw the same again.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
+from duomo.engine.gpu_held_calls import held_calls
+
 Body = Callable[[], None]
 
 
@@ -20,7 +24,7 @@ class GpuGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, int]] = {}  # and the handle of what the driver runs
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.pool_bytes = 0
 
@@ -61,12 +65,12 @@ class GpuGraphs:
             body()
         finally:
             graph.capture_end()
-        self._graphs[key] = graph
+        self._graphs[key] = (graph, graph.raw_cuda_graph_exec())
 
     def run(self, key: Hashable, body: Body) -> None:
         """Replay what was captured under this key, on the current stream; the body itself where nothing was."""
-        graph = self._graphs.get(key)
-        if graph is None:
+        captured = self._graphs.get(key)
+        if captured is None:
             body()
         else:
-            graph.replay()
+            held_calls().replay(captured[1], torch.cuda.current_stream(self._device).cuda_stream)

@@ -11,7 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from duomo.engine.gpu_held_calls import HeldCalls, held_calls
+
 DEPTH = 3  # a step that runs, one that waits for it, one that is planned
+
+
+_WORD_BYTES = 4
 
 
 class HostBuffer:
@@ -22,27 +27,64 @@ class HostBuffer:
         self.words = torch.zeros(num_words, dtype=torch.int32, pin_memory=is_cuda)
         self.array: NDArray[np.int32] = self.words.numpy()
         self.turn = 0
-        # waiting for a blocking event gives the core away
-        self._event = torch.cuda.Event(blocking=True) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types for it
+        self._link = _Link(self.words, device) if is_cuda else None
 
     def upload(self, target: Tensor) -> None:
-        """Queue the copy of the first words into `target`, on the current stream."""
-        target.copy_(self.words[: target.numel()], non_blocking=True)
+        """Queue the copy of the first words into `target`, contiguous int32, on the current stream."""
+        if self._link is None:
+            target.copy_(self.words[: target.numel()])
+        else:
+            self._link.upload(target)
         self.mark()
 
     def download(self, source: Tensor, at: int = 0) -> None:
-        """Queue the copy of `source` to word `at`, on the current stream. mark() after the last."""
-        self.words[at : at + source.numel()].copy_(source, non_blocking=True)
+        """Queue the copy of `source`, contiguous int32, to word `at`, on the current stream. mark() after the last."""
+        if self._link is None:
+            self.words[at : at + source.numel()].copy_(source)
+        else:
+            self._link.download(source, at)
 
     def mark(self) -> None:
         """What was queued up to here is what wait() waits for."""
-        if self._event is not None:
-            self._event.record()
+        if self._link is not None:
+            self._link.mark()
 
     def wait(self) -> None:
         """Return when all that was marked is over."""
-        if self._event is not None:
+        if self._link is not None:
+            self._link.wait()
+
+
+class _Link:
+    """The way between page-locked words and one GPU: the stream that is current at each call."""
+
+    def __init__(self, words: Tensor, device: torch.device) -> None:
+        self._calls: HeldCalls = held_calls()
+        self._device = device
+        self._address, self._num_words = words.data_ptr(), words.numel()
+        # waiting for a blocking event gives the core away
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch ships no types for it
+        self._event.record(torch.cuda.current_stream(device))  # torch makes an event when it is recorded first
+        self._event_handle: int = self._event.cuda_event
+
+    def upload(self, target: Tensor) -> None:
+        assert target.is_contiguous() and target.dtype == torch.int32 and target.numel() <= self._num_words, (target.shape, target.dtype)
+        self._calls.copy(target.data_ptr(), self._address, _WORD_BYTES * target.numel(), self._stream)
+
+    def download(self, source: Tensor, at: int) -> None:
+        assert source.is_contiguous() and source.dtype == torch.int32 and at + source.numel() <= self._num_words, (source.shape, at)
+        self._calls.copy(self._address + _WORD_BYTES * at, source.data_ptr(), _WORD_BYTES * source.numel(), self._stream)
+
+    def mark(self) -> None:
+        self._calls.mark(self._event_handle, self._stream)
+
+    def wait(self) -> None:
+        if not self._calls.is_over(self._event_handle):
             self._event.synchronize()
+
+    @property
+    def _stream(self) -> int:
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
 
 
 class HostRing:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 
 import pytest
 
-from services.kv_transfer.step_thread import StepThread
+from services.kv_transfer.step_thread import SWITCH_INTERVAL_S, StepThread
 from services.kv_transfer.turns import Turn
 
 
@@ -78,7 +79,9 @@ def test_what_was_cancelled_or_waits_at_the_end_never_runs() -> None:
         taken_back.cancel()
         waiting = thread.run("group", ran.append, "waiting")
         closing = asyncio.create_task(asyncio.to_thread(thread.close))
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(5):
+            while not thread._is_closed:
+                await asyncio.sleep(0.01)
         assert not closing.done(), "what computes is waited for"
         hold.set()
         await closing
@@ -119,3 +122,14 @@ def test_a_call_that_hangs_is_left_behind_and_told(caplog: pytest.LogCaptureFixt
         assert await hanging, "what computes is not taken away"
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("before_s", "after_s"), [(0.005, SWITCH_INTERVAL_S), (0.0001, 0.0001)])
+def test_the_event_loop_keeps_the_interpreter_for_a_short_turn_at_most(before_s: float, after_s: float) -> None:
+    interval_s = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(before_s)
+        StepThread("t").close()
+        assert sys.getswitchinterval() == pytest.approx(after_s, abs=2e-6)
+    finally:
+        sys.setswitchinterval(interval_s)
