@@ -72,9 +72,15 @@ def test_errors_come_back_and_the_thread_goes_on() -> None:
 
 def test_what_was_cancelled_or_waits_at_the_end_never_runs() -> None:
     async def go() -> None:
-        thread, hold = StepThread("t"), threading.Event()
+        thread, hold, begun = StepThread("t"), threading.Event(), threading.Event()
         ran: list[str] = []
-        running = thread.run("step", hold.wait, 5)
+
+        def hold_on() -> bool:
+            begun.set()
+            return hold.wait(5)
+
+        running = thread.run("step", hold_on)
+        assert await asyncio.to_thread(begun.wait, 5)
         taken_back = thread.run("step", ran.append, "cancelled")
         taken_back.cancel()
         waiting = thread.run("group", ran.append, "waiting")
