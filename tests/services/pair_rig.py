@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-from duomo.config import DuomoConfig
+from duomo.config import DuomoConfig, TransferSection
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.telemetry.tracing import configure
 from duomo.wire.messages import PeerAddress, RequestFailed, Sampling, StartDecode, StartPrefill
@@ -28,10 +28,11 @@ from tests.services.decode.scripted_peers import ScriptedGateway, model, until
 
 @dataclass
 class System:
-    """Every replica, and one gateway's sockets to each."""
+    """Every replica, and one gateway's sockets to each. hub: what they move KV by over loopback."""
 
     prefills: list[tuple[PrefillService, ScriptedGateway]]
     decodes: list[tuple[DecodeService, ScriptedGateway]]
+    hub: LoopbackHub | None = None
 
     def start(
         self,
@@ -111,9 +112,21 @@ def _of_cpu() -> WorkerMakers:
     return WorkerMakers(prefill=lambda config: PrefillWorker(model(), WorkerSizes.of(config)), decode=decode)
 
 
+MakeAgent = Callable[[str, Transport, TransferSection, int], TransferAgent]  # boot id, transport, section, send slots
+
+
+def _agent(boot_id: str, transport: Transport, section: TransferSection, num_send_slots: int) -> TransferAgent:
+    return TransferAgent(boot_id, transport, section, num_send_slots=num_send_slots)
+
+
 @asynccontextmanager
 async def system(
-    config: DuomoConfig, num_p: int, num_d: int, faults: FaultPlan | None = None, makers: WorkerMakers | None = None
+    config: DuomoConfig,
+    num_p: int,
+    num_d: int,
+    faults: FaultPlan | None = None,
+    makers: WorkerMakers | None = None,
+    make_agent: MakeAgent = _agent,
 ) -> AsyncIterator[System]:
     """KV goes by config.kv_transfer.transport."""
     makers = makers or _of_cpu()
@@ -125,16 +138,16 @@ async def system(
     tracing = configure(config.tracing, "duomo-test")
     fingerprint = model().config.fingerprint
     async with AsyncExitStack() as stack:
-        made = System([], [])
+        made = System([], [], hub)
         for number in range(num_d):
             card = ReplicaCard.of(config, "decode", f"d{number}", fingerprint)
-            agent = TransferAgent(card.boot_id, transport(card.boot_id), config.kv_transfer, num_send_slots=1)
+            agent = make_agent(card.boot_id, transport(card.boot_id), config.kv_transfer, 1)
             stack.callback(agent.close)
             decoding = DecodeService(card, makers.decode(config), agent, tracing)
             made.decodes.append((await _serve(stack, decoding), await _gateway(stack, config)))
         for number in range(num_p):
             card = ReplicaCard.of(config, "prefill", f"p{number}", fingerprint)
-            agent = TransferAgent(card.boot_id, transport(card.boot_id), config.kv_transfer, num_send_slots=config.prefill.send_slots)
+            agent = make_agent(card.boot_id, transport(card.boot_id), config.kv_transfer, config.prefill.send_slots)
             stack.callback(agent.close)
             service = PrefillService(card, makers.prefill(config), agent, tracing)
             made.prefills.append((await _serve(stack, service), await _gateway(stack, config)))
