@@ -1,6 +1,6 @@
 """A light HTTP client for load: one connection a request, server-sent events as they come. Owns bytes and times; knows no service.
 
-General HTTP libraries cost more CPU an event than the gateway does; on two cores that would measure the client. Loopback only.
+General HTTP libraries cost more CPU an event than the gateway does; on two cores that would measure the client.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,7 +45,7 @@ def _take_event(result: StreamResult, payload: bytes) -> None:
         result.is_done = True
         return
     event = json.loads(payload)
-    if "error" in event:
+    if event.get("error"):
         result.error = event["error"]
         return
     result.request_id = event.get("id", result.request_id)
@@ -54,7 +54,7 @@ def _take_event(result: StreamResult, payload: bytes) -> None:
     num_tokens = 0
     for choice in event.get("choices", ()):
         idx = choice["index"]
-        piece = choice["text"] if "text" in choice else (choice.get("delta") or {}).get("content") or ""
+        piece = choice["text"] if "text" in choice else _said(choice.get("delta") or {})
         result.text[idx] = result.text.get(idx, "") + piece
         result.token_ids.setdefault(idx, []).extend(choice.get("token_ids") or ())
         if choice.get("finish_reason"):
@@ -66,7 +66,19 @@ def _take_event(result: StreamResult, payload: bytes) -> None:
         result.on_tokens(result.event_times_s[-1], num_tokens)
 
 
-async def _chunks(reader: asyncio.StreamReader, headers: dict[str, str]) -> Any:
+def _said(delta: Mapping[str, Any]) -> str:
+    """What a chat's event brings, aloud or not: servers name a model's reasoning in two ways."""
+    return delta.get("content") or delta.get("reasoning_content") or delta.get("reasoning") or ""
+
+
+def payload_of(frame: bytes) -> bytes:
+    """The data of one server-sent event; b"" of a comment, which servers send to keep a connection open."""
+    if frame.startswith(b"data: ") and b"\n" not in frame:  # nearly all
+        return frame[6:].strip()
+    return b"\n".join(line[5:].strip() for line in frame.split(b"\n") if line.startswith(b"data:"))
+
+
+async def _chunks(reader: asyncio.StreamReader, headers: dict[str, str]) -> AsyncIterator[bytes]:
     if headers.get("transfer-encoding", "").lower() == "chunked":
         while size := int((await reader.readline()).split(b";")[0] or b"0", 16):
             yield await reader.readexactly(size)
@@ -90,38 +102,47 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 async def post(
     url: str,
     path: str,
-    body: dict[str, Any],
+    body: dict[str, Any] | bytes,
     *,
     stop_after: int | None = None,
     timeout_s: float = 300.0,
     on_tokens: Callable[[float, int], None] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> StreamResult:
-    """POST `body` to a loopback `url`; reads events if the answer streams, else the body. Closes the socket after `stop_after` tokens."""
+    """POST `body` (bytes: JSON as it is) to `url`; reads events if the answer streams, else the body. `headers` are sent beside our own.
+
+    Closes the socket after `stop_after` tokens.
+    """
     parts = urlsplit(url)
-    assert parts.hostname in ("127.0.0.1", "localhost"), "load goes to this machine only"
-    raw = json.dumps(body).encode()
+    is_tls = parts.scheme == "https"
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     result = StreamResult(status=0, started_s=time.monotonic(), on_tokens=on_tokens)
     async with asyncio.timeout(timeout_s):
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        reader, writer = await asyncio.open_connection(parts.hostname, parts.port or (443 if is_tls else 80), ssl=is_tls or None)
         try:
             fields = {"Host": parts.netloc, "Content-Type": "application/json", "Content-Length": len(raw), "Connection": "close"}
-            head = f"POST {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
-            writer.write(head.encode() + b"\r\n" + raw)
-            result.status, headers = await _head(reader)
-            is_stream = headers.get("content-type", "").startswith("text/event-stream")
-            pending = b""
-            async for chunk in _chunks(reader, headers):
-                if not is_stream:
-                    result.body += chunk
-                    continue
-                *events, pending = (pending + chunk).split(b"\n\n")
-                for event in events:
-                    _take_event(result, event.removeprefix(b"data: ").strip())
-                if stop_after is not None and result.num_tokens >= stop_after:
-                    return result
+            lines = [f"{name}: {value}" for name, value in (*fields.items(), *(headers or {}).items())]
+            lines.insert(0, f"POST {parts.path.rstrip('/')}{path} HTTP/1.1")
+            writer.write("\r\n".join([*lines, "", ""]).encode() + raw)
+            result.status, answered = await _head(reader)
+            if answered.get("content-type", "").startswith("text/event-stream"):
+                await _take_events(result, _chunks(reader, answered), stop_after)
+            else:
+                result.body = b"".join([chunk async for chunk in _chunks(reader, answered)])
         finally:
             writer.close()
     return result
+
+
+async def _take_events(result: StreamResult, chunks: AsyncIterator[bytes], stop_after: int | None) -> None:
+    pending = b""
+    async for chunk in chunks:
+        *frames, pending = (pending + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
+        for frame in frames:
+            if payload := payload_of(frame):
+                _take_event(result, payload)
+        if stop_after is not None and result.num_tokens >= stop_after:
+            return
 
 
 def completion_body(prompt: list[int] | str, max_tokens: int, **extra: Any) -> dict[str, Any]:

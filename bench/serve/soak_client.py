@@ -101,7 +101,7 @@ def run_client(load: Load, slots: Sequence[int], start_s: float, out: Connection
 async def _run(load: Load, slots: Sequence[int], start_s: float, record: Record) -> None:
     await asyncio.sleep(max(0.0, start_s - time.monotonic()))
     cpu_s = time.process_time()
-    tasks = [asyncio.create_task(_slot(load, slot, record)) for slot in slots] + [asyncio.create_task(_measure_lag(record))]
+    tasks = [asyncio.create_task(_slot(load, slot, record)) for slot in slots] + [asyncio.create_task(measure_lag(record.lag_s))]
     await asyncio.sleep(max(0.0, start_s + load.duration_s - time.monotonic()))
     record.cpu_share = (time.process_time() - cpu_s) / load.duration_s
     for task in tasks:  # closes the sockets, which takes the requests back
@@ -141,9 +141,9 @@ def fault_of(result: StreamResult, max_tokens: int) -> str | None:
     return None
 
 
-async def _measure_lag(record: Record) -> None:
-    """How late the loop wakes a sleeper, of which up to 1 ms is epoll's rounding."""
+async def measure_lag(lag_s: list[float]) -> None:
+    """Writes down, until it is cancelled, how late the loop wakes a sleeper, of which up to 1 ms is epoll's rounding."""
     while True:
         before_s = time.monotonic()
         await asyncio.sleep(LAG_PERIOD_S)
-        record.lag_s.append(time.monotonic() - before_s - LAG_PERIOD_S)
+        lag_s.append(time.monotonic() - before_s - LAG_PERIOD_S)
