@@ -76,6 +76,15 @@ def save(figure: Any, stem: Path) -> list[Path]:
     return paths
 
 
+def draw_beside(result: Path, draw: Callable[[Path], list[Path]]) -> None:
+    """The plots of a result file that was just written, and where they are; without matplotlib that there are none."""
+    try:
+        for path in draw(result):
+            print(f"plot: {path}")
+    except PlotsNeedMatplotlib as missing:
+        print(f"no plots: {missing}")
+
+
 def plot_main(draw: Callable[[Path], list[Path]], *, program: str, file_of: str, if_nothing: str) -> int:
     """A plot program: draws the result file that sys.argv names and prints what was written. Returns the exit code, 2 on a fault of use.
 

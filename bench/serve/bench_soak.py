@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -26,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
+from bench.axes import draw_beside
 from bench.serve.host_facts import commit, cpu_name
+from bench.serve.server_facts import served_model
 from bench.serve.soak_client import Load, run_client
 from bench.serve.soak_verdicts import (
     MINUTE_S,
@@ -249,15 +250,6 @@ def _range(text: str) -> tuple[int, int]:
     return int(lo), int(hi)
 
 
-def served_model(url: str) -> str:
-    """Raises SystemExit where nobody answers."""
-    try:
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
-            return str(json.load(answer)["data"][0]["id"])
-    except OSError as error:
-        raise SystemExit(f"--url {url}: no server answers there ({error}); start one first, such as `duomo serve MODEL`") from error
-
-
 def main() -> int:
     asked = parse(sys.argv[1:])
     content, _ = report(soak(asked), asked)
@@ -266,19 +258,10 @@ def main() -> int:
     print_report(content)
     print(f"written: {asked.out}")
     if asked.has_plots:
-        _draw(asked.out)
+        from bench.serve.soak_plot import draw
+
+        draw_beside(asked.out, draw)
     return int(content["is_red"])
-
-
-def _draw(result: Path) -> None:
-    from bench.axes import PlotsNeedMatplotlib
-    from bench.serve.soak_plot import draw
-
-    try:
-        for path in draw(result):
-            print(f"plot: {path}")
-    except PlotsNeedMatplotlib as missing:
-        print(f"no plots: {missing}")
 
 
 if __name__ == "__main__":
