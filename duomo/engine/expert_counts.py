@@ -9,8 +9,9 @@ Legend: S prompts, L layers, E experts, T rows, K experts a token, X = S * E.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,16 +28,13 @@ class ExpertUse:
 
 
 class ExpertCounts:
-    """Of one wave. expert_bytes_L: what one expert of each layer weighs."""
+    """Of one wave. expert_bytes_L: what one expert of each layer weighs. Takes no memory of the device before something is added."""
 
     def __init__(self, num_prompts: int, num_experts: int, expert_bytes_L: Sequence[int], device: torch.device) -> None:
         self._expert_bytes_L = expert_bytes_L
         self._shape = (num_prompts, len(expert_bytes_L), num_experts)
-        num_counts = num_prompts * len(expert_bytes_L) * num_experts
-        self._packed = torch.zeros(num_counts + len(expert_bytes_L), dtype=torch.int32, device=device)
-        self._counts_SLE = self._packed[:num_counts].view(self._shape)
-        self._distinct_L = self._packed[num_counts:]
-        self._one = torch.ones((), dtype=torch.int32, device=device)
+        self._device = device
+        self._words: Tensor | None = None
 
     @torch.inference_mode()
     def add(self, layer_lo: int, ids_LTK: Tensor, chunk: RowChunk, prompt_T: Tensor) -> None:
@@ -44,35 +42,51 @@ class ExpertCounts:
         num_layers, num_prompts, num_experts = ids_LTK.shape[0], len(chunk.batch.slices), self._shape[2]
         expert_LX = (prompt_T[:, None] * num_experts + ids_LTK).flatten(1)
         found_LX = torch.zeros(num_layers, num_prompts * num_experts, dtype=torch.int32, device=expert_LX.device)
-        found_LSE = found_LX.scatter_add_(1, expert_LX, self._one.expand(expert_LX.shape)).view(num_layers, num_prompts, num_experts)
-        layers = slice(layer_lo, layer_lo + num_layers)
-        self._counts_SLE[chunk.prompts, layers].add_(found_LSE.transpose(0, 1))  # not +=, which would copy the result onto itself
-        self._distinct_L[layers].add_((found_LSE.amax(1) > 0).sum(1, dtype=torch.int32))
+        one = torch.ones((), dtype=torch.int32, device=expert_LX.device)
+        found_LSE = found_LX.scatter_add_(1, expert_LX, one.expand(expert_LX.shape)).view(num_layers, num_prompts, num_experts)
+        if self._words is None:
+            self._words = self._zeros(self._device)
+        layers, all_layers = slice(layer_lo, layer_lo + num_layers), self._shape[1]
+        counts_SLE, distinct_L = self._words[all_layers:].view(self._shape), self._words[:all_layers]
+        counts_SLE[chunk.prompts, layers].add_(found_LSE.transpose(0, 1))  # not +=, which would copy the result onto itself
+        distinct_L[layers].add_((found_LSE.amax(1) > 0).sum(1, dtype=torch.int32))
 
     def fetch(self) -> PendingUse:
         """Queue one copy to the host."""
-        is_cuda = self._packed.device.type == "cuda"
-        packed = torch.empty(self._packed.shape, dtype=torch.int32, pin_memory=is_cuda).copy_(self._packed, non_blocking=True)
-        end = torch.cuda.Event(blocking=True) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types for it
+        end: torch.cuda.Event | None = None
+        if self._words is None:
+            words = self._zeros(torch.device("cpu"))
+        else:
+            is_cuda = self._words.device.type == "cuda"
+            words = torch.empty(self._words.shape, dtype=torch.int32, pin_memory=is_cuda).copy_(self._words, non_blocking=True)
+            end = torch.cuda.Event(blocking=True) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types for it
         if end is not None:
             end.record()
-        return PendingUse(packed=packed, shape=self._shape, expert_bytes_L=self._expert_bytes_L, end=end)
+        return PendingUse(landed=partial(_landed, words, end), shape=self._shape, expert_bytes_L=self._expert_bytes_L)
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        """Distinct experts of every layer, then the counts."""
+        num_prompts, num_layers, num_experts = self._shape
+        return torch.zeros(num_layers * (1 + num_prompts * num_experts), dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PendingUse:
-    """Counts on their way to the host."""
+    """Counts on their way to the host. shape: S, L, E. landed: waits for them; int32 [L + S * L * E], nobody else's: distinct experts of
+    every layer, then the counts."""
 
-    packed: Tensor
+    landed: Callable[[], Tensor]
     shape: tuple[int, int, int]
     expert_bytes_L: Sequence[int]
-    end: torch.cuda.Event | None
 
     def wait(self) -> ExpertUse:
         """When the copy is over; in any thread."""
-        if self.end is not None:
-            self.end.synchronize()
-        num_counts = self.packed.numel() - len(self.expert_bytes_L)
-        distinct_L = self.packed[num_counts:].tolist()
-        num_bytes = sum(distinct * each for distinct, each in zip(distinct_L, self.expert_bytes_L, strict=True))
-        return ExpertUse(counts_SLE=self.packed[:num_counts].view(self.shape), bytes_read=num_bytes)
+        words, num_layers = self.landed(), len(self.expert_bytes_L)
+        num_bytes = sum(distinct * each for distinct, each in zip(words[:num_layers].tolist(), self.expert_bytes_L, strict=True))
+        return ExpertUse(counts_SLE=words[num_layers:].view(self.shape), bytes_read=num_bytes)
+
+
+def _landed(words: Tensor, end: torch.cuda.Event | None) -> Tensor:
+    if end is not None:
+        end.synchronize()
+    return words

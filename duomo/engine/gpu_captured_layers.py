@@ -2,7 +2,8 @@
 
 Some fifteen launches a layer take the host longer than a thousand tokens take the GPU; one replay takes it a few microseconds. A chunk of
 T rows runs in the smallest bucket that holds them: rows past T have no slot, take no expert and are no one's keys. What comes before the
-first layer and after the last is captured too, so that a wave costs the host one copy and its replays.
+first layer and after the last is captured too: embeddings, logits of last rows, first tokens (gpu_first_tokens.py), the count of what was
+routed where (gpu_captured_counts.py). So a wave costs the host a few copies and its replays.
 
 Graphs read and write tensors that all chunks share. They hold the rows of one chunk, which goes on where it stopped at no cost; when
 another one runs in between, they are saved and brought back.
@@ -26,6 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from duomo.engine.batch import StepBatch
+from duomo.engine.expert_counts import PendingUse
+from duomo.engine.gpu_captured_counts import GpuCapturedCounts
+from duomo.engine.gpu_first_tokens import GpuFirstTokens, LastLogits
 from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_wave_attention import attend_alone, attend_under
@@ -94,7 +98,10 @@ class GpuCapturedLayers:
         self._x_RD = torch.zeros(most, config.hidden, dtype=dtype, device=device)
         self._residual_RD = torch.zeros_like(self._x_RD)
         self._ids_LRK = torch.zeros(config.num_layers, most, config.top_k, dtype=torch.int32, device=device)
-        self._logits_SV = torch.zeros(limits.max_sequences, config.vocab, device=device)
+        expert_bytes_L = [layer.expert_bytes for layer in decoder.weights.layers]
+        self._counts = GpuCapturedCounts(most, limits.max_sequences, config.num_experts, expert_bytes_L, device)
+        logits_SV = torch.zeros(limits.max_sequences, config.vocab, device=device)
+        self._last = LastLogits(logits_SV, position_S=self._page.end_S, num_valid=self._page.num_sequences, graphs=self.graphs)
         self._owner: weakref.ref[CapturedChunk] | None = None
 
     def bucket_of(self, batch: StepBatch) -> int | None:
@@ -109,8 +116,11 @@ class GpuCapturedLayers:
         return CapturedChunk(batch, bucket, "alone" if is_alone and "alone" in self._ways(bucket) else "under")
 
     @torch.inference_mode()
-    def capture(self, *, progress: bool = False) -> None:
-        """All layers of all buckets, largest first; each way runs one layer of each kind before, so that all is compiled. Touches no KV."""
+    def capture(self, first_tokens: GpuFirstTokens | None = None, *, progress: bool = False) -> None:
+        """All layers of all buckets, largest first; each way runs one layer of each kind before, so that all is compiled. Touches no KV.
+
+        first_tokens: who samples the logits that are left here, in graphs of the same pool.
+        """
         self._page.clear()
         with self.graphs.capturing():
             for rows in tqdm(self.buckets[::-1], desc="capturing waves", unit="bucket", file=sys.stderr, disable=not progress, leave=False):
@@ -121,6 +131,9 @@ class GpuCapturedLayers:
                         self._layer(rows, way, layer_idx)
                     for layer_idx in range(self.decoder.config.num_layers):
                         self.graphs.capture((rows, way, layer_idx), partial(self._layer, rows, way, layer_idx))
+                self._capture(("count", rows), partial(self._count, rows))  # behind the layers, whose larger tensors have made room for its
+            if first_tokens is not None:
+                first_tokens.capture(self._last)
 
     @torch.inference_mode()
     def run(self, lo: int, hi: int, chunk: CapturedChunk) -> None:
@@ -147,11 +160,23 @@ class GpuCapturedLayers:
         return RowState(self._x_RD[: chunk.num_rows], self._residual_RD[: chunk.num_rows])
 
     @torch.inference_mode()
-    def last_logits(self, chunk: CapturedChunk) -> Tensor:
-        """float32 [S, V] of each sequence's last row, after the last layer; the caller's own."""
+    def leave_logits(self, chunk: CapturedChunk) -> LastLogits:
+        """Of each sequence's last row, after the last layer; what the next chunk may write over."""
         self._take(chunk)
         self.graphs.run(("logits", chunk.bucket), partial(self._logits, chunk.bucket))
-        return self._logits_SV[: len(chunk.batch.slices)].clone()
+        return self._last
+
+    def knows_all_routed(self, chunk: CapturedChunk) -> bool:
+        """Whether the experts of all layers are there: nothing is kept of those that somebody has asked for."""
+        return chunk.num_layers_run == self.decoder.config.num_layers and not chunk.num_layers_told
+
+    @torch.inference_mode()
+    def fetch_use(self, chunk: CapturedChunk) -> PendingUse:
+        """Count what the rows of a chunk were routed to of which all is known; queue the copy to the host. May be asked again."""
+        assert self.knows_all_routed(chunk), (chunk.num_layers_run, chunk.num_layers_told)
+        self._take(chunk)
+        self.graphs.run(("count", chunk.bucket), partial(self._count, chunk.bucket))
+        return self._counts.fetch(len(chunk.batch.slices))
 
     def _take(self, chunk: CapturedChunk) -> None:
         """Make the shared tensors this chunk's."""
@@ -214,4 +239,7 @@ class GpuCapturedLayers:
 
     def _logits(self, bucket: int) -> None:
         last = RowState(self._x_RD[:bucket], self._residual_RD[:bucket]).select(self._page.last_row_S.long())
-        self.decoder.logits(last, out=self._logits_SV)
+        self.decoder.logits(last, out=self._last.logits_SV)
+
+    def _count(self, bucket: int) -> None:
+        self._counts.count(self._ids_LRK[:, :bucket], self._page.sequence_R[:bucket], self._page.num_valid)

@@ -117,7 +117,7 @@ def _started(start: EngineStart, startup: Startup, compilations: CompileCounter)
         startup.part("decode steps")
         decode = _decode(decoder, cache, start) if start.limits.part != "prefill" else None
         startup.part("waves")
-        prefill = None if first_tokens is None else PrefillPart(prefill=_prefill(decoder, cache, start), first_tokens=first_tokens)
+        prefill = None if first_tokens is None else _prefill_part(decoder, cache, start, first_tokens)
         _warm_handoff(cache, start)
         if first_tokens is not None and start.device.type == "cuda":
             first_tokens.warm()
@@ -146,12 +146,12 @@ def _decode(decoder: GpuDecoder, cache: GpuKvCache, start: EngineStart) -> GpuDe
     return decode
 
 
-def _prefill(decoder: GpuDecoder, cache: GpuKvCache, start: EngineStart) -> GpuPrefill:
+def _prefill_part(decoder: GpuDecoder, cache: GpuKvCache, start: EngineStart, first_tokens: GpuFirstTokens) -> PrefillPart:
     prefill = GpuPrefill(decoder, cache)
     if start.device.type == "cuda":  # an interpreter has nothing to compile
         warm_prefill(prefill, start.limits)
-        prefill.capture(_captured_limits(start.config, start.limits), progress=start.shows_progress)
-    return prefill
+        prefill.capture(_captured_limits(start.config, start.limits), first_tokens, progress=start.shows_progress)
+    return PrefillPart(prefill=prefill, first_tokens=first_tokens)
 
 
 def _warm_handoff(cache: GpuKvCache, start: EngineStart) -> None:

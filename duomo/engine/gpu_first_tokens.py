@@ -1,9 +1,11 @@
-"""Owns the sampling of the first tokens of prompts on one GPU: by the kernels of decode steps, launched as they come. Knows no wave.
+"""Owns the sampling of the first tokens of prompts on one GPU, by the kernels of decode steps. Knows no wave.
 
-A prompt with several choices comes with its logits once for each. Rows beyond MAX_ROWS are sampled in turns: their number is the requests'.
-Each turn but the last is waited for, since the host's buffers are few; the last one by whoever wants the tokens.
+Two ways. Logits that graphs leave in tensors of fixed places (LastLogits), one row each prompt: a replay samples them there, for the kinds
+that decode steps capture too. Any other logits: launched as they come. A prompt with several choices comes with its logits once for each.
+Rows beyond MAX_ROWS are sampled in turns: their number is the requests'. Each turn but the last is waited for, since the host's buffers are
+few; the last one by whoever wants the tokens.
 
-Legend: R rows, V vocabulary.
+Legend: R rows, S rows of what graphs leave, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import torch
 from torch import Tensor
 
 from duomo.engine.decode_step import DecodeRow, Joining
+from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_host_ring import HostBuffer, HostRing
 from duomo.engine.gpu_sample_rows import SampleKind
-from duomo.engine.gpu_sampler import GpuSampler
+from duomo.engine.gpu_sampler import CAPTURED_KINDS, GpuSampler
 from duomo.engine.sampler import RowSampling, SampledToken
 from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
@@ -40,6 +43,17 @@ class PendingTokens:
         return [*self.done, *(self.last() if self.last is not None else ())]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LastLogits:
+    """What graphs leave of a wave's last rows, until the next wave's: logits_SV float32; position_S int32, of the tokens to sample;
+    num_valid int32 [1]: rows from there on are nobody's."""
+
+    logits_SV: Tensor
+    position_S: Tensor
+    num_valid: Tensor
+    graphs: GpuGraphs
+
+
 class GpuFirstTokens:
     """Buffers for up to max_rows at once. One stream, one thread at a time."""
 
@@ -50,6 +64,13 @@ class GpuFirstTokens:
         self._places = torch.zeros(POSITIONS + max_rows, dtype=torch.int32, device=device)
         self._up = HostRing(self._places.numel(), device)
         self._down = HostRing(self._sampler.num_host_words, device)
+
+    def capture(self, last: LastLogits) -> None:
+        """Inside last.graphs.capturing(): the sampling of what will lie there."""
+        for kind in CAPTURED_KINDS:
+            body = partial(self._sample_last, last, kind)
+            body()
+            last.graphs.capture((self, kind), body)
 
     def warm(self) -> None:
         """Sample in every way once."""
@@ -77,29 +98,46 @@ class GpuFirstTokens:
             last = self._launch(logits_RV[start:end], rows[start:end])
         return PendingTokens(tuple(done), last)
 
+    @torch.inference_mode()
+    def launch_last(self, last: LastLogits, rows: Sequence[RowSampling]) -> PendingTokens:
+        """What launch() does, for logits where graphs have left them on this stream: row i of `last` is that of rows[i], and its position
+        is theirs. Replayed where capture(last) was called and what they ask for was captured; else launched."""
+        assert len(rows) <= last.logits_SV.shape[0], (len(rows), last.logits_SV.shape)
+        kind = self._placed(rows)
+        last.graphs.run((self, kind), partial(self._sample_last, last, kind))
+        return PendingTokens((), self._fetch(kind, rows))
+
     def _launch(self, logits_RV: Tensor, rows: Sequence[RowSampling]) -> Callable[[], list[Answer]]:
-        num_rows = len(rows)
-        last = [len(row.prompt_ids) + len(row.output_ids) - 1 for row in rows]
-        joining = [
-            DecodeRow(source=Joining(token_id=0, sampling=row), position=position, table=())
-            for row, position in zip(rows, last, strict=True)
-        ]
-        kind = self._sampler.rows.place(joining)
+        num_rows, kind = len(rows), self._placed(rows)
         up = self._up.take()
         up.array[0] = num_rows
-        up.array[POSITIONS : POSITIONS + num_rows] = [position + 1 for position in last]
+        up.array[POSITIONS : POSITIONS + num_rows] = [_position(row) for row in rows]
         up.upload(self._places)
         self._sampler.run(logits_RV, self._places[POSITIONS : POSITIONS + num_rows], self._places[:1], kind)
+        return self._fetch(kind, rows)
+
+    def _placed(self, rows: Sequence[RowSampling]) -> SampleKind:
+        """Queue the copy of what they ask for; `position` of a decode row is that of the token that is fed."""
+        joining = [DecodeRow(source=Joining(token_id=0, sampling=row), position=_position(row) - 1, table=()) for row in rows]
+        return self._sampler.rows.place(joining)
+
+    def _sample_last(self, last: LastLogits, kind: SampleKind) -> None:
+        """Only launches."""
+        self._sampler.run(last.logits_SV, last.position_S, last.num_valid, kind)
+
+    def _fetch(self, kind: SampleKind, rows: Sequence[RowSampling]) -> Callable[[], list[Answer]]:
+        """Queue the copy of the tokens to the host."""
         down = self._down.take()
         self._sampler.download(down, 0, kind)
-        return partial(self._answers, down, kind, rows)
+        return partial(self._answers, down, down.turn, kind, rows)
 
-    def _answers(self, down: HostBuffer, kind: SampleKind, rows: Sequence[RowSampling]) -> list[Answer]:
+    def _answers(self, down: HostBuffer, turn: int, kind: SampleKind, rows: Sequence[RowSampling]) -> list[Answer]:
         num_rows = len(rows)
         down.wait()
         errors = self._sampler.errors(down, num_rows)
         ids = self._sampler.tokens(down, num_rows).tolist()
         listed = self._sampler.logprobs(down, num_rows) if kind.has_logprobs else None
+        assert down.turn == turn, "waited for too late: later tokens took this buffer"
         answers: list[Answer] = []
         for at, row in enumerate(rows):
             num_top = row.sampling.logprobs
@@ -111,3 +149,8 @@ class GpuFirstTokens:
             else:
                 answers.append(SampledToken(token_id=ids[at], logprob=float(listed.logprob_R[at]), top=listed.top(at, num_top)))
         return answers
+
+
+def _position(row: RowSampling) -> int:
+    """Of the token to sample."""
+    return len(row.prompt_ids) + len(row.output_ids)

@@ -19,6 +19,7 @@ from torch import Tensor
 from duomo.engine.batch import StepBatch
 from duomo.engine.expert_counts import ExpertCounts, ExpertUse, PendingUse
 from duomo.engine.gpu_captured_layers import CapturedChunk, CapturedLimits, GpuCapturedLayers
+from duomo.engine.gpu_first_tokens import GpuFirstTokens, LastLogits
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_wave import GpuWave, upload_rows, upload_wave
 from duomo.engine.gpu_wave_attention import attend_over
@@ -83,13 +84,22 @@ class GpuBoundaryState:
 
     def fetch_use(self) -> PendingUse:
         """Queue that copy."""
+        only = self.captured_whole
+        if only is not None and self.captured is not None and self.captured.knows_all_routed(only):
+            return self.captured.fetch_use(only)
         for place, at in enumerate(self.begun):
             if isinstance(at, CapturedChunk):
                 self.count_captured(place, at)
         return self.counts.fetch()
 
+    @property
+    def captured_whole(self) -> CapturedChunk | None:
+        """The wave's only chunk, where it runs from graphs."""
+        only = self.begun[0]
+        return only if self.num_chunks == 1 and isinstance(only, CapturedChunk) else None
+
     def count_captured(self, place: int, at: CapturedChunk) -> None:
-        """What its replays have routed and is not counted. Of a wave of one chunk at the end, so that first tokens do not wait for it."""
+        """What its replays have routed and is not counted."""
         assert self.captured is not None
         if at.num_layers_told < at.num_layers_run:
             routed = self.captured.tell_routed(at)
@@ -107,11 +117,11 @@ class GpuPrefill:
         self.capture_s = 0.0
         self._expert_bytes_L = [layer.expert_bytes for layer in decoder.weights.layers]
 
-    def capture(self, limits: CapturedLimits, *, progress: bool = False) -> None:
-        """Capture what short chunks run: from here on they replay. Touches no KV."""
+    def capture(self, limits: CapturedLimits, first_tokens: GpuFirstTokens | None = None, *, progress: bool = False) -> None:
+        """Capture what short chunks run: from here on they replay. Touches no KV. first_tokens: who samples what they leave."""
         started_s = time.monotonic()
         self.captured = GpuCapturedLayers(self.decoder, self.cache, limits)
-        self.captured.capture(progress=progress)
+        self.captured.capture(first_tokens, progress=progress)
         self.capture_s = time.monotonic() - started_s
 
     @property
@@ -164,18 +174,26 @@ class GpuPrefill:
         """float32 [len(rows), V] of these rows, in ascending order where there are several chunks, after the last layer, on the device."""
         assert state.walk.is_over, state.walk.next_layers
         assert state.num_chunks == 1 or rows == sorted(rows), rows
-        only = state.begun[0]
-        if state.num_chunks == 1 and isinstance(only, CapturedChunk) and set(rows) <= set(last := state.batch.last_rows):
-            assert state.captured is not None
-            logits_SV = state.captured.last_logits(only)
+        last = state.batch.last_rows
+        if set(rows) <= set(last) and (left := self.leave_logits(state)) is not None:
             places = [last.index(row) for row in rows]
-            return logits_SV if places == list(range(len(last))) else logits_SV[upload_rows(places, self.cache.device)]
-        picked = []
+            is_all = places == list(range(len(last)))
+            return left.logits_SV[: len(last)].clone() if is_all else left.logits_SV[upload_rows(places, self.cache.device)]
+        picked, only = [], state.begun[0]
         for chunk, at in zip(state.chunks, state.begun, strict=True):
             mine = [row - chunk.row_lo for row in rows if chunk.row_lo <= row < chunk.row_hi]
             if mine or state.num_chunks == 1:
                 picked.append(_rows_of(state, at).select(upload_rows(mine, self.cache.device)))
         return self.decoder.logits(_joined(picked) if picked else _rows_of(state, only).select(upload_rows([], self.cache.device)))
+
+    def leave_logits(self, state: GpuBoundaryState) -> LastLogits | None:
+        """Queue the logits of every prompt's last row, in order, to where graphs leave them: for what is launched on this stream before the
+        next wave. None: the wave did not run from graphs as one chunk."""
+        only = state.captured_whole
+        if only is None:
+            return None
+        assert state.walk.is_over and state.captured is not None, state.walk.next_layers
+        return state.captured.leave_logits(only)
 
     def run(self, batch: StepBatch, chunk_tokens: int | None = None) -> tuple[GpuBoundaryState, Tensor]:
         """The whole wave: state and the logits [sequences, V] of each slice's last token."""

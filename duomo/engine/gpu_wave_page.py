@@ -22,23 +22,26 @@ LONG_WORDS = 2  # of an int64, which slots are
 
 
 class GpuWavePage:
-    """int32: num_valid [1], cu_seqlens [S + 1], start and last_row [S], sequence, position and token [R], table [S, W]. int64: slot [R].
+    """int32: num_valid and num_sequences [1], cu_seqlens [S + 1], start, end and last_row [S], sequence, position and token [R], table
+    [S, W]. int64: slot [R].
 
-    last_row: of every sequence. Rows past a wave's own up to its bucket have no slot (-1), position, sequence and token 0; sequences past
-    its own end where it ends, without a row or a prefix.
+    end: the position behind a sequence's last row; last_row: of every sequence. Rows past a wave's own up to its bucket have no slot (-1),
+    position, sequence and token 0; sequences past its own end where it ends, without a row or a prefix, and have an end of 0.
     """
 
     def __init__(self, max_rows: int, max_sequences: int, max_sequence_tokens: int, block_tokens: int, device: torch.device) -> None:
         self._block_tokens = block_tokens
         width = aligned(-(-max_sequence_tokens // block_tokens))
-        sizes = (1, max_sequences + 1, max_sequences, max_sequences, max_rows, max_rows, max_rows, LONG_WORDS * max_rows)
+        each, rows = max_sequences, max_rows
+        sizes = (1, 1, each + 1, each, each, each, rows, rows, rows, LONG_WORDS * rows)
         self._starts = list(accumulate((aligned(size) for size in (*sizes, max_sequences * width)), initial=0))
         self._width = width
         words = torch.zeros(self._starts[-1], dtype=torch.int32, device=device)
-        one, cu, start, last, sequence, position, token, slot = (
+        valid, num, cu, start, end, last, sequence, position, token, slot = (
             words[at : at + size] for at, size in zip(self._starts, sizes, strict=False)
         )
-        self.num_valid, self.cu_seqlens_S1, self.start_S, self.last_row_S = one, cu, start, last
+        self.num_valid, self.num_sequences = valid, num
+        self.cu_seqlens_S1, self.start_S, self.end_S, self.last_row_S = cu, start, end, last
         self.sequence_R, self.position_R, self.token_R, self.slot_R = sequence, position, token, slot.view(torch.int64)
         self.table_SW = words[self._starts[-2] : self._starts[-2] + max_sequences * width].view(max_sequences, width)
         self._words = words
@@ -68,12 +71,14 @@ class GpuWavePage:
         num, most = len(slices), self.start_S.shape[0]
         lengths = np.array([len(part.token_ids) for part in slices])
         starts, ends = np.array([part.start for part in slices]), np.cumsum(lengths)
-        words[0] = num_rows
-        cu, start, last = words[at[1] : at[1] + most + 1], words[at[2] : at[2] + most], words[at[3] : at[3] + most]
+        words[at[0]], words[at[1]] = num_rows, num
+        cu = words[at[2] : at[2] + most + 1]
+        start, end, last = (words[place : place + most] for place in at[3:6])
         cu[0], cu[1 : num + 1], cu[num + 1 :] = 0, ends, num_rows
         start[:num], start[num:] = starts, 0
+        end[:num], end[num:] = starts + lengths, 0
         last[:num], last[num:] = ends - 1, num_rows - 1
-        sequence, position, token = (words[place : place + bucket] for place in at[4:7])
+        sequence, position, token = (words[place : place + bucket] for place in at[6:9])
         sequence_T = np.repeat(np.arange(num), lengths)
         position_T = np.arange(num_rows) - np.repeat(ends - lengths - starts, lengths)
         token_T = array("i")
@@ -81,11 +86,11 @@ class GpuWavePage:
             token_T.extend(part.token_ids)
         for row_R, row_T in ((sequence, sequence_T), (position, position_T), (token, np.frombuffer(token_T, dtype=np.int32))):
             row_R[:num_rows], row_R[num_rows:] = row_T, 0
-        table_SW = words[at[8] : at[8] + num * self._width].reshape(num, self._width)
+        table_SW = words[at[10] : at[10] + num * self._width].reshape(num, self._width)
         for row, part in zip(table_SW, slices, strict=True):
             used = -(-part.end // self._block_tokens)
             row[:used] = array("i", part.block_table[:used])
-        slot = words[at[7] : at[7] + LONG_WORDS * bucket].view(np.int64)
+        slot = words[at[9] : at[9] + LONG_WORDS * bucket].view(np.int64)
         block_T = table_SW[sequence_T, position_T // self._block_tokens].astype(np.int64)
         slot[:num_rows], slot[num_rows:] = block_T * self._block_tokens + position_T % self._block_tokens, -1
-        return at[8] + num * self._width
+        return at[10] + num * self._width

@@ -24,6 +24,7 @@ GPU_BLOCK_TOKENS = 64
 SCALE_BLOCK = 128  # fp8 weights have one float32 scale for each block of 128 x 128
 NODES_PER_LAYER = 12  # kernels of one decode layer
 NODES_PER_WAVE_LAYER = 16  # of a captured layer of a wave
+NODES_AROUND_WAVE = 32  # and around its layers: embeddings, logits, the count of what was routed where
 NODES_PER_STEP = 16  # and of a step around its layers, samplers included
 BYTES_PER_NODE = 32 * 1024  # assumed, and meant to be too much: with what libraries take for captures
 LISTED_BYTES = 16384 * 8  # the sampler's list of candidates of one row: value and id
@@ -184,11 +185,13 @@ def captured_rows(config: ModelConfig, limits: MemoryLimits) -> int:
 
 
 def wave_graph_bytes(config: ModelConfig, limits: MemoryLimits, rows: int) -> int:
-    """Of the layers captured for every bucket up to so many rows."""
+    """Of what is captured for waves: for every bucket up to so many rows layers and what is around them; the sampling of first tokens."""
     buckets = wave_buckets_up_to(rows)
     num_sets = len(buckets) + sum(bucket >= ALONE_MIN_ROWS for bucket in buckets)
-    nodes = num_sets * config.num_layers * NODES_PER_WAVE_LAYER
-    shared = rows * (2 * config.hidden * limits.dtype_bytes + config.num_layers * config.top_k * 4) + MAX_WAVE_PROMPTS * config.vocab * 4
+    nodes = num_sets * config.num_layers * NODES_PER_WAVE_LAYER + len(buckets) * NODES_AROUND_WAVE + NODES_PER_STEP
+    of_rows = 2 * config.hidden * limits.dtype_bytes + config.num_layers * config.top_k * 4
+    of_prompts = config.vocab * 4 + LISTED_BYTES + config.num_layers * config.num_experts * 4
+    shared = rows * of_rows + MAX_WAVE_PROMPTS * of_prompts
     return nodes * BYTES_PER_NODE + activation_bytes(config, rows, limits.dtype_bytes) + shared
 
 

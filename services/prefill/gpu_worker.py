@@ -76,27 +76,36 @@ class GpuPrefillWorker:
 
     def begin(self, rows: Sequence[WaveRow], chunk_tokens: int | None = None) -> Computation:
         batch = batch_of(rows)
-        return Computation(batch=batch, state=self._prefill.begin(batch, chunk_tokens))
+        return _GpuComputation(batch=batch, state=self._prefill.begin(batch, chunk_tokens))
 
     def run_piece(self, computation: Computation, piece: Piece) -> Pending[float]:
         lo, hi = piece.groups
         stopwatch = _Stopwatch(self._device)
         if self._group_delay_s:
             time.sleep(self._group_delay_s * (hi - lo))
-        self._prefill.run_layers(self.group_bounds[lo], self.group_bounds[hi], _state(computation), piece.chunks)
+        mine, state = _state(computation)
+        self._prefill.run_layers(self.group_bounds[lo], self.group_bounds[hi], state, piece.chunks)
         stopwatch.stop()
+        mine.last_piece = stopwatch
         return stopwatch
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Pending[tuple[WaveOutput, ...]]:
-        state, computed = _state(computation), _Stopwatch(self._device)
-        computed.stop()
-        choices = [row for each in rows for row in each]
-        tokens: PendingTokens | None = None
-        if choices:
-            logits_SV, places = self._prefill.logits(state, wanted_rows(computation, rows)), places_of(rows)
-            logits_RV = logits_SV if len(places) == len(logits_SV) else logits_SV[upload_rows(places, self._device)]
-            tokens = self._first_tokens.launch(logits_RV, choices)
-        return _PendingOutputs(computed, tokens, state.fetch_use(), tuple(len(each) for each in rows))
+        mine, state = _state(computation)
+        assert mine.last_piece is not None, "a wave that has run nothing"
+        tokens = self._tokens(computation, rows) if any(rows) else None
+        return _PendingOutputs(mine.last_piece, tokens, state.fetch_use(), tuple(len(each) for each in rows))
+
+    def _tokens(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> PendingTokens:
+        """Of a row each prompt where graphs leave their logits; of other rows by copies of theirs."""
+        state, choices = _state(computation)[1], [row for each in rows for row in each]
+        left = self._prefill.leave_logits(state) if all(len(each) == 1 for each in rows) else None
+        if left is not None:
+            ends = [part.end for part in computation.batch.slices]
+            assert ends == [len(row.prompt_ids) + len(row.output_ids) for row in choices], "a row is sampled behind its prompt's last"
+            return self._first_tokens.launch_last(left, choices)
+        logits_SV, places = self._prefill.logits(state, wanted_rows(computation, rows)), places_of(rows)
+        logits_RV = logits_SV if len(places) == len(logits_SV) else logits_SV[upload_rows(places, self._device)]
+        return self._first_tokens.launch(logits_RV, choices)
 
     def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
         """The whole message, hashed on the device, on a stream of its own; what it reads is over."""
@@ -110,7 +119,7 @@ class GpuPrefillWorker:
 
 @dataclass(frozen=True, slots=True)
 class _PendingOutputs:
-    """A wave whose last tokens are being sampled. computed: over when its layers are. num_choices: of each prompt."""
+    """A wave whose first tokens are being sampled. computed: its last piece. num_choices: of each prompt."""
 
     computed: _Stopwatch
     tokens: PendingTokens | None
@@ -164,6 +173,13 @@ class _Stopwatch:
         return float(self._begin.elapsed_time(self._end)) / 1000
 
 
-def _state(computation: Computation) -> GpuBoundaryState:
-    assert isinstance(computation.state, GpuBoundaryState)
-    return computation.state
+@dataclass(slots=True, kw_only=True)
+class _GpuComputation(Computation):
+    """last_piece: the piece launched last."""
+
+    last_piece: _Stopwatch | None = None
+
+
+def _state(computation: Computation) -> tuple[_GpuComputation, GpuBoundaryState]:
+    assert isinstance(computation, _GpuComputation) and isinstance(computation.state, GpuBoundaryState)
+    return computation, computation.state

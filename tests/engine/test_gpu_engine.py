@@ -32,7 +32,7 @@ def never_loaded() -> GpuWeights:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU: the test below starts one there")
 def test_an_engine_starts_in_phases_and_serves_a_step() -> None:
     load = partial(random_gpu_weights, TINY, device=CPU, dtype=torch.float32, std=0.125)
-    start = EngineStart(config=TINY, load=load, limits=LIMITS, device=CPU, memory=DeviceBytes(total=8 * MB, free=8 * MB))
+    start = EngineStart(config=TINY, load=load, limits=LIMITS, device=CPU, memory=DeviceBytes(total=14 * MB, free=14 * MB))
     startup = Startup()
     engine = start_engine(start, startup)
     try:

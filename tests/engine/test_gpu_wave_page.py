@@ -27,9 +27,10 @@ def page() -> GpuWavePage:
 
 def assert_says(page: GpuWavePage, batch: StepBatch, bucket: int) -> None:
     expected, num, rows = upload_wave(batch, BLOCK_TOKENS, DEVICE), len(batch.slices), batch.num_rows
-    assert page.num_valid.tolist() == [rows]
+    assert page.num_valid.tolist() == [rows] and page.num_sequences.tolist() == [num]
     assert page.cu_seqlens_S1.tolist() == [*expected.cu_seqlens_S1.tolist(), *[rows] * (4 - num)]
     assert page.start_S.tolist() == [*expected.start_S.tolist(), *[0] * (4 - num)]
+    assert page.end_S.tolist() == [*(part.end for part in batch.slices), *[0] * (4 - num)]
     assert page.last_row_S.tolist() == [*batch.last_rows, *[rows - 1] * (4 - num)]
     for found_R, expected_T, padding in (
         (page.token_R, expected.token_id_T, 0),
@@ -70,4 +71,5 @@ def test_a_clear_page_has_no_rows() -> None:
     one = page()
     one.place(wave((30, 2)), 64)
     one.clear()
+    assert not one.num_sequences.any()
     assert one.slot_R.tolist() == [-1] * 64 and not one.num_valid.any() and not one.cu_seqlens_S1.any() and not one.token_R.any()

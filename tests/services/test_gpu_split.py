@@ -56,7 +56,7 @@ class Pair:
 def interpreted(part: EnginePart) -> GpuEngine:
     limits = MemoryLimits(max_batch=4, max_wave_tokens=64, max_model_tokens=64, block_tokens=16, dtype_bytes=4, part=part)
     load = partial(random_gpu_weights, known(TINY), device=torch.device("cpu"), dtype=torch.float32, std=0.125)
-    room = DeviceBytes(total=12_000_000, free=12_000_000)
+    room = DeviceBytes(total=17_250_000, free=17_250_000)
     engine = start_engine(
         EngineStart(config=known(TINY), load=load, limits=limits, device=torch.device("cpu"), memory=room, is_shared=True), Startup()
     )

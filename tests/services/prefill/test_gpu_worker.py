@@ -1,7 +1,10 @@
-"""The prefill worker over a GPU's engine, in Triton's interpreter where there is none: pieces, chunks, and what a wave read."""
+"""The prefill worker over a GPU's engine, in Triton's interpreter where there is none: pieces, chunks, what a wave
+read, and its end from graphs."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,7 +13,10 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
+from duomo.engine.expert_counts import ExpertCounts
+from duomo.engine.gpu_captured_layers import CapturedLimits
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
+from duomo.engine.gpu_first_tokens import GpuFirstTokens
 from duomo.engine.memory_plan import DeviceBytes, MemoryLimits
 from duomo.engine.sampler import RowSampling
 from duomo.engine.startup import Startup
@@ -28,13 +34,20 @@ CPU = torch.device("cpu")
 PROMPTS = [tuple(range(10, 43)), tuple(range(20, 29))]
 ROWS = [WaveRow(token_ids=PROMPTS[0], start=0, block_table=(4, 1, 3)), WaveRow(token_ids=PROMPTS[1], start=0, block_table=(0,))]
 GREEDY = Sampling(max_tokens=4, temperature=0.0)
+DRAWS = (
+    GREEDY,
+    Sampling(max_tokens=4, temperature=0.9, seed=5),
+    Sampling(max_tokens=4, temperature=1.1, top_k=7, top_p=0.9, seed=11),
+    Sampling(max_tokens=4, temperature=0.7, seed=3, presence_penalty=0.4, logprobs=2),
+)
+Waves = Sequence[tuple[list[WaveRow], list[list[RowSampling]]]]
 
 
 @pytest.fixture(scope="module")
 def engine() -> GpuEngine:
     limits = MemoryLimits(max_batch=2, max_wave_tokens=32, max_model_tokens=64, block_tokens=16, dtype_bytes=4)
     load = partial(random_gpu_weights, TINY, device=CPU, dtype=torch.float32, std=0.125)
-    memory = DeviceBytes(total=9_000_000, free=9_000_000)
+    memory = DeviceBytes(total=14_250_000, free=14_250_000)
     start = EngineStart(config=TINY, load=load, limits=limits, device=CPU, memory=memory, is_deterministic=True)
     made = start_engine(start, Startup())
     made.compilations.close()
@@ -67,3 +80,99 @@ def test_pieces_and_chunks_say_the_same_and_what_they_read(engine: GpuEngine) ->
             assert theirs.expert_counts.dtype == np.dtype(np.int32) and theirs.expert_counts.flags.c_contiguous
             assert np.array_equal(mine.expert_counts, theirs.expert_counts)
             assert (mine.expert_counts.sum(1) == len(prompt) * TINY.top_k).all()
+
+
+@pytest.fixture
+def captured(engine: GpuEngine) -> Iterator[GpuEngine]:
+    """Where nothing is captured graphs' bodies run: what they read and write is the same."""
+    engine.prefill.capture(CapturedLimits(max_rows=64, max_sequences=4, max_sequence_tokens=64), engine.first_tokens)
+    yield engine
+    engine.prefill.captured = None
+
+
+def asked(*samplings: Sampling, ids: tuple[int, ...]) -> list[RowSampling]:
+    """A row for each choice of one prompt, whose last token is one that another replica sampled."""
+    return [RowSampling(sampling=each, choice=at, prompt_ids=ids[:-1], output_ids=ids[-1:]) for at, each in enumerate(samplings)]
+
+
+def prompts(seed: int, *lengths: int, cached: int = 0) -> list[WaveRow]:
+    """In blocks of their own for each seed; `cached` tokens of each are in the pool, if a wave of the same seed has run."""
+    made, rows = random.Random(seed), []
+    for at, length in enumerate(lengths):
+        ids = tuple(made.randrange(3, TINY.vocab) for _ in range(60))[:length]
+        first = 16 * seed + 4 * at
+        rows.append(WaveRow(token_ids=ids, start=cached, block_table=range(first, first + 4)))
+    return rows
+
+
+def ends(engine: GpuEngine, waves: Waves) -> list[tuple[WaveOutput, ...]]:
+    """Waves that take turns between their groups, and end one behind the other before anyone waits."""
+    sizes = WorkerSizes(num_blocks=engine.plan.num_blocks, block_tokens=16, units=2, units_per_group=1, torch_threads=1)
+    worker = GpuPrefillWorker(engine, sizes)
+    computations = [worker.begin(rows) for rows, _ in waves]
+    for group in range(2):
+        for computation in computations:
+            worker.run_piece(computation, Piece(groups=(group, group + 1), chunks=(0, 1)))
+    pending = [worker.sample(computation, samplings) for computation, (_, samplings) in zip(computations, waves, strict=True)]
+    return [each.wait() for each in pending]
+
+
+def assert_same(mine: list[tuple[WaveOutput, ...]], theirs: list[tuple[WaveOutput, ...]]) -> None:
+    for outputs, their_outputs in zip(mine, theirs, strict=True):
+        for one, other in zip(outputs, their_outputs, strict=True):
+            assert one.sampled == other.sampled and one.error is None and other.error is None
+            assert np.array_equal(one.expert_counts, other.expert_counts) and one.expert_counts.flags.c_contiguous
+            assert one.expert_bytes == other.expert_bytes
+
+
+def turns() -> list[Waves]:
+    """Waves that run beside each other."""
+
+    def each(rows: list[WaveRow], *kinds: int) -> tuple[list[WaveRow], list[list[RowSampling]]]:
+        return rows, [asked(DRAWS[kind], ids=tuple(row.token_ids)) for row, kind in zip(rows, kinds, strict=True)]
+
+    return [
+        [each(prompts(1, 17), 0)],
+        [each(prompts(1, 20, 16, 3, 20), 0, 1, 2, 0)],
+        [each(prompts(1, 33, 20, cached=16), 1, 0)],  # behind what the wave before left
+        [each(prompts(2, 40, 7), 3, 1)],
+        [each(prompts(1, 30, 30), 0, 1), each(prompts(2, 12), 2), each(prompts(3, 8, 9, 10), 0, 0, 0)],
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+def test_ends_of_waves_from_graphs_are_those_that_are_launched(captured: GpuEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deterministic layers: the same bits, so the same tokens and counts. From graphs nothing is launched by itself."""
+
+    def refused(*_: object) -> None:
+        raise AssertionError("launched by itself")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GpuFirstTokens, "launch", refused)
+        patched.setattr(ExpertCounts, "add", refused)
+        patched.setattr(ExpertCounts, "fetch", refused)
+        mine = [ends(captured, waves) for waves in turns()]
+    captured.prefill.captured = None
+    for outputs, waves in zip(mine, turns(), strict=True):
+        assert_same(outputs, ends(captured, waves))
+        for wave, (rows, _) in zip(outputs, waves, strict=True):
+            for output, row in zip(wave, rows, strict=True):
+                assert (output.expert_counts.sum(1) == (len(row.token_ids) - row.start) * TINY.top_k).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+def test_prompts_that_nobody_wants_and_several_choices(captured: GpuEngine) -> None:
+    """Their tokens are launched; what the wave has routed is counted from graphs all the same, of the unwanted too."""
+    rows = prompts(1, 20, 9, 3)
+    one, two, three = (asked(DRAWS[at], ids=tuple(row.token_ids)) for at, row in enumerate(rows))
+    cases: list[list[list[RowSampling]]] = [
+        [one, [], three],
+        [[], [], []],
+        [one, asked(DRAWS[1], DRAWS[1], DRAWS[1], ids=tuple(rows[1].token_ids)), three],
+    ]
+    mine = [ends(captured, [(rows, samplings)]) for samplings in cases]
+    captured.prefill.captured = None
+    for outputs, samplings in zip(mine, cases, strict=True):
+        assert_same(outputs, ends(captured, [(rows, samplings)]))
+        assert [len(output.sampled) for output in outputs[0]] == [len(each) for each in samplings]
+        assert all(output.expert_counts.any() for output in outputs[0]) and outputs[0][0].expert_bytes > 0
