@@ -160,6 +160,7 @@ def _model_object(gateway: Gateway) -> dict[str, object]:
         "root": card.name,
         "max_model_len": card.context_tokens,
         "context_length": card.context_tokens,
+        "vocab_size": card.vocab_size,
         "total_parameters": card.total_params,
         "active_parameters": card.active_params,
         "num_experts": card.num_experts,

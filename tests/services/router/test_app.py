@@ -345,7 +345,7 @@ def test_health_models_metrics_and_pools(tmp_path: Path) -> None:
             get = system.client.get
             assert (await get("/health/live")).status_code == (await get("/health/ready")).status_code == 200
             model = (await get("/v1/models")).json()["data"][0]
-            assert (model["id"], model["context_length"], model["num_experts"]) == (MODEL.name, 2048, 16)
+            assert (model["id"], model["context_length"], model["vocab_size"], model["num_experts"]) == (MODEL.name, 2048, 8192, 16)
             assert (model["total_parameters"], model["active_parameters"]) == (16291072, 6853888)
             await system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 4})
             metrics = (await get("/metrics")).text
