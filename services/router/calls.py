@@ -130,6 +130,7 @@ class Call:
     def _close(self, sink: Sink) -> None:
         if self._watcher is not None:
             self._watcher.cancel()
+            self._watcher = None  # it holds the sink, which holds us
         flights, self._flights = self._flights, []
         for flight in flights:
             self._gateway.close(flight, sink.error if isinstance(sink.error, RequestCancelled) else None)

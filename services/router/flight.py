@@ -183,4 +183,7 @@ class Flight:
         self.milestones.last_s = time.monotonic()
         if self.timer is not None:
             self.timer.cancel()
+            self.timer = None
         self.on_over(self, error)
+        for choice in self.choices:
+            choice.leg = None  # a ring through this flight, which would hold the prompt until the collector's next full run
