@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 
 from duomo.errors import WireError
 from duomo.telemetry.expert_loads import ExpertLoads
+from duomo.telemetry.grown_counts import GrownCounts
 from duomo.telemetry.parts import Parts
 from duomo.wire.histogram import unpacked
 from duomo.wire.messages import ReplicaReport
@@ -28,6 +29,7 @@ _TOKEN_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 
 _REQUEST_BUCKETS_S: Final = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92, 163.84, 327.68)
 _PHASE_BUCKETS_S: Final = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _REPLICA: Final = ("role", "replica")
+_PREFILL_COUNTS: Final = ("prefill_tokens_computed", "prefill_tokens_cached", "expert_bytes_read")
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,7 @@ class Metrics:
         self.experts = ExpertLoads()
         self.registry.register(_ExpertGauges(self.experts))
         self._replicas: dict[str, str] = {}
-        self._counted: dict[str, tuple[str, dict[str, int]]] = {}  # by replica id: the start that it is of, and what was counted of it
+        self.counted = GrownCounts()
 
     def _make_request_metrics(self, registry: CollectorRegistry) -> None:
         self.time_to_first_token = Histogram(
@@ -184,7 +186,8 @@ class Metrics:
         for counter, count in report.counters.items():
             self.replica_counters.labels(*who, counter).set(count)
         if report.role == "prefill":
-            new = self._new_counts(report)
+            counts = {name: report.counters.get(name, 0) for name in _PREFILL_COUNTS}
+            new = self.counted.grown(report.replica_id, report.boot_id, counts)
             self.prefill_tokens.labels("computed").inc(new["prefill_tokens_computed"])
             self.prefill_tokens.labels("cached").inc(new["prefill_tokens_cached"])
             self.prefill_expert_bytes.inc(new["expert_bytes_read"])
@@ -194,18 +197,10 @@ class Metrics:
             except WireError as error:
                 log.warning("%s reports experts that cannot be read: %s", report.replica_id, error.detail)
 
-    def _new_counts(self, report: ReplicaReport) -> dict[str, int]:
-        """By how much the counters of a prefill replica grew since its last report. Kept where it is gone: it may be back."""
-        boot_id, before = self._counted.get(report.replica_id, ("", {}))
-        if boot_id != report.boot_id:
-            before = {}
-        now = {name: report.counters.get(name, 0) for name in ("prefill_tokens_computed", "prefill_tokens_cached", "expert_bytes_read")}
-        self._counted[report.replica_id] = (report.boot_id, now)
-        return {name: max(count - before.get(name, 0), 0) for name, count in now.items()}
-
     def forget_replica(self, replica_id: str) -> None:
         """A replica that is gone leaves no gauge behind."""
         self.experts.forget(replica_id)
+        self.counted.forget(replica_id)
         role = self._replicas.pop(replica_id, None)
         if role is None:
             return

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from duomo.telemetry.grown_counts import KEPT_GONE
 from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.parts import Parts
 from duomo.wire.histogram import packed
@@ -97,6 +98,15 @@ def test_prefills_counts_grow_over_reports_and_starts_and_never_shrink() -> None
     assert seen["duomo_prefill_tokens_total", "computed"] == 180
     assert seen["duomo_prefill_tokens_total", "cached"] == 21
     assert seen["duomo_prefill_expert_bytes_total",] == 7_400
+
+
+def test_replicas_that_restart_under_new_ids_are_not_kept_for_ever() -> None:
+    metrics = Metrics()
+    for number in range(3 * KEPT_GONE):
+        metrics.observe_report(msgspec.structs.replace(prefill_report("a", 1, 0, 0), replica_id=f"prefill-{number}"))
+        metrics.forget_replica(f"prefill-{number}")
+    assert len(metrics.counted) == KEPT_GONE
+    assert scraped(metrics)["duomo_prefill_tokens_total", "computed"] == 3 * KEPT_GONE
 
 
 def test_experts_are_a_few_series_a_layer_that_vanish_with_their_replicas() -> None:
