@@ -52,8 +52,8 @@ class Choice:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Leg:
-    """One attempt. num_tokens are queued on P, num_blocks reserved and num_booked_choices placed on D. has_first_token: P
-    answered; has_landed: D emitted, so P's death no longer matters; *_is_over: that side said so."""
+    """One attempt. num_tokens are queued on P (room_tokens of them count against its room), num_blocks reserved and num_booked_choices
+    placed on D. has_first_token: P answered; has_landed: D emitted, so P's death no longer matters; *_is_over: that side said so."""
 
     flight: Flight
     wire_id: str
@@ -62,6 +62,7 @@ class Leg:
     prefill: ReplicaLink
     decode: ReplicaLink
     num_tokens: int
+    room_tokens: int
     num_blocks: int
     num_booked_choices: int
     has_first_token: bool = False

@@ -38,13 +38,17 @@ def prefill_views(links: Iterable[ReplicaLink], config: DuomoConfig) -> list[Pre
         report = link.report
         if report is None:
             continue
+        wave_tokens = config.prefill.max_wave_tokens
+        others_tokens = report.num_queued_tokens if not link.legs else 0
         views.append(
             PrefillView(
                 key=link.key,
-                queued_tokens=max(link.queued_tokens, report.num_queued_tokens if not link.legs else 0),
+                queued_tokens=max(link.queued_tokens, others_tokens),
+                room_tokens=max(link.room_tokens, min(others_tokens, report.num_queued * wave_tokens)),
                 num_blocks=report.num_blocks,
                 block_tokens=report.block_tokens,
-                max_queued_tokens=_WAVES_AHEAD * config.prefill.max_wave_tokens,
+                wave_tokens=wave_tokens,
+                max_queued_tokens=_WAVES_AHEAD * wave_tokens,
                 is_open=link.is_usable,
             )
         )
@@ -90,6 +94,7 @@ def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink]) 
         prefill=links[route.prefill],
         decode=links[route.decode],
         num_tokens=need_tokens,
+        room_tokens=route.room_tokens,
         num_blocks=route.num_blocks,
         num_booked_choices=len(pending.choices),
     )
@@ -99,6 +104,7 @@ def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink]) 
         choice.leg = leg
     leg.prefill.legs.add(leg)
     leg.prefill.queued_tokens += leg.num_tokens
+    leg.prefill.room_tokens += leg.room_tokens
     leg.decode.legs.add(leg)
     leg.decode.reserved_blocks += leg.num_blocks
     leg.decode.unlanded_blocks += leg.num_blocks
@@ -164,6 +170,7 @@ def mark_first_token(leg: Leg) -> None:
     if not leg.has_first_token:
         leg.has_first_token = True
         leg.prefill.queued_tokens -= leg.num_tokens
+        leg.prefill.room_tokens -= leg.room_tokens
         leg.decode.unlanded_blocks -= leg.num_blocks
 
 

@@ -8,12 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillView:
-    """A prefill replica as the gateway knows it now. queued_tokens: prompt tokens sent and not answered by a first token."""
+    """A prefill replica as the gateway knows it now. queued_tokens: prompt tokens sent and not answered by a first token.
+
+    room_tokens: the same, but of each prompt wave_tokens at most: shorter prompts overtake what is longer than a wave, so that it keeps
+    nobody here.
+    """
 
     key: str
     queued_tokens: int
+    room_tokens: int
     num_blocks: int
     block_tokens: int
+    wave_tokens: int
     max_queued_tokens: int
     is_open: bool = True
 
@@ -47,12 +53,13 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The chosen pair, why, and how many of D's blocks it reserves."""
+    """The chosen pair, why, how many of D's blocks it reserves, and what it counts against P's room."""
 
     prefill: str
     decode: str
     reason: str
     num_blocks: int
+    room_tokens: int
 
 
 def blocks_for(num_tokens: int, block_tokens: int) -> int:
@@ -78,7 +85,11 @@ def has_prefill_room(view: PrefillView, need: Need) -> bool:
     """The prompt fits the replica at all, and its queue is not so long that waiting here serves better."""
     if blocks_for(need.num_tokens, view.block_tokens) > view.num_blocks:
         return False
-    return view.queued_tokens == 0 or view.queued_tokens + need.num_tokens <= view.max_queued_tokens
+    return view.room_tokens == 0 or view.room_tokens + _room_tokens(view, need) <= view.max_queued_tokens
+
+
+def _room_tokens(view: PrefillView, need: Need) -> int:
+    return min(need.num_tokens, view.wave_tokens)
 
 
 def pick_route(
@@ -96,7 +107,7 @@ def pick_route(
     prefill = min(open_prefills, key=lambda view: (view.key in avoid, view.queued_tokens, view.key))
     decode = min(open_decodes, key=lambda view: (view.key in avoid, -view.free_blocks, view.key))
     reason = _reason(len(open_prefills), len(open_decodes), prefill.key, decode.key, avoid)
-    return Route(prefill.key, decode.key, reason, decode_blocks(need, decode.block_tokens))
+    return Route(prefill.key, decode.key, reason, decode_blocks(need, decode.block_tokens), _room_tokens(prefill, need))
 
 
 def _reason(num_prefills: int, num_decodes: int, prefill: str, decode: str, avoid: frozenset[str]) -> str:

@@ -47,8 +47,8 @@ class MemberSource(Protocol):
 class ReplicaLink:
     """A live connection to one start of one replica. The counters are this gateway's own share of the replica's load.
 
-    queued_tokens: prompt tokens sent to P and unanswered. reserved_blocks: promised on D; unlanded_blocks: the part of them whose
-    prompt has not arrived there, so that D's report does not show it. num_choices: on D.
+    queued_tokens: prompt tokens sent to P and unanswered; room_tokens: what of them counts against its room. reserved_blocks: promised on
+    D; unlanded_blocks: the part of them whose prompt has not arrived there, so that D's report does not show it. num_choices: on D.
     """
 
     def __init__(self, member: Member, connection: Connection, role: Literal["prefill", "decode"]) -> None:
@@ -61,6 +61,7 @@ class ReplicaLink:
         self.report_received_s = 0.0
         self.legs: set[Leg] = set()
         self.queued_tokens = 0
+        self.room_tokens = 0
         self.reserved_blocks = 0
         self.unlanded_blocks = 0
         self.num_choices = 0

@@ -7,7 +7,7 @@ import pytest
 from services.router.admission import Admit, Queue, Refuse, decide, never_fits
 from services.router.policy import DecodeView, Need, PrefillView
 
-P = PrefillView(key="p", queued_tokens=0, num_blocks=64, block_tokens=16, max_queued_tokens=4096)
+P = PrefillView(key="p", queued_tokens=0, room_tokens=0, num_blocks=64, block_tokens=16, wave_tokens=512, max_queued_tokens=4096)
 D = DecodeView(key="d", free_blocks=32, num_blocks=32, block_tokens=16, watermark_blocks=4, num_choices=0, max_choices=16)
 NEED = Need(num_tokens=60, new_tokens=60, num_choices=1, ahead_tokens=256)
 

@@ -7,7 +7,8 @@ from services.router.policy import DecodeView, Need, PrefillView
 
 
 def prefill(key: str, queued_tokens: int = 0, *, is_open: bool = True) -> PrefillView:
-    return PrefillView(key=key, queued_tokens=queued_tokens, num_blocks=512, block_tokens=16, max_queued_tokens=8000, is_open=is_open)
+    limits = {"num_blocks": 512, "block_tokens": 16, "wave_tokens": 1000, "max_queued_tokens": 8000}
+    return PrefillView(key=key, queued_tokens=queued_tokens, room_tokens=queued_tokens, is_open=is_open, **limits)
 
 
 def decode(key: str, free_blocks: int = 100, num_choices: int = 0, *, is_open: bool = True) -> DecodeView:

@@ -9,7 +9,8 @@ from services.router.policy import DecodeView, Need, PrefillView, decode_blocks,
 
 
 def prefill(key: str, queued: int = 0, **fields: object) -> PrefillView:
-    return PrefillView(**({"key": key, "queued_tokens": queued, "num_blocks": 512, "block_tokens": 16, "max_queued_tokens": 4096} | fields))
+    limits = {"num_blocks": 512, "block_tokens": 16, "wave_tokens": 512, "max_queued_tokens": 4096}
+    return PrefillView(**({"key": key, "queued_tokens": queued, "room_tokens": queued} | limits | fields))
 
 
 def decode(key: str, free: int = 100, **fields: object) -> DecodeView:
@@ -45,6 +46,19 @@ def test_closed_full_or_draining_replicas_get_nothing() -> None:
     assert pick_route([prefill("a")], [decode("x", num_choices=64)], NEED) is None
     assert pick_route([prefill("a", 4000)], [decode("x")], NEED) is None
     assert pick_route([], [decode("x")], NEED) is None
+
+
+def test_a_prompt_longer_than_a_wave_keeps_nobody_from_the_queue() -> None:
+    """Shorter ones overtake it there. It counts as a wave, and another like it as one more."""
+    long = Need(num_tokens=6000, new_tokens=64, num_choices=1, ahead_tokens=256)
+    free, room = prefill("a"), 4096
+    assert pick_route([free], [decode("x", 500, num_blocks=600)], long).room_tokens == 512
+    busy = prefill("a", 6000, room_tokens=512)
+    assert has_prefill_room(busy, NEED) and has_prefill_room(busy, long)
+    assert not has_prefill_room(prefill("a", 48_000, room_tokens=room), long) and not has_prefill_room(
+        prefill("a", 48_000, room_tokens=room), NEED
+    )
+    assert pick_route([busy, prefill("b", 900)], [decode("x")], NEED).prefill == "b", "where it would wait longer is still known"
 
 
 def test_choices_share_full_prompt_blocks_only() -> None:
