@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -40,6 +41,7 @@ from bench.serve.soak_watch import gpu_name
 
 TRACE_QUANTILES = (0.05, 0.5, 0.95, 1.0)  # of a trace's prompts, whose lengths are measured alone
 TRACE_OUTPUT_TOKENS = 64  # of those, at most
+SETTLE_S = 0.5  # after a load some of which was cut off: until the server knows, the next would share it with the rest
 ALONE_S = 600.0  # limit of one request alone
 
 
@@ -131,6 +133,8 @@ class Run:
         end_s = max(end_s, 0.001)
         played = self._pool.play(self._target, requests, end_s + self._asked.drain_s)
         seen = [one for each in played for one in each.seen]
+        if any(one.error for one in seen):
+            time.sleep(SETTLE_S)
         lag_s = {str(number): np.asarray(each.lag_s) for number, each in enumerate(played)}
         verdict = client_verdict(lag_s, {str(number): each.cpu_share for number, each in enumerate(played)})
         is_kept = self.limits.are_kept_by if self.unloaded else None

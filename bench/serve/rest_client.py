@@ -26,10 +26,11 @@ class StreamResult:
     event_times_s: list[float] = field(default_factory=list)
     error: dict[str, Any] | None = None
     usage: dict[str, Any] | None = None
+    counted_tokens: int = 0  # by usage that came with the tokens, where the server sends it with every event
     is_done: bool = False
     started_s: float = 0.0
     request_id: str = ""
-    on_tokens: Callable[[float, int], None] | None = None  # called as they come, with when and how many; 1 where the event gives no ids
+    on_tokens: Callable[[float, int], None] | None = None  # called as they come, with when and how many; 1 where the event does not say
 
     @property
     def ttft_s(self) -> float:
@@ -37,7 +38,8 @@ class StreamResult:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(ids) for ids in self.token_ids.values())
+        """That the server told of; 0 of one that tells neither ids nor counts."""
+        return sum(len(ids) for ids in self.token_ids.values()) or self.counted_tokens
 
 
 def _take_event(result: StreamResult, payload: bytes) -> None:
@@ -49,19 +51,23 @@ def _take_event(result: StreamResult, payload: bytes) -> None:
         result.error = event["error"]
         return
     result.request_id = event.get("id", result.request_id)
+    choices = event.get("choices") or ()
     if event.get("usage"):
         result.usage = event["usage"]
+    told = (event.get("usage") or {}).get("completion_tokens") if choices else None
     num_tokens = 0
-    for choice in event.get("choices", ()):
+    for choice in choices:
         idx = choice["index"]
         piece = choice["text"] if "text" in choice else _said(choice.get("delta") or {})
         result.text[idx] = result.text.get(idx, "") + piece
-        result.token_ids.setdefault(idx, []).extend(choice.get("token_ids") or ())
+        ids = choice.get("token_ids") or ()
+        result.token_ids.setdefault(idx, []).extend(ids)
         if choice.get("finish_reason"):
             result.finish_reasons[idx] = choice["finish_reason"]
-        if choice.get("token_ids") or piece:
+        if count := len(ids) or (bool(piece) if told is None else told - result.counted_tokens):
             result.event_times_s.append(time.monotonic())
-            num_tokens += len(choice.get("token_ids") or (0,))
+            num_tokens += count
+    result.counted_tokens = told or result.counted_tokens
     if num_tokens and result.on_tokens is not None:
         result.on_tokens(result.event_times_s[-1], num_tokens)
 

@@ -101,7 +101,7 @@ class _Flight:
 
 
 def told_tokens(result: StreamResult) -> int:
-    """By their ids, where the server names them; else what it says of the usage; else one for each event that brought text."""
+    """As events tell; else as the usage at the end does; else one for each event that brought text."""
     usage = (result.usage or {}).get("completion_tokens")
     return result.num_tokens or (usage if isinstance(usage, int) else len(result.event_times_s))
 

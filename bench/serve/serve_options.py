@@ -19,6 +19,7 @@ from bench.serve.serve_search import Search
 from bench.serve.serve_trace import TraceError, read_trace
 
 RAMP_SHARE = 0.1
+SHORTEST_S = 0.2
 Told = TypeVar("Told")
 
 
@@ -174,8 +175,8 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if not re.match(r"https?://[^/]", options.url):
         parser.error(f"--url {options.url}: such as http://127.0.0.1:8000")
-    if options.duration_s < 1.0:
-        parser.error(f"--duration-s {options.duration_s:g}: at least 1")
+    if options.duration_s < SHORTEST_S:
+        parser.error(f"--duration-s {options.duration_s:g}: at least {SHORTEST_S:g}")
     if options.ramp_s is not None and options.ramp_s > options.duration_s / 2:
         parser.error(f"--ramp-s {options.ramp_s:g}: at most half of --duration-s, {options.duration_s:g}")
     if options.search and not 0.01 <= options.precision:

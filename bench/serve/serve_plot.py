@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bench.axes import BLUE, FLOOR_GREY, GREEN, ORANGE, PURPLE, SKY, YELLOW, new
 from bench.serve.serve_report import told_load
 
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW)
+TITLE_COLUMNS = 80
 LINES = {"tpot": ("p50_s", "TPOT p50", "o-"), "itl": ("p95_s", "ITL p95", "s--")}
 
 
@@ -29,7 +31,8 @@ def draw_all(contents: Sequence[Mapping[str, Any]], stem: Path) -> list[Path]:
     """stem_pareto and stem_goodput; a colour for each file. Throughput is that of a GPU where all say how many they have."""
     if not any(point["figures"]["itl"] for content in contents for point in content["points"]):
         return []
-    title = told_load(contents[0]["asked"]["load"]) + f"\n{contents[0]['host']['device'] or contents[0]['host']['cpu']}"
+    load = textwrap.fill(told_load(contents[0]["asked"]["load"]), TITLE_COLUMNS)
+    title = f"{load}\n{contents[0]['host']['device'] or contents[0]['host']['cpu']}"
     pareto, goodput = (stem.with_name(f"{stem.name}_{kind}") for kind in ("pareto", "goodput"))
     return [*_draw_pareto(contents, title, pareto), *_draw_goodput(contents, title, goodput)]
 

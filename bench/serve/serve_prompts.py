@@ -13,6 +13,7 @@ from bench.serve.serve_plan import Piece, Request
 
 FIRST_ID = 10  # below are special ones, in the models served here
 Api = Literal["completions", "chat"]
+Counting = Literal["usage", "ids", "events"]
 
 # Short and frequent, so that most are one token in any large vocabulary; what they come to in a server's is asked of it.
 _WORDS = (
@@ -25,13 +26,17 @@ _WORDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dialect:
-    """How a server is spoken to. vocab: prompt ids lie in [FIRST_ID, vocab). reports_token_ids, ignores_eos: it takes the fields
-    return_token_ids and ignore_eos. tokens_per_word, fixed_tokens: of a chat's text and of the template around it."""
+    """How a server is spoken to.
+
+    vocab: prompt ids lie in [FIRST_ID, vocab). counting: how an event tells its tokens; by usage in each (which costs a server less than
+    ids: vLLM sends the prompt's back too), by ids, or one an event. ignores_eos: it takes the field ignore_eos. tokens_per_word,
+    fixed_tokens: of a chat's text and of the template around it.
+    """
 
     model: str
     api: Api
     vocab: int
-    reports_token_ids: bool = True
+    counting: Counting = "ids"
     ignores_eos: bool = True
     tokens_per_word: float = 1.0
     fixed_tokens: float = 0.0
@@ -47,9 +52,10 @@ def body_of(request: Request, dialect: Dialect) -> bytes:
         prompt: dict[str, Any] = {"prompt": [each for piece in request.pieces for each in ids_of(piece, dialect.vocab)]}
     else:
         prompt = {"messages": [{"role": "user", "content": text_of(request, dialect)}]}
-    asked = {"model": dialect.model, "max_tokens": request.output_tokens, "temperature": 0, "stream": True}
-    options = {"return_token_ids": dialect.reports_token_ids, "ignore_eos": dialect.ignores_eos}
-    said = asked | {"stream_options": {"include_usage": True}} | {name: True for name, is_taken in options.items() if is_taken} | prompt
+    usage = {"include_usage": True} | ({"continuous_usage_stats": True} if dialect.counting == "usage" else {})
+    asked = {"model": dialect.model, "max_tokens": request.output_tokens, "temperature": 0, "stream": True, "stream_options": usage}
+    options = {"return_token_ids": dialect.counting == "ids", "ignore_eos": dialect.ignores_eos}
+    said = asked | {name: True for name, is_wanted in options.items() if is_wanted} | prompt
     return json.dumps(said, separators=(",", ":")).encode()
 
 

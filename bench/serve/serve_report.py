@@ -129,11 +129,10 @@ def _remarks(content: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) ->
     for point in points:
         if not point["were_clients_fine"]:
             late = ms(point["figures"]["late"], "p99_s")
-            remarks.append(
-                f"! at {point['rate']:g}/s the clients could not keep the schedule: sends {late} ms late at p99; {point['clients']}. "
-                "These figures are theirs too, not the server's alone: more --clients, or cores of their own"
-            )
+            remarks.append(f"! at {point['rate']:g}/s the clients did not keep up: sends {late} ms late at p99; {point['clients']}")
         remarks += [f"at {point['rate']:g}/s {count} failed: {error}" for error, count in point["figures"]["errors"].items()]
+    if not all(point["were_clients_fine"] for point in points):
+        remarks.append("! where clients did not keep up, times are theirs too, not the server's alone: give them cores, or more --clients")
     several = sum(point["figures"]["events_with_several_tokens"] for point in points)
     if several:
         remarks.append(f"{several} events brought several tokens: ITL is between events")

@@ -6,6 +6,7 @@ Everything is asked of the server itself, by a few requests of two tokens. Whate
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import urllib.error
 import urllib.request
@@ -16,12 +17,13 @@ from typing import Any, Literal
 from bench.serve.rest_client import StreamResult, post
 from bench.serve.serve_client import Target
 from bench.serve.serve_plan import Piece, Request
-from bench.serve.serve_prompts import FIRST_ID, Api, Dialect, body_of
+from bench.serve.serve_prompts import FIRST_ID, Api, Counting, Dialect, body_of
 from bench.serve.soak_client import fault_of
 
 TIMEOUT_S = 60.0
 DEFAULT_VOCAB = 8000  # fewer than any model served here has
 REFUSALS = (400, 404, 405, 415, 422, 501)  # of a field or an endpoint; others are faults of the moment
+_COUNTINGS: tuple[Counting, ...] = ("usage", "ids", "events")  # best first
 _PROBE_WORDS = (64, 256)
 
 
@@ -91,15 +93,17 @@ def _with_dialect(server: Server, api: Api | Literal["auto"]) -> Server:
 
 
 def _first_taken(target: Target) -> tuple[Target | None, str]:
-    """The target with the most fields that the server takes; else why it refused the most."""
+    """The target with the best of the fields that the server takes and heeds; else why it refused the first."""
     why = ""
-    for reports, ignores in ((True, True), (False, True), (True, False), (False, False)):
-        tried = replace(target, dialect=replace(target.dialect, reports_token_ids=reports, ignores_eos=ignores))
+    for ignores, counting in itertools.product((True, False), _COUNTINGS):
+        tried = replace(target, dialect=replace(target.dialect, counting=counting, ignores_eos=ignores))
         result = _ask(tried, 4, [FIRST_ID, FIRST_ID + 1])
         if result.status == 200:
             if fault := fault_of(result, 2 if ignores else result.num_tokens):
                 raise SystemExit(f"--url {target.url}: a request of two tokens fails: {fault}")
-            return tried, ""
+            if {"usage": result.counted_tokens, "ids": result.num_tokens, "events": 1}[counting]:
+                return tried, ""
+            continue  # it knows nothing of the field, and let it pass
         if result.status not in REFUSALS:
             raise SystemExit(f"--url {target.url}: a request of two tokens fails: status {result.status}, {_reason(result)}")
         why = why or _reason(result)
@@ -142,8 +146,8 @@ def _measured(target: Target) -> Target:
 
 def _missing(dialect: Dialect) -> tuple[str, ...]:
     notes = []
-    if not dialect.reports_token_ids:
-        notes.append("the server takes no return_token_ids: tokens are counted by usage and by events with text")
+    if dialect.counting == "events":
+        notes.append("events do not say how many tokens they bring: one each, where there is text; the last one tells how many there were")
     if not dialect.ignores_eos:
         notes.append("the server takes no ignore_eos: answers end where the model ends them")
     return tuple(notes)

@@ -119,7 +119,9 @@ def test_bodies_say_what_the_server_takes() -> None:
     whole = json.loads(body_of(request, Dialect(model="m", api="completions", vocab=50)))
     assert (whole["model"], whole["max_tokens"], whole["stream"], len(whole["prompt"])) == ("m", 9, True, 30)
     assert whole["ignore_eos"] is True and whole["return_token_ids"] is True and whole["stream_options"] == {"include_usage": True}
-    bare = Dialect(model="m", api="chat", vocab=50, reports_token_ids=False, ignores_eos=False, tokens_per_word=1.5, fixed_tokens=6.0)
+    told = json.loads(body_of(request, Dialect(model="m", api="completions", vocab=50, counting="usage")))
+    assert told["stream_options"]["continuous_usage_stats"] is True and "return_token_ids" not in told
+    bare = Dialect(model="m", api="chat", vocab=50, counting="events", ignores_eos=False, tokens_per_word=1.5, fixed_tokens=6.0)
     said = json.loads(body_of(request, bare))
     assert not {"ignore_eos", "return_token_ids", "prompt"} & set(said) and said["messages"][0]["content"] == text_of(request, bare)
     assert len(text_of(request, bare).split()) == (30 - 6) / 1.5
