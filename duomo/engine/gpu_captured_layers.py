@@ -102,6 +102,7 @@ class GpuCapturedLayers:
         self._counts = GpuCapturedCounts(most, limits.max_sequences, config.num_experts, expert_bytes_L, device)
         logits_SV = torch.zeros(limits.max_sequences, config.vocab, device=device)
         self._last = LastLogits(logits_SV, position_S=self._page.end_S, num_valid=self._page.num_sequences, graphs=self.graphs)
+        self._ways = {rows: self._ways_of(rows) for rows in self.buckets}
         self._owner: weakref.ref[CapturedChunk] | None = None
 
     def bucket_of(self, batch: StepBatch) -> int | None:
@@ -113,7 +114,7 @@ class GpuCapturedLayers:
         bucket = self.bucket_of(batch)
         assert bucket is not None, "a chunk without a bucket"
         is_alone = len(batch.slices) == 1 and not batch.slices[0].start
-        return CapturedChunk(batch, bucket, "alone" if is_alone and "alone" in self._ways(bucket) else "under")
+        return CapturedChunk(batch, bucket, "alone" if is_alone and "alone" in self._ways[bucket] else "under")
 
     @torch.inference_mode()
     def capture(self, first_tokens: GpuFirstTokens | None = None, *, progress: bool = False) -> None:
@@ -126,7 +127,7 @@ class GpuCapturedLayers:
             for rows in tqdm(self.buckets[::-1], desc="capturing waves", unit="bucket", file=sys.stderr, disable=not progress, leave=False):
                 self._capture(("embed", rows), partial(self._embed, rows))
                 self._capture(("logits", rows), partial(self._logits, rows))
-                for way in self._ways(rows):
+                for way in self._ways[rows]:
                     for layer_idx in self.decoder.weights.first_of_kinds:
                         self._layer(rows, way, layer_idx)
                     for layer_idx in range(self.decoder.config.num_layers):
@@ -207,7 +208,7 @@ class GpuCapturedLayers:
         ids_LTK = self._ids_LRK[chunk.num_layers_told : chunk.num_layers_run, : chunk.num_rows]
         return RoutedRows(layer_lo=chunk.num_layers_told, ids_LTK=ids_LTK, prompt_T=self._page.sequence_R[: chunk.num_rows].long())
 
-    def _ways(self, bucket: int) -> tuple[Way, ...]:
+    def _ways_of(self, bucket: int) -> tuple[Way, ...]:
         dims = self._x_RD.new_empty(0, 1, self.decoder.config.head_dim)
         # of fewer rows attention is a small part
         has_library = bucket >= ALONE_MIN_ROWS and takes(dims) and not self.decoder.is_deterministic

@@ -12,11 +12,13 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
 from duomo.engine.batch import PromptSlice, StepBatch
-from duomo.engine.expert_counts import ExpertUse
+from duomo.engine.expert_counts import ExpertCounts, ExpertUse
+from duomo.engine.gpu_captured_counts import GpuCapturedCounts
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
 from duomo.engine.gpu_first_tokens import Answer, GpuFirstTokens, LastLogits
 from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_host_ring import DEPTH
+from duomo.engine.gpu_sampler import GpuSampler
 from duomo.engine.memory_plan import MemoryLimits
 from duomo.engine.sampler import RowSampling, SampledToken, Sampler
 from duomo.engine.startup import Startup
@@ -132,7 +134,7 @@ def ended(engine: GpuEngine, batches: list[StepBatch], sampling: Sampling) -> li
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures graphs")
-def test_ends_of_waves_replayed_on_a_gpu_are_those_that_are_launched() -> None:
+def test_ends_of_waves_replayed_on_a_gpu_are_those_that_are_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deterministic: the same bits both ways, so the same tokens and experts. Every kind of sampling, prefixes, waves between others."""
     free, total = torch.cuda.mem_get_info()
     limits = MemoryLimits(
@@ -147,6 +149,10 @@ def test_ends_of_waves_replayed_on_a_gpu_are_those_that_are_launched() -> None:
     start = EngineStart(config=WIDE, load=load, limits=limits, device=torch.device("cuda"), is_deterministic=True)
     engine = start_engine(start, Startup())
     made = torch.Generator().manual_seed(4)
+    drawn_by_graphs = (ASKED[0], Sampling(max_tokens=9, temperature=0.9, seed=5), ASKED[2])  # greedy, plain, limited
+
+    def refused(*_: object) -> None:
+        raise AssertionError("launched by itself")
 
     def wave(*lengths: int, start: int = 0, table: int = 0) -> StepBatch:
         """start: of a prefix, that is, of what an earlier wave left in those blocks."""
@@ -166,13 +172,16 @@ def test_ends_of_waves_replayed_on_a_gpu_are_those_that_are_launched() -> None:
         [wave(40), wave(333, 12, table=1), wave(2, 3, 4, table=3)],
     ]
     try:
-        captured, replayed = engine.prefill.captured, []
-        assert captured is not None
-        for sampling in ASKED:
-            replayed += [ended(engine, batches, sampling) for batches in turns]
+        assert engine.prefill.captured is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(GpuSampler, "run", refused)
+            patched.setattr(GpuCapturedCounts, "count", refused)
+            patched.setattr(ExpertCounts, "add", refused)
+            replayed = [ended(engine, batches, sampling) for sampling in drawn_by_graphs for batches in turns]
+        replayed += [ended(engine, batches, sampling) for sampling in ASKED for batches in turns]
         assert engine.compilations.num_after_ready == 0
         engine.prefill.captured = None
-        launched = [ended(engine, batches, sampling) for sampling in ASKED for batches in turns]
+        launched = [ended(engine, batches, sampling) for sampling in (*drawn_by_graphs, *ASKED) for batches in turns]
         for mine, theirs in zip(replayed, launched, strict=True):
             for (tokens, use), (their_tokens, their_use) in zip(mine, theirs, strict=True):
                 assert tokens == their_tokens
