@@ -200,7 +200,7 @@ def content_of(asked: Asked, server: Server, run: Run, found: str) -> dict[str, 
             "kernel": platform.release(),
         },
         "server": {
-            "url": asked.url,
+            "urls": list(asked.urls),
             "version": server.version,
             "model": dict(server.model),
             "gpus": asked.num_gpus,
@@ -239,7 +239,7 @@ def _plain(asked: Asked) -> dict[str, Any]:
 
 def conduct(asked: Asked) -> dict[str, Any]:
     """Everything but files and tables."""
-    server = meet(asked.url, asked.model, asked.api, asked.vocab, asked.headers)
+    server = meet(asked.urls, asked.model, asked.api, asked.vocab, asked.headers)
     for note in server.notes:
         _say(note)
     with clients(asked.num_clients) as pool:

@@ -23,9 +23,9 @@ from bench.serve.soak_client import fault_of, measure_lag
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A server and how it is spoken to. headers: beside the usual ones, such as Authorization."""
+    """A server and how it is spoken to. urls: its replicas', which are asked in turn. headers: beside the usual ones, say Authorization."""
 
-    url: str
+    urls: tuple[str, ...]
     dialect: Dialect
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -67,8 +67,9 @@ class _Flight:
             self._event_tokens.append(num_tokens)
 
         self._sent_s = time.monotonic() - start_s
+        url = target.urls[self.request.index % len(target.urls)]
         try:
-            result = await post(target.url, target.dialect.path, self.body, timeout_s=timeout_s, on_tokens=take, headers=target.headers)
+            result = await post(url, target.dialect.path, self.body, timeout_s=timeout_s, on_tokens=take, headers=target.headers)
         except (OSError, asyncio.IncompleteReadError, ValueError, LookupError) as error:
             if not isinstance(error, TimeoutError):  # of post's own limit: unfinished
                 self._error = repr(error)[:200]

@@ -20,6 +20,7 @@ from bench.serve.serve_trace import TraceError, read_trace
 
 RAMP_SHARE = 0.1
 SHORTEST_S = 0.2
+DEFAULT_URL = "http://127.0.0.1:8000"
 Told = TypeVar("Told")
 
 
@@ -30,7 +31,7 @@ class Asked:
     headers stay out of result files: they may hold a key.
     """
 
-    url: str
+    urls: tuple[str, ...]
     model: str
     api: Api | Literal["auto"]
     vocab: int | None
@@ -90,7 +91,7 @@ def parse(arguments: Sequence[str], about: str | None) -> Asked | Comparison:
     )
     key = os.environ.get("OPENAI_API_KEY", "")
     return Asked(
-        url=options.url.rstrip("/"),
+        urls=tuple(url.rstrip("/") for url in options.url or [DEFAULT_URL]),
         model=options.model,
         api=options.api,
         vocab=options.vocab,
@@ -121,7 +122,7 @@ def parse(arguments: Sequence[str], about: str | None) -> Asked | Comparison:
 def _parser(about: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="duomo bench serve", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     server = parser.add_argument_group("the server")
-    server.add_argument("--url", default="http://127.0.0.1:8000", help="of any OpenAI-compatible server; its key: OPENAI_API_KEY")
+    server.add_argument("--url", action="append", help=f"default {DEFAULT_URL}; its replicas are asked in turn; a key: OPENAI_API_KEY")
     server.add_argument("--model", default="", help="name to ask for; left out: the first that /v1/models names")
     server.add_argument(
         "--api", choices=("auto", "completions", "chat"), default="auto", help="token ids to completions, or text through chat"
@@ -173,8 +174,8 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
 
 
 def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if not re.match(r"https?://[^/]", options.url):
-        parser.error(f"--url {options.url}: such as http://127.0.0.1:8000")
+    if wrong := [url for url in options.url or () if not re.match(r"https?://[^/]", url)]:
+        parser.error(f"--url {wrong[0]}: such as {DEFAULT_URL}")
     if options.duration_s < SHORTEST_S:
         parser.error(f"--duration-s {options.duration_s:g}: at least {SHORTEST_S:g}")
     if options.ramp_s is not None and options.ramp_s > options.duration_s / 2:

@@ -1,7 +1,7 @@
 """PURE: owns what a load asks and when: lengths of requests, mixes, arrivals, traces stretched in time. Knows no server and no clock.
 
-A load is drawn once, at one request a second, and stretched to the rate that is asked: every rate sees the same requests in the same
-pattern, and so does every server that is asked with the same seed. Prompts differ from point to point, so that none is in a cache yet.
+A load has as many requests as its rate says. They are drawn from the seed alone: every rate sees the same lengths in the same order and
+the same pattern of arrivals, and so does every server that is asked. Prompts differ from point to point, so that none is in a cache yet.
 """
 
 from __future__ import annotations
@@ -122,29 +122,31 @@ def requests_of(load: Workload, rate: float | None, duration_s: float, point: in
 
     point: which of a run's loads this is; prompts are drawn from it.
     """
-    stretch = stretch_of(load, rate)
-    drawn = ((at * stretch, output, pieces) for at, output, pieces in (_of_trace if load.trace else _of_mix)(load, point))
-    first = next(drawn)
-    due = [first, *itertools.takewhile(lambda each: each[0] < duration_s, drawn)]
-    return tuple(Request(index, min(at_s, duration_s), output, pieces) for index, (at_s, output, pieces) in enumerate(due))
+    drawn = _of_trace(load, rate, duration_s, point) if load.trace else _of_mix(load, rate or 1.0, duration_s, point)
+    return tuple(Request(index, at_s, output, pieces) for index, (at_s, output, pieces) in enumerate(drawn))
 
 
-def stretch_of(load: Workload, rate: float | None) -> float:
-    """What times of the load as it is drawn are multiplied by. A trace that is one instant has no rate, and is not stretched."""
-    if not load.trace:
-        return 1.0 / (rate or 1.0)
-    span_s = load.trace[-1].arrival_s - load.trace[0].arrival_s
-    return 1.0 if rate is None or span_s == 0.0 else (len(load.trace) - 1) / span_s / rate
+def due_times(arrivals: Arrivals, count: int, duration_s: float, draw: random.Random) -> list[float]:
+    """`count` times within duration_s, so that no load is lighter than another by chance.
+
+    The gaps, and one more to the end, are drawn and then stretched to fill it: of Poisson arrivals these are those that came to `count`.
+    """
+    if arrivals.kind == "constant":
+        return [number * duration_s / count for number in range(count)]
+    gaps = [draw.gammavariate(arrivals.burstiness, 1.0) for _ in range(count + 1)]
+    stretch = duration_s / (sum(gaps) or 1.0)
+    return [min(duration_s, stretch * at) for at in itertools.accumulate(gaps[:count])]
 
 
 _Drawn = Iterator[tuple[float, int, tuple[Piece, ...]]]  # time, tokens of the answer, the prompt
 
 
-def _of_mix(load: Workload, point: int) -> _Drawn:
-    """One a second, without end."""
+def _of_mix(load: Workload, rate: float, duration_s: float, point: int) -> _Drawn:
+    count = max(1, round(rate * duration_s))
+    times = due_times(load.arrivals, count, duration_s, random.Random(f"arrivals {load.seed}"))
     draw = random.Random(f"lengths {load.seed}")
     weights = [shape.weight for shape in load.mix]
-    for index, at in enumerate(_times(load.arrivals, random.Random(f"arrivals {load.seed}"))):
+    for index, at_s in enumerate(times):
         shape = draw.choices(load.mix, weights)[0]
         prompt, output = (
             max(1, round(length * draw.uniform(1 - load.spread, 1 + load.spread))) for length in (shape.prompt_tokens, shape.output_tokens)
@@ -152,12 +154,18 @@ def _of_mix(load: Workload, point: int) -> _Drawn:
         shared = min(round(load.prefix_share * prompt), prompt - 1)
         group = draw.randrange(load.prefix_groups)
         prefix = [Piece(f"{load.seed} {point} prefix {group}", shared)] if shared else []
-        yield at, output, (*prefix, Piece(f"{load.seed} {point} own {index}", prompt - shared))
+        yield at_s, output, (*prefix, Piece(f"{load.seed} {point} own {index}", prompt - shared))
 
 
-def _of_trace(load: Workload, point: int) -> _Drawn:
+def _of_trace(load: Workload, rate: float | None, duration_s: float, point: int) -> _Drawn:
+    """What is due before duration_s, and the first in any case. A trace that is one instant has no rate, and is not stretched."""
+    begin_s = load.trace[0].arrival_s
+    span_s = load.trace[-1].arrival_s - begin_s
+    stretch = 1.0 if rate is None or span_s == 0.0 else (len(load.trace) - 1) / span_s / rate
     for index, row in enumerate(load.trace):
-        yield row.arrival_s - load.trace[0].arrival_s, row.output_tokens, tuple(_blocks(row, f"{load.seed} {point}", index))
+        at_s = stretch * (row.arrival_s - begin_s)
+        if at_s < duration_s:
+            yield at_s, row.output_tokens, tuple(_blocks(row, f"{load.seed} {point}", index))
 
 
 def _blocks(row: TraceRow, salt: str, index: int) -> Iterator[Piece]:
@@ -168,16 +176,6 @@ def _blocks(row: TraceRow, salt: str, index: int) -> Iterator[Piece]:
             left -= min(TRACE_BLOCK_TOKENS, left)
     if left:
         yield Piece(f"{salt} own {index}", left)
-
-
-def _times(arrivals: Arrivals, draw: random.Random) -> Iterator[float]:
-    """Without end, one a second on average; the first at a gap's end, but of constant ones at 0."""
-    at = 0.0
-    if arrivals.kind == "constant":
-        yield from map(float, itertools.count())
-    while True:
-        at += draw.gammavariate(arrivals.burstiness, 1.0 / arrivals.burstiness)
-        yield at
 
 
 def lengths_asked(requests: Sequence[Request]) -> dict[str, float]:

@@ -43,12 +43,17 @@ class Server:
         return told if isinstance(told, int) else None
 
 
-def models_at(url: str, headers: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
-    """At least one. Raises SystemExit where nobody answers, or something else does."""
+def models_at(url: str, headers: Mapping[str, str] | None = None, named: str = "") -> list[dict[str, Any]]:
+    """At least one; `named` where the server has no such page, as proxies before other servers may have none.
+
+    Raises SystemExit where nobody answers, or something else does.
+    """
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/models", headers=dict(headers or {})), timeout=10) as answer:
             found = [dict(each) | {"id": str(each["id"])} for each in json.load(answer)["data"]]
     except urllib.error.HTTPError as error:
+        if error.code == 404 and named:
+            return [{"id": named}]
         raise SystemExit(f"--url {url}: /v1/models answers {error.code} {error.reason}; is it an OpenAI-compatible server?") from error
     except OSError as error:
         raise SystemExit(f"--url {url}: no server answers there ({error}); start one first, such as `duomo serve MODEL`") from error
@@ -64,16 +69,26 @@ def served_model(url: str) -> str:
     return str(models_at(url)[0]["id"])
 
 
-def meet(url: str, model: str, api: Api | Literal["auto"], vocab: int | None, headers: Mapping[str, str]) -> Server:
-    """Ask a server everything. model: "" for its first; vocab: None for what it says, or else DEFAULT_VOCAB."""
-    models = models_at(url, headers)
+def meet(urls: Sequence[str], model: str, api: Api | Literal["auto"], vocab: int | None, headers: Mapping[str, str]) -> Server:
+    """Ask a server everything. urls: its replicas'; the first is asked, of the others that they have the model.
+
+    model: "" for its first; vocab: None for what it says, or else DEFAULT_VOCAB.
+    """
+    entry = _entry(urls[0], model, headers)
+    for url in urls[1:]:
+        _entry(url, entry["id"], headers)
+    told = entry.get("vocab_size")
+    size = vocab or (told if isinstance(told, int) else DEFAULT_VOCAB)
+    target = Target(urls=tuple(urls), headers=headers, dialect=Dialect(model=entry["id"], api="completions", vocab=size))
+    return _with_dialect(Server(target=target, model=entry, version=_version(urls[0], headers)), api)
+
+
+def _entry(url: str, model: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    models = models_at(url, headers, model)
     entry = next((each for each in models if model in ("", each["id"])), None)
     if entry is None:
         raise SystemExit(f"--model {model}: {url} has {', '.join(repr(each['id']) for each in models)}")
-    told = entry.get("vocab_size")
-    size = vocab or (told if isinstance(told, int) else DEFAULT_VOCAB)
-    target = Target(url=url, headers=headers, dialect=Dialect(model=entry["id"], api="completions", vocab=size))
-    return _with_dialect(Server(target=target, model=entry, version=_version(url, headers)), api)
+    return entry
 
 
 def _with_dialect(server: Server, api: Api | Literal["auto"]) -> Server:
@@ -88,7 +103,7 @@ def _with_dialect(server: Server, api: Api | Literal["auto"]) -> Server:
     found, why_no_chat = _first_taken(replace(target, dialect=replace(target.dialect, api="chat")))
     if found is None:
         said = f"/v1/completions: {why_no_ids}; " if why_no_ids else ""
-        raise SystemExit(f"--url {target.url}: no way to ask for tokens is taken; {said}/v1/chat/completions: {why_no_chat}")
+        raise SystemExit(f"--url {target.urls[0]}: no way to ask for tokens is taken; {said}/v1/chat/completions: {why_no_chat}")
     return replace(server, target=_measured(found), notes=(*notes, *_missing(found.dialect)))
 
 
@@ -100,12 +115,12 @@ def _first_taken(target: Target) -> tuple[Target | None, str]:
         result = _ask(tried, 4, [FIRST_ID, FIRST_ID + 1])
         if result.status == 200:
             if fault := fault_of(result, 2 if ignores else result.num_tokens):
-                raise SystemExit(f"--url {target.url}: a request of two tokens fails: {fault}")
+                raise SystemExit(f"--url {target.urls[0]}: a request of two tokens fails: {fault}")
             if {"usage": result.counted_tokens, "ids": result.num_tokens, "events": 1}[counting]:
                 return tried, ""
             continue  # it knows nothing of the field, and let it pass
         if result.status not in REFUSALS:
-            raise SystemExit(f"--url {target.url}: a request of two tokens fails: status {result.status}, {_reason(result)}")
+            raise SystemExit(f"--url {target.urls[0]}: a request of two tokens fails: status {result.status}, {_reason(result)}")
         why = why or _reason(result)
     return None, why
 
@@ -124,9 +139,9 @@ def _ask(target: Target, prompt_tokens: int, ids: Sequence[int] = ()) -> StreamR
     if "prompt" in body and ids:
         body["prompt"] = list(ids)
     try:
-        return asyncio.run(post(target.url, target.dialect.path, body, timeout_s=TIMEOUT_S, headers=target.headers))
+        return asyncio.run(post(target.urls[0], target.dialect.path, body, timeout_s=TIMEOUT_S, headers=target.headers))
     except (OSError, asyncio.IncompleteReadError, ValueError, LookupError) as error:
-        raise SystemExit(f"--url {target.url}: a request of two tokens fails: {error!r}") from error
+        raise SystemExit(f"--url {target.urls[0]}: a request of two tokens fails: {error!r}") from error
 
 
 def _measured(target: Target) -> Target:
@@ -135,11 +150,13 @@ def _measured(target: Target) -> Target:
     for words in _PROBE_WORDS:
         told = (_ask(target, words).usage or {}).get("prompt_tokens")
         if not isinstance(told, int):
-            raise SystemExit(f"--url {target.url}: a chat's usage does not say prompt_tokens; prompts of a length cannot be made")
+            raise SystemExit(f"--url {target.urls[0]}: a chat's usage does not say prompt_tokens; prompts of a length cannot be made")
         counts.append(told)
     per_word = (counts[1] - counts[0]) / (_PROBE_WORDS[1] - _PROBE_WORDS[0])
     if per_word <= 0.0:
-        raise SystemExit(f"--url {target.url}: prompts of {_PROBE_WORDS} words are {counts} tokens by its usage; lengths cannot be made")
+        raise SystemExit(
+            f"--url {target.urls[0]}: prompts of {_PROBE_WORDS} words are {counts} tokens by its usage; lengths cannot be made"
+        )
     fixed = counts[0] - per_word * _PROBE_WORDS[0]
     return replace(target, dialect=replace(target.dialect, tokens_per_word=per_word, fixed_tokens=fixed))
 

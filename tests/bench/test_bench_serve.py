@@ -54,6 +54,7 @@ class SmallServer:
     fails_every: int = 0
     counting: str = "usage"
     bears: int = 1 << 30
+    has_models: bool = True
     load_sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -71,6 +72,8 @@ class SmallServer:
         )
 
     async def models(self, request: Request) -> Response:
+        if not self.has_models:
+            return Response(status_code=404)
         return JSONResponse({"data": [{"id": "small", "owned_by": "tests", "max_model_len": self.context}]})
 
     async def version(self, request: Request) -> Response:
@@ -241,7 +244,7 @@ def test_text_through_chat_where_ids_are_not_taken(tmp_path: Path, capsys: pytes
     small = SmallServer(has_completions=False, forbidden=("return_token_ids",), counting="events")
     with serving(small) as url:
         with pytest.raises(SystemExit, match=r"--api completions.*prompt must be a string.*--api chat"):
-            meet(url, "", "completions", None, {})
+            meet([url], "", "completions", None, {})
         content = run(url, tmp_path / "chat.json", "--rates", "20", "--duration-s", "0.5", "--no-plots")
     assert "text through chat" in content["notes"][0] and "one each, where there is text" in content["notes"][1]
     assert content["server"]["dialect"]["tokens_per_word"] == 2.0 and content["server"]["dialect"]["fixed_tokens"] == 7.0
@@ -262,25 +265,35 @@ def test_text_through_chat_where_ids_are_not_taken(tmp_path: Path, capsys: pytes
 )
 def test_a_server_is_spoken_to_as_it_understands(small: SmallServer, dialect: tuple[str, bool]) -> None:
     with serving(small) as url:
-        server = meet(url, "small", "completions", None, {})
+        server = meet([url], "small", "completions", None, {})
         assert (server.target.dialect.counting, server.target.dialect.ignores_eos) == dialect
         (seen,) = play_alone(server.target, [Planned(0, 0.0, 5, (Piece("a", 4),))], 30.0, print)
     assert (seen.error, seen.num_tokens, seen.event_tokens) == ("", 5, (1, 1, 1, 1, 1)) and seen.ttft_s >= TTFT_S
     assert len(server.notes) == (dialect[0] == "events") + (not dialect[1])
 
 
+def test_replicas_are_asked_in_turn(tmp_path: Path) -> None:
+    first, second = SmallServer(), SmallServer(has_models=False)
+    with serving(first) as url, serving(second) as other:
+        with pytest.raises(SystemExit, match="/v1/models answers 404"):
+            meet([other], "", "auto", None, {})
+        content = run(url, tmp_path / "two.json", "--url", other, "--rates", "40", "--duration-s", "0.5", "--no-plots")
+    assert content["server"]["urls"] == [url, other] and content["points"][0]["figures"]["num_failed"] == 0
+    assert (first.num_long, second.num_long) == (2 + 10, 1 + 10), "three alone, twenty of the load"
+
+
 def test_what_stands_in_the_way_is_said(tmp_path: Path) -> None:
     with serving(SmallServer(vocab=100, context=64)) as url:
         with pytest.raises(SystemExit, match="--model big: .* has 'small'"):
-            meet(url, "big", "auto", None, {})
+            meet([url], "big", "auto", None, {})
         with pytest.raises(SystemExit, match="--vocab 8000: .*from 0 to 99"):
-            meet(url, "", "auto", None, {})
+            meet([url], "", "auto", None, {})
         with pytest.raises(SystemExit, match="--mix 60:8: up to 68 tokens, and the server's context holds 64"):
             run(url, tmp_path / "none.json", "--vocab", "100", "--mix", "60:8")
     with serving(SmallServer(forbidden=("stream",))) as url, pytest.raises(SystemExit, match="no way to ask .*'stream' is not known"):
-        meet(url, "", "auto", None, {})
+        meet([url], "", "auto", None, {})
     with pytest.raises(SystemExit, match="no server answers"):
-        meet("http://127.0.0.1:9", "", "auto", None, {})
+        meet(["http://127.0.0.1:9"], "", "auto", None, {})
 
 
 def test_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -355,7 +368,7 @@ def test_frames_of_events() -> None:
 
 
 def test_a_connection_that_is_refused_is_one_failed_request() -> None:
-    target = Target(url="http://127.0.0.1:9", dialect=Dialect(model="m", api="completions", vocab=99))
+    target = Target(urls=("http://127.0.0.1:9",), dialect=Dialect(model="m", api="completions", vocab=99))
     heard: list[str] = []
     (seen,) = play_alone(target, [Planned(0, 0.0, 3, (Piece("a", 4),))], 5.0, heard.append)
     assert isinstance(seen, Seen) and "Connect" in seen.error and "4:3 alone" in heard[0]
