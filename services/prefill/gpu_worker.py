@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from duomo.config import DelaySection
 from duomo.engine.decode_step import check_row
-from duomo.engine.expert_counts import PendingUse
+from duomo.engine.expert_counts import ExpertUse, PendingUse
 from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.gpu_first_tokens import PendingTokens
 from duomo.engine.gpu_kv_messages import GpuKvPacker
@@ -106,6 +106,9 @@ class GpuPrefillWorker:
         logits_SV, places = self._prefill.logits(state, wanted_rows(computation, rows)), places_of(rows)
         logits_RV = logits_SV if len(places) == len(logits_SV) else logits_SV[upload_rows(places, self._device)]
         return self._first_tokens.launch(logits_RV, choices)
+
+    def use_of(self, computation: Computation) -> Pending[ExpertUse]:
+        return _state(computation)[1].fetch_use()
 
     def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
         """The whole message, hashed on the device, on a stream of its own; what it reads is over."""

@@ -221,7 +221,6 @@ class LegBook:
             self.peers.flush(boot_id)
         for output in outputs:
             self.experts.add(output.expert_counts)
-        self.counters["expert_bytes_read"] = self.waves.expert_bytes_read
         for leg in legs:  # last: a span that ends may be written to a disk
             if leg.compute_span is not None:
                 leg.compute_span.end(at_s=leg.sampled_s)

@@ -181,6 +181,7 @@ class PrefillService:
             counters={
                 **(self._book.counters + Counter(slots.counters)),
                 "prefix_blocks_evicted": blocks.num_evicted,
+                "expert_bytes_read": self._book.waves.expert_bytes_read,
                 **self._worker.counters(),
             },
             progress_age_s=self.progress.age_s(),

@@ -8,6 +8,7 @@ thread that does nothing else, so that decode steps are launched behind it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from services.prefill.policy import Failure, NewWave, NextPiece, Plan, new_wave,
 from services.prefill.snapshot import Key, Limits, Snapshot, WaveView
 from services.prefill.wave_costs import GroupCosts
 from services.prefill.worker import Computation, WaveOutput, WaveWorker
+
+log = logging.getLogger(__name__)
 
 
 class WaveEvents(Protocol):
@@ -52,6 +55,11 @@ class Wave:
     view: WaveView
     legs: tuple[Leg, ...]
     computation: Computation | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody of it still is. From any thread."""
+        return not all(leg.is_over for leg in self.legs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +93,7 @@ class RunningPiece:
     wave: Wave
     before: WaveView
     piece: Piece
-    done: asyncio.Future[PieceOutput]
+    done: asyncio.Future[PieceOutput | None]
     started_s: float = field(default_factory=time.monotonic)
 
     @property
@@ -126,6 +134,7 @@ class WaveLoop:
         self._waves: dict[int, Wave] = {}
         self._costs = GroupCosts()
         self._running: RunningPiece | None = None
+        self._tallies: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
         self._thread = thread
         self._waiting_thread = StepThread("prefill-waits")
@@ -151,6 +160,8 @@ class WaveLoop:
         finally:
             if self._running is not None:
                 self._running.done.cancel()
+            for tally in self._tallies:
+                tally.cancel()
 
     def close(self) -> None:
         """After the end of run() and of the step thread. Waits for what a device still computes, in bounds."""
@@ -160,6 +171,7 @@ class WaveLoop:
         self._woken.clear()
         if self._running is not None and self._running.done.done():
             self._apply_piece()
+        self._drop_unwanted()
         decision = plan(self._snapshot(), time.monotonic())
         if self._delay_s and isinstance(decision.run, NewWave):
             await asyncio.sleep(self._delay_s)
@@ -233,13 +245,17 @@ class WaveLoop:
             if leg.compute_span is not None and not leg.is_over:
                 leg.compute_span.event("group_started", self._running.attributes, at_s=self._running.started_s)
 
-    async def _piece(self, wave: Wave, piece: Piece, *, is_last: bool) -> PieceOutput:
-        """Launched by the step thread, waited for by another: decode steps are launched behind it meanwhile."""
+    async def _piece(self, wave: Wave, piece: Piece, *, is_last: bool) -> PieceOutput | None:
+        """Launched by the step thread, waited for by another: decode steps are launched behind it meanwhile. None: nothing was."""
         launched = await self._thread.run("group", self._compute, wave, piece, is_last=is_last)
+        if launched is None:
+            return None
         return launched.wait() if launched.is_over else await self._waiting_thread.run("group", launched.wait)
 
-    def _compute(self, wave: Wave, piece: Piece, *, is_last: bool) -> LaunchedPiece:
-        """In the step thread: one piece; after the last one the first tokens of every leg that is still wanted."""
+    def _compute(self, wave: Wave, piece: Piece, *, is_last: bool) -> LaunchedPiece | None:
+        """In the step thread: one piece; after the last one the first tokens of every leg that is still wanted. None: nobody of it is."""
+        if not wave.is_wanted:
+            return None
         if wave.computation is None:
             wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs], self._limits.chunk_tokens_of(wave.view.num_tokens))
         seconds = self._worker.run_piece(wave.computation, piece)
@@ -255,12 +271,15 @@ class WaveLoop:
         assert running is not None
         wave, piece = running.wave, running.piece
         self._progress.advance()
-        self.num_groups_run += piece.num_groups
         error = running.done.exception()
         if error is not None:
             self._wave_failed(wave, error)
             return
         result, now_s = running.done.result(), time.monotonic()
+        if result is None:
+            self._abandon(wave)
+            return
+        self.num_groups_run += piece.num_groups
         self._costs.observe(num_rows(running.before, piece, self._limits), piece.num_groups, result.seconds)
         for leg in wave.legs:
             if leg.compute_span is not None and not leg.is_over:
@@ -277,8 +296,31 @@ class WaveLoop:
             self._events.wave_computed([leg for leg, _ in chosen], [output for _, output in chosen])
         for group in finished_groups(running.before, piece):
             self._events.group_computed([leg for leg in live if not leg.is_over], group)
-        if result.outputs or not live:
+        if result.outputs:
             self._leave(wave)
+
+    def _drop_unwanted(self) -> None:
+        """Waves between two pieces that nobody wants any more run no further."""
+        for wave in list(self._waves.values()):
+            if not wave.is_wanted and (self._running is None or self._running.wave is not wave):
+                self._abandon(wave)
+
+    def _abandon(self, wave: Wave) -> None:
+        """What it has read was read, and is counted."""
+        if wave.computation is not None:
+            tally = asyncio.ensure_future(self._tally(wave.computation))
+            self._tallies.add(tally)
+            tally.add_done_callback(self._tallies.discard)
+        self._leave(wave)
+
+    async def _tally(self, computation: Computation) -> None:
+        try:
+            pending = await self._thread.run("group", self._worker.use_of, computation)
+            use = pending.result if isinstance(pending, Over) else await self._waiting_thread.run("group", pending.wait)
+        except Exception:  # a count is no reason to end anything: a device that is broken says so at the next piece
+            log.exception("what a wave had read when it was abandoned is not counted")
+            return
+        self.expert_bytes_read += use.bytes_read
 
     def _wave_failed(self, wave: Wave, error: BaseException) -> None:
         failure = error if isinstance(error, DuomoError) else EngineError(f"a layer group failed: {error!r}")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from duomo.config import DelaySection, DuomoConfig
 from duomo.engine.batch import PromptSlice, StepBatch
+from duomo.engine.expert_counts import ExpertUse
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.runner import BoundaryState, ModelRunner
 from duomo.engine.sampler import RowSampling, SampledToken, Sampler
@@ -134,6 +135,9 @@ class WaveWorker(Protocol):
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Pending[tuple[WaveOutput, ...]]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
 
+    def use_of(self, computation: Computation) -> Pending[ExpertUse]:
+        """What the pieces run so far have routed and read, of a wave that is not run on."""
+
     def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
         """A message of the handle into `out`, from the blocks of a prompt's whole table; its groups are over. In the agent's writer thread,
         while the step thread computes other layers and other waves."""
@@ -226,6 +230,9 @@ class PrefillWorker:
             for place, chosen in enumerate(tokens)
         )
         return Over(tuple(outputs))
+
+    def use_of(self, computation: Computation) -> Over[ExpertUse]:
+        return Over(computation.state.expert_use())
 
     def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
         """The payload; the agent seals it."""

@@ -117,6 +117,22 @@ def ends(engine: GpuEngine, waves: Waves) -> list[tuple[WaveOutput, ...]]:
     return [each.wait() for each in pending]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+def test_a_wave_that_stops_half_way_says_what_it_read(engine: GpuEngine) -> None:
+    """Of the layers that ran, and of no others."""
+    sizes = WorkerSizes(num_blocks=engine.plan.num_blocks, block_tokens=16, units=2, units_per_group=1, torch_threads=1)
+    worker = GpuPrefillWorker(engine, sizes)
+    computation = worker.begin(ROWS, 16)
+    assert worker.use_of(computation).wait().bytes_read == 0
+    worker.run_piece(computation, Piece(groups=(0, 1), chunks=(0, 3))).wait()
+    use = worker.use_of(computation).wait()
+    per_layer = use.counts_SLE.sum(dim=(0, 2)).tolist()
+    num_rows = sum(len(row.token_ids) - row.start for row in ROWS)
+    assert per_layer == [num_rows * TINY.top_k, *[0] * (TINY.num_layers - 1)] and TINY.num_layers == 2
+    whole = outputs(engine, 16, *(Piece(groups=(group, group + 1), chunks=(0, 3)) for group in (0, 1)))
+    assert 0 < use.bytes_read < whole[0].expert_bytes
+
+
 def assert_same(mine: list[tuple[WaveOutput, ...]], theirs: list[tuple[WaveOutput, ...]]) -> None:
     for outputs, their_outputs in zip(mine, theirs, strict=True):
         for one, other in zip(outputs, their_outputs, strict=True):
