@@ -80,7 +80,7 @@ def _by_rate(contents: Sequence[Content]) -> str:
                 rows.append(
                     [f"{rate:g}", content["label"], *(_cell(figure, points[rate], first) for _, figure in COLUMNS), _within(points[rate])]
                 )
-    return grid(["rate/s", "ms", *(name for name, _ in COLUMNS), "within"], rows)
+    return grid(["rate/s", "times in ms", *(name for name, _ in COLUMNS), "within"], rows)
 
 
 def _within(point: Content) -> str:
