@@ -68,6 +68,9 @@ class Arrivals(Protocol):
     def missing(self, handle_id: int) -> tuple[int, ...]:
         """Messages that have not landed."""
 
+    def pulled(self, handle_id: int, message_idx: int) -> None:
+        """The producer is about to be asked for a message again."""
+
     def fenced(self, handle_id: int) -> None:
         """The producer says that nothing of this handle is or will be in flight."""
 

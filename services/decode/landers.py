@@ -55,14 +55,16 @@ class CpuLander:
 
     def land(self, agent: TransferAgent, tables: OpenTables) -> tuple[LandedMessage, ...]:
         landed: list[LandedMessage] = []
-        for message in agent.poll():
-            span = message.span
+        for verified in agent.poll():
+            message, span = verified, verified.span
             if message.error is None:
                 with tables.held(message.handle_id) as table:
                     if table is None:
                         continue  # given up meanwhile: the agent has quarantined or freed the slot
                     self._cache.scatter(span.layers, table[span.block_lo : span.block_hi], message.payload)
-                agent.release(message.handle_id, span.message_idx)
+                    message = agent.copied(message)
+                if message.error is None:
+                    agent.release(message.handle_id, span.message_idx)
             landed.append(landed_message(message))
         return tuple(landed)
 

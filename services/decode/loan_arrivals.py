@@ -47,6 +47,9 @@ class LoanArrivals:
     def missing(self, handle_id: int) -> tuple[int, ...]:
         return ()
 
+    def pulled(self, handle_id: int, message_idx: int) -> None:
+        """Nothing is missing, so nothing is pulled."""
+
     def fenced(self, handle_id: int) -> None:
         """Nobody fences what is not written from afar."""
 

@@ -9,7 +9,8 @@ memory kept until the process is known dead:
 A process that fell silent may be stopped and wake up: for it only the second is proof. It is waited for during SILENT_LEASES without a
 lease in the directory, then **given up**: slots come back, and the memory is kept out of use for a write that comes after all. Without
 a directory, an ended socket is taken for the process' end after DEAD_WITHOUT_DIRECTORY_S, a silent one after GIVEN_UP_WITHOUT_DIRECTORY_S.
-A ring that fills with quarantined slots while its producer lives is replaced.
+A ring that fills with quarantined slots while its producer lives is replaced. A producer that connects again is asked for the fences of
+all that was given up with its earlier socket.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from enum import Enum
 
 from duomo.errors import DuomoError, PeerError
 from duomo.wire.connection import Connection
+from duomo.wire.messages import HandleOffered
 from services.decode.producers import Producers
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory, Member
@@ -142,7 +144,18 @@ class ProducerRings:
                 self._agent.peer_lost(boot_id)
             return
         self._producers.post(boot_id, ring)
+        self._ask_for_fences(boot_id)
         self._on_ring()
+
+    def _ask_for_fences(self, boot_id: str) -> None:
+        """Offer again what was given up with an earlier socket: nobody wants it any more, so it is fenced.
+
+        What was on its way in that socket is lost, an offer as well as a fence: without being asked, the producer would never fence a
+        handle that it has not heard of, or believes to have fenced.
+        """
+        for handle in self._agent.unfenced(boot_id):
+            offer = HandleOffered(request_id=handle.request_id, attempt=handle.attempt, traceparent="", remaining_s=0.0, handle=handle)
+            self._producers.post(boot_id, offer)
 
     async def _watch_forever(self) -> None:
         """Look at rings and at lost producers until cancelled."""

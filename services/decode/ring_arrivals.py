@@ -66,6 +66,9 @@ class RingArrivals:
     def missing(self, handle_id: int) -> tuple[int, ...]:
         return self._agent.missing(handle_id)
 
+    def pulled(self, handle_id: int, message_idx: int) -> None:
+        self._agent.pulled(handle_id, message_idx)
+
     def fenced(self, handle_id: int) -> None:
         self._agent.fence(handle_id)
 

@@ -109,6 +109,14 @@ class TransferAgent:
         """What poll() would return of this message; None: nothing yet, or its handle has ended."""
         return self._landing.judged(awaited, is_right)
 
+    def pulled(self, handle_id: int, message_idx: int) -> None:
+        """PullKv is about to be posted: the message may be written a second time."""
+        self._landing.pulled(handle_id, message_idx)
+
+    def copied(self, landed: Landed) -> Landed:
+        """A processor has copied the payload out. With an error where a second write may have changed it after it was verified."""
+        return self._landing.copied(landed)
+
     def release(self, handle_id: int, message_idx: int) -> None:
         """The payload is copied out; the slot is a credit again. A handle whose last message is released is over."""
         self._landing.release(handle_id, message_idx)
@@ -135,6 +143,10 @@ class TransferAgent:
     def fence(self, handle_id: int) -> None:
         """TransferFenced came."""
         self._landing.fence(handle_id)
+
+    def unfenced(self, producer_boot_id: str) -> tuple[Handle, ...]:
+        """Handles that were given up and that this producer has not fenced: it, or its fence, may have been lost with a socket."""
+        return self._landing.unfenced(producer_boot_id)
 
     def peer_lost(self, producer_boot_id: str) -> None:
         """The socket to a producer is gone, its process perhaps not: quarantine what is under way; open_ring() gives it a new ring."""

@@ -35,6 +35,7 @@ class Landed:
     span: MessageSpan
     payload: memoryview
     error: TransferError | None
+    awaited: Awaited
 
 
 class LandingRings:
@@ -96,6 +97,7 @@ class LandingRings:
                 ring.region.slice(end, layout.TRAILER_BYTES)[:] = bytes(layout.TRAILER_BYTES)
             effects = ring.apply(lifetime.Expect(handle.handle_id, handle.slots, len(spans)))
             if not effects:
+                ring.offered[handle.handle_id] = handle
                 ring.spans[handle.handle_id] = tuple(spans)
                 ring.await_turns(handle.handle_id)
 
@@ -129,6 +131,27 @@ class LandingRings:
             if ring is None or ring.awaited.get(awaited.key) is not awaited:
                 return None
             return self._apply_look(ring, awaited, is_right, self._now_s())
+
+    def pulled(self, handle_id: int, message_idx: int) -> None:
+        """This message will be asked for again: it may be written a second time. Called before PullKv is posted."""
+        with self._lock:
+            ring = self._ring_of(handle_id)
+            if ring is not None:
+                ring.pulled.add((handle_id, message_idx))
+
+    def copied(self, landed: Landed) -> Landed:
+        """The payload was copied out by the processor: the message, with an error where other bytes may have been copied than verified.
+
+        Only a message that was pulled is written again (its first write came late, and was taken for lost): it is verified once more.
+        """
+        with self._lock:
+            ring = self._ring_of(landed.handle_id)
+            may_differ = ring is not None and landed.awaited.key in ring.pulled
+        if not may_differ or landed.awaited.is_right():
+            return landed
+        with self._lock:
+            self.counters["messages_corrupt"] += 1
+        return _wrong(landed.awaited, "was written again, and wrong, while it was copied")
 
     def release(self, handle_id: int, message_idx: int) -> None:
         """The payload has been copied out: the slot may be written again. Post GroupLanded after this."""
@@ -188,6 +211,12 @@ class LandingRings:
                 ring.apply(lifetime.Fence(handle_id))
                 ring.note_crowding(self._now_s())
                 self._drop_if_empty(ring)
+
+    def unfenced(self, producer_boot_id: str) -> tuple[Handle, ...]:
+        """Handles that were given up and that this producer has not fenced."""
+        with self._lock:
+            rings = [ring for ring in self._rings() if ring.producer_boot_id == producer_boot_id]
+            return tuple(handle for ring in rings for handle in ring.quarantined())
 
     def peer_lost(self, producer_boot_id: str) -> None:
         """The socket to a producer is gone, but its process may live: everything under way is quarantined, the ring retired."""
@@ -261,15 +290,14 @@ class LandingRings:
             del ring.awaited[awaited.key]
             ring.apply(lifetime.MessageSeen(handle_id, span.message_idx))
             self.counters["messages_landed"] += 1
-            return Landed(handle_id=handle_id, span=span, payload=awaited.payload.toreadonly(), error=None)
+            return Landed(handle_id=handle_id, span=span, payload=awaited.payload.toreadonly(), error=None, awaited=awaited)
         awaited.look = policy.look_again(awaited.look, now_s)
         if policy.is_corrupt(awaited.look, awaited.announced_s, now_s):
             # Wiped, so that only a rewrite is looked at; awaited as new.
             awaited.trailer[:] = bytes(layout.TRAILER_BYTES)
             awaited.look = awaited.announced_s = None
             self.counters["messages_corrupt"] += 1
-            error = TransferError(f"message {span.message_idx} of handle {handle_id} does not match its hash", code="kv_corrupt")
-            return Landed(handle_id=handle_id, span=span, payload=memoryview(b""), error=error)
+            return _wrong(awaited, "does not match its hash")
         return None
 
     def _drain_notifications(self, now_s: float) -> None:
@@ -357,3 +385,8 @@ class LandingRings:
             if ring.producer_boot_id == handle.producer_boot_id and ring.offer.ring_name == handle.ring_name:
                 return ring
         raise TransferError(f"no ring {handle.ring_name} for producer {handle.producer_boot_id}", code="unknown_ring")
+
+
+def _wrong(awaited: Awaited, what: str) -> Landed:
+    error = TransferError(f"message {awaited.span.message_idx} of handle {awaited.handle_id} {what}", code="kv_corrupt")
+    return Landed(handle_id=awaited.handle_id, span=awaited.span, payload=memoryview(b""), error=error, awaited=awaited)

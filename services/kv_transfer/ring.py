@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from duomo.wire.messages import RingOffered
+from duomo.wire.messages import Handle, RingOffered
 from services.kv_transfer import layout, lifetime, policy
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.layout import MessageSpan
@@ -64,7 +64,7 @@ class Awaited:
 
 @dataclass(slots=True, eq=False)
 class RingMemory:
-    """A ring's memory, its agent, its state."""
+    """A ring's memory, its agent, its state. offered: the handles of its state. pulled: messages that may be written twice."""
 
     producer_boot_id: str
     region: Region
@@ -73,6 +73,8 @@ class RingMemory:
     state: lifetime.Ring
     spans: dict[int, tuple[MessageSpan, ...]] = field(default_factory=dict)
     awaited: dict[tuple[int, int], Awaited] = field(default_factory=dict)
+    offered: dict[int, Handle] = field(default_factory=dict)
+    pulled: set[tuple[int, int]] = field(default_factory=set)
     crowded_since_s: float | None = None
 
     def note_crowding(self, now_s: float) -> None:
@@ -84,7 +86,15 @@ class RingMemory:
 
     def apply(self, event: lifetime.RingEvent) -> tuple[lifetime.RingEffect, ...]:
         self.state, effects = lifetime.step(self.state, event)
+        for effect in effects:
+            if isinstance(effect, lifetime.HandleEnded):
+                self.offered.pop(effect.handle_id, None)
         return effects
+
+    def quarantined(self) -> list[Handle]:
+        """Handles that were given up, and whose fence has not come."""
+        is_given_up = lifetime.HandlePhase.QUARANTINED
+        return [self.offered[handle_id] for handle_id, handle in self.state.handles.items() if handle.phase is is_given_up]
 
     def await_turns(self, handle_id: int) -> None:
         """Look for every message of the handle whose turn has come."""
@@ -103,5 +113,6 @@ class RingMemory:
     def drop(self, handle_id: int) -> None:
         """Forget what was expected of the handle."""
         self.spans.pop(handle_id, None)
+        self.pulled = {key for key in self.pulled if key[0] != handle_id}
         for key in [key for key in self.awaited if key[0] == handle_id]:
             del self.awaited[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,34 @@ def test_twice_corrupt_is_a_typed_failure(tmp_path: Path) -> None:
             await serving
             assert rig.prefill.of(RequestFailed, "c")
             assert rig.gateway.answers["c"].ids() == []
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_a_second_write_that_spoils_a_message_between_its_proof_and_its_copy_is_no_wrong_answer(tmp_path: Path) -> None:
+    """The first write was only late. Had the copy been believed, the request would have been answered from spoilt KV."""
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            scatter, prompt = rig.worker.cache.scatter, Prompt("w", 0, ids(40), GREEDY)
+
+            def spoilt_scatter(layers: range, blocks: Sequence[int], data: memoryview) -> None:
+                leg, (ring,) = rig.service._legs["w", 0], rig.agent._landing._current.values()
+                if layers.start == 0 and 0 not in leg.pulled and leg.handle is not None:
+                    leg.pulled.add(0)
+                    rig.agent.pulled(leg.handle.handle_id, 0)
+                    place = next(at for at in range(0, ring.region.num_bytes, 64) if ring.region.slice(at, 64) == data[:64])
+                    ring.region.slice(place, 64)[:] = bytes(64)  # the second write, which lies
+                scatter(layers, blocks, data)
+
+            rig.worker.cache.scatter = spoilt_scatter  # type: ignore[method-assign]  # the moment of the second write
+            rig.gateway.start(prompt, rig.prefill)
+            serving = asyncio.create_task(rig.prefill.prefill(prompt))
+            await until(lambda: bool(rig.gateway.of(RequestFailed) or rig.gateway.of(RequestFinished)))
+            await serving
+            assert not rig.gateway.answers["w"].ids()
+            assert rig.gateway.of(RequestFailed, "w")[0].code == "kv_corrupt"
             await rig.at_rest()
 
     play(go())

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from duomo.wire.messages import HandleOffered
 from services.decode.producer_rings import GIVEN_UP_WITHOUT_DIRECTORY_S, Fate, LostProducer, ProducerRings
 from services.decode.producers import Producers
 from services.kv_transfer.directory import Directory, Member
+from services.kv_transfer.policy import MAX_RETIRED_RINGS
 from tests.services.decode.rig import configuration, running, serve
 from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, until
 
@@ -128,5 +130,33 @@ def test_a_stopped_producer_gives_everything_back(tmp_path: Path, monkeypatch: p
             await rig.at_rest()
             counts = rig.agent.counts()
             assert (counts.num_retired_rings, counts.num_open_handles) == (0, 0)
+
+    asyncio.run(go())
+
+
+def test_a_producer_that_connects_again_is_asked_for_every_fence_that_was_lost_with_its_socket(tmp_path: Path) -> None:
+    """It never fences what it has not heard of; more often than rings may wait for that, or it would be granted nothing any more."""
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            for number in range(MAX_RETIRED_RINGS + 2):
+                prompt = Prompt(f"r{number}", 0, ids(40), GREEDY)
+                rig.gateway.start(prompt, rig.prefill)
+                rig.prefill.announce(prompt)
+                handle = await rig.prefill.granted(prompt)
+                connection, ring_name = rig.prefill.connection, rig.agent.ring_name(handle.producer_boot_id)
+                assert connection is not None
+                await connection.close()
+                assert (await rig.gateway.failed(prompt.request_id)).code == "peer_gone"
+                assert rig.agent.counts().num_quarantined_slots == len(handle.slots)
+                await rig.prefill.connect(rig.service.membership.identity.address)
+                await until(lambda: len(rig.prefill.of(HandleOffered, prompt.request_id)) == 2, 5.0)  # noqa: B023  # called in this round
+                assert {one.handle for one in rig.prefill.of(HandleOffered, prompt.request_id)} == {handle}
+                assert rig.agent.ring_name(handle.producer_boot_id) != ring_name, "its slots are others'"
+                await rig.prefill.fence(handle)
+                await rig.at_rest()
+                assert rig.agent.counts().num_retired_rings == 0
+            prompt = Prompt("last", 0, ids(90), GREEDY)
+            assert await serve(rig, prompt) == expected(prompt.prompt_ids)
 
     asyncio.run(go())

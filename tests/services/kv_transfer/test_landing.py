@@ -161,3 +161,25 @@ def test_a_verdict_on_a_handle_that_was_given_up_meanwhile_is_void(pair_of: Make
     pair.consumer.abort(handle.handle_id)
     assert pair.consumer.judged(awaited, True) is None
     assert pair.consumer.counts().num_quarantined_slots == 1
+
+
+def test_a_pulled_message_that_changes_while_it_is_copied_is_refused_and_any_other_is_not_looked_at_again(pair_of: MakePair) -> None:
+    """A first write that was taken for lost lands and is right; the second, asked for meanwhile, spoils what is being copied."""
+    pair = pair_of()
+    handle, spans = pair.offer(3)
+    for future in pair.push(handle, spans[:3]):
+        future.result(5)
+    plain, pulled, spoilt = sorted(poll_for(pair, 3), key=lambda one: one.span.message_idx)
+    for one in (pulled, spoilt):
+        pair.consumer.pulled(handle.handle_id, one.span.message_idx)
+    for one in (plain, spoilt):
+        one.awaited.message[7] ^= 1
+    assert pair.consumer.copied(plain) is plain, "nobody writes it twice: it is not hashed twice"
+    assert pair.consumer.copied(pulled) is pulled
+    refused = pair.consumer.copied(spoilt)
+    assert refused.error is not None and refused.error.code == "kv_corrupt" and len(refused.payload) == 0
+    assert pair.consumer.counts().counters["messages_corrupt"] == 1
+    pair.consumer.release(handle.handle_id, pulled.span.message_idx)
+    pair.consumer.abort(handle.handle_id)
+    pair.consumer.fence(handle.handle_id)
+    pair.assert_idle()
