@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from duomo.errors import WireError
 from duomo.telemetry.expert_loads import ExpertLoads
 from duomo.telemetry.grown_counts import GrownCounts
+from duomo.telemetry.handoff_histograms import HandoffHistograms, is_part
 from duomo.telemetry.parts import Parts
 from duomo.wire.histogram import unpacked
 from duomo.wire.messages import ReplicaReport
@@ -82,6 +83,8 @@ class Metrics:
         self._make_pool_metrics(self.registry)
         self.experts = ExpertLoads()
         self.registry.register(_ExpertGauges(self.experts))
+        self.handoffs = HandoffHistograms()
+        self.registry.register(self.handoffs)
         self._replicas: dict[str, str] = {}
         self.counted = GrownCounts()
 
@@ -184,7 +187,9 @@ class Metrics:
         self.replica_progress_age.labels(*who).set(report.progress_age_s)
         self.replica_draining.labels(*who).set(report.is_draining)
         for counter, count in report.counters.items():
-            self.replica_counters.labels(*who, counter).set(count)
+            if not is_part(counter):
+                self.replica_counters.labels(*who, counter).set(count)
+        self.handoffs.observe(report)
         if report.role == "prefill":
             counts = {name: report.counters.get(name, 0) for name in _PREFILL_COUNTS}
             new = self.counted.grown(report.replica_id, report.boot_id, counts)
@@ -200,6 +205,7 @@ class Metrics:
     def forget_replica(self, replica_id: str) -> None:
         """A replica that is gone leaves no gauge behind."""
         self.experts.forget(replica_id)
+        self.handoffs.forget(replica_id)
         self.counted.forget(replica_id)
         role = self._replicas.pop(replica_id, None)
         if role is None:

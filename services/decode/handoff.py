@@ -36,11 +36,15 @@ class EarlyAnnouncement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HandoffEnds:
-    """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs."""
+    """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs.
+
+    given_up: a leg's handle was open as the leg was withdrawn, by an error or by nobody's fault.
+    """
 
     post: Callable[[str, Message], None]
     ready: Callable[[Leg], None]
     fail: Callable[[Leg, DuomoError], None]
+    given_up: Callable[[Leg, DuomoError | None], None]
 
 
 class Handoffs:
@@ -185,7 +189,7 @@ class Handoffs:
         leg.landed_bytes += message.num_bytes
         leg.times.last_landed_s = message.landed_s
         if leg.times.first_landed_s is None:
-            leg.times.first_landed_s = message.landed_s
+            leg.times.first_landed_s, leg.first_landed_bytes = message.landed_s, message.num_bytes
         self._ends.post(
             producer,
             GroupLanded(
@@ -202,6 +206,7 @@ class Handoffs:
 
     def _repair(self, leg: Leg, message: LandedMessage, error: TransferError, now_s: float) -> None:
         """Ask once for a message that landed wrong; a second time it is a typed, retryable failure."""
+        leg.num_refused += 1
         if message.message_idx in leg.pulled:
             self._ends.fail(leg, TransferError(f"message {message.message_idx} landed wrong twice: {error.detail}", code="kv_corrupt"))
             return
@@ -210,6 +215,7 @@ class Handoffs:
     def _pull(self, leg: Leg, group: int, message_idx: int, now_s: float) -> None:
         assert leg.handle is not None
         leg.pulled.add(message_idx)
+        self._arrivals.pulled(leg.handle.handle_id, message_idx)
         self._ends.post(
             leg.prefill.boot_id,
             PullKv(
@@ -268,6 +274,7 @@ class Handoffs:
                 queue.remove(leg)
         if leg.handle is not None and self._landing.pop(leg.handle.handle_id, None) is not None:
             self._arrivals.withdraw(leg.handle.handle_id)
+            self._ends.given_up(leg, leg.failure)
 
     def retract(self, producer: str, key: LegKey) -> None:
         """A producer took back an announcement that no gateway has asked for yet."""

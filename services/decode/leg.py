@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from duomo.engine.prefix_digest import PrefixHash
 from duomo.engine.sampler import RowSampling
+from duomo.errors import DuomoError
 from duomo.wire.messages import Handle, PeerAddress, PrefillDone, Resume, Sampling, StartDecode, Timings, WaveAnnounced
 from services.decode.policy import DecodeLimits, WaitingLeg, blocks_for, promised_blocks, table_promise
 from services.decode.routed_tokens import RoutedTokens
@@ -54,6 +55,12 @@ class LegTimes:
         """When the KV was here and the first token known."""
         assert self.prefill_done_s is not None
         return max(self.prefill_done_s, self.last_landed_s if self.last_landed_s is not None else self.prefill_done_s)
+
+    def landing_s(self) -> float:
+        """From the first message to the last; 0 where fewer than two landed."""
+        if self.first_landed_s is None or self.last_landed_s is None:
+            return 0.0
+        return self.last_landed_s - self.first_landed_s
 
     def first_token(self, step_started_s: float, now_s: float, peer_rtt_s: float, batch_size: int) -> Timings:
         """The leg's first token from here is written now: the parts of the time that led to it."""
@@ -100,9 +107,10 @@ class Choice:
 class Leg:
     """One attempt of one request. `gateway` is the boot id of who gets its tokens, `prefill` who sends its KV.
 
-    silent_s: for how long we have looked and nothing of its KV came. blocks: held while the KV lands; they pass to the choices when the leg
-    joins. cached_tokens: tokens whose KV was in them when they were granted, num_cached_blocks the blocks of those. prefix_hashes: of its
-    tokens' full blocks, where the pool remembers prefixes. promise_blocks: the whole promise while it lands.
+    failure: why it ended, where that is an error. silent_s: for how long we have looked and nothing of its KV came. num_refused: messages
+    that lay wrong. blocks: held while the KV lands; they pass to the choices when the leg joins. cached_tokens: tokens whose KV was in
+    them when they were granted, num_cached_blocks the blocks of those. prefix_hashes: of its tokens' full blocks, where the pool
+    remembers prefixes. promise_blocks: the whole promise while it lands.
     """
 
     leg_id: int
@@ -136,6 +144,9 @@ class Leg:
     pulled: set[int] = field(default_factory=set)
     silent_s: float = 0.0
     landed_bytes: int = 0
+    first_landed_bytes: int = 0
+    num_refused: int = 0
+    failure: DuomoError | None = None
     done: PrefillDone | None = None
     prompt_counts_LE: NDArray[np.integer] | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
@@ -205,6 +216,7 @@ class Leg:
         assert not self.blocks and not self.choices
         self.state, self.announced, self.handle, self.done, self.prompt_counts_LE = LegState.EXPECTED, None, None, None, None
         self.spans, self.landed, self.pulled, self.landed_bytes, self.silent_s = (), set(), set(), 0, 0.0
+        self.first_landed_bytes = self.num_refused = 0
         self.times = LegTimes(started_s=self.times.started_s)
 
     def open_promise(self) -> int:

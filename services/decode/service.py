@@ -31,13 +31,14 @@ from duomo.wire.messages import (
 from services.decode.arrivals import LandedMessage
 from services.decode.batch import Batch, BatchEnds, PlannedStep, Stops
 from services.decode.handoff import HandoffEnds, Handoffs, producer_lost
+from services.decode.handoff_figures import HandoffFigures
 from services.decode.intake import Intake
 from services.decode.leg import Choice, Leg, LegKey, LegState
 from services.decode.outbox import Outbox, cancel_of, failure_of, frame_of
 from services.decode.pool import Pool
 from services.decode.producers import Producers
 from services.decode.settings import arrivals_of, cache_of, limits_of, max_model_tokens, terms_of
-from services.decode.spans import record_handoff, record_stream
+from services.decode.spans import record_stream
 from services.decode.steps import StepLoop
 from services.decode.worker import StepOutput, StepWorker
 from services.kv_transfer.agent import TransferAgent
@@ -84,7 +85,8 @@ class DecodeService:
         self._producers = Producers()
         self._arrivals = arrivals_of(card, worker, means, self._producers, directory, self._changed)
         self.pool = Pool(limits_of(card), means if isinstance(means, BlockLoans) else None, cache_of(card))
-        ends = HandoffEnds(post=self._producers.post, ready=self._ready.append, fail=self._fail)
+        self._figures = HandoffFigures(tracing, self._arrivals.way, self.counters)
+        ends = HandoffEnds(post=self._producers.post, ready=self._ready.append, fail=self._fail, given_up=self._figures.given_up)
         self._handoffs = Handoffs(self.pool, self._arrivals, terms_of(card, worker), ends)
         stops = Stops(eos_ids=worker.config.eos_ids, max_model_tokens=max_model_tokens(card, worker))
         self._batch = Batch(self.pool, stops, BatchEnds(preempted=self._preempted, finished=self._finish))
@@ -205,9 +207,7 @@ class DecodeService:
     def before_step(self, now_s: float) -> None:
         for leg in [leg for leg in self._ready if now_s >= leg.times.ready_s() + self.card.config.delays.decode_admit_s]:
             self._ready.remove(leg)
-            record_handoff(self._tracing, leg, self._arrivals.way)
-            self.counters["landed_bytes"] += leg.landed_bytes
-            self.counters["unsent_bytes"] += self._handoffs.unsent_bytes(leg)
+            self._figures.arrived(leg, self._handoffs.unsent_bytes(leg))
             self._batch.join(leg)
         if self._is_pump_due:
             self._is_pump_due = False
@@ -336,11 +336,11 @@ class DecodeService:
         """End a leg with a typed answer to its gateway, and to its producer where that has heard of it."""
         if leg.state is LegState.OVER:
             return
-        now_s = time.monotonic()
         was_announced = leg.announced is not None and leg.state is not LegState.RUNNING
         self.counters[f"failed_{error.code}"] += 1
+        leg.failure = error
         self._close(leg)
-        failure = failure_of(leg, error, now_s)
+        failure = failure_of(leg, error, time.monotonic())
         self._outbox.post(leg.gateway, failure)
         if was_announced:
             self._producers.post(leg.prefill.boot_id, failure)

@@ -5,28 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from duomo.telemetry.tracing import AttributeValue, Tracing
+from duomo.telemetry.tracing import Tracing
 from services.decode.leg import Leg
-
-
-def record_handoff(tracing: Tracing, leg: Leg, way: str) -> None:
-    """kv.handoff: from the handle's offer until the KV was here and PrefillDone seen. way: what moved the bytes, if any moved."""
-    times = leg.times
-    if not tracing.is_on or times.offered_s is None or times.prefill_done_s is None:
-        return
-    ended_s = times.ready_s()
-    landing_s = ended_s - (times.first_landed_s if times.first_landed_s is not None else times.offered_s)
-    attributes: dict[str, AttributeValue] = {
-        "duomo.way": way,
-        "duomo.bytes": leg.landed_bytes,
-        "duomo.groups": len({span.group for span in leg.spans}),
-        "duomo.messages": len(leg.spans),
-        "duomo.pulled": len(leg.pulled),
-        "duomo.bytes_per_s": leg.landed_bytes / landing_s if landing_s > 0 else 0.0,
-        "duomo.exposed_s": ended_s - times.prefill_done_s,
-        "duomo.grant_wait_s": times.offered_s - (times.announced_s if times.announced_s is not None else times.offered_s),
-    }
-    tracing.record_span("kv.handoff", leg.traceparent, times.offered_s, ended_s, attributes)
 
 
 def _record_first_step(tracing: Tracing, leg: Leg) -> None:

@@ -20,7 +20,7 @@ from services.kv_transfer import layout, policy, writing
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.memory import Region
-from services.kv_transfer.transport import Span, Transport, Write, WriteState
+from services.kv_transfer.transport import Span, Transport, Write, WriteReport, WriteState
 from services.kv_transfer.writing import Verdict
 
 _MAX_IDLE_HANDLES = 256
@@ -43,11 +43,16 @@ class PushJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushResult:
-    """A message is in D's memory. Times are monotonic seconds of this process, from the start of packing to the end of the write."""
+    """A message is in D's memory. Times are monotonic seconds of this process, from the start of packing to the end of the write.
+
+    posted_s: it was packed, hashed and paced, and the write began. report: what the transport measured of the write, if it does.
+    """
 
     num_bytes: int
     started_s: float
+    posted_s: float
     ended_s: float
+    report: WriteReport | None
 
 
 @dataclass(slots=True, eq=False)
@@ -311,13 +316,27 @@ class Pusher:
             if flight.is_late:
                 pass  # its future has ended already
             elif state is WriteState.DONE:
-                num_bytes = flight.pending.job.span.num_bytes
                 self.counters["messages_pushed"] += 1
-                future.set_result(PushResult(num_bytes=num_bytes, started_s=flight.started_s, ended_s=self._now_s()))
+                future.set_result(self._result(flight))
             else:
                 self.counters["push_transfer_failed"] += 1
                 future.set_exception(TransferError(f"a write failed: {flight.write.detail}"))
         self._settle()
+
+    def _result(self, flight: _InFlight) -> PushResult:
+        report = flight.write.report
+        if report is not None:
+            self.counters["transport_bytes"] += report.num_bytes
+            self.counters["transport_descriptors"] += report.num_descriptors
+            self.counters["transport_post_us"] += round(report.post_s * 1e6)
+            self.counters["transport_transfer_us"] += round(report.transfer_s * 1e6)
+        return PushResult(
+            num_bytes=flight.pending.job.span.num_bytes,
+            started_s=flight.started_s,
+            posted_s=flight.posted_s,
+            ended_s=self._now_s(),
+            report=report,
+        )
 
     def _settle(self) -> None:
         """Fail dropped jobs, resolve fences, forget what is over. The lock is held."""

@@ -6,6 +6,7 @@ A write cannot be taken back. It is over only when poll() says so; the writer's 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -27,12 +28,32 @@ class WriteState(Enum):
     FAILED = "failed"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteReport:
+    """What the transport itself measured of a write that is done.
+
+    backend: what moved the bytes. post_s: the call that posted it. transfer_s: from that call until the transport saw the end.
+    num_descriptors: pieces that it was made of.
+    """
+
+    backend: str
+    num_bytes: int
+    num_descriptors: int
+    post_s: float
+    transfer_s: float
+
+
 class Write(Protocol):
     """A posted write."""
 
     @property
     def detail(self) -> str:
         """Why it failed; "" otherwise."""
+        ...
+
+    @property
+    def report(self) -> WriteReport | None:
+        """Of a write that is done; None before, and where the transport measures nothing."""
         ...
 
 

@@ -31,6 +31,7 @@ class _LoopbackWrite:
     state: WriteState = WriteState.IN_FLIGHT
     detail: str = ""
     is_notified: bool = False
+    report: None = None
 
 
 @dataclass(order=True)

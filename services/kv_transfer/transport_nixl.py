@@ -12,7 +12,7 @@ from typing import Any
 from duomo.config import TransferSection
 from duomo.errors import PeerError, TransferError
 from services.kv_transfer.memory import PageLocks, Region
-from services.kv_transfer.transport import Span, Transport, Write, WriteState
+from services.kv_transfer.transport import Span, Transport, Write, WriteReport, WriteState
 from services.kv_transfer.transport_nixl_config import BACKEND, import_nixl, make_agent
 
 _MEMORY = "DRAM"
@@ -25,6 +25,7 @@ class _NixlWrite:
         self.handle = handle
         self.state = WriteState.IN_FLIGHT
         self.detail = ""
+        self.report: WriteReport | None = None
         self.lock = threading.Lock()
 
 
@@ -153,9 +154,26 @@ class NixlTransport:
 
     def _end(self, write: _NixlWrite, state: WriteState, detail: str) -> None:
         """Release the handle and remember how it ended."""
+        if state is WriteState.DONE:
+            write.report = self._report(write.handle)
         write.state, write.detail = state, detail
         handle, write.handle = write.handle, None
         try:
             self._agent.release_xfer_handle(handle)
         except self._errors as error:
             write.detail = f"{detail}; its handle cannot be released: {error}"
+
+    def _report(self, handle: Any) -> WriteReport | None:
+        """NIXL's telemetry of a transfer that is done; its times are whole microseconds."""
+        try:
+            telemetry = self._agent.get_xfer_telemetry(handle)
+            backend = self._agent.query_xfer_backend(handle)
+        except self._errors:
+            return None  # it moved the bytes, and cannot say how
+        return WriteReport(
+            backend=str(backend),
+            num_bytes=int(telemetry.totalBytes),
+            num_descriptors=int(telemetry.descCount),
+            post_s=int(telemetry.postDuration) * 1e-6,
+            transfer_s=int(telemetry.xferDuration) * 1e-6,
+        )

@@ -30,16 +30,6 @@ class Stage(StrEnum):
     HANDING_OFF = "handing_off"
 
 
-@dataclass(slots=True, kw_only=True)
-class GroupPush:
-    """One group's messages under way: how many are left, and the span of time and bytes that they took."""
-
-    num_left: int
-    started_s: float = float("inf")
-    ended_s: float = 0.0
-    num_bytes: int = 0
-
-
 @dataclass(slots=True, kw_only=True, eq=False)
 class Handoff:
     """A granted handle and its messages. unlanded: messages that D has not released; num_in_flight: pushes that are not terminal."""
@@ -48,7 +38,6 @@ class Handoff:
     spans: tuple[MessageSpan, ...]
     unlanded: set[int]
     pushed: set[int] = field(default_factory=set)
-    groups: dict[int, GroupPush] = field(default_factory=dict)
     pulls: list[PullKv] = field(default_factory=list)
     num_in_flight: int = 0
     is_abandoned: bool = False

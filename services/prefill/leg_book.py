@@ -75,7 +75,7 @@ class LegBook:
         else:
             self.peers = DecodePeers(means, connect, self._peer_changed, self._peer_lost)
             self.blocks = PromptBlocks(section.num_blocks, card.config.model.block_tokens, section.prefix_cache_blocks)
-            self.handoffs = RingHandoffs(means, self.peers, worker, tracing, self._moved, self.fail)
+            self.handoffs = RingHandoffs(means, self.peers, worker, tracing, self._moved, self.fail, self.counters)
         self._max_tokens = min(card.config.model.max_model_tokens or worker.config.max_position_tokens, worker.config.max_position_tokens)
         num_blocks = self.blocks.manager.num_blocks
         limits = Limits.of(section, num_groups=worker.num_groups, num_blocks=num_blocks, max_prompt_tokens=self._max_tokens)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 
 from duomo.errors import DuomoError, TransferError
+from duomo.telemetry.handoff_histograms import HANDOFF_RATE
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.messages import GroupLanded, Handle, HandleOffered, PullKv, TransferFenced
 from services.kv_transfer import layout
 from services.kv_transfer.agent import PushJob, PushResult, TransferAgent
 from services.kv_transfer.layout import MessageSpan
 from services.prefill.decode_peers import DecodePeers
-from services.prefill.leg import GroupPush, Handoff, Leg
+from services.prefill.group_push import GroupPush
+from services.prefill.leg import Handoff, Leg
 from services.prefill.worker import WaveWorker
 
 
@@ -26,7 +29,7 @@ class RingHandoffs:
     """The producer side of all handles of this replica.
 
     worker: its pack() writes a message from the KV cache, in the writer thread. on_change: a leg's handoff moved (a push ended,
-    a message landed, it became terminal). on_failed: a push failed for good.
+    a message landed, it became terminal). on_failed: a push failed for good. counters: the replica's, which its report carries.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class RingHandoffs:
         tracing: Tracing,
         on_change: Callable[[Leg], None],
         on_failed: Callable[[Leg, TransferError], None],
+        counters: Counter[str],
     ) -> None:
         self._agent = agent
         self._peers = peers
@@ -44,6 +48,7 @@ class RingHandoffs:
         self._tracing = tracing
         self._on_change = on_change
         self._on_failed = on_failed
+        self._counters = counters
         self._legs: dict[int, Leg] = {}
 
     @property
@@ -65,17 +70,19 @@ class RingHandoffs:
         return True
 
     def refuse(self, offer: HandleOffered) -> None:
-        """A grant that nobody wants any more: nothing was or will be written."""
-        self._fence(offer.handle, offer.traceparent)
+        """A grant that nobody wants any more. It may be one of an earlier socket, whose last write has not ended: fenced when it has."""
+        loop = asyncio.get_running_loop()
+        fenced: Future[None] = self._agent.cancel(offer.handle.handle_id)
+        fenced.add_done_callback(lambda _: _call_soon(loop, self._fence, offer.handle, offer.traceparent))
 
     def group_computed(self, leg: Leg, group: int) -> None:
         """Push every message of a computed group. The writer thread packs and writes while the next group computes."""
         handoff = leg.handoff
         assert handoff is not None and not handoff.is_abandoned
         spans = [span for span in handoff.spans if span.group == group]
-        handoff.groups[group] = GroupPush(num_left=len(spans))
+        push = GroupPush(group=group, num_left=len(spans))
         for span in spans:
-            self._push(leg, handoff, span)
+            self._push(leg, handoff, span, push)
 
     def landed(self, message: GroupLanded) -> None:
         """D released a message: its slot is a credit again, and the message is no longer leased."""
@@ -93,7 +100,8 @@ class RingHandoffs:
             return False
         if message.message_idx in handoff.pushed:
             handoff.pushed.discard(message.message_idx)
-            self._push(leg, handoff, handoff.spans[message.message_idx])
+            span = handoff.spans[message.message_idx]
+            self._push(leg, handoff, span, GroupPush(group=span.group, num_left=1, is_rewrite=True))
         else:
             handoff.pulls.append(message)
         return True
@@ -109,15 +117,16 @@ class RingHandoffs:
         fenced: Future[None] = self._agent.cancel(handle_id)
         fenced.add_done_callback(lambda _: _call_soon(loop, self._fenced, leg, handoff))
 
-    def _push(self, leg: Leg, handoff: Handoff, span: MessageSpan) -> None:
+    def _push(self, leg: Leg, handoff: Handoff, span: MessageSpan, push: GroupPush) -> None:
+        """push: what it is one of."""
         loop = asyncio.get_running_loop()
         handoff.num_in_flight += 1
         fill = functools.partial(self._worker.pack, handoff.handle.handle_id, span, leg.blocks)
         job = PushJob(handle=handoff.handle, span=span, fill=fill, is_sealed=self._worker.seals_messages)
         pushed: Future[PushResult] = self._agent.push(job)
-        pushed.add_done_callback(lambda done: _call_soon(loop, self._pushed, leg, handoff, span, done))
+        pushed.add_done_callback(lambda done: _call_soon(loop, self._pushed, leg, handoff, span, push, done))
 
-    def _pushed(self, leg: Leg, handoff: Handoff, span: MessageSpan, done: Future[PushResult]) -> None:
+    def _pushed(self, leg: Leg, handoff: Handoff, span: MessageSpan, push: GroupPush, done: Future[PushResult]) -> None:
         handoff.num_in_flight -= 1
         try:
             result = done.result()
@@ -129,23 +138,22 @@ class RingHandoffs:
             self._settle(leg, handoff)
             return
         handoff.pushed.add(span.message_idx)
-        self._measure(leg, handoff, span.group, result)
+        self._measure(leg, push, result)
         pulls = [pull for pull in handoff.pulls if pull.message_idx == span.message_idx]
         if pulls and not handoff.is_abandoned:
             handoff.pulls = [pull for pull in handoff.pulls if pull.message_idx != span.message_idx]
             self.pull(pulls[0])
         self._settle(leg, handoff)
 
-    def _measure(self, leg: Leg, handoff: Handoff, group: int, result: PushResult) -> None:
-        push = handoff.groups[group]
-        push.num_left -= 1
-        push.num_bytes += result.num_bytes
-        push.started_s, push.ended_s = min(push.started_s, result.started_s), max(push.ended_s, result.ended_s)
-        if push.num_left == 0:
+    def _measure(self, leg: Leg, push: GroupPush, result: PushResult) -> None:
+        push.add(result)
+        if push.num_left:
+            return
+        if push.bytes_per_s > 0:
+            HANDOFF_RATE.count(push.bytes_per_s, self._counters)
+        if self._tracing.is_on:
             parent = leg.compute_span.traceparent if leg.compute_span is not None else leg.request.traceparent
-            self._tracing.record_span(
-                "kv.push", parent, push.started_s, push.ended_s, {"duomo.group": group, "duomo.bytes": push.num_bytes}
-            )
+            self._tracing.record_span("kv.push", parent, push.started_s, push.ended_s, push.attributes(self._agent.transport_name))
 
     def _fenced(self, leg: Leg, handoff: Handoff) -> None:
         del self._legs[handoff.handle.handle_id]

@@ -51,7 +51,7 @@ from tests.services.witnesses import FaultyTransport, Witness, WitnessedAgent, W
 NUM_PROMPTS = 24
 REMAINING_S = 20.0
 END_S = 45.0  # by then every request has ended, one way or the other
-REST_S = 40.0  # longer than any lease or deadline of a leg
+REST_S = 4.0  # a lost process is judged in one and a half seconds, nothing else takes one
 # What a request may end with here: each has a cause that was drawn.
 CAUSES = {
     "kv_corrupt": "spoilt twice",
@@ -222,7 +222,8 @@ class Soak:
         draw = self._draw
         kind = draw.randrange(NUM_PROMPTS)
         size = (1, 15, 16, 17, 33, 48, 63, 64, 90, 128, 150, 170)[kind % 12]
-        sampling = Sampling(max_tokens=draw.randint(1, 3), temperature=0.8 if kind % 2 else 0.0, seed=7, ignore_eos=True)
+        max_tokens = draw.randint(1, 3) if draw.random() < 0.95 else 40  # long ones run pools out of blocks
+        sampling = Sampling(max_tokens=max_tokens, temperature=0.8 if kind % 2 else 0.0, seed=7, ignore_eos=True)
         prompt_ids = tuple((kind * 31 + place * (kind + 3)) % 90 + 3 for place in range(size))
         return Flight(request_id, prompt_ids, sampling, (0, 1) if draw.random() < 0.15 else (0,))
 
@@ -233,7 +234,7 @@ class Soak:
         is_short = draw.random() < drawn.chance_short
         remaining_s = draw.uniform(0.001, 0.05) if is_short else REMAINING_S
         salt = request_id if draw.random() < 0.7 else "shared"
-        self._start(flight, p, d, remaining_s, salt)
+        await self._start(flight, p, d, remaining_s, salt)
         cancel_s = draw.expovariate(1 / 0.03) if draw.random() < drawn.chance_cancel else END_S
         try:
             async with asyncio.timeout(cancel_s):
@@ -244,7 +245,7 @@ class Soak:
             if cancel_s == END_S:
                 self.wrong.append(f"{request_id} did not end: {flight.over}, {str(self.held())[:2000]}")
         if flight.failure or len(flight.over) < 2:
-            self._cancel(request_id, p, d)
+            await self._cancel(request_id, p, d)
         self._note(flight, was_short=is_short)
         del self._flights[request_id]
 
@@ -260,7 +261,7 @@ class Soak:
             if not flight.right_tokens(self._model):
                 self.wrong.append(f"{flight.request_id} was answered wrong: {flight.tokens}")
 
-    def _start(self, flight: Flight, p: int, d: int, remaining_s: float, salt: str) -> None:
+    async def _start(self, flight: Flight, p: int, d: int, remaining_s: float, salt: str) -> None:
         common = {"request_id": flight.request_id, "attempt": 0, "traceparent": "", "remaining_s": remaining_s, "cache_salt": salt}
         common |= {"prompt_ids": flight.prompt_ids, "sampling": flight.sampling, "choices": flight.choices}
         prefill, decode = self._made.prefills[p][0], self._made.decodes[d][0]
@@ -270,10 +271,17 @@ class Soak:
         posts: list[tuple[Callable[[Message], None], Message]] = [(to_prefill, start_prefill), (to_decode, start_decode)]
         for post, start in self._draw.sample(posts, 2):
             post(start)
+            await self._pause()
 
-    def _cancel(self, request_id: str, p: int, d: int) -> None:
+    async def _cancel(self, request_id: str, p: int, d: int) -> None:
         for gateway in self._draw.sample([self._to_prefill[p], self._to_decode[d]], 2):
             gateway.post(Cancel(request_id=request_id, attempt=0, traceparent="", remaining_s=0.0, reason="soak"))
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """One leg hears of something later than the other."""
+        if self._draw.random() < 0.3:
+            await asyncio.sleep(self._draw.random() * 0.02)
 
     def _break_socket(self) -> None:
         decode, _ = self._draw.choice(self._made.decodes)
@@ -286,6 +294,8 @@ class Soak:
         hub = self._made.hub
         assert hub is not None
         names = [name for name in hub._agents if any(name.startswith(decode.card.boot_id) for decode, _ in self._made.decodes)]
+        if not names:
+            return  # their memory is not on the hub
         name = self._draw.choice(names)
         self.events["memories stopped"] += 1
         hub.stop(name)

@@ -22,7 +22,7 @@ from services.kv_transfer.agent import Landed, TransferAgent
 from services.kv_transfer.faults import Fault, FaultPlan
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.memory import Region
-from services.kv_transfer.transport import Span, Transport, Write, WriteState
+from services.kv_transfer.transport import Span, Transport, Write, WriteReport, WriteState
 from services.prefill.worker import PrefillWorker
 
 Key = tuple[int, int]  # (handle id, message index)
@@ -53,12 +53,12 @@ class Witness:
             if self._digests.setdefault(key, digest) != digest:
                 self.found.append(f"message {key} was packed twice with different bytes: its blocks were not leased any more")
 
-    def read(self, key: Key, payload: memoryview, when: str) -> None:
-        """Decode takes these bytes for the message."""
+    def copied(self, key: Key, payload: memoryview) -> None:
+        """Decode has just copied these bytes for the message."""
         digest = hashlib.blake2b(payload, digest_size=16).digest()
         with self._lock:
             if self._digests.get(key) != digest:
-                self.found.append(f"message {key} {when} is not what was packed")
+                self.found.append(f"message {key} was copied, and is not what was packed")
 
     def is_complete(self, handle_id: int) -> bool:
         """Whether every message of the handle was accepted."""
@@ -121,16 +121,24 @@ class WitnessedAgent(TransferAgent):
                 self._witness.refused[key] += 1
                 continue
             self._witness.accepted[key] += 1
-            self._witness.read(key, message.payload, "as it was verified")
-            self._payloads[key] = message.payload
+            self._payloads[key] = message.payload  # not read yet: given up now, its slot may be another's before anybody copies it
         return landed
+
+    def copied(self, landed: Landed) -> Landed:
+        copied = super().copied(landed)
+        if copied.error is not None:
+            key = (landed.handle_id, landed.span.message_idx)
+            self._witness.refused[key] += 1
+            self._witness.accepted[key] -= 1
+            self._payloads.pop(key, None)
+        return copied
 
     def release(self, handle_id: int, message_idx: int) -> None:
         """Its payload has just been copied into blocks."""
         key = (handle_id, message_idx)
         payload = self._payloads.pop(key, None)
         if payload is not None:  # else its handle was given up in between
-            self._witness.read(key, payload, "as it was copied")
+            self._witness.copied(key, payload)
         super().release(handle_id, message_idx)
 
     def abort(self, handle_id: int) -> None:
@@ -166,6 +174,10 @@ class _Write:
     inner: Write | None = None
     state: WriteState = WriteState.IN_FLIGHT
     detail: str = ""
+
+    @property
+    def report(self) -> WriteReport | None:
+        return self.inner.report if self.inner is not None else None
 
 
 class FaultyTransport:

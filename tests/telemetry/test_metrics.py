@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from duomo.telemetry.grown_counts import KEPT_GONE
+from duomo.telemetry.handoff_histograms import HANDOFF_BYTES, HANDOFF_SECONDS
 from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.parts import Parts
 from duomo.wire.histogram import packed
@@ -144,3 +146,34 @@ def test_every_metric_is_documented_and_every_documented_one_exists() -> None:
     documented = set(re.findall(r"^\| `((?:duomo|gen_ai)_\w+)`", page, flags=re.MULTILINE))
     made = {family.name for family in Metrics().registry.collect() if not family.name.startswith("process_")}
     assert documented == made
+
+
+def test_handoffs_of_all_replicas_are_one_histogram_a_transport() -> None:
+    metrics = Metrics()
+
+    def report(replica: str, boot_id: str, transport: str, *handoffs: tuple[float, float]) -> ReplicaReport:
+        counters: Counter[str] = Counter(preemptions=1)
+        for num_bytes, took_s in handoffs:
+            HANDOFF_BYTES.count(num_bytes, counters)
+            HANDOFF_SECONDS.count(took_s, counters)
+        return msgspec.structs.replace(REPORT, replica_id=replica, boot_id=boot_id, transport=transport, counters=dict(counters))
+
+    for told in (
+        report("d0", "a", "nixl/UCX", (65536, 0.004)),
+        report("d0", "a", "nixl/UCX", (65536, 0.004), (3_000_000, 0.02)),
+        report("d1", "b", "nixl/UCX", (1 << 40, 99.0)),
+        report("d2", "c", "loopback", (0, 0.0)),
+    ):
+        metrics.observe_report(told)
+    metrics.forget_replica("d0")
+    metrics.observe_report(report("d0", "restarted", "nixl/UCX", (65537, 0.005)))
+    seen = scraped(metrics)
+    of_bytes = {key[1]: value for key, value in seen.items() if key[0] == "duomo_handoff_bytes_bucket" and key[2] == "nixl/UCX"}
+    assert (of_bytes["65536"], of_bytes["262144"], of_bytes["4194304"], of_bytes["17179869184"], of_bytes["+Inf"]) == (1, 2, 3, 3, 4)
+    assert seen["duomo_handoff_bytes_sum", "nixl/UCX"] == 65536 + 3_000_000 + (1 << 40) + 65537
+    assert seen["duomo_handoff_seconds_count", "nixl/UCX"] == 4 and seen["duomo_handoff_seconds_count", "loopback"] == 1
+    assert abs(seen["duomo_handoff_seconds_sum", "nixl/UCX"] - 99.029) < 1e-9
+    assert seen["duomo_handoff_seconds_bucket", "0.005", "nixl/UCX"] == 2
+    assert not [key for key in seen if key[0] == "duomo_replica_counter" and "handoff" in "".join(key)], (
+        "parts are no counters of their own"
+    )

@@ -62,6 +62,8 @@ class Process:
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+        if number is signal.SIGSTOP:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)  # all its threads: none takes another byte
         if number is signal.SIGKILL:
             self.process.wait(10)
 
@@ -243,6 +245,9 @@ def test_two_agents_write_and_a_finished_write_stays_finished() -> None:
     while not notes and time.monotonic() < deadline_s:
         notes = right.notifications()
     assert notes == [b"note\0\xff"] and bytes(target.slice(5, 9)) == b"\0\0hello\0\0"
+    report = write.report
+    assert report is not None and (report.backend, report.num_bytes, report.num_descriptors) == ("UCX", 65, 1)
+    assert 0 < report.post_s <= report.transfer_s < 10
     later = Region(8192)
     right.register(later)
     assert left.add_peer(right.metadata()) == "kv-right", "memory registered later is learned by adding the peer again"

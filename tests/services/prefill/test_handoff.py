@@ -9,7 +9,7 @@ import pytest
 
 from duomo.telemetry.span_file import read_spans
 from duomo.wire.histogram import unpacked
-from duomo.wire.messages import PrefillDone, Sampling, TransferFenced, WaveAnnounced
+from duomo.wire.messages import HandleOffered, PrefillDone, Sampling, TransferFenced, WaveAnnounced
 from services.kv_transfer.faults import Fault
 from tests.services.prefill.prefill_rig import expected_kv, first_token, ids, model, monolith_tokens, rig, run
 from tests.services.prefill.scripted_peers import until
@@ -198,6 +198,54 @@ def test_a_corrupt_message_is_pulled_again(tmp_path: Path) -> None:
             await parts.gateway.finished("r")
             assert parts.decode.pulls == 1 and parts.service.report().counters["kv_pulls"] == 1
             assert parts.decode.kv("r", 50) == expected_kv(prompt)
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+def test_a_push_is_told_with_its_rate_and_a_pulled_message_by_a_span_of_its_own(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir, faults={1: Fault(corrupt_byte=5)}) as parts:
+            parts.gateway.start("r", ids(90), parts.decode.address)
+            await parts.gateway.finished("r")
+            assert parts.decode.kv("r", 90) == expected_kv(ids(90)) and parts.decode.pulls == 1
+            await parts.is_clean()
+            counters = parts.service.report().counters
+            rates = [count for name, count in counters.items() if name.startswith("handoff_bytes_per_s.le.")]
+            assert sum(rates) == 4 + 1 and counters["handoff_bytes_per_s.sum"] > 0
+
+    run(scenario, tmp_path)
+    pushes = [span.attributes for span in read_spans(tmp_path / "spans") if span.name == "kv.push"]
+    groups = [push for push in pushes if not push["duomo.rewrite"]]
+    (rewrite,) = [push for push in pushes if push["duomo.rewrite"]]
+    assert sorted(push["duomo.group"] for push in groups) == [0, 1, 2, 3]
+    block_bytes = 16 * 1024
+    assert sum(int(str(push["duomo.bytes"])) for push in groups) == 6 * 8 * block_bytes and rewrite["duomo.messages"] == 1
+    for push in pushes:
+        assert push["duomo.way"] == "loopback" and "duomo.transport.bytes" not in push, "which measures nothing"
+        assert all(float(str(push[f"duomo.{name}"])) > 0 for name in ("bytes_per_s", "pack_s", "write_s"))
+
+
+def test_an_offer_that_comes_again_is_fenced_when_its_write_has_ended(tmp_path: Path) -> None:
+    """Decode asks so for a fence that was lost with a socket: it must not believe that nothing is written while something is."""
+
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            parts.gateway.start("r", ids(40), parts.decode.address)
+            parts.hub.stop(parts.decode.agent._transport.name)
+            await parts.decode.inbox.until(lambda: parts.agent.counts().num_writes_in_flight > 0)
+            (ring,) = parts.decode.agent._landing._current.values()
+            (handle,) = ring.offered.values()
+            offer = HandleOffered(request_id="r", attempt=0, traceparent="", remaining_s=0.0, handle=handle)
+            parts.gateway.cancel("r")
+            parts.decode.abort("r")
+            parts.decode._post(offer)
+            stranger = msgspec.structs.replace(handle, handle_id=handle.handle_id + 1000, request_id="nobody")
+            parts.decode._post(msgspec.structs.replace(offer, request_id="nobody", handle=stranger))
+            await parts.decode.inbox.one(TransferFenced, "nobody")
+            assert not parts.decode.inbox.of(TransferFenced, "r"), "a write of it is in flight"
+            parts.hub.resume(parts.decode.agent._transport.name)
+            await parts.decode.inbox.one(TransferFenced, "r")
             await parts.is_clean()
 
     run(scenario, tmp_path)
