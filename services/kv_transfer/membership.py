@@ -47,7 +47,8 @@ log = logging.getLogger(__name__)
 class Progress:
     """Tells a hang from idleness. Thread-safe by single assignments: the loop writes, the watchdog thread reads.
 
-    pending() when work waits (again and again is harmless), advance() after each finished step, idle() when none is left.
+    pending() when work waits (again and again is harmless), advance() after each finished step, idle() when none is left. moved() within a
+    step that takes long, from whoever runs it or waits for it: before its end is told, so never after idle().
     """
 
     def __init__(self, hang_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -62,6 +63,9 @@ class Progress:
 
     def advance(self) -> None:
         self.num_steps += 1
+        self._since_s = self._clock()
+
+    def moved(self) -> None:
         self._since_s = self._clock()
 
     def idle(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -72,18 +72,22 @@ class PieceOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchedPiece:
-    """What the step thread says of a piece. outputs: after a wave's last one alone."""
+    """What the step thread says of a piece. seconds: of each of its chunks. outputs: after a wave's last one alone."""
 
-    seconds: Pending[float]
+    seconds: tuple[Pending[float], ...]
     outputs: Pending[tuple[WaveOutput, ...]]
 
     @property
     def is_over(self) -> bool:
-        return isinstance(self.seconds, Over) and isinstance(self.outputs, Over)
+        return all(isinstance(each, Over) for each in (*self.seconds, self.outputs))
 
-    def wait(self) -> PieceOutput:
-        """Until it is; in any thread."""
-        return PieceOutput(seconds=self.seconds.wait(), outputs=self.outputs.wait())
+    def wait(self, moved: Callable[[], None]) -> PieceOutput:
+        """Until it is; in any thread. moved: called behind each chunk."""
+        seconds = 0.0
+        for chunk in self.seconds:
+            seconds += chunk.wait()
+            moved()
+        return PieceOutput(seconds=seconds, outputs=self.outputs.wait())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -250,7 +254,8 @@ class WaveLoop:
         launched = await self._thread.run("group", self._compute, wave, piece, is_last=is_last)
         if launched is None:
             return None
-        return launched.wait() if launched.is_over else await self._waiting_thread.run("group", launched.wait)
+        moved = self._progress.moved
+        return launched.wait(moved) if launched.is_over else await self._waiting_thread.run("group", launched.wait, moved)
 
     def _compute(self, wave: Wave, piece: Piece, *, is_last: bool) -> LaunchedPiece | None:
         """In the step thread: one piece; after the last one the first tokens of every leg that is still wanted. None: nobody of it is."""
@@ -258,12 +263,20 @@ class WaveLoop:
             return None
         if wave.computation is None:
             wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs], self._limits.chunk_tokens_of(wave.view.num_tokens))
-        seconds = self._worker.run_piece(wave.computation, piece)
+        seconds = tuple(self._run_chunks(wave.computation, piece))
         if not is_last:
             return LaunchedPiece(seconds=seconds, outputs=Over(()))
         eos_ids = self._worker.config.eos_ids
         rows = [[] if leg.is_over else leg.choice_rows(eos_ids) for leg in wave.legs]
         return LaunchedPiece(seconds=seconds, outputs=self._worker.sample(wave.computation, rows))
+
+    def _run_chunks(self, computation: Computation, piece: Piece) -> Iterator[Pending[float]]:
+        """One after the other: a long prompt's are many, and each that is over is a sign of life."""
+        for chunk in range(*piece.chunks):
+            seconds = self._worker.run_piece(computation, replace(piece, chunks=(chunk, chunk + 1)))
+            if isinstance(seconds, Over):
+                self._progress.moved()
+            yield seconds
 
     def _apply_piece(self) -> None:
         """A piece is over: hand the KV of its groups on, then end or drop its wave."""

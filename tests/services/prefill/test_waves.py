@@ -1,9 +1,10 @@
-"""Waves that nobody wants any more: they run no further, and what they read is counted."""
+"""Waves that nobody wants any more run no further, and what they read is counted; a long prompt's chunks are signs of life."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,52 @@ def test_a_wave_whose_handoff_fails_behind_a_piece_runs_no_other(tmp_path: Path,
             await parts.gateway.finished("stays")
             assert len(witness.pieces) == 2 + NUM_GROUPS and counted(parts) == bytes_of_groups(2, run_dir) + bytes_of_groups(4, run_dir)
             assert len(parts.gateway.inbox.of(RequestFailed)) == 1
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+@dataclass
+class LateSeconds:
+    """A device's chunk: over when somebody has waited for it."""
+
+    result: float
+    wait_for: Callable[[], None]
+
+    def wait(self) -> float:
+        self.wait_for()
+        return self.result
+
+
+@pytest.mark.parametrize("is_launched", [False, True])
+def test_each_chunk_of_a_long_prompt_is_a_sign_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_launched: bool) -> None:
+    """Chunks that take most of hang_timeout_s each, and several pieces of many of them: alive by every look of the watchdog."""
+    now_s, ages_s = 0.0, []
+
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir, max_wave_tokens=64, long_chunk_tokens=32, piece_target_s=NEVER_TWO_S) as parts:
+            progress, run_piece = parts.service.progress, parts.worker.run_piece
+            monkeypatch.setattr(progress, "_clock", lambda: now_s)
+
+            def take(num_chunks: int) -> None:
+                nonlocal now_s
+                now_s += 0.8 * progress.hang_timeout_s * num_chunks
+                ages_s.append(progress.age_s())
+
+            def slow(computation: Computation, piece: Piece) -> Over[float] | LateSeconds:
+                num_chunks = piece.chunks[1] - piece.chunks[0]
+                seconds = run_piece(computation, piece)
+                if is_launched:
+                    return LateSeconds(seconds.result, lambda: take(num_chunks))
+                take(num_chunks)
+                return seconds
+
+            parts.worker.run_piece = slow  # type: ignore[method-assign,assignment]  # chunks that take long
+            parts.gateway.start("long", ids(333), parts.decode.address)
+            await parts.gateway.finished("long")
+            await until(lambda: progress.age_s() == 0, "not idle")
+            progress.check()
+            assert len(ages_s) == NUM_GROUPS * 11 and max(ages_s) < progress.hang_timeout_s
             await parts.is_clean()
 
     run(scenario, tmp_path)
