@@ -14,7 +14,8 @@ from services.kv_transfer.agent import SlotCounts
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HandoffTerms:
-    """What every handle of this replica has in common. stall_timeout_s: longest silence of a producer that still has KV to send."""
+    """What every handle of this replica has in common. stall_timeout_s: longest silence of a producer that has sent some of a prompt's
+    KV and has not computed the rest."""
 
     boot_id: str
     model_fingerprint: str

@@ -300,9 +300,12 @@ class Handoffs:
             self._watch(leg, now_s, looked_s)
 
     def _watch(self, leg: Leg, now_s: float, looked_s: float) -> None:
-        """Once P has computed everything, what still does not come is pulled once, then given up."""
+        """Between P's first message and its last a silence is bounded; once P has computed everything, what still does not come is pulled
+        once, then given up. Before the first the prompt waits in P's queue, where being busy is no fault, or crosses the model whole."""
         leg.silent_s += looked_s
         silent_s, is_computed = leg.silent_s, leg.done is not None
+        if not is_computed and not leg.landed:
+            return  # its deadline bounds it; P's watchdog a P that hangs, its socket one that is gone
         limit_s = self._terms.write_timeout_s if is_computed else self._terms.stall_timeout_s
         if silent_s > limit_s:
             detail = f"{len(leg.landed)} of {len(leg.spans)} messages landed, none for {limit_s:g} s"

@@ -48,12 +48,8 @@ def cache_of(card: ReplicaCard) -> CacheTerms:
 
 
 def terms_of(card: ReplicaCard, worker: StepWorker) -> HandoffTerms:
-    """What all handles of this replica have in common.
-
-    In chunked mode all of a prompt's KV comes after its last chunk, however many there are: its deadline bounds that silence, and prefill's
-    own watchdog each chunk.
-    """
-    transfer, prefill = card.config.kv_transfer, card.config.prefill
+    """What all handles of this replica have in common."""
+    transfer = card.config.kv_transfer
     return HandoffTerms(
         boot_id=card.boot_id,
         model_fingerprint=card.model_fingerprint,
@@ -62,7 +58,7 @@ def terms_of(card: ReplicaCard, worker: StepWorker) -> HandoffTerms:
         block_bytes=worker.block_bytes,
         slot_bytes=transfer.slot_bytes,
         write_timeout_s=transfer.write_timeout_s,
-        stall_timeout_s=card.config.gateway.request_deadline_s if prefill.mode == "chunked" else prefill.hang_timeout_s,
+        stall_timeout_s=card.config.prefill.hang_timeout_s,
     )
 
 

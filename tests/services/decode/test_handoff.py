@@ -142,8 +142,8 @@ def test_kv_that_never_comes_is_a_typed_failure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["layered", "chunked"])
-def test_a_producer_that_is_silent_while_it_computes_is_given_up_unless_its_kv_comes_last(tmp_path: Path, mode: str) -> None:
-    """Prefill by chunks sends everything after the last one; by layers there is something to send all the while."""
+def test_a_prompt_that_waits_long_in_prefills_queue_is_no_silence(tmp_path: Path, mode: str) -> None:
+    """A granted prompt's first message comes when prefill has got to it, which a busy prefill does late."""
 
     async def go() -> None:
         async with running(configuration(tmp_path, {"prefill": {"mode": mode, "hang_timeout_s": 0.2}})) as rig:
@@ -151,18 +151,30 @@ def test_a_producer_that_is_silent_while_it_computes_is_given_up_unless_its_kv_c
             rig.gateway.start(prompt, rig.prefill)
             rig.prefill.announce(prompt)
             handle = await rig.prefill.granted(prompt)
-            if mode == "layered":
-                failure = await rig.gateway.failed("s")
-                assert (failure.code, failure.retryable) == ("transfer_timeout", True)
-            else:
-                await asyncio.sleep(1.5)
-                assert not rig.gateway.of(RequestFailed)
-                computed = rig.prefill.compute(prompt)
-                for span in rig.prefill.open(handle, computed):
-                    rig.prefill.push(handle.handle_id, span.message_idx)
-                rig.prefill.done(prompt, handle, computed)
-                await rig.gateway.finished("s")
-                assert rig.gateway.answers["s"].ids() == expected(prompt.prompt_ids)[1:]
+            await until(lambda: bool(rig.gateway.of(RequestFailed)) or rig.service._legs["s", 0].silent_s > 5 * 0.2)
+            assert not rig.gateway.of(RequestFailed)
+            computed = rig.prefill.compute(prompt)
+            for span in rig.prefill.open(handle, computed):
+                rig.prefill.push(handle.handle_id, span.message_idx)
+            rig.prefill.done(prompt, handle, computed)
+            await rig.gateway.finished("s")
+            assert rig.gateway.answers["s"].ids() == expected(prompt.prompt_ids)[1:]
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_a_producer_that_falls_silent_between_its_messages_is_given_up(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path, {"prefill": {"hang_timeout_s": 0.2}})) as rig:
+            prompt = Prompt("s", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            handle = await rig.prefill.granted(prompt)
+            rig.prefill.open(handle, rig.prefill.compute(prompt))
+            rig.prefill.push(handle.handle_id, 0)
+            failure = await rig.gateway.failed("s")
+            assert (failure.code, failure.retryable) == ("transfer_timeout", True) and failure.detail.startswith("1 of")
             await rig.at_rest()
 
     play(go())
