@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,33 @@ def test_lines_are_said_when_they_change_and_when_they_stand_for_long(tmp_path: 
     board.close()
     watch.look()
     assert len(said) == 3 and not list(tmp_path.iterdir())
+
+
+def test_two_replicas_of_a_pool_have_a_line_each(tmp_path: Path) -> None:
+    said = list[str]()
+    watch = StartWatch(tmp_path, said.append)
+    mine, other = StartBoard(tmp_path, "prefill"), StartBoard(tmp_path, "prefill", os.getppid())
+    mine.show("weights")
+    watch.look()
+    other.show("import")
+    watch.look()
+    mine.show("capture")
+    watch.look()
+    mine.close()
+    other.show("weights")
+    watch.look()
+    names = [f"prefill (process {pid})" for pid in (os.getpid(), os.getppid())]
+    assert said == ["prefill: weights", f"{names[1]}: import", f"{names[0]}: capture", f"{names[1]}: weights"]
+
+
+def test_what_a_killed_replica_left_is_not_said(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    said = list[str]()
+    for pid in (ended.pid, None):
+        StartBoard(tmp_path, "decode", pid).show(f"weights of {pid}")
+    StartWatch(tmp_path, said.append).look()
+    assert said == ["decode: weights of None"]
 
 
 def test_a_board_that_cannot_be_written_stops_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
