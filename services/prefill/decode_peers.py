@@ -170,6 +170,8 @@ class DecodePeers:
             log.warning("cannot attach the ring of %s: %s", peer.address.replica_id, error)
             self._on_lost(boot_id, PeerError(f"its ring cannot be attached: {error.detail}", code=error.code, phase="kv.handoff"))
             self._attached(peer)  # grants that waited are for legs that are over now: each is fenced
+            if peer.num_attaching == 0:  # else it has offered a newer one
+                connection.end("no_ring", error.detail)  # it grants slots of this ring alone; connected again, it offers another
             return
         if connection.closed:
             peer.num_attaching -= 1

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
+import pytest
+
 from duomo.config import TransferSection, WireSection
 from duomo.errors import PeerError
 from duomo.wire.connection import Connection, Identity, Listener, connect, new_boot_id
@@ -27,9 +30,8 @@ class Rig:
         self.folder = folder
         self.lost: list[PeerError] = []
         self.me = _identity("prefill", "")
-        self.agent = TransferAgent(
-            self.me.boot_id, LoopbackHub().agent("producer"), TransferSection(transport="loopback"), num_send_slots=1
-        )
+        self.hub = LoopbackHub()
+        self.agent = TransferAgent(self.me.boot_id, self.hub.agent("producer"), TransferSection(transport="loopback"), num_send_slots=1)
         self.peers = DecodePeers(self.agent, self.dial, lambda boot_id: None, lambda boot_id, error: self.lost.append(error))
 
     async def dial(self, address: str) -> Connection:
@@ -65,10 +67,34 @@ def test_grants_behind_a_ring_that_cannot_be_attached_are_not_forgotten(tmp_path
             while not acted:
                 await asyncio.sleep(0.001)
         assert rig.lost and not rig.peers.is_reachable(identity.boot_id)
+        with pytest.raises(PeerError, match="no_ring"):
+            connection.check_open()  # or it would be the peer's socket for ever, without a ring
         await rig.peers.close()
         await connection.close()
         await listener.close()
         rig.agent.close()
+
+    asyncio.run(run())
+
+
+def test_a_ring_that_was_replaced_while_it_was_attached_costs_no_socket(tmp_path: Path) -> None:
+    async def run() -> None:
+        rig = Rig(tmp_path)
+        listener, identity, connection = await rig.decode(0)
+        consumer = TransferAgent("consumer", rig.hub.agent("consumer"), TransferSection(transport="loopback"))
+        newer = consumer.open_ring(rig.me.boot_id, 2)
+        rig.peers.ring_offered(connection, msgspec.structs.replace(newer, ring_name="gone", agent_metadata=b"gone"))
+        rig.peers.ring_offered(connection, newer)
+        async with asyncio.timeout(5):
+            while not rig.peers.is_reachable(identity.boot_id):
+                await asyncio.sleep(0.001)
+        connection.check_open()
+        assert rig.lost, "what was granted in the first is over"
+        await rig.peers.close()
+        await connection.close()
+        await listener.close()
+        rig.agent.close()
+        consumer.close()
 
     asyncio.run(run())
 

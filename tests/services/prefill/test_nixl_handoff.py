@@ -19,6 +19,7 @@ from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.runner import ModelRunner
 from duomo.models.qwen3_moe import Model, load_model
+from duomo.telemetry.span_file import read_spans
 from duomo.wire.messages import PrefillDone, ReplicaReport, TransferFenced
 from services.kv_transfer.directory import Directory, Member
 from services.kv_transfer.embedded_redis import EmbeddedRedis
@@ -57,6 +58,7 @@ def config_for(run_dir: Path, url: str) -> DuomoConfig:
         "prefill": {"num_blocks": 128, "torch_threads": 1},
         "kv_transfer": {"slot_bytes": 128 * 1024, "ucx_net_devices": "lo", "write_timeout_s": 1.0},
         "redis": {"url": url, "lease_s": 2.0},
+        "tracing": {"directory": str(run_dir / "spans")},
         "run_dir": str(run_dir),
     }
     return DuomoConfig.model_validate(raw)
@@ -131,8 +133,18 @@ def test_kv_goes_from_process_to_process_over_nixl(tmp_path: Path, model: Model)
             assert await asyncio.to_thread(parts.process.wait, 20) == 0, "SIGTERM drains and ends the replica"
             assert not [member for member in await parts.directory.members() if member.role == "prefill"], "it is still registered"
             assert not list(tmp_path.glob("prefill-0.*")), "its socket file is left behind"
+            counters = report.counters
+            assert counters["transport_descriptors"] == counters["messages_pushed"] and counters["transport_transfer_us"] > 0
 
     asyncio.run(scenario())
+    pushes = [span.attributes for span in read_spans(tmp_path / "spans") if span.name == "kv.push"]
+    assert len(pushes) == 4 * 4, "four groups of four prompts"
+    for push in pushes:
+        assert (push["duomo.way"], push["duomo.transport.backends"]) == ("nixl/UCX", ("UCX",))
+        sealed_bytes = int(str(push["duomo.bytes"])) + 64 * int(str(push["duomo.messages"]))
+        assert push["duomo.transport.bytes"] == sealed_bytes, "payloads, each with its trailer"
+        assert push["duomo.transport.descriptors"] == push["duomo.messages"]
+        assert 0 < float(str(push["duomo.transport.post_s"])) <= float(str(push["duomo.transport.transfer_s"]))
 
 
 @pytest.mark.timeout(150)
