@@ -235,6 +235,9 @@ class DuomoConfig(Section):
 
     def _check_shares(self) -> None:
         named = {"prefill": self.prefill.gpu_share, "decode": self.decode.gpu_share}
+        if self.model.device == "cpu" and any(share is not None for share in named.values()):
+            said = " and ".join(f"{pool}.gpu_share is {share:g}" for pool, share in named.items() if share is not None)
+            raise ValueError(f"{said}, but model.device is cpu: only a GPU is shared; leave gpu_share out")
         parts = {pool: share for pool, share in named.items() if share is not None and share < 1}
         if not parts:
             return

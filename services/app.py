@@ -26,6 +26,7 @@ from ray.serve._private.common import DeploymentID  # the controller's scaling c
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from duomo.config import DuomoConfig
+from duomo.engine.card_shares import refuse_scaled
 from duomo.errors import ConfigError, EngineError
 from services.decode.deployment import DecodeDeployment
 from services.kv_transfer.deployment import DirectoryDeployment
@@ -141,6 +142,7 @@ class RaySystem:
         self._run_dir = run_dir
         self._say = say
         self._is_local = config.ray.address == "local"
+        self._wanted = {name: count for name, (_, count) in pool_deployments(config).items()}
         self._not_ours = set(psutil.Process().children(recursive=True))  # the embedded Redis: others end it, later
 
     def start(self) -> None:
@@ -158,13 +160,20 @@ class RaySystem:
         self._wait_until_running(began_s, deadline_s)
 
     def scale(self, pool: ScalablePool, replicas: int) -> None:
-        """Set a pool's number of replicas. Replicas that go drain first: they finish their streams. ConfigError: not in this layout."""
+        """Set a pool's number of replicas. Replicas that go drain first: they finish their streams; the cards of theirs may be counted on.
+
+        Raises ConfigError where the layout has no such pool, or no card is left for them.
+        """
         if pool not in pool_deployments(self._config):
             raise ConfigError(f"layout is colocated: {pool} is a part of the one engine, which is not scaled")
+        wanted = self._wanted | {pool: replicas}
+        if self._config.model.device == "cuda":
+            refuse_scaled(self._config, wanted, self._num_cards())
         client = serve.context._get_global_client()
         assert client is not None, "scale() before start()"
         controller = client._controller
         ray.get(controller.update_deployment_replicas.remote(DeploymentID(name=pool, app_name=APP_NAME), replicas), timeout=30)
+        self._wanted = wanted
 
     def replicas(self) -> dict[str, dict[str, int]]:
         """How many replicas of each deployment are in which state: {"decode": {"RUNNING": 2}}."""
@@ -221,10 +230,15 @@ class RaySystem:
         except OSError as error:
             raise ConfigError(f"run_dir: Ray cannot use {temp_dir}: {error}") from error
 
+    def _num_cards(self) -> float:
+        """Of all nodes, whoever uses them."""
+        offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray ships no type for it
+        return offered.get("GPU", 0)
+
     def _check_placeable(self) -> None:
         offered: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # ray ships no type for it
-        if not self._is_local and offered.get("GPU", 0) < _gpus(self._config):
-            found = f"the Ray cluster offers {offered.get('GPU', 0):g} GPUs, and {_gpus(self._config)} are needed"
+        if not self._is_local and self._num_cards() < _gpus(self._config):
+            found = f"the Ray cluster offers {self._num_cards():g} GPUs, and {_gpus(self._config)} are needed"
             raise ConfigError(f"model.device (--device) is cuda, but {found}")
         if not self._config.ray.pin_by_resource:
             return

@@ -125,6 +125,11 @@ def test_a_devices_options_are_checked_across() -> None:
     cases: tuple[tuple[dict[str, object], str], ...] = (
         ({"model.device": "cpu", "model.quantize": "fp8"}, "model.quantize"),
         ({"model.device": "cpu", "model.random_weights": True}, "model.random_weights"),
+        ({"model.device": "cpu", "decode.gpu_share": 0.6}, "decode.gpu_share is 0.6, but model.device is cpu"),
+        (
+            {"model.device": "cpu", "prefill.gpu_share": 1.0, "decode.gpu_share": 1.0},
+            "prefill.gpu_share is 1 and decode.gpu_share is 1, but",
+        ),
         ({"prefill.gpu_share": 0.5, "layout": "colocated"}, "prefill.gpu_share is 0.5, but layout is colocated"),
         ({"model.quantize": "int4"}, "model.quantize"),
         ({"gpu_memory_fraction": 1.0}, "gpu_memory_fraction"),

@@ -6,7 +6,7 @@ if that were the card.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from duomo.config import DuomoConfig
@@ -76,4 +76,19 @@ def refuse_crowded(config: DuomoConfig, device: DeviceBytes, starting: Sequence[
             f"{device.total / 1e9:.1f} GB at gpu_memory_fraction {config.gpu_memory_fraction:g}, "
             f"but {device.free / 1e9:.1f} GB of it are free",
             code="does_not_fit",
+        )
+
+
+def refuse_scaled(config: DuomoConfig, replicas: Mapping[str, int], num_cards: float) -> None:
+    """Raises ConfigError where a running system of two pools has no card for so many replicas of each. num_cards: that it was given."""
+    counts = " and ".join(f"{replicas[pool]} of {pool}" for pool in POOLS)
+    parts = [f"{pool}.gpu_share is {share:g}" for pool in POOLS if (share := gpu_share(config, pool)) is not None and share < 1]
+    if parts and any(replicas[pool] > 1 for pool in POOLS):
+        raise ConfigError(f"{counts} replicas have no card: {' and '.join(parts)}, which is one of each pool on one card", code="no_card")
+    needed = sum(replicas[pool] for pool in POOLS)
+    if not parts and needed > num_cards:
+        raise ConfigError(
+            f"{counts} replicas need a card each, {needed} in all; this system was given {num_cards:g}: scale the other pool down first, "
+            "or start it with more (prefill.replicas, decode.replicas)",
+            code="no_card",
         )

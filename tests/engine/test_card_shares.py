@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from duomo.config import DuomoConfig, load_config
-from duomo.engine.card_shares import CONTEXT_BYTES, refuse_crowded, share_of, shares
+from duomo.engine.card_shares import CONTEXT_BYTES, refuse_crowded, refuse_scaled, share_of, shares
 from duomo.engine.memory_plan import DeviceBytes
 from duomo.errors import ConfigError
 
@@ -81,3 +81,21 @@ def test_a_card_that_others_fill_is_refused_before_either_starts() -> None:
     with pytest.raises(ConfigError, match="72.0 GB of a card of 80.0 GB.*but 71.0 GB of it are free") as caught:
         refuse_crowded(shared, DeviceBytes(total=CARD.total, free=71_000_000_000))
     assert caught.value.code == "does_not_fit"
+
+
+def test_replicas_are_scaled_up_to_the_cards_that_the_system_has() -> None:
+    alone = config(prefill__gpu_share=1.0, decode__gpu_share=1.0)
+    for replicas in ({"prefill": 1, "decode": 3}, {"prefill": 3, "decode": 1}, {"prefill": 1, "decode": 1}):
+        refuse_scaled(alone, replicas, 4.0)
+    with pytest.raises(
+        ConfigError, match="2 of prefill and 3 of decode replicas need a card each, 5 in all; this system was given 4"
+    ) as caught:
+        refuse_scaled(alone, {"prefill": 2, "decode": 3}, 4.0)
+    assert caught.value.code == "no_card"
+
+
+def test_a_card_that_both_pools_share_holds_one_of_each() -> None:
+    shared = config(prefill__gpu_share=0.4, decode__gpu_share=0.6)
+    refuse_scaled(shared, {"prefill": 1, "decode": 1}, 1.0)
+    with pytest.raises(ConfigError, match="prefill.gpu_share is 0.4 and decode.gpu_share is 0.6, which is one of each pool on one card"):
+        refuse_scaled(shared, {"prefill": 1, "decode": 2}, 8.0)

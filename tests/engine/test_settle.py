@@ -133,6 +133,11 @@ def test_a_cpu_refuses_other_families_before_anything_starts(tmp_path: Path) -> 
         settle(config(tmp_path), no_gpu)
 
 
+def test_a_share_of_a_card_is_refused_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match="prefill.gpu_share is 0.4, but model.device is cpu: .*no NVIDIA driver"):
+        settle(config(TINY, layout="split", **{"prefill.gpu_share": 0.4}), no_gpu)
+
+
 def test_split_on_one_card_is_two_plans_and_on_two_a_card_each() -> None:
     asked = config(OLMOE, layout="split", **{"model.random_weights": True})
     one = settle(asked, gpu)

@@ -12,9 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from duomo.config import DuomoConfig, load_config
-from services.app import APP_NAME, _gpus, _import_roots, _kill_tree, _last_words, build_application
+from duomo.errors import ConfigError
+from services.app import APP_NAME, RaySystem, _gpus, _import_roots, _kill_tree, _last_words, build_application
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
@@ -66,6 +68,15 @@ def test_an_engine_on_a_gpu_asks_for_the_card_that_ray_would_hide() -> None:
     assert asked(alone) == {"router": 0, "directory": 0, "prefill": 1, "decode": 1} and _gpus(alone) == 3
     shared = config(**split, **{"prefill.gpu_share": 0.4, "decode.gpu_share": 0.6})
     assert asked(shared) == {"router": 0, "directory": 0, "prefill": 0.5, "decode": 0.5} and _gpus(shared) == 1
+
+
+def test_a_pool_is_not_scaled_beyond_the_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve would take the count and wait for ever for a card."""
+    split = {"model.device": "cuda", "layout": "split", "prefill.gpu_share": 1.0, "decode.gpu_share": 1.0}
+    system = RaySystem(config(**split), tmp_path, print)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0, "GPU": 2.0})
+    with pytest.raises(ConfigError, match="1 of prefill and 2 of decode replicas need a card each, 3 in all; this system was given 2"):
+        system.scale("decode", 2)
 
 
 def test_pools_are_pinned_by_resource_only_when_asked() -> None:
