@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from services.prefill.snapshot import Limits, WaveView
 from services.prefill.wave_costs import CostCurve
 
-# What is left of a wave that nobody could overtake runs as one piece up to so many targets. Beyond, a prompt that comes while it runs would
-# wait too long; within, a short prompt's launches never wait for the host.
+# A wave that nobody could overtake runs to its end as one piece where all of it takes so many targets at most: a short prompt's launches
+# never wait for the host then. A longer one keeps its boundaries to the last, for the prompt that comes while it runs.
 ALONE_TARGETS = 8
 
 
@@ -27,25 +27,23 @@ class Piece:
 def next_piece(wave: WaveView, limits: Limits, costs: CostCurve, *, may_run_on: bool) -> Piece:
     """What of the wave runs next.
 
-    layered: as many groups as fit the target, one at least, all chunks; all groups that are left where the wave may run on and they take
-    ALONE_TARGETS targets at most. chunked: the next chunk. whole: all.
+    layered: as many groups as fit the target, one at least, all chunks; all groups that are left where the wave may run on and would take
+    ALONE_TARGETS targets at most from its first. chunked: the next chunk. whole: all.
     """
     assert wave.has_more, wave
     if limits.mode == "chunked":
         return Piece(groups=(0, wave.num_groups), chunks=(wave.next_chunk, wave.next_chunk + 1))
     num_groups = wave.num_groups - wave.next_group
     if limits.mode == "layered":
-        num_groups = min(
-            num_groups, _num_fitting(num_groups, costs.at_most_s(wave.num_tokens), limits.piece_target_s, may_run_on=may_run_on)
-        )
+        group_s, target_s = costs.at_most_s(wave.num_tokens), limits.piece_target_s
+        is_short = group_s is not None and wave.num_groups * group_s <= ALONE_TARGETS * target_s
+        num_groups = num_groups if may_run_on and is_short else min(num_groups, _num_fitting(num_groups, group_s, target_s))
     return Piece(groups=(wave.next_group, wave.next_group + num_groups), chunks=(0, wave.num_chunks))
 
 
-def _num_fitting(num_left: int, group_s: float | None, target_s: float, *, may_run_on: bool) -> int:
+def _num_fitting(num_left: int, group_s: float | None, target_s: float) -> int:
     if group_s is None:
         return 1
-    if may_run_on and num_left * group_s <= ALONE_TARGETS * target_s:
-        return num_left
     return max(int(target_s / group_s), 1) if group_s > 0 else num_left
 
 

@@ -58,6 +58,8 @@ def test_a_piece_holds_what_fits_the_target_and_never_nothing() -> None:
         wave = wave_of(num_tokens, limits)
         assert next_piece(wave, limits, MILLISECOND_A_ROW, may_run_on=False).num_groups == fits, num_tokens
         assert next_piece(wave, limits, MILLISECOND_A_ROW, may_run_on=True).num_groups == fits_alone, num_tokens
+    begun = advanced(wave_of(21, limits), Piece(groups=(0, 1), chunks=(0, 1)))
+    assert next_piece(begun, limits, MILLISECOND_A_ROW, may_run_on=True).num_groups == 1, "a long wave keeps its boundaries to the last"
     assert next_piece(wave_of(3, limits), limits, CostCurve(), may_run_on=True).num_groups == 1, "nothing is known"
     assert next_piece(wave_of(3, limits), limits, CostCurve(((3.0, 0.0),)), may_run_on=False).num_groups == 4
 
