@@ -1,9 +1,9 @@
 """Owns the CUDA calls of a step that keep Python's interpreter while they run: replay, copy, mark, ask. Knows no step and no tensor.
 
 torch gives the interpreter away in each of its calls, and a thread that computes in Python gives it back when it pleases, or after
-sys.getswitchinterval(). A step is half a dozen such calls, a piece of a wave a dozen; beside a busy event loop each of them may wait, and
-the GPU waits with them. The calls here take microseconds, so they are made through the driver with the interpreter in hand. Whatever waits
-for the device gives it away, as ever.
+sys.getswitchinterval(). A step or a piece of a wave is several such calls; beside a busy event loop each of them may wait, and the GPU
+waits with them (docs/decisions/0007-one-process.md). The calls here only queue, so they are made through the driver with the interpreter
+in hand. Whatever waits for the device gives it away, as ever; a driver whose queue is full (a thousand launches or so) makes them wait too.
 
 Handles and addresses are integers, as torch's objects tell them: Stream.cuda_stream, Event.cuda_event, CUDAGraph.raw_cuda_graph_exec(),
 Tensor.data_ptr(). The calling thread has used torch on that device before, so that the driver knows its context.

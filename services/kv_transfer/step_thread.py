@@ -25,7 +25,7 @@ from services.kv_transfer.turns import Turn, TurnView, next_turn
 
 CLOSE_LIMIT_S = 60.0  # longer than any step or piece; a hung device never answers
 # How long the event loop may keep Python's interpreter once the step thread wants it back. Python's own 5 ms is most of a decode step, and
-# the device waits for its next launch meanwhile.
+# the device waits for its next launch meanwhile (docs/decisions/0007-one-process.md says what was measured).
 SWITCH_INTERVAL_S = 0.0005
 
 log = logging.getLogger(__name__)
