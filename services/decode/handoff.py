@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from duomo.errors import CapacityError, DuomoError, PeerError, TransferError, WireError
 from duomo.wire.messages import GroupLanded, HandleOffered, Message, PrefillDone, PullKv, WaveAnnounced
 from services.decode.arrivals import Arrivals, HandoffTerms, LandedMessage
+from services.decode.handoff_figures import HandoffFigures
 from services.decode.leg import Leg, LegKey, LegState
 from services.decode.policy import plan_grants
 from services.decode.pool import Pool
@@ -38,13 +39,13 @@ class EarlyAnnouncement:
 class HandoffEnds:
     """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs.
 
-    given_up: a leg's handle was open as the leg was withdrawn, by an error or by nobody's fault.
+    figures: hear of a handoff the moment it arrives or is given up: whatever becomes of its leg then, it is told once.
     """
 
     post: Callable[[str, Message], None]
     ready: Callable[[Leg], None]
     fail: Callable[[Leg, DuomoError], None]
-    given_up: Callable[[Leg, DuomoError | None], None]
+    figures: HandoffFigures
 
 
 class Handoffs:
@@ -70,7 +71,7 @@ class Handoffs:
         """Legs with an open handle."""
         return len(self._landing)
 
-    def unsent_bytes(self, leg: Leg) -> int:
+    def _unsent_bytes(self, leg: Leg) -> int:
         """KV that would have been sent, had decode not known the beginning of the leg's prompt. 0 where nothing is sent anyway."""
         return leg.num_cached_blocks * self._terms.block_bytes * self._terms.num_layers if self._arrivals.is_polled else 0
 
@@ -262,6 +263,7 @@ class Handoffs:
         if leg.done is not None and leg.is_landed and leg.handle is not None:
             del self._landing[leg.handle.handle_id]
             self._arrivals.arrived(leg.handle.handle_id)
+            self._ends.figures.arrived(leg, self._unsent_bytes(leg))
             self._ends.ready(leg)
 
     def withdraw(self, leg: Leg) -> None:
@@ -274,7 +276,7 @@ class Handoffs:
                 queue.remove(leg)
         if leg.handle is not None and self._landing.pop(leg.handle.handle_id, None) is not None:
             self._arrivals.withdraw(leg.handle.handle_id)
-            self._ends.given_up(leg, leg.failure)
+            self._ends.figures.given_up(leg, leg.failure)
 
     def retract(self, producer: str, key: LegKey) -> None:
         """A producer took back an announcement that no gateway has asked for yet."""

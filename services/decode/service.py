@@ -85,8 +85,8 @@ class DecodeService:
         self._producers = Producers()
         self._arrivals = arrivals_of(card, worker, means, self._producers, directory, self._changed)
         self.pool = Pool(limits_of(card), means if isinstance(means, BlockLoans) else None, cache_of(card))
-        self._figures = HandoffFigures(tracing, self._arrivals.way, self.counters)
-        ends = HandoffEnds(post=self._producers.post, ready=self._ready.append, fail=self._fail, given_up=self._figures.given_up)
+        figures = HandoffFigures(tracing, self._arrivals.way, self.counters)
+        ends = HandoffEnds(post=self._producers.post, ready=self._ready.append, fail=self._fail, figures=figures)
         self._handoffs = Handoffs(self.pool, self._arrivals, terms_of(card, worker), ends)
         stops = Stops(eos_ids=worker.config.eos_ids, max_model_tokens=max_model_tokens(card, worker))
         self._batch = Batch(self.pool, stops, BatchEnds(preempted=self._preempted, finished=self._finish))
@@ -207,7 +207,6 @@ class DecodeService:
     def before_step(self, now_s: float) -> None:
         for leg in [leg for leg in self._ready if now_s >= leg.times.ready_s() + self.card.config.delays.decode_admit_s]:
             self._ready.remove(leg)
-            self._figures.arrived(leg, self._handoffs.unsent_bytes(leg))
             self._batch.join(leg)
         if self._is_pump_due:
             self._is_pump_due = False

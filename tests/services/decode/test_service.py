@@ -364,3 +364,22 @@ def test_a_broken_step_answers_every_request(tmp_path: Path) -> None:
             assert rig.service.pool.num_free_blocks == rig.service.pool.limits.num_blocks
 
     play(go())
+
+
+def test_a_handoff_that_arrived_is_told_though_its_leg_is_cancelled_before_it_joins(tmp_path: Path) -> None:
+    async def go() -> None:
+        changes: dict[str, dict[str, object]] = {"tracing": {"directory": str(tmp_path / "spans")}, "delays": {"decode_admit_s": 60.0}}
+        async with running(configuration(tmp_path, changes)) as rig:
+            prompt = Prompt("here", 0, ids(40), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            await rig.prefill.prefill(prompt)
+            await until(lambda: bool(rig.service._ready))
+            rig.gateway.cancel("here")
+            await rig.at_rest()
+            counters = rig.service.report().counters
+            assert (counters.get("handoffs"), counters.get("handoffs_given_up"), counters["cancelled"]) == (1, None, 1)
+            assert counters["handoff_bytes.sum"] == counters["landed_bytes"] > 0
+
+    play(go())
+    (told,) = [span for span in read_spans(tmp_path / "spans") if span.name == "kv.handoff"]
+    assert told.attributes["duomo.landed"] == told.attributes["duomo.messages"] and "duomo.given_up" not in told.attributes
