@@ -1,4 +1,4 @@
-"""Sends load to an OpenAI-compatible server at stated rates, whatever it makes of it, and reports what users would have seen.
+"""Owns a run of load on an OpenAI-compatible server: its order, what users saw and the file of it. Knows no server's inside, no socket.
 
     duomo serve MODEL &
     duomo bench serve --mix 2048:128 --rates 1,2,4,8 --duration-s 60 --out duomo.json
@@ -8,7 +8,7 @@
 
 Open loop: requests are sent when they are due (Poisson, constant, bursts, or a trace), so a server that falls behind is asked no slower.
 First a warm-up, then each length alone (the unloaded times), then the loads. Goodput: requests/s that kept the limits. Exit code 1
-where requests were sent too late for the figures to be the server's, or none was answered. Owns the run; knows no server's inside.
+where requests were sent too late for the figures to be the server's, or none was answered.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Run:
         """The first request of each length is not counted. Raises SystemExit where a length has none that ended whole."""
         found = {}
         for prompt_tokens, output_tokens in lengths_alone(self._load):
-            keys = [f"{self._load.seed} alone {prompt_tokens} {number}" for number in range(1 + self._asked.unloaded_requests)]
+            keys = [f"{self._load.prompts_key} alone {prompt_tokens} {number}" for number in range(1 + self._asked.unloaded_requests)]
             requests = [Request(number, 0.0, output_tokens, (Piece(key, prompt_tokens),)) for number, key in enumerate(keys)]
             seen = [one for one in play_alone(self._target, requests, ALONE_S, _say)[1:] if not one.error]
             if not seen:
@@ -208,6 +208,7 @@ def content_of(asked: Asked, server: Server, run: Run, found: str) -> dict[str, 
         },
         "command": asked.command,
         "asked": _plain(asked),
+        "salt": asked.load.salt,
         "notes": [*server.notes, *run.notes],
         "unloaded": [asdict(each) for each in run.unloaded],
         "limits": [

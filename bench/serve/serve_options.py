@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ def parse(arguments: Sequence[str], about: str | None) -> Asked | Comparison:
         prefix_share=options.prefix_share,
         prefix_groups=options.prefix_groups,
         seed=options.seed,
+        salt=secrets.token_hex(8) if options.salt is None else options.salt,
         trace=_trace(parser, options.trace),
     )
     lowest_highest = options.search
@@ -144,7 +146,8 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
     load.add_argument("--trace", type=Path, help="file of requests instead of a mix: JSON lines (ours, Mooncake's) or Azure's CSV")
     load.add_argument("--prefix-share", type=_share, default=0.0, help="of each prompt that it shares with its group")
     load.add_argument("--prefix-groups", type=_from(1), default=1, help="groups of prompts that share a beginning")
-    load.add_argument("--seed", type=_from(0), default=0)
+    load.add_argument("--seed", type=_from(0), default=0, help="of lengths and arrivals")
+    load.add_argument("--salt", help="of prompts' tokens, as a result file names it, to send the same again; left out: new in every run")
     rates = parser.add_argument_group("rates and time")
     which = rates.add_mutually_exclusive_group()
     which.add_argument("--rates", type=_rates, help="requests/s, one load each: 1,2,4,8 (default 1; with --trace: its own)")

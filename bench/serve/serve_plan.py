@@ -1,7 +1,8 @@
 """PURE: owns what a load asks and when: lengths of requests, mixes, arrivals, traces stretched in time. Knows no server and no clock.
 
-A load has as many requests as its rate says. They are drawn from the seed alone: every rate sees the same lengths in the same order and
-the same pattern of arrivals, and so does every server that is asked. Prompts differ from point to point, so that none is in a cache yet.
+A load has as many requests as its rate says. Lengths and times are drawn from the seed alone: every rate sees the same lengths in the same
+order and the same pattern of arrivals, and so does every server that is asked. What prompts say differs from point to point, and by the
+salt from run to run, so that none is in a cache yet.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Workload:
     """What is asked at any rate. spread: lengths lie within this share of their shape's, evenly.
 
     prefix_share: of each prompt that it has in common with others of its group, of which there are prefix_groups. trace: rows by time;
-    where there are any, they are the requests, and mix, spread, arrivals and prefixes say nothing.
+    where there are any, they are the requests, and mix, spread, arrivals and prefixes say nothing. salt: of the tokens of prompts, not of
+    their lengths or times; two runs of one salt and seed send the same prompts.
     """
 
     mix: tuple[Shape, ...]
@@ -86,7 +88,13 @@ class Workload:
     prefix_share: float = 0.0
     prefix_groups: int = 1
     seed: int = 0
+    salt: str = ""
     trace: tuple[TraceRow, ...] = ()
+
+    @property
+    def prompts_key(self) -> str:
+        """With what the key of every piece begins."""
+        return f"{self.salt} {self.seed}"
 
 
 def parse_mix(text: str) -> tuple[Shape, ...]:
@@ -153,8 +161,8 @@ def _of_mix(load: Workload, rate: float, duration_s: float, point: int) -> _Draw
         )
         shared = min(round(load.prefix_share * prompt), prompt - 1)
         group = draw.randrange(load.prefix_groups)
-        prefix = [Piece(f"{load.seed} {point} prefix {group}", shared)] if shared else []
-        yield at_s, output, (*prefix, Piece(f"{load.seed} {point} own {index}", prompt - shared))
+        prefix = [Piece(f"{load.prompts_key} {point} prefix {group}", shared)] if shared else []
+        yield at_s, output, (*prefix, Piece(f"{load.prompts_key} {point} own {index}", prompt - shared))
 
 
 def _of_trace(load: Workload, rate: float | None, duration_s: float, point: int) -> _Drawn:
@@ -165,17 +173,17 @@ def _of_trace(load: Workload, rate: float | None, duration_s: float, point: int)
     for index, row in enumerate(load.trace):
         at_s = stretch * (row.arrival_s - begin_s)
         if at_s < duration_s:
-            yield at_s, row.output_tokens, tuple(_blocks(row, f"{load.seed} {point}", index))
+            yield at_s, row.output_tokens, tuple(_blocks(row, f"{load.prompts_key} {point}", index))
 
 
-def _blocks(row: TraceRow, salt: str, index: int) -> Iterator[Piece]:
+def _blocks(row: TraceRow, key: str, index: int) -> Iterator[Piece]:
     left = row.prompt_tokens
     for hash_id in row.hash_ids:
         if left:
-            yield Piece(f"{salt} block {hash_id}", min(TRACE_BLOCK_TOKENS, left))
+            yield Piece(f"{key} block {hash_id}", min(TRACE_BLOCK_TOKENS, left))
             left -= min(TRACE_BLOCK_TOKENS, left)
     if left:
-        yield Piece(f"{salt} own {index}", left)
+        yield Piece(f"{key} own {index}", left)
 
 
 def lengths_asked(requests: Sequence[Request]) -> dict[str, float]:

@@ -190,25 +190,27 @@ def test_a_sweep_reports_what_users_saw(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_search_finds_what_the_server_can_bear(tmp_path: Path) -> None:
     """Twenty requests a load, told by the prefix that its prompts share: of 23 that is too little."""
     with serving(SmallServer(bears=20)) as url:
-        options = [
-            "--search",
-            "16:256",
-            "--precision",
-            "0.5",
-            "--duration-s",
-            "0.5",
-            "--arrivals",
-            "constant",
-            "--ramp-s",
-            "0",
-            "--no-plots",
-        ]
-        options += ["--prefix-share", "0.5", "--slo-ttft", "60s", "--slo-itl", "60s"]
+        options = ["--search", "16:256", "--precision", "0.5", "--duration-s", "0.5", "--arrivals", "constant", "--ramp-s", "0"]
+        options += ["--prefix-share", "0.5", "--slo-ttft", "60s", "--slo-itl", "60s", "--no-plots"]
         content = run(url, tmp_path / "searched.json", *options)
     shares = {point["rate"]: point["figures"]["kept_share"] for point in content["points"]}
     assert shares == pytest.approx({16: 1.0, 32: 1.0, 45.25: 20 / 23, 64: 20 / 32})
     assert content["best"] == {"rate": 32, "goodput_per_s": 32} and content["found"].startswith("32 requests/s; 45.25/s fails with 87%")
     assert content["points"][-1]["figures"]["errors"] == {"status 503: busy": 12}
+
+
+def test_another_run_sends_other_prompts_and_one_of_its_salt_the_same(tmp_path: Path) -> None:
+    """A server that keeps prefixes would else answer a second run's unloaded requests from its cache."""
+
+    def prompts_of(*options: str) -> tuple[str, list[tuple[int, ...]]]:
+        small = SmallServer()
+        with serving(small) as url:
+            content = run(url, tmp_path / "salted.json", "--rates", "20", "--duration-s", "0.2", "--ramp-s", "0", "--no-plots", *options)
+        return content["salt"], sorted(tuple(body["prompt"]) for body in small.bodies if body["max_tokens"] == 8)
+
+    (salt, first), (other_salt, second) = prompts_of(), prompts_of()
+    assert salt != other_salt and len(first) == len(second) == 3 + 4 and not set(first) & set(second)
+    assert prompts_of("--salt", salt) == (salt, first)
 
 
 def test_an_open_loop_asks_no_slower_when_the_server_stalls(tmp_path: Path) -> None:
@@ -354,6 +356,11 @@ def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         parse(["--trace", str(trace)], None)
     assert f"{trace}:3: prompt_tokens is 0; a whole number from 1 on" in capsys.readouterr().err
+
+
+def test_help_begins_with_what_the_command_owns_and_does_not_know() -> None:
+    first = str(bench_serve.__doc__).splitlines()[0]
+    assert "Owns " in first and "Knows no " in first
 
 
 def test_defaults_are_those_that_help_names() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,11 +66,6 @@ def _is_of(request: Request, shape: Shape, spread: float) -> bool:
     return all(max(1, round(length * (1 - spread))) <= found <= math.ceil(length * (1 + spread)) for found, length in asked)
 
 
-def _is_of(request: Request, shape: Shape, spread: float) -> bool:
-    asked = ((request.prompt_tokens, shape.prompt_tokens), (request.output_tokens, shape.output_tokens))
-    return all(max(1, round(length * (1 - spread))) <= found <= math.ceil(length * (1 + spread)) for found, length in asked)
-
-
 @settings(max_examples=40, deadline=None)
 @given(load=loads, rate=rates, more=st.integers(1, 5))
 def test_a_higher_rate_is_the_same_load_in_less_time(load: Workload, rate: float, more: int) -> None:
@@ -80,6 +76,16 @@ def test_a_higher_rate_is_the_same_load_in_less_time(load: Workload, rate: float
         assert one.due_s == pytest.approx(unit * other.due_s, abs=1e-6 * unit), "one pattern, at two paces"
         assert (one.prompt_tokens, one.output_tokens) == (other.prompt_tokens, other.output_tokens)
         assert not {piece.key for piece in one.pieces} & {piece.key for piece in other.pieces}, "another point's prompts are others"
+
+
+@settings(max_examples=20, deadline=None)
+@given(load=loads, rate=rates)
+def test_another_salt_is_the_same_load_of_other_prompts(load: Workload, rate: float) -> None:
+    one, other = requests_of(replace(load, salt="a"), rate, 4.0, 1), requests_of(replace(load, salt="b"), rate, 4.0, 1)
+    for left, right in zip(one, other, strict=True):
+        assert (left.due_s, left.output_tokens) == (right.due_s, right.output_tokens)
+        assert [piece.num_tokens for piece in left.pieces] == [piece.num_tokens for piece in right.pieces]
+        assert not {piece.key for piece in left.pieces} & {piece.key for piece in right.pieces}
 
 
 @pytest.mark.parametrize(("told", "variation"), [("poisson", 1.0), ("constant", 0.0), ("gamma:0.25", 2.0), ("gamma:4", 0.5)])
@@ -136,14 +142,14 @@ def test_bodies_say_what_the_server_takes() -> None:
 
 def test_a_trace_goes_at_its_own_pace_or_at_another() -> None:
     rows = tuple(TraceRow(10.0 + 2.0 * number, 1000 + number, 7, (1, number)) for number in range(5))
-    load = Workload(mix=(Shape(1, 1),), arrivals=Arrivals("poisson"), trace=rows)
+    load = Workload(mix=(Shape(1, 1),), arrivals=Arrivals("poisson"), salt="s", trace=rows)
     own = requests_of(load, None, 100.0, 0)
     assert [request.due_s for request in own] == [0.0, 2.0, 4.0, 6.0, 8.0] and [request.prompt_tokens for request in own] == list(
         range(1000, 1005)
     )
     assert [request.due_s for request in requests_of(load, 5.0, 100.0, 0)] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])
     assert len(requests_of(load, None, 5.0, 0)) == 3, "what is due later is left"
-    assert [(piece.key, piece.num_tokens) for piece in own[3].pieces] == [("0 0 block 1", 512), ("0 0 block 3", 491)]
+    assert [(piece.key, piece.num_tokens) for piece in own[3].pieces] == [("s 0 0 block 1", 512), ("s 0 0 block 3", 491)]
     instant = Workload(mix=(Shape(1, 1),), arrivals=Arrivals("poisson"), trace=(TraceRow(1.0, 5, 5), TraceRow(1.0, 5, 5)))
     assert [request.due_s for request in requests_of(instant, 7.0, 9.0, 0)] == [0.0, 0.0]
 
