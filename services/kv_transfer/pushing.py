@@ -330,6 +330,8 @@ class Pusher:
             self.counters["transport_descriptors"] += report.num_descriptors
             self.counters["transport_post_us"] += round(report.post_s * 1e6)
             self.counters["transport_transfer_us"] += round(report.transfer_s * 1e6)
+        elif self._transport.measures_writes:
+            self.counters["transport_unmeasured"] += 1
         return PushResult(
             num_bytes=flight.pending.job.span.num_bytes,
             started_s=flight.started_s,

@@ -53,15 +53,16 @@ class Write(Protocol):
 
     @property
     def report(self) -> WriteReport | None:
-        """Of a write that is done; None before, and where the transport measures nothing."""
+        """Of a write that is done; None before, and where the transport measures nothing or could not tell."""
         ...
 
 
 class Transport(Protocol):
-    """One agent: registered memory, peers, writes. Thread-safe."""
+    """One agent: registered memory, peers, writes. Thread-safe. measures_writes: a write that is done and has no report is an event."""
 
     name: str
     transport_name: str
+    measures_writes: bool
 
     def register(self, region: Region) -> None:
         """Let peers write into `region` and writes start from it."""

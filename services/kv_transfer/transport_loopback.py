@@ -183,6 +183,7 @@ class LoopbackTransport:
     """One agent on a hub; a Transport."""
 
     transport_name = "loopback"
+    measures_writes = False
 
     def __init__(self, hub: LoopbackHub, name: str) -> None:
         self.name = name

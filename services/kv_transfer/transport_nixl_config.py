@@ -72,7 +72,7 @@ def make_agent(api: Any, name: str, progress_delay_us: int) -> Any:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(binding, attribute)
 
-    # capture_telemetry: NIXL times every write, which costs it nothing that shows; its exporter (NIXL_TELEMETRY_ENABLE) stays off.
+    # capture_telemetry: NIXL times every write, for the span kv.push; its exporter (NIXL_TELEMETRY_ENABLE) stays off.
     config = api.nixl_agent_config(backends=[BACKEND], sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT, capture_telemetry=True)
     with _making:
         api.nixlBind = Binding()

@@ -187,7 +187,7 @@ class FaultyTransport:
     """
 
     def __init__(self, inner: Transport, witness: Witness, faults: FaultPlan) -> None:
-        self.name, self.transport_name = inner.name, inner.transport_name
+        self.name, self.transport_name, self.measures_writes = inner.name, inner.transport_name, inner.measures_writes
         self._inner = inner
         self._witness = witness
         self._faults = faults

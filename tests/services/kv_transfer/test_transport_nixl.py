@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -293,3 +294,30 @@ def test_memory_is_locked_for_the_card_exactly_while_it_is_registered() -> None:
     assert locks.addresses == {second}
     transport.close()
     assert not locks.addresses
+
+
+@pytest.mark.parametrize(
+    "telemetry", [SimpleNamespace(totalBytes=65), SimpleNamespace(totalBytes=None), None], ids=["less", "null", "none"]
+)
+def test_a_write_whose_telemetry_nobody_understands_counts_and_ends_nothing(
+    agent: TransferAgent, telemetry: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    transport = NixlTransport(f"kv-unmeasured-{time.monotonic_ns()}", SECTION)
+
+    def tell(handle: object) -> object:
+        if telemetry is None:
+            raise transport._api.nixlBind.nixlNoTelemetryError("none was captured")
+        return telemetry
+
+    monkeypatch.setattr(transport._agent, "get_xfer_telemetry", tell)
+    producer = TransferAgent("unmeasured", transport, SECTION, num_send_slots=2)
+    producer.attach_ring(agent.boot_id, agent.open_ring("unmeasured", 4))
+    handle, spans = offer(agent, "unmeasured", 1, 2)
+    for span in spans:
+        assert producer.push(PushJob(handle=handle, span=span, fill=lambda place: None)).result(10).report is None
+    counters = producer.counts().counters
+    assert (counters["messages_pushed"], counters["transport_unmeasured"]) == (len(spans), len(spans)) == (2, 2)
+    assert producer.failure is None and "transport_bytes" not in counters
+    assert [record.levelname for record in caplog.records if "measured" in record.message] == ["WARNING"], "told once"
+    producer.close()
+    transport.close()
