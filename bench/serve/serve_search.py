@@ -28,10 +28,10 @@ def next_rate(search: Search, tried: Mapping[float, float]) -> float | None:
     found, failed = best_rate(search, tried), lowest_failed(search, tried)
     if found is None or len(tried) >= search.max_points:
         return None
-    if failed is None:
-        return min(2.0 * found, search.highest) if found < search.highest else None
-    if failed <= found * (1.0 + search.precision):
+    if not _is_open(search, found, failed):
         return None
+    if failed is None:
+        return min(2.0 * found, search.highest)
     return float(f"{(found * failed) ** 0.5:.4g}")
 
 
@@ -51,6 +51,17 @@ def finding(search: Search, tried: Mapping[float, float]) -> str:
     if found is None:
         most = max(tried.values(), default=0.0)
         return f"no rate: at {search.lowest:g}/s {most:.0%} of requests are within limits, {search.share:.0%} are wanted"
+    ran_out = ""
+    if _is_open(search, found, failed):
+        ran_out = f"; the search is out of loads ({len(tried)}) " if len(tried) >= search.max_points else "; the search did not end "
     if failed is None:
-        return f"at least {found:g} requests/s, the highest that was asked"
-    return f"{found:g} requests/s; {failed:g}/s fails with {tried[failed]:.0%} of requests within limits, {search.share:.0%} are wanted"
+        return f"at least {found:g} requests/s, the highest that was asked" + (ran_out and f"{ran_out}below {search.highest:g}/s")
+    wide = ran_out and f"{ran_out}where the two are {failed / found - 1.0:.1%} apart; within {search.precision:.1%} was asked"
+    return (
+        f"{found:g} requests/s; {failed:g}/s fails with {tried[failed]:.0%} of requests within limits, {search.share:.0%} are wanted{wide}"
+    )
+
+
+def _is_open(search: Search, found: float, failed: float | None) -> bool:
+    """Whether a further load would tell more."""
+    return found < search.highest if failed is None else failed > found * (1.0 + search.precision)

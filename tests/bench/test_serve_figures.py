@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -140,6 +142,24 @@ def test_the_search_ends_at_the_highest_rate_that_is_borne(lowest: float, factor
 
 def test_a_rate_that_passes_above_one_that_fails_is_luck() -> None:
     assert best_rate(Search(lowest=1.0, highest=8.0), {1.0: 1.0, 4.0: 0.5, 8.0: 0.95}) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("highest", "bears", "said"),
+    [
+        (2048.0, 1.0, "1 requests/s; 1.414/s fails with 50% .*; the search is out of loads .3. where the two are 41.4% apart; within 5.0%"),
+        (2048.0, 9.0, "at least 4 requests/s, the highest that was asked; the search is out of loads .3. below 2048/s"),
+        (4.0, 9.0, "at least 4 requests/s, the highest that was asked$"),
+    ],
+)
+def test_a_search_that_is_out_of_loads_says_so(highest: float, bears: float, said: str) -> None:
+    search = Search(lowest=1.0, highest=highest, max_points=3)
+    tried: dict[float, float] = {}
+    while (rate := next_rate(search, tried)) is not None:
+        tried[rate] = 1.0 if rate <= bears else 0.5
+    assert re.match(said, finding(search, tried))
+    search = Search(lowest=1.0, highest=highest, max_points=9)
+    assert ("did not end" in finding(search, tried)) == ("out of loads" in said), "of the file that is written on the way"
 
 
 @given(shares=st.lists(st.floats(0.0, 1.0), min_size=3, max_size=12))
