@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -98,39 +98,55 @@ class Run:
     def limits(self) -> Limits:
         return Limits(ttft=self._asked.ttft, itl=self._asked.itl, unloaded=self._asked.limits_from or self.unloaded)
 
-    def measure(self) -> str:
-        """All loads. Returns what a search found, else ""."""
+    def measure(self, keep: Callable[[], None]) -> None:
+        """All loads. keep: called after each but the last, so that what was measured outlives whatever ends the run."""
+        rate: float | None
         if self._asked.search is None:
-            for rate in self._asked.rates:
+            for number, rate in enumerate(self._asked.rates):
+                if number:
+                    keep()
                 self._measure_at(rate)
-            return ""
-        tried: dict[float, float] = {}
-        while (wanted := next_rate(self._asked.search, tried)) is not None:
-            tried[wanted] = self._measure_at(wanted).figures.kept_share or 0.0
-        return finding(self._asked.search, tried)
+            return
+        while (rate := next_rate(self._asked.search, self._shares())) is not None:
+            if self.points:
+                keep()
+            self._measure_at(rate)
+
+    def found(self) -> str:
+        """What a search found; "" where there was none."""
+        return finding(self._asked.search, self._shares()) if self._asked.search else ""
 
     def best(self) -> Point | None:
         """The highest rate at which enough requests kept the limits, below all that failed where it was searched for."""
-        tried = {point.told_rate: point.figures.kept_share or 0.0 for point in self.points}
+        tried = self._shares()
         if self._asked.search is not None:
             rate = best_rate(self._asked.search, tried)
         else:
             rate = max((rate for rate, share in tried.items() if share >= self._asked.share), default=None)
         return next((point for point in self.points if point.told_rate == rate), None)
 
+    def _shares(self) -> dict[float, float]:
+        """Of requests that kept the limits, by rate. No load has none that counts: it would not have been sent."""
+        return {point.told_rate: point.figures.kept_share for point in self.points if point.figures.kept_share is not None}
+
     def _measure_at(self, rate: float | None) -> Point:
-        point, seen = self._play(rate, self._asked.duration_s)
+        point, seen = self._play(rate, self._asked.duration_s, is_counted=True)
         self.points.append(point)
         _say(serve_report.progress(point.as_json()))
         if self._asked.has_rows:
             self.rows += [json.dumps({"rate": point.told_rate} | asdict(one)) for one in sorted(seen, key=lambda one: one.index)]
         return point
 
-    def _play(self, rate: float | None, duration_s: float) -> tuple[Point, list[Seen]]:
+    def _play(self, rate: float | None, duration_s: float, *, is_counted: bool = False) -> tuple[Point, list[Seen]]:
+        """Raises SystemExit, before anything is sent, where figures of the load are wanted and no request counts for them."""
         self._num_loads += 1
         requests = requests_of(self._load, rate, duration_s, self._num_loads)
-        end_s = min(duration_s, requests[-1].due_s) if self._load.trace else duration_s
-        end_s = max(end_s, 0.001)
+        ramp_s, end_s = window_of(requests, self._asked.ramp_s, duration_s, is_trace=bool(self._load.trace))
+        if is_counted and requests[-1].due_s < ramp_s:
+            raise SystemExit(
+                f"no request in the window: at {rate or 1.0:g}/s for {duration_s:g} s the last is due at {requests[-1].due_s:.3g} s, and "
+                f"the first {ramp_s:g} s are not counted; take a longer --duration-s, a higher rate or a shorter --ramp-s"
+            )
         played = self._pool.play(self._target, requests, end_s + self._asked.drain_s)
         seen = [one for each in played for one in each.seen]
         if any(one.error for one in seen):
@@ -138,7 +154,7 @@ class Run:
         lag_s = {str(number): np.asarray(each.lag_s) for number, each in enumerate(played)}
         verdict = client_verdict(lag_s, {str(number): each.cpu_share for number, each in enumerate(played)})
         is_kept = self.limits.are_kept_by if self.unloaded else None
-        figures = figures_of(seen, min(self._asked.ramp_s, end_s / 2), end_s, is_kept)
+        figures = figures_of(seen, ramp_s, end_s, is_kept)
         were_fine = figures.was_in_time and verdict.passed is True
         point = Point(rate=rate, asked=lengths_asked(requests), figures=figures, clients=verdict.figures, were_clients_fine=were_fine)
         return point, seen
@@ -165,6 +181,17 @@ def fitted(load: Workload, server: Server) -> tuple[Workload, tuple[str, ...]]:
     return replace(load, trace=fit), notes
 
 
+def window_of(requests: Sequence[Request], ramp_s: float, duration_s: float, *, is_trace: bool) -> tuple[float, float]:
+    """From when to when requests count, seconds since the load began: a trace's arrivals may end sooner than duration_s.
+
+    Where a trace has one request or is one instant there is no ramp, and duration_s is the window: no time passes between its arrivals.
+    """
+    last_s = requests[-1].due_s
+    if not is_trace:
+        return min(ramp_s, duration_s / 2), duration_s
+    return min(ramp_s, last_s / 2), last_s or duration_s
+
+
 def lengths_alone(load: Workload) -> list[tuple[int, int]]:
     """(prompt, output) tokens of what is measured alone: each prompt of a mix with its longest answer, or a trace's quantiles."""
     found: dict[int, int] = {}
@@ -184,8 +211,8 @@ def unloaded_of(prompt_tokens: int, seen: Sequence[Seen]) -> Unloaded:
     return Unloaded(prompt_tokens, round(ttft_s, 7), round(float(np.median(gaps)) if len(gaps) else ttft_s, 7))
 
 
-def content_of(asked: Asked, server: Server, run: Run, found: str) -> dict[str, Any]:
-    """What goes into the file."""
+def content_of(asked: Asked, server: Server, run: Run, *, has_ended: bool) -> dict[str, Any]:
+    """What goes into the file; has_ended: all that was asked is in it."""
     limits, best = run.limits, run.best()
     return {
         "benchmark": "serve",
@@ -216,7 +243,8 @@ def content_of(asked: Asked, server: Server, run: Run, found: str) -> dict[str, 
             for each in run.unloaded
         ],
         "points": [point.as_json() for point in sorted(run.points, key=lambda point: point.told_rate)],
-        "found": found,
+        "has_ended": has_ended,
+        "found": run.found(),
         "best": None if best is None else {"rate": best.told_rate, "goodput_per_s": best.figures.goodput_per_s},
     }
 
@@ -239,7 +267,7 @@ def _plain(asked: Asked) -> dict[str, Any]:
 
 
 def conduct(asked: Asked) -> dict[str, Any]:
-    """Everything but files and tables."""
+    """All but plots and tables."""
     server = meet(asked.urls, asked.model, asked.api, asked.vocab, asked.headers)
     for note in server.notes:
         _say(note)
@@ -249,10 +277,21 @@ def conduct(asked: Asked) -> dict[str, Any]:
             _say(note)
         run.warm_up()
         run.measure_unloaded()
-        found = run.measure()
+        run.measure(lambda: _write(asked, content_of(asked, server, run, has_ended=False), run.rows))
+    content = content_of(asked, server, run, has_ended=True)
+    _write(asked, content, run.rows)
+    return content
+
+
+def _write(asked: Asked, content: Mapping[str, Any], rows: Sequence[str]) -> None:
+    """The result file, and the rows' where it was asked for: at any time the last whole one, or none."""
+    texts = {asked.out: json.dumps(content, indent=1) + "\n"}
     if asked.has_rows:
-        asked.out.with_name(f"{asked.out.stem}_rows.jsonl").write_text("\n".join([*run.rows, ""]))
-    return content_of(asked, server, run, found)
+        texts[asked.out.with_name(f"{asked.out.stem}_rows.jsonl")] = "\n".join([*rows, ""])
+    for path, text in texts.items():
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(text)
+        part.replace(path)
 
 
 def _say(line: str) -> None:
@@ -265,7 +304,6 @@ def main() -> int:
         return serve_compare.show(asked)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     content = conduct(asked)
-    asked.out.write_text(json.dumps(content, indent=1) + "\n")
     if asked.has_plots:
         from bench.serve.serve_plot import draw
 

@@ -47,7 +47,11 @@ def show(asked: Comparison) -> int:
 
 def tables(contents: Sequence[Content]) -> str:
     """Who they are, what is not alike, the loads at each rate, and the best of each."""
-    heads = [f"{content['label']}: {told_server(content)}; {content['date']}, {content['commit'][:10]}" for content in contents]
+    heads = [
+        f"{content['label']}: {told_server(content)}; {content['date']}, {content['commit'][:10]}"
+        + ("" if content.get("has_ended", True) else "; its run was cut short")
+        for content in contents
+    ]
     parts = ["\n".join(heads), "\n".join(f"! not alike: {each}" for each in differences(contents)), _by_rate(contents), _best(contents)]
     return "\n\n".join(part for part in parts if part)
 

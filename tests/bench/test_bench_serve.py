@@ -24,13 +24,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from bench.serve import bench_serve, serve_compare
-from bench.serve.rest_client import payload_of, post
-from bench.serve.serve_client import Target, play_alone
-from bench.serve.serve_figures import Seen
+from bench.serve.rest_client import payload_of
+from bench.serve.serve_client import play_alone
 from bench.serve.serve_options import Asked, parse
 from bench.serve.serve_plan import Piece
 from bench.serve.serve_plan import Request as Planned
-from bench.serve.serve_prompts import Dialect
 from bench.serve.server_facts import meet
 
 TTFT_S, ITL_S = 0.02, 0.004
@@ -242,6 +240,27 @@ def test_a_trace_with_shared_blocks_is_played_at_its_own_pace(tmp_path: Path) ->
     assert len({tuple(prompt[:512]) for prompt in prompts}) == 1 and len({tuple(prompt[512:]) for prompt in prompts}) == 10
 
 
+def test_a_trace_of_one_request_counts_it(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"arrival_s": 3.0, "prompt_tokens": 30, "output_tokens": 3}')
+    with serving(SmallServer()) as url:
+        options = ["--trace", str(tmp_path / "one.jsonl"), "--duration-s", "2", "--slo-ttft", "60s", "--slo-itl", "60s", "--no-plots"]
+        figures = run(url, tmp_path / "played.json", *options)["points"][0]["figures"]
+    assert (figures["num_requests"], figures["kept_share"], figures["goodput_per_s"], figures["finished_per_s"]) == (1, 1.0, 0.5, 0.5)
+
+
+def test_a_load_that_counts_nothing_is_refused_and_those_before_are_kept(tmp_path: Path) -> None:
+    options = ["--rates", "40,1", "--duration-s", "0.5", "--ramp-s", "0.1", "--arrivals", "constant", "--no-plots", "--rows"]
+    with (
+        serving(SmallServer()) as url,
+        pytest.raises(SystemExit, match=r"no request in the window: at 1/s for 0\.5 s the last is due at 0 s"),
+    ):
+        run(url, tmp_path / "kept.json", *options)
+    content = json.loads((tmp_path / "kept.json").read_text())
+    assert [point["rate"] for point in content["points"]] == [40] and content["has_ended"] is False
+    assert len((tmp_path / "kept_rows.jsonl").read_text().splitlines()) == 20
+    assert "its run was cut short" in serve_compare.tables([content]) and not list(tmp_path.glob("*.part"))
+
+
 def test_text_through_chat_where_ids_are_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = SmallServer(has_completions=False, forbidden=("return_token_ids",), counting="events")
     with serving(small) as url:
@@ -315,7 +334,8 @@ def test_files_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     (row,) = (line for line in said.splitlines() if "second" in line and line.startswith("20 "))
     assert row.count("2.00x") == 6 and row.count("1.00x") == 2 and "not alike" not in said, "times twice as long, the rest the same"
     changed = second | {"asked": second["asked"] | {"duration_s": 9.0}, "best": None}
-    assert "! not alike: seconds a load: 0.5 | 9" in serve_compare.tables([first, changed])
+    told = serve_compare.tables([first, changed])
+    assert "! not alike: seconds a load: 0.5 | 9" in told and "cut short" not in told
     if importlib.util.find_spec("matplotlib"):
         assert {path.name for path in tmp_path.glob("both*")} == {
             f"both_{kind}.{end}" for kind in ("pareto", "goodput") for end in ("png", "svg")
@@ -372,12 +392,3 @@ def test_defaults_are_those_that_help_names() -> None:
 def test_frames_of_events() -> None:
     assert payload_of(b"data: {}") == payload_of(b"data:{}") == payload_of(b"event: x\ndata: {}\nid: 3") == b"{}"
     assert payload_of(b": ping") == payload_of(b"") == b"" and payload_of(b"data: [1,\ndata: 2]") == b"[1,\n2]"
-
-
-def test_a_connection_that_is_refused_is_one_failed_request() -> None:
-    target = Target(urls=("http://127.0.0.1:9",), dialect=Dialect(model="m", api="completions", vocab=99))
-    heard: list[str] = []
-    (seen,) = play_alone(target, [Planned(0, 0.0, 3, (Piece("a", 4),))], 5.0, heard.append)
-    assert isinstance(seen, Seen) and "Connect" in seen.error and "4:3 alone" in heard[0]
-    with pytest.raises(OSError):
-        asyncio.run(post("http://127.0.0.1:9", "/v1/completions", b"{}"))
