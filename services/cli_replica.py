@@ -15,11 +15,11 @@ from duomo.engine.card_shares import POOLS
 from duomo.engine.settle import settle
 from duomo.errors import ConfigError
 from services.cli_serve import INTERRUPTED, check_port
-from services.kv_transfer.ending import end_tasks
+from services.kv_transfer.ending import REPLICA_LIMIT_S, end_tasks
 from services.kv_transfer.started_heap import freeze_started
 
 INTERRUPT_WAIT_S = 2.0
-END_LIMIT_S = 120.0  # from the end of a drain: longer than a step thread's and a service's limit together (ending.py, step_thread.py)
+END_LIMIT_S = REPLICA_LIMIT_S + 30.0  # from the end of a drain: more than all steps, for what is between them
 EXIT_LIMIT_S = 15.0  # the interpreter's own, once everything of ours is closed
 
 Run = Callable[[DuomoConfig, str, asyncio.Event], Coroutine[object, object, None]]

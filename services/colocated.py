@@ -27,10 +27,10 @@ from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker, StepWorker
 from services.engine_start import engine_in
 from services.kv_transfer.directory import Directory
-from services.kv_transfer.ending import SERVICE_LIMIT_S, STEP_LIMIT_S, closed, in_thread
+from services.kv_transfer.ending import PREFILL_LIMIT_S, SERVICE_LIMIT_S, STEP_THREAD_LIMIT_S, closed, in_thread
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import FAILED_DRAIN_S, ReplicaCard
-from services.kv_transfer.step_thread import CLOSE_LIMIT_S, StepThread
+from services.kv_transfer.step_thread import StepThread
 from services.prefill.service import PrefillService
 from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes, group_bounds
 
@@ -156,7 +156,7 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[Engine]:
             ends.push_async_callback(closed, "the spans", in_thread(spans.shutdown))
         ends.push_async_callback(closed, "the directory", directory.close)
         compiling = ends.enter_context(ExitStack())  # of the workers, closed once nothing computes any more
-        ends.push_async_callback(closed, "the step thread", in_thread(means.thread.close), CLOSE_LIMIT_S + STEP_LIMIT_S)
+        ends.push_async_callback(closed, "the step thread", in_thread(means.thread.close), STEP_THREAD_LIMIT_S)
         workers = await started_workers(config, means)
         compiling.callback(workers.close)
         planned = workers.config
@@ -175,4 +175,4 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
             await engine.start()
             await engine.serve(stop)
         finally:
-            await closed("both services", engine.stop, CLOSE_LIMIT_S + 2 * SERVICE_LIMIT_S)
+            await closed("both services", engine.stop, PREFILL_LIMIT_S + SERVICE_LIMIT_S)

@@ -19,9 +19,9 @@ from services.decode.worker import DecodeWorker, StepWorker
 from services.engine_start import engine_in, page_locks
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
-from services.kv_transfer.ending import SERVICE_LIMIT_S, STEP_LIMIT_S, closed, in_thread
+from services.kv_transfer.ending import SERVICE_LIMIT_S, STEP_THREAD_LIMIT_S, closed, in_thread
 from services.kv_transfer.membership import ReplicaCard
-from services.kv_transfer.step_thread import CLOSE_LIMIT_S, StepThread
+from services.kv_transfer.step_thread import StepThread
 from services.kv_transfer.transport_nixl import NixlTransport
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaP
         directory = Directory(config.redis.url, config.redis.lease_s)
         ends.push_async_callback(closed, "the directory", directory.close)
         thread = StepThread("decode-step")
-        ends.push_async_callback(closed, "the step thread", in_thread(thread.close), CLOSE_LIMIT_S + STEP_LIMIT_S)
+        ends.push_async_callback(closed, "the step thread", in_thread(thread.close), STEP_THREAD_LIMIT_S)
         worker, config = await _started(config, thread, spans, ends)
         card = ReplicaCard.of(config, "decode", replica_id, worker.config.fingerprint)
         transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer, page_locks(config))

@@ -1,8 +1,8 @@
 """Owns how work ends in bounds: background tasks for certain, what a replica opened by name and within a limit. Knows no service.
 
 Python 3.11's asyncio.wait_for, through which redis-py sends every command, loses a cancellation that comes between the end of what it
-waits for and its own next turn: the task goes on as if nobody had asked. Whoever cancels a task therefore asks until it is over
-(end_tasks), and whoever calls such a library passes the cancellation on (heeding_cancellation).
+waits for and its own next turn: the task goes on as if nobody had asked. Whoever cancels a task therefore asks until it hears
+(end_tasks: one that is in its cleanup has heard), and whoever calls such a library passes the cancellation on (heeding_cancellation).
 
     async with AsyncExitStack() as ends:
         ends.push_async_callback(closed, "the transfer agent", in_thread(agent.close))
@@ -15,30 +15,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Any, Final
 
 from duomo.errors import EngineError
+from services.kv_transfer.step_thread import CLOSE_LIMIT_S
 
 AGAIN_S: Final = 0.2
 TASKS_LIMIT_S: Final = 5.0  # a call to an absent Redis is over after 3 s
 STEP_LIMIT_S: Final = 15.0
 SERVICE_LIMIT_S: Final = 30.0  # its steps are tasks, sockets and a call to Redis, each with a limit of its own
+STEP_THREAD_LIMIT_S: Final = CLOSE_LIMIT_S + STEP_LIMIT_S
+PREFILL_LIMIT_S: Final = CLOSE_LIMIT_S + SERVICE_LIMIT_S  # a wave that is being computed is waited for
+# Of all steps of a replica, one after the other, where each takes its time: an engine of both services has the most of them.
+REPLICA_LIMIT_S: Final = PREFILL_LIMIT_S + SERVICE_LIMIT_S + STEP_THREAD_LIMIT_S + 3 * STEP_LIMIT_S
 
 log = logging.getLogger(__name__)
 
 
 async def end_tasks(tasks: Iterable[asyncio.Future[Any]], limit_s: float = TASKS_LIMIT_S) -> None:
-    """Cancel until every task is done; their errors are not raised. What is not done after limit_s is told in the log and left behind."""
+    """Cancel until every task is done or cleans up; their errors are not raised. limit_s: of the cleanups too, which are not cut.
+
+    What is not done by then is told in the log and left behind.
+    """
     every = set(tasks)
     left = {task for task in every if not task.done()}
     end_s = asyncio.get_running_loop().time() + limit_s
-    while left and asyncio.get_running_loop().time() < end_s:
+    while left:
         for task in left:
-            task.cancel()
+            if not _cleans_up(task):
+                task.cancel()
         _, left = await asyncio.wait(left, timeout=AGAIN_S)
+        if asyncio.get_running_loop().time() >= end_s:
+            break
     for task in every - left:
         if not task.cancelled():
             task.exception()  # seen: nobody else asks for it
@@ -108,11 +120,22 @@ async def closed(name: str, close: Callable[[], Awaitable[None]], limit_s: float
     step.result()
 
 
+def _cleans_up(task: asyncio.Future[Any]) -> bool:
+    """Whether a cancellation has reached the task and a `finally`, `except` or `async with` of its own awaits something.
+
+    A coroutine that awaits there has the CancelledError in hand, which Python shows to its garbage collector alone. What only waits for
+    another task (gather) or for an asynchronous generator does not show it.
+    """
+    return any(isinstance(held, asyncio.CancelledError) for coroutine in _coroutines(task) for held in gc.get_referents(coroutine))
+
+
 def _place_of(task: asyncio.Future[Any]) -> str:
     """The coroutines that a task is in, outermost first."""
-    names: list[str] = []
+    return " > ".join(coroutine.__qualname__ for coroutine in _coroutines(task)) or repr(task)
+
+
+def _coroutines(task: asyncio.Future[Any]) -> Iterator[Any]:
     inner: Any = task.get_coro() if isinstance(task, asyncio.Task) else None
     while inner is not None and hasattr(inner, "cr_await"):
-        names.append(inner.__qualname__)
+        yield inner
         inner = inner.cr_await
-    return " > ".join(names) or repr(task)

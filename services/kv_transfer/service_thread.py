@@ -19,7 +19,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine
 
 from duomo.errors import DuomoError, EngineError
-from services.kv_transfer.ending import end_tasks
+from services.kv_transfer.ending import REPLICA_LIMIT_S, end_tasks
 from services.kv_transfer.started_heap import freeze_started
 
 BEAT_S = 0.5
@@ -112,7 +112,8 @@ class ServiceThread:
                 self._settled.set()
             await service
         finally:
-            await end_tasks((ready, service, beats))
+            await end_tasks((service,), limit_s=REPLICA_LIMIT_S)  # it may still close what it opened
+            await end_tasks((ready, beats))
 
     async def _beat(self) -> None:
         while True:

@@ -36,10 +36,10 @@ from duomo.wire.messages import (
 from services.engine_start import engine_in, page_locks
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
-from services.kv_transfer.ending import SERVICE_LIMIT_S, STEP_LIMIT_S, closed, end_tasks, in_thread
+from services.kv_transfer.ending import PREFILL_LIMIT_S, STEP_THREAD_LIMIT_S, closed, end_tasks, in_thread
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import Membership, Progress, ReplicaCard
-from services.kv_transfer.step_thread import CLOSE_LIMIT_S, StepThread
+from services.kv_transfer.step_thread import StepThread
 from services.kv_transfer.transport_nixl import NixlTransport
 from services.prefill.leg_book import LegBook
 from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes, group_bounds
@@ -203,14 +203,14 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
         directory = Directory(config.redis.url, config.redis.lease_s)
         ends.push_async_callback(closed, "the directory", directory.close)
         thread = StepThread("prefill-step")
-        ends.push_async_callback(closed, "the step thread", in_thread(thread.close), CLOSE_LIMIT_S + STEP_LIMIT_S)
+        ends.push_async_callback(closed, "the step thread", in_thread(thread.close), STEP_THREAD_LIMIT_S)
         worker, config = await _started(config, thread, tracing, ends)
         card = ReplicaCard.of(config, "prefill", replica_id, worker.config.fingerprint)
         transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer, page_locks(config))
         agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=config.prefill.send_slots)
         ends.push_async_callback(closed, "the transfer agent", in_thread(agent.close))
         service = PrefillService(card, worker, agent, tracing, directory, thread)
-        ends.push_async_callback(closed, "the service", service.stop, CLOSE_LIMIT_S + SERVICE_LIMIT_S)
+        ends.push_async_callback(closed, "the service", service.stop, PREFILL_LIMIT_S)
         log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
         await service.start()
         log.info("prefill replica %s serves at %s over %s", replica_id, service.membership.identity.address, agent.transport_name)

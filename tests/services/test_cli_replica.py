@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import signal
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from duomo.config import DuomoConfig, load_config
+from services import cli_replica
 from services.cli_replica import interrupted_before, run_one
+from services.kv_transfer import ending
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-moe"
 
@@ -71,7 +74,7 @@ async def registered(*_):
 colocated.run_replica = run_replica
 registration.until_registered = registered
 cli_replica.freeze_started = lambda: print("ready", flush=True)
-cli_replica.END_LIMIT_S = cli_replica.EXIT_LIMIT_S = 0.5
+cli_replica.END_LIMIT_S = cli_replica.EXIT_LIMIT_S = 3.0
 options = {"model.path": sys.argv[1], "redis.url": "redis://127.0.0.1:1", "model.device": "cpu", "gateway.request_deadline_s": 0.5}
 sys.exit(cli_replica.run_one(load_config(None, options), "engine", "e0"))
 """
@@ -91,6 +94,31 @@ def test_an_end_that_does_not_end_is_left_by_force_with_its_stacks(held_by: str,
             assert "Timeout (0:00:0" in said and place in said, said
         finally:
             process.kill()
+
+
+def limits_of_steps(file: Path) -> float:
+    """What all calls of ending.closed in a file may take, one after the other: a loop's for each that it goes over, if written out."""
+    tree = ast.parse(file.read_text())
+    times = {
+        inner: len(each.iter.elts)
+        for each in ast.walk(tree)
+        if isinstance(each, ast.For) and isinstance(each.iter, ast.Tuple)
+        for inner in ast.walk(each)
+    }
+    found = 0.0
+    for call in (each for each in ast.walk(tree) if isinstance(each, ast.Call)):
+        heads = [index for index, each in enumerate([call.func, *call.args]) if isinstance(each, ast.Name) and each.id == "closed"]
+        for head in heads:
+            limit = call.args[head + 2 :]
+            limit_s = eval(ast.unparse(limit[0]), vars(ending)) if limit else ending.STEP_LIMIT_S
+            found += times.get(call, 1) * limit_s
+    return found
+
+
+@pytest.mark.parametrize("room", ["colocated.py", "prefill/service.py", "decode/replica.py"])
+def test_a_process_is_ended_by_force_only_after_all_that_its_steps_may_take(room: str) -> None:
+    steps_s = limits_of_steps(Path(cli_replica.__file__).parent / room)
+    assert 5 * ending.STEP_LIMIT_S < steps_s <= ending.REPLICA_LIMIT_S < cli_replica.END_LIMIT_S
 
 
 def test_only_what_is_not_ready_is_interrupted() -> None:

@@ -7,10 +7,12 @@ import gc
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
 import pytest
 
 from duomo.errors import EngineError, ModelError
+from services.kv_transfer.ending import AGAIN_S, closed
 from services.kv_transfer.service_thread import ServiceThread
 
 
@@ -86,6 +88,28 @@ def test_a_failing_readiness_check_ends_the_service() -> None:
     with pytest.raises(EngineError, match="no directory"):
         ServiceThread("prefill-1", run, broken).start(timeout_s=5)
     assert ended.wait(5)
+
+
+def test_a_service_whose_readiness_fails_closes_all_that_it_opened() -> None:
+    """Its steps take longer than the pause after which a task that did not hear is asked again."""
+    happened: list[str] = []
+
+    async def slow() -> None:
+        await asyncio.sleep(3 * AGAIN_S)
+        happened.append("closed")
+
+    async def run(stop: asyncio.Event) -> None:
+        async with AsyncExitStack() as ends:
+            ends.push_async_callback(closed, "the directory", slow, 30)
+            ends.push_async_callback(closed, "the service", slow, 30)
+            await stop.wait()
+
+    async def broken() -> None:
+        raise EngineError("no directory", phase="start")
+
+    with pytest.raises(EngineError, match="no directory"):
+        ServiceThread("prefill-1", run, broken).start(timeout_s=30)
+    assert happened == ["closed", "closed"]
 
 
 def test_a_service_that_is_never_ready_is_an_error_in_time() -> None:
