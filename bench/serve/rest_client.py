@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+ODD_BYTES = 120  # of an odd event, in its error
+
 
 @dataclass(slots=True)
 class StreamResult:
@@ -42,14 +44,29 @@ class StreamResult:
         return sum(len(ids) for ids in self.token_ids.values()) or self.counted_tokens
 
 
+class OddEventError(ValueError):
+    """An event that is none of a completion's; the message names what was odd and begins what came."""
+
+
 def _take_event(result: StreamResult, payload: bytes) -> None:
+    """Raises OddEventError."""
+    try:
+        num_tokens = _read_event(result, payload)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise OddEventError(f"odd event ({type(error).__name__}: {error}): {payload[:ODD_BYTES].decode(errors='replace')}") from error
+    if num_tokens and result.on_tokens is not None:
+        result.on_tokens(result.event_times_s[-1], num_tokens)
+
+
+def _read_event(result: StreamResult, payload: bytes) -> int:
+    """How many tokens it brought. What it lacks or has of a wrong type is found by using it: looking first would cost every event."""
     if payload == b"[DONE]":
         result.is_done = True
-        return
+        return 0
     event = json.loads(payload)
     if event.get("error"):
         result.error = event["error"]
-        return
+        return 0
     result.request_id = event.get("id", result.request_id)
     choices = event.get("choices") or ()
     if event.get("usage"):
@@ -68,8 +85,7 @@ def _take_event(result: StreamResult, payload: bytes) -> None:
             result.event_times_s.append(time.monotonic())
             num_tokens += count
     result.counted_tokens = told or result.counted_tokens
-    if num_tokens and result.on_tokens is not None:
-        result.on_tokens(result.event_times_s[-1], num_tokens)
+    return num_tokens
 
 
 def _said(delta: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
-from bench.serve.rest_client import StreamResult, post
+from bench.serve.rest_client import OddEventError, StreamResult, post
 from bench.serve.serve_figures import Seen
 from bench.serve.serve_plan import Request
 from bench.serve.serve_prompts import Dialect, body_of
@@ -72,7 +72,7 @@ class _Flight:
             result = await post(url, target.dialect.path, self.body, timeout_s=timeout_s, on_tokens=take, headers=target.headers)
         except (OSError, asyncio.IncompleteReadError, ValueError, LookupError) as error:
             if not isinstance(error, TimeoutError):  # of post's own limit: unfinished
-                self._error = repr(error)[:200]
+                self._error = (str(error) if isinstance(error, OddEventError) else repr(error))[:200]
             return
         self._num_tokens = told_tokens(result)
         self._finish_reason = result.finish_reasons.get(0, "")
