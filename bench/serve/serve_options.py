@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from bench.serve.serve_limits import Limit, Unloaded, parse_limit
 from bench.serve.serve_plan import Shape, TraceRow, Workload, parse_arrivals, parse_mix
+from bench.serve.serve_plot import MOST_FILES
 from bench.serve.serve_prompts import FIRST_ID, Api
 from bench.serve.serve_search import Search
 from bench.serve.serve_trace import TraceError, read_trace
@@ -190,6 +191,8 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
 
 
 def _comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Comparison:
+    if len(options.compare) > MOST_FILES and not options.no_plots:
+        parser.error(f"--compare: {len(options.compare)} files, and plots tell {MOST_FILES} apart; name fewer, or add --no-plots")
     for file in options.compare:
         _result(parser, "--compare", file)
     return Comparison(files=tuple(options.compare), out=options.out, has_plots=not options.no_plots)
