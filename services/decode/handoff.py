@@ -231,14 +231,15 @@ class Handoffs:
         )
 
     def prefill_done(self, producer: str, message: PrefillDone, leg: Leg | None, now_s: float) -> None:
-        """The prompt is computed. Raises WireError where it fits no open handle."""
-        handle = leg.handle if leg is not None else None
-        if leg is None or handle is None or leg.state is not LegState.GRANTED or leg.done is not None:
-            raise WireError(
-                f"PrefillDone for request {message.request_id} attempt {message.attempt}, which has no open handle", code="stale"
-            )
+        """The prompt is computed. Raises WireError where it fits no open handle: `stale` where the leg is over, which P is being told."""
+        told = f"PrefillDone for request {message.request_id} attempt {message.attempt}"
+        if leg is None:
+            raise WireError(f"{told}, which is over or was never here", code="stale")
+        handle = leg.handle
+        if handle is None or leg.state is not LegState.GRANTED or leg.done is not None:
+            raise WireError(f"{told}, which has no open handle", code="unexpected_message")
         if message.handle_id != handle.handle_id or producer != handle.producer_boot_id:
-            raise WireError(f"PrefillDone names handle {message.handle_id}, which is not the request's", code="stale")
+            raise WireError(f"{told} names handle {message.handle_id}, which is not the request's", code="unexpected_message")
         leg.done, leg.silent_s = message, 0.0
         leg.times.prefill_done_s = now_s
         counts = (message.num_messages, len(message.first_token_ids))

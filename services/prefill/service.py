@@ -131,7 +131,8 @@ class PrefillService:
             case RequestFailed():
                 self._book.failed_by_decode(message)
             case Refused():
-                log.warning("%s %s refused a message: %s (%s)", peer.peer.role, peer.peer.replica_id, message.code, message.detail)
+                level = logging.INFO if message.code == "stale" else logging.WARNING  # stale: it crossed the end of its leg, as cancels do
+                log.log(level, "%s %s refused a message: %s (%s)", peer.peer.role, peer.peer.replica_id, message.code, message.detail)
             case _:
                 raise WireError(f"a prefill replica takes no {type(message).__name__}", code="unexpected_message")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from duomo.wire.messages import (
     HandleOffered,
     Preempted,
     PullKv,
+    Refused,
     RequestFailed,
     RequestFinished,
 )
@@ -269,6 +271,29 @@ def test_another_models_histogram_fails_the_leg_and_gives_all_back(tmp_path: Pat
             failure = await rig.gateway.failed("r")
             assert failure.code == "kv_mismatch" and "8 x 7, this model has 8 layers of" in failure.detail
             assert not rig.service.prompt_experts.total_LE.any()
+            rig.prefill.blocks.free(computed.blocks)
+            await rig.at_rest()
+
+    play(go())
+
+
+def test_a_prompt_computed_for_a_leg_that_was_cancelled_is_stale_and_one_for_another_handle_is_a_fault(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            prompt = Prompt("r", 0, ids(20), GREEDY)
+            rig.gateway.start(prompt, rig.prefill)
+            rig.prefill.announce(prompt)
+            handle = await rig.prefill.granted(prompt)
+            computed = rig.prefill.compute(prompt)
+            other = msgspec.structs.replace(handle, handle_id=handle.handle_id + 1)
+            rig.prefill.open(handle, computed)
+            rig.prefill.open(other, computed)
+            rig.prefill.done(prompt, other, computed)
+            await until(lambda: [one.code for one in rig.prefill.of(Refused)] == ["unexpected_message"])
+            rig.gateway.cancel("r")
+            await rig.prefill.one(Cancel, "r")
+            rig.prefill.done(prompt, handle, computed)
+            await until(lambda: [one.code for one in rig.prefill.of(Refused)] == ["unexpected_message", "stale"])
             rig.prefill.blocks.free(computed.blocks)
             await rig.at_rest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,20 @@ def test_a_dead_writer_thread_ends_the_replica(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(LoopbackTransport, "write", write)
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     run(scenario, tmp_path)
+
+
+def test_a_message_that_crossed_a_cancel_and_is_refused_warns_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            parts.gateway.start("r", ids(20), parts.decode.address)
+            await parts.gateway.finished("r")
+            for code in ("stale", "unexpected_message"):
+                parts.decode._post(Refused(code=code, detail="refused here"))
+            await until(lambda: sum("refused here" in record.message for record in caplog.records) == 2, "not logged")
+
+    caplog.set_level(logging.INFO, "services.prefill.service")
+    run(scenario, tmp_path)
+    assert [record.levelname for record in caplog.records if "refused here" in record.message] == ["INFO", "WARNING"]
 
 
 STAGES = ("queued", "announced", "granted", "computing", "handing_off")
