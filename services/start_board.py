@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -60,15 +59,18 @@ class StartWatch:
         self._run_dir = run_dir
         self._say = say
         self._clock = clock
-        self._seen: dict[Starter, tuple[str, float, float]] = {}  # the line, since when, and when it was last said
+        self._seen: dict[Starter, tuple[str, float, float]] = {}  # the line, since when, and when it was last said; of those that start now
+        self._first: dict[str, int] = {}  # process of each pool
+        self._several: set[str] = set()  # pools of which another was seen
 
     def look(self) -> None:
         now_s = self._clock()
         lines = _lines(self._run_dir)
-        pools = Counter(pool for pool, _ in self._seen.keys() | lines.keys())
+        self._seen = {starter: seen for starter, seen in self._seen.items() if starter in lines}
+        self._several |= {pool for pool, pid in lines if self._first.setdefault(pool, pid) != pid}
         for starter, line in lines.items():
             pool, pid = starter
-            name = pool if pools[pool] == 1 else f"{pool} (process {pid})"
+            name = f"{pool} (process {pid})" if pool in self._several else pool
             seen, since_s, said_s = self._seen.get(starter, ("", now_s, now_s))
             if line != seen:
                 self._say(f"{name}: {line}")
@@ -83,7 +85,15 @@ def _lines(run_dir: Path) -> dict[Starter, str]:
     found = {}
     for file in sorted(run_dir.glob(f"*{SUFFIX}")):
         pool, _, pid = file.stem.rpartition(".")
-        if pid.isdecimal() and psutil.pid_exists(int(pid)):
+        if pid.isdecimal() and _lives(int(pid)):
             with contextlib.suppress(OSError):  # closed meanwhile
                 found[pool, int(pid)] = file.read_text()
     return found
+
+
+def _lives(pid: int) -> bool:
+    """One that was killed and that its parent has not waited for does not."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -62,6 +62,34 @@ def test_what_a_killed_replica_left_is_not_said(tmp_path: Path) -> None:
     assert said == ["decode: weights of None"]
 
 
+def test_what_a_killed_replica_left_is_not_said_before_its_parent_has_waited_for_it(tmp_path: Path) -> None:
+    now_s, said = 0.0, list[str]()
+    watch = StartWatch(tmp_path, said.append, lambda: now_s)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"]) as replica:
+        StartBoard(tmp_path, "decode", replica.pid).show("weights")
+        watch.look()
+        replica.kill()
+        os.waitid(os.P_PID, replica.pid, os.WEXITED | os.WNOWAIT)  # it is over, and stays a zombie
+        now_s = 2 * STILL_PERIOD_S
+        watch.look()
+        assert said == ["decode: weights"]
+        assert replica.wait() < 0
+
+
+def test_a_start_that_is_over_is_forgotten(tmp_path: Path) -> None:
+    """The same process that starts again says its line again, and counts from then on."""
+    now_s, said = 0.0, list[str]()
+    watch = StartWatch(tmp_path, said.append, lambda: now_s)
+    for _ in range(2):
+        board = StartBoard(tmp_path, "engine")
+        board.show("weights")
+        watch.look()
+        board.close()
+        now_s += 3 * STILL_PERIOD_S
+        watch.look()
+    assert said == ["engine: weights"] * 2
+
+
 def test_a_board_that_cannot_be_written_stops_no_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         for folder in (None, tmp_path / "not" / "there"):
