@@ -80,7 +80,8 @@ def refuse_crowded(config: DuomoConfig, device: DeviceBytes, starting: Sequence[
 
 
 def refuse_scaled(config: DuomoConfig, replicas: Mapping[str, int], num_cards: float) -> None:
-    """Raises ConfigError where a running system of two pools has no card for so many replicas of each. num_cards: that it was given."""
+    """Raises ConfigError where a running system of two pools has no card for so many replicas of each. num_cards: of its
+    cluster, whoever uses them."""
     counts = " and ".join(f"{replicas[pool]} of {pool}" for pool in POOLS)
     parts = [f"{pool}.gpu_share is {share:g}" for pool in POOLS if (share := gpu_share(config, pool)) is not None and share < 1]
     if parts and any(replicas[pool] > 1 for pool in POOLS):
@@ -88,7 +89,7 @@ def refuse_scaled(config: DuomoConfig, replicas: Mapping[str, int], num_cards: f
     needed = sum(replicas[pool] for pool in POOLS)
     if not parts and needed > num_cards:
         raise ConfigError(
-            f"{counts} replicas need a card each, {needed} in all; this system was given {num_cards:g}: scale the other pool down first, "
+            f"{counts} replicas need a card each, {needed} in all; the Ray cluster has {num_cards:g}: scale the other pool down first, "
             "or start it with more (prefill.replicas, decode.replicas)",
             code="no_card",
         )

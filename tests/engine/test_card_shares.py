@@ -88,7 +88,7 @@ def test_replicas_are_scaled_up_to_the_cards_that_the_system_has() -> None:
     for replicas in ({"prefill": 1, "decode": 3}, {"prefill": 3, "decode": 1}, {"prefill": 1, "decode": 1}):
         refuse_scaled(alone, replicas, 4.0)
     with pytest.raises(
-        ConfigError, match="2 of prefill and 3 of decode replicas need a card each, 5 in all; this system was given 4"
+        ConfigError, match="2 of prefill and 3 of decode replicas need a card each, 5 in all; the Ray cluster has 4"
     ) as caught:
         refuse_scaled(alone, {"prefill": 2, "decode": 3}, 4.0)
     assert caught.value.code == "no_card"

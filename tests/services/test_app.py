@@ -75,7 +75,7 @@ def test_a_pool_is_not_scaled_beyond_the_cards(tmp_path: Path, monkeypatch: pyte
     split = {"model.device": "cuda", "layout": "split", "prefill.gpu_share": 1.0, "decode.gpu_share": 1.0}
     system = RaySystem(config(**split), tmp_path, print)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0, "GPU": 2.0})
-    with pytest.raises(ConfigError, match="1 of prefill and 2 of decode replicas need a card each, 3 in all; this system was given 2"):
+    with pytest.raises(ConfigError, match="1 of prefill and 2 of decode replicas need a card each, 3 in all; the Ray cluster has 2"):
         system.scale("decode", 2)
 
 
