@@ -1,7 +1,7 @@
 """Thousands of handoffs between real prefill and decode services under drawn faults, cancels, stops and broken sockets, and their ledger.
 
-The services, sockets, agents and engine are the real ones; the model is small and random, so that moving KV is most of the work. Nothing
-is timed: what is drawn depends on the seed alone, what meets what on the machine.
+The services, sockets, agents and engine are the real ones; the model is small and random, so that moving KV is most of the work. What
+is drawn depends on the seed alone, what meets what on the machine. No speed is judged: a limit says that something never ends.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ from tests.services.pair_rig import System, WorkerMakers, address_of, system
 from tests.services.witnesses import FaultyTransport, Witness, WitnessedAgent, WitnessedWorker
 
 NUM_PROMPTS = 24
-REMAINING_S = 20.0
-END_S = 45.0  # by then every request has ended, one way or the other
-REST_S = 4.0  # a lost process is judged in one and a half seconds, nothing else takes one
+# Long beside what a busy machine takes; green runs wait for none of them.
+REMAINING_S = 90.0
+END_S = 120.0  # by then every request has ended, one way or the other
+REST_S = 60.0  # by then all is back
 # What a request may end with here: each has a cause that was drawn.
 CAUSES = {
     "kv_corrupt": "spoilt twice",
