@@ -83,7 +83,7 @@ class System:
             )
 
         try:
-            await until(rests, 10.0)
+            await until(rests, 60.0)
         except TimeoutError as error:
             raise AssertionError(f"not at rest: {[service.report() for service in services]}") from error
         for service, _ in self.decodes:
