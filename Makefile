@@ -1,7 +1,7 @@
 # What a person or CI types. Each target makes .venv by itself; the stamps in it know what is installed, so a second run takes seconds.
 #
 #   make serve        install and serve models/tiny-moe (ARGS="--port 9000" passes options on)
-#   make test         the short lane: under 10 minutes on 2 cores (TESTS=tests/wire narrows it)
+#   make test         the short lane: a quarter of an hour on 2 cores (TESTS=tests/wire narrows it)
 #   make test-slow    the rest that needs no GPU
 #   make check        format, lint, types, contracts, house
 #   make test-py312   the torch-free tests on Python 3.12, in .venv312
