@@ -20,10 +20,10 @@ from duomo.errors import DuomoError, RequestCancelled
 from duomo.wire.messages import Sampling
 from services.router.answers import AnswerHead, AnswerShape, ChatShape, CompletionShape
 from services.router.cache_salt import cache_salt
+from services.router.common_fields import CommonFields
 from services.router.flight import Flight
 from services.router.gateway import Gateway
 from services.router.generation import GenerationRequest
-from services.router.openai import CommonFields
 from services.router.streams import TRANSPORT_EXTENSION, ClientTransport, Sink, StreamResponse, StreamSink, WholeSink, watch_client
 
 log = logging.getLogger(__name__)

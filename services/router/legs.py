@@ -127,6 +127,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
         prompt_ids=request.prompt_ids,
         sampling=request.sampling,
         cache_salt=request.cache_salt,
+        priority=request.priority,
         choices=choices,
         decode=leg.decode.address,
         emitted_ids=emitted,
@@ -142,6 +143,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
             emitted_ids=emitted,
             sampling=request.sampling,
             cache_salt=request.cache_salt,
+            priority=request.priority,
             choice=choices[0],
             prefill=leg.prefill.address,
         )
@@ -154,6 +156,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
             prompt_ids=request.prompt_ids,
             sampling=request.sampling,
             cache_salt=request.cache_salt,
+            priority=request.priority,
             choices=choices,
             prefill=leg.prefill.address,
         )

@@ -12,9 +12,10 @@ import msgspec
 
 from duomo.config import GatewaySection
 from duomo.errors import RequestError
+from services.router.common_fields import CommonFields
 from services.router.generation import GenerationRequest
 from services.router.model_card import ModelCard
-from services.router.openai import ChatRequest, CommonFields, CompletionRequest
+from services.router.openai import ChatRequest, CompletionRequest
 from services.router.text import THREAD_CHARS, ModelText
 
 # OpenAI's default length of a text completion that names none.
@@ -30,7 +31,7 @@ class PromptMaker:
         self._text = text
 
     async def chat(self, request: ChatRequest, template: GenerationRequest) -> list[GenerationRequest]:
-        rendered = self._text.render(request.messages)
+        rendered = self._text.render(request.conversation)
         ids = await self._encode(rendered, "messages", add_special_tokens=False)
         return [self._fit(ids, "messages", request.common, self._section.default_max_tokens, template)]
 
@@ -73,7 +74,7 @@ class PromptMaker:
         if common.sampling.min_tokens > length:
             raise RequestError(f"'min_tokens' is {common.sampling.min_tokens}, above the {length} tokens asked for.", param="min_tokens")
         sampling = msgspec.structs.replace(common.sampling, max_tokens=length)
-        return replace(template, prompt_ids=ids, sampling=sampling)
+        return replace(template, prompt_ids=ids, sampling=sampling, priority=common.priority)
 
     def _too_long(self, name: str, num_tokens: str) -> RequestError:
         limit = self._card.context_tokens

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -20,7 +19,7 @@ import tokenizers
 
 from duomo.config import ModelSection
 from duomo.errors import ModelError, RequestError
-from services.router.openai import ChatMessage
+from services.router.conversation import ChatMessage, Conversation
 from services.router.spelling import Spelling, spelling_of
 
 # Text of at least this many characters is tokenised on a thread, so that the loop's other streams do not stall (0.5 us a character).
@@ -79,11 +78,11 @@ class ModelText:
         special = {name: _token_text(settings[name]) for name in names if settings.get(name)}
         return cls(tokenizer, spelling, _template_source(folder, settings), special)
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    def render(self, conversation: Conversation) -> str:
         """The conversation as the model was trained to read it, ready for the assistant's turn. RequestError naming `messages`."""
         if self._template is None:
             raise RequestError("This model has no chat template; use /v1/completions.", param="messages", code="unsupported_endpoint")
-        turns = [_as_turn(message) for message in messages]
+        turns = [_as_turn(message) for message in conversation.messages]
         try:
             return self._template.render(messages=turns, add_generation_prompt=True, **self._special)
         except (jinja2.TemplateError, TypeError, ValueError) as error:

@@ -53,6 +53,18 @@ def test_repeated_and_reordered_frames_reach_the_client_once_and_in_order(tmp_pa
     asyncio.run(scenario())
 
 
+def test_priority_reaches_both_pools_on_every_attempt(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script(decode_faults=deque([("preempt", 6)]))
+        async with stub_system(tmp_path, script) as system:
+            assert _texts(await _chat(system, priority=-7)) == [system.story.text(0, 24)]
+            prefill, decode = system.pools.of_role("prefill")[0], system.pools.of_role("decode")[0]
+            starts = [*prefill.of_type(StartPrefill), *decode.of_type(StartDecode), *decode.of_type(Resume)]
+            assert [start.priority for start in starts] == [7] * 4, "the wire's higher number goes first"
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("fault", ["fail", "no_grant", "die"])
 def test_a_failure_of_p_before_the_first_token_is_retried_on_another(tmp_path: Path, fault: Fault) -> None:
     async def scenario() -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from duomo.config import GatewaySection
 from duomo.errors import RequestError
-from services.router.openai import ChatMessage, RequestParser
+from services.router.conversation import ChatMessage
+from services.router.openai import RequestParser
 
 PARSER = RequestParser(GatewaySection(), "tiny-moe", 8192)
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}]}
@@ -37,14 +38,22 @@ def test_nulls_and_harmless_fields_pass() -> None:
     off = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "parallel_tool_calls": True}
     nulls = dict.fromkeys(("max_tokens", "stop", "temperature", "seed", "n", "stream", "stream_options", "tools", "logprobs", "functions"))
     ignored = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
-    assert PARSER.chat(_chat(**(off | ignored))).messages == PARSER.chat(_chat(**nulls)).messages
+    assert PARSER.chat(_chat(**(off | ignored))).conversation.messages == PARSER.chat(_chat(**nulls)).conversation.messages
     whole = {"role": "assistant", "content": "yes", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}
-    assert PARSER.chat(_chat(messages=[whole])).messages == (ChatMessage("assistant", "yes", None),)
+    assert PARSER.chat(_chat(messages=[whole])).conversation.messages == (ChatMessage("assistant", "yes", None),)
 
 
 def test_content_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert PARSER.chat(_chat(messages=[{"role": "user", "content": parts, "name": "Ann"}])).messages == (ChatMessage("user", "ab", "Ann"),)
+    assert PARSER.chat(_chat(messages=[{"role": "user", "content": parts, "name": "Ann"}])).conversation.messages == (
+        ChatMessage("user", "ab", "Ann"),
+    )
+
+
+def test_a_low_priority_number_goes_first_as_in_vllm() -> None:
+    assert [PARSER.chat(_chat(priority=number)).common.priority for number in (-3, 0, 100)] == [3, 0, -100]
+    with pytest.raises(RequestError, match="'priority' must be between -100 and 100"):
+        PARSER.chat(_chat(priority=101))
 
 
 def test_integers_are_numbers_and_minus_one_is_no_top_k() -> None:
@@ -59,7 +68,8 @@ json_values = st.recursive(
 )
 FIELDS = (
     "messages model max_tokens max_completion_tokens n stream stream_options stop temperature top_p top_k min_p seed logprobs top_logprobs "
-    "presence_penalty frequency_penalty repetition_penalty ignore_eos min_tokens stop_token_ids tools logit_bias prompt best_of echo"
+    "presence_penalty frequency_penalty repetition_penalty ignore_eos min_tokens stop_token_ids tools logit_bias prompt best_of echo "
+    "priority"
 ).split()
 
 

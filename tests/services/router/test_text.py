@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from duomo.config import ModelSection
 from duomo.errors import ModelError, RequestError
-from services.router.openai import ChatMessage
+from services.router.conversation import ChatMessage, Conversation
 from services.router.text import ModelText, StopScanner
 
 FOLDER = Path(__file__).parents[3] / "models" / "tiny-moe"
@@ -109,7 +109,7 @@ def test_chat_template_matches_transformers(text: ModelText) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
     turns = [("system", "Be brief."), ("user", "Hi\n there "), ("assistant", "Hello."), ("user", "Why?")]
-    mine = text.render([ChatMessage(role, content, None) for role, content in turns])
+    mine = text.render(Conversation(tuple(ChatMessage(role, content) for role, content in turns)))
     asked = [{"role": role, "content": content} for role, content in turns]
     assert mine == theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert list(text.encode(mine, add_special_tokens=False)) == theirs.encode(mine, add_special_tokens=False)
@@ -120,7 +120,7 @@ def test_a_template_is_sandboxed_and_its_refusal_names_messages(tmp_path: Path) 
     for source in ("{{ raise_exception('roles must alternate') }}", "{{ ''.__class__.__mro__ }}"):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
         with pytest.raises(RequestError) as caught:
-            ModelText.load(tmp_path).render([ChatMessage("user", "hi", None)])
+            ModelText.load(tmp_path).render(Conversation((ChatMessage("user", "hi"),)))
         assert caught.value.param == "messages"
 
 
@@ -129,7 +129,7 @@ def test_a_folder_without_template_refuses_chat_and_a_broken_one_is_named(tmp_pa
         ModelText.load(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((FOLDER / "tokenizer.json").read_bytes())
     with pytest.raises(RequestError, match="chat template"):
-        ModelText.load(tmp_path).render([ChatMessage("user", "hi", None)])
+        ModelText.load(tmp_path).render(Conversation((ChatMessage("user", "hi"),)))
     spoiled = json.loads((FOLDER / "tokenizer.json").read_text())
     spoiled["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spoiled))
@@ -148,7 +148,7 @@ def test_a_model_of_drawn_weights_without_tokenizer_is_lent_the_embedded_one(tmp
     ids = other.encode(words, add_special_tokens=False)
     assert ids == text.encode(words, add_special_tokens=False) and max(ids) < text.vocab_size
     assert _stream(other, list(ids)) == words
-    turns = [ChatMessage("user", "hi", None)]
+    turns = Conversation((ChatMessage("user", "hi"),))
     assert other.render(turns) == text.render(turns)
     assert other.fewest_tokens(words) == text.fewest_tokens(words), "ids that nothing encodes to shorten no prompt"
 

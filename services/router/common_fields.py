@@ -1,0 +1,187 @@
+"""What the bodies of all generating endpoints share: model, sampling, lengths, stop, stream. Knows no endpoint's own fields.
+
+Beyond OpenAI, as in vLLM: top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, return_token_ids.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Final, cast
+
+import msgspec
+
+from duomo.config import GatewaySection
+from duomo.errors import RequestError
+from duomo.wire.messages import Sampling
+from services.router.fields import Fields, kind_of, wrong_type
+
+_MASK_64: Final = (1 << 64) - 1
+_MAX_TOKENS_BOUND: Final = 1 << 31
+_PRIORITY_BOUND: Final = 100  # each level is worth seconds of waiting (prefill's policy): a hundred are longer than a request lives
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """How the answer is to be shaped."""
+
+    stream: bool
+    include_usage: bool
+    num_choices: int
+    return_token_ids: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonNames:
+    """What an endpoint calls its length (the newest name last) and its stop strings, which fields it ignores, whether it has `n`."""
+
+    lengths: tuple[str, ...]
+    ignored: tuple[str, ...]
+    stop: str = "stop"
+    has_choices: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonFields:
+    """What all endpoints share. max_tokens is None where the request names none; sampling.max_tokens is set after tokenising.
+
+    priority: higher goes first (the field's own sign is the other one, as in vLLM).
+    """
+
+    sampling: Sampling
+    max_tokens: int | None
+    max_tokens_field: str
+    stop: tuple[str, ...]
+    answer: AnswerOptions
+    priority: int = 0
+
+
+class CommonReader:
+    """Reads them for one served model; limits come from the configuration."""
+
+    def __init__(self, section: GatewaySection, model_name: str, vocab_size: int) -> None:
+        self._section = section
+        self._model_name = model_name
+        self._vocab_size = vocab_size
+
+    def check_model(self, fields: Fields) -> None:
+        name = fields.string("model")
+        if name is None:
+            raise RequestError("You must provide a 'model'.", param="model", code="missing_required_parameter")
+        if name != self._model_name:
+            raise RequestError(
+                f"The model '{name}' does not exist; this server has '{self._model_name}'.",
+                param="model",
+                status=404,
+                code="model_not_found",
+            )
+
+    def read(self, fields: Fields, names: CommonNames, logprobs: int | None) -> CommonFields:
+        """Takes what is common and refuses whatever is left then: an endpoint takes its own fields before."""
+        max_tokens, max_tokens_field = _max_tokens(fields, names.lengths)
+        num_choices = fields.integer("n", low=1, high=self._section.max_choices) if names.has_choices else None
+        stream = fields.boolean("stream")
+        include_usage = _stream_options(fields, stream)
+        stop = self._stop(fields, names.stop)
+        sampling = self._sampling(fields, logprobs)
+        return_token_ids = fields.boolean("return_token_ids")
+        priority = fields.integer("priority", low=-_PRIORITY_BOUND, high=_PRIORITY_BOUND) or 0
+        fields.ignore(*names.ignored)
+        fields.finish()
+        return CommonFields(
+            sampling=sampling,
+            max_tokens=max_tokens,
+            max_tokens_field=max_tokens_field,
+            stop=stop,
+            answer=AnswerOptions(
+                stream=stream, include_usage=include_usage, num_choices=num_choices or 1, return_token_ids=return_token_ids
+            ),
+            priority=-priority,
+        )
+
+    def token_ids(self, name: str, values: list[object]) -> tuple[int, ...]:
+        if set(map(type, values)) <= {int}:  # all at once: a long prompt, looked at one by one, would hold every other stream up
+            token_ids = cast(tuple[int, ...], tuple(values))
+            if 0 <= min(token_ids, default=0) and max(token_ids, default=0) < self._vocab_size:
+                return token_ids
+        for idx, value in enumerate(values):
+            if type(value) is not int:
+                raise wrong_type(f"{name}[{idx}]", "a token id (an integer)", value)
+            if not 0 <= value < self._vocab_size:
+                raise RequestError(f"'{name}[{idx}]' is {value}, token ids go from 0 to {self._vocab_size - 1}.", param=name)
+        raise AssertionError("one of them is wrong")
+
+    def _sampling(self, fields: Fields, logprobs: int | None) -> Sampling:
+        seed = fields.integer("seed", low=-(1 << 63), high=_MASK_64)
+        top_k = fields.integer("top_k", low=-1, high=_MAX_TOKENS_BOUND)
+        return Sampling(
+            max_tokens=1,
+            temperature=_or(fields.number("temperature", low=0.0, high=2.0), 1.0),
+            top_k=max(top_k or 0, 0),
+            top_p=_or(fields.number("top_p", low=0.0, high=1.0, low_is_open=True), 1.0),
+            min_p=_or(fields.number("min_p", low=0.0, high=1.0), 0.0),
+            seed=secrets.randbits(64) if seed is None else seed & _MASK_64,
+            presence_penalty=_or(fields.number("presence_penalty", low=-2.0, high=2.0), 0.0),
+            frequency_penalty=_or(fields.number("frequency_penalty", low=-2.0, high=2.0), 0.0),
+            repetition_penalty=_or(fields.number("repetition_penalty", low=0.0, high=2.0, low_is_open=True), 1.0),
+            min_tokens=fields.integer("min_tokens", low=0, high=_MAX_TOKENS_BOUND) or 0,
+            ignore_eos=fields.boolean("ignore_eos"),
+            stop_token_ids=self.token_ids("stop_token_ids", fields.array("stop_token_ids") or []),
+            logprobs=logprobs,
+        )
+
+    def _stop(self, fields: Fields, name: str) -> tuple[str, ...]:
+        value = fields.take(name)
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list):
+            raise wrong_type(name, "a string or an array of strings", value)
+        if len(value) > self._section.max_stop_strings:
+            raise RequestError(f"'{name}' holds {len(value)} strings, the limit is {self._section.max_stop_strings}.", param=name)
+        for idx, item in enumerate(value):
+            if not isinstance(item, str):
+                raise wrong_type(f"{name}[{idx}]", "a string", item)
+            if not item:
+                raise RequestError(f"'{name}[{idx}]' must not be empty.", param=name)
+        return tuple(value)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def json_object(body: bytes) -> dict[str, object]:
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"The body is not valid UTF-8 (byte {error.start}).", param="body", code="invalid_utf8") from error
+    try:
+        value: object = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(f"The body is not valid JSON: {error}.", param="body", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"The body must be a JSON object, got {kind_of(value)}.", param="body", code="invalid_type")
+    return value
+
+
+def _max_tokens(fields: Fields, names: tuple[str, ...]) -> tuple[int | None, str]:
+    """The completion's length and which field named it, the last of them where none did."""
+    given = [(value, name) for name in names if (value := fields.integer(name, low=1, high=_MAX_TOKENS_BOUND)) is not None]
+    if len({value for value, _ in given}) > 1:
+        raise RequestError(f"'{given[0][1]}' and '{given[1][1]}' contradict each other.", param=given[0][1])
+    return given[-1] if given else (None, names[0])
+
+
+def _stream_options(fields: Fields, stream: bool) -> bool:
+    raw = fields.mapping("stream_options")
+    if raw is None:
+        return False
+    if not stream:
+        raise RequestError("'stream_options' needs 'stream' to be true.", param="stream_options")
+    options = Fields(raw, "stream_options.")
+    include_usage = options.boolean("include_usage")
+    options.ignore("include_obfuscation")
+    options.finish()
+    return include_usage
