@@ -1,7 +1,8 @@
 """Owns the GPU's gather of KV blocks into a message and back, hashed in the same pass. Knows no ring, no slot and no wire.
 
     message  [payload][padding to 64 bytes][trailer: start (32 bytes), hash, zeros; 64 bytes in all]       in 64-bit words, little-endian
-    payload  [layer][block][k, v][kv head][block token][head dim]: every block of every layer whole, L layers of n blocks of W words
+    payload  [layer][block][k, v][kv head][block token][head dim]: every block of every layer whole, L layers of n blocks of W words,
+             or of some heads alone: then each block is two runs of R words, one of its k and one of its v
 
     hash of the payload's words w_i, i = c * 8192 + j, modulo 2^64, as the CPU's peer computes it:
         g(w) = y xor (y >> 32), y = w * M         K_c = splitmix64(2^63 + c) | 1         k_j = splitmix64(j) | 1
@@ -12,9 +13,9 @@ strides over whole chunks, so that its words' keys k_j are the same in every rou
 program to finish seals the message (pack) or compares (scatter) and leaves the scratch zeroed for the next launch.
 
 Scatter writes blocks while it hashes, so a corrupt message is written too: nothing may read those blocks unless the flag says GOOD.
-Bytes: 2 n L W words of 8: each read once and written once.
+Bytes: 2 n L W words of 8 (of some heads 4 n L R): each read once and written once.
 
-Legend: L layers, B blocks of the pool, W words of a block, n blocks of the message, M words of the message's memory.
+Legend: L layers, B blocks of the pool, W words of a block, R words of a run, n blocks of the message, M words of the message's memory.
 """
 
 from __future__ import annotations
@@ -62,6 +63,24 @@ class Seal:
         return nonce
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockHeads:
+    """Which kv heads of a block a message carries: `heads`, of the num_heads that the pool's blocks hold."""
+
+    heads: range
+    num_heads: int
+
+    def runs(self, width: int) -> tuple[int, int, int]:
+        """(runs of words of a block, words of each, words of one head) for blocks of `width` words. One run where all heads go."""
+        assert width % (2 * self.num_heads) == 0, f"a block of {width} words is not k and v of {self.num_heads} heads"
+        assert self.heads.step == 1 and 0 <= self.heads.start < self.heads.stop <= self.num_heads, self
+        head_words = width // (2 * self.num_heads)
+        return (1, width, head_words) if len(self.heads) == self.num_heads else (2, len(self.heads) * head_words, head_words)
+
+
+_WHOLE = BlockHeads(heads=range(1), num_heads=1)
+
+
 def splitmix64(value: int) -> int:
     """The splitmix64 finaliser (Steele, Lea, Flood 2014)."""
     z = (value + 0x9E37_79B9_7F4A_7C15) & _MASK
@@ -75,9 +94,15 @@ def trailer_word(num_words: int) -> int:
     return -(-num_words // _ALIGNMENT_WORDS) * _ALIGNMENT_WORDS
 
 
-def kv_hash_pack_reference(pool_LBW: Tensor, layers: range, ids_n: Tensor, seal: Seal) -> tuple[Tensor, int]:
+def kv_hash_pack_reference(
+    pool_LBW: Tensor, layers: range, ids_n: Tensor, seal: Seal, heads: BlockHeads | None = None
+) -> tuple[Tensor, int]:
     """The payload's words, block by block, and the message's hash, word by word in Python."""
-    words_M = torch.cat([pool_LBW[layer, block] for layer in layers for block in ids_n.tolist()]).cpu()
+    blocks = [pool_LBW[layer, block] for layer in layers for block in ids_n.tolist()]
+    if heads is not None:
+        cut = slice(heads.heads.start, heads.heads.stop)
+        blocks = [block_W.view(2, heads.num_heads, -1)[:, cut].flatten() for block_W in blocks]
+    words_M = torch.cat(blocks).cpu()
     total = 0
     for i, word in enumerate(words_M.tolist()):
         y = (word * 0x9E37_79B9_7F4A_7C15) & _MASK
@@ -87,7 +112,8 @@ def kv_hash_pack_reference(pool_LBW: Tensor, layers: range, ids_n: Tensor, seal:
 
 
 @triton.jit
-def _splitmix64(value):
+def mixed64(value):
+    """splitmix64 of each."""
     z = value + _GAMMA
     z = (z ^ (z >> 30)) * _MIX_A
     z = (z ^ (z >> 27)) * _MIX_B
@@ -95,19 +121,20 @@ def _splitmix64(value):
 
 
 @triton.jit
-def _chunk_key(index):
+def chunk_key(index):
     """K_c of the word at this place of the payload."""
-    return _splitmix64((index // _CHUNK).to(tl.uint64) + _CHUNK_KEYS) | 1
+    return mixed64((index // _CHUNK).to(tl.uint64) + _CHUNK_KEYS) | 1
 
 
 @triton.jit
-def _word_key(index):
+def word_key(index):
     """k_j of the word at this place of the payload."""
-    return _splitmix64((index % _CHUNK).to(tl.uint64)) | 1
+    return mixed64((index % _CHUNK).to(tl.uint64)) | 1
 
 
 @triton.jit
-def _mix(word):
+def mix(word):
+    """g of an int64 word."""
     y = word.to(tl.uint64, bitcast=True) * _GAMMA
     return y ^ (y >> 32)
 
@@ -126,7 +153,23 @@ def _seal(message_ptr, flag_ptr, digest, start_0, start_1, start_2, start_3, tra
         tl.store(flag_ptr, tl.where(tl.sum(is_wrong.to(tl.int32)) == 0, 1, 2))
 
 
-@triton.jit(do_not_specialize=["first_layer", "num_ids", "num_tiles", "start_0", "start_1", "start_2", "start_3", "nonce", "trailer_at"])
+@triton.jit
+def add_and_seal(scratch_ptr, part, message_ptr, flag_ptr, start_0, start_1, start_2, start_3, nonce, trailer_at, PACK: tl.constexpr):
+    """The end of every program: add its part of the sum; the last program seals or compares, and leaves the scratch zeroed."""
+    tl.atomic_add(scratch_ptr, part.to(tl.int64, bitcast=True), sem="relaxed")
+    # release: the part is there before the ticket; acquire: whoever draws the last ticket sees every part
+    ticket = tl.atomic_add(scratch_ptr + 1, 1, sem="acq_rel")
+    if ticket == tl.num_programs(0) - 1:
+        total = tl.atomic_xchg(scratch_ptr, 0, sem="relaxed").to(tl.uint64, bitcast=True)
+        tl.store(scratch_ptr + 1, 0)
+        digest = mixed64(total + nonce.to(tl.uint64, bitcast=True))
+        _seal(message_ptr, flag_ptr, digest, start_0, start_1, start_2, start_3, trailer_at, PACK)
+
+
+@triton.jit(
+    do_not_specialize=["first_layer", "num_ids", "first_head", "num_tiles"]
+    + ["start_0", "start_1", "start_2", "start_3", "nonce", "trailer_at"]
+)
 def _move(
     pool_ptr,
     ids_ptr,
@@ -135,6 +178,7 @@ def _move(
     flag_ptr,
     first_layer: tl.int32,
     num_ids: tl.int32,
+    first_head: tl.int32,
     num_tiles: tl.int32,
     start_0: tl.int64,
     start_1: tl.int64,
@@ -144,44 +188,44 @@ def _move(
     trailer_at: tl.int64,
     B: tl.constexpr,
     W: tl.constexpr,
+    RUNS: tl.constexpr,
+    R: tl.constexpr,
+    HEAD: tl.constexpr,
     TILE: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     PACK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    PARTS: tl.constexpr = (W + TILE - 1) // TILE
+    PARTS: tl.constexpr = (R + TILE - 1) // TILE
     wait_for_previous(USE_PDL)
     word = tl.arange(0, TILE)
     sums = tl.zeros([TILE], tl.uint64)
     tile = tl.program_id(0)
     while tile < num_tiles:
-        entry = tile // PARTS  # layer * num_ids + place
+        run = tile // PARTS
+        entry = run // RUNS  # layer * num_ids + place
         off = (tile % PARTS) * TILE + word
         block = tl.load(ids_ptr + entry % num_ids).to(tl.int64)
-        pool_ptrs = pool_ptr + ((first_layer + entry // num_ids).to(tl.int64) * B + block) * W + off
-        first = entry.to(tl.int64) * W
+        begin = ((first_layer + entry // num_ids).to(tl.int64) * B + block) * W
+        if RUNS > 1:  # the k or the v of some heads; HEAD is known, so that loads keep their width
+            begin += (run % RUNS) * (W // RUNS) + first_head * HEAD
+        pool_ptrs = pool_ptr + begin + off
+        first = run.to(tl.int64) * R
         if IS_WHOLE:
             mask = None
         else:
-            mask = off < W
+            mask = off < R
         words = tl.load(pool_ptrs if PACK else message_ptr + (first + off), mask=mask)
         tl.store(message_ptr + (first + off) if PACK else pool_ptrs, words, mask=mask)
         if IS_WHOLE:  # one chunk a tile; the keys of its words are the same in every round
-            sums += _chunk_key(first + (tile % PARTS) * TILE) * _mix(words)
+            sums += chunk_key(first + (tile % PARTS) * TILE) * mix(words)
         else:
-            sums += tl.where(mask, _chunk_key(first + off) * _word_key(first + off) * _mix(words), 0)
+            sums += tl.where(mask, chunk_key(first + off) * word_key(first + off) * mix(words), 0)
         tile += tl.num_programs(0)
     start_next(USE_PDL)
     if IS_WHOLE:
-        sums *= _word_key(tl.program_id(0) * TILE + word)
-    tl.atomic_add(scratch_ptr, tl.sum(sums).to(tl.int64, bitcast=True), sem="relaxed")
-    # release: the part is there before the ticket; acquire: whoever draws the last ticket sees every part
-    ticket = tl.atomic_add(scratch_ptr + 1, 1, sem="acq_rel")
-    if ticket == tl.num_programs(0) - 1:
-        total = tl.atomic_xchg(scratch_ptr, 0, sem="relaxed").to(tl.uint64, bitcast=True)
-        tl.store(scratch_ptr + 1, 0)
-        digest = _splitmix64(total + nonce.to(tl.uint64, bitcast=True))
-        _seal(message_ptr, flag_ptr, digest, start_0, start_1, start_2, start_3, trailer_at, PACK)
+        sums *= word_key(tl.program_id(0) * TILE + word)
+    add_and_seal(scratch_ptr, tl.sum(sums), message_ptr, flag_ptr, start_0, start_1, start_2, start_3, nonce, trailer_at, PACK)
 
 
 def hash_scratch(device: torch.device) -> Tensor:
@@ -189,20 +233,33 @@ def hash_scratch(device: torch.device) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
-def kv_hash_pack(pool_LBW: Tensor, layers: range, ids_n: Tensor, message_M: Tensor, seal: Seal, scratch: Tensor) -> None:
+def kv_hash_pack(
+    pool_LBW: Tensor,
+    layers: range,
+    ids_n: Tensor,
+    message_M: Tensor,
+    seal: Seal,
+    scratch: Tensor,
+    heads: BlockHeads | None = None,
+) -> None:
     """Gather the blocks of the layers into message_M (int64, payload and trailer) and seal it.
 
     pool_LBW: the cache's tensor as int64 words. ids_n int32 on the device, 0 <= id < B. message_M starts 16-byte aligned.
+    heads: those of the blocks' that go; None: blocks whole. A message that is no multiple of 64 bytes keeps what lay in its padding.
     """
-    _launch(pool_LBW, layers, ids_n, message_M, seal, scratch, scratch, is_pack=True)
+    _launch(pool_LBW, layers, ids_n, message_M, seal, scratch, scratch, heads, is_pack=True)
 
 
 def kv_verify_scatter(
-    pool_LBW: Tensor, layers: range, ids_n: Tensor, message_M: Tensor, seal: Seal, scratch: Tensor, flag_1: Tensor
+    pool_LBW: Tensor,
+    layers: range,
+    ids_n: Tensor,
+    message_M: Tensor,
+    seal: Seal,
+    verdict: Verdict,
+    heads: BlockHeads | None = None,
 ) -> None:
-    """Write the payload into the blocks (distinct ids) and set flag_1 (int32 [1]) to GOOD, or CORRUPT where hash or trailer differ."""
-    check("flag_1", flag_1, torch.int32, 1, device=pool_LBW.device)
-    _launch(pool_LBW, layers, ids_n, message_M, seal, scratch, flag_1, is_pack=False)
+    Y
 
 
 def _launch(
