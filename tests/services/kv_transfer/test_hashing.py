@@ -12,7 +12,7 @@ from services.kv_transfer import hashing
 from services.kv_transfer.hashing import message_hash, payload_sum, splitmix64
 
 _MASK = (1 << 64) - 1
-_SIZES = (1, 7, 8, 9, 63, 257, 4096, 65_536, 65_544, 200_003)
+_SIZES = (1, 7, 8, 9, 63, 257, 4096, 65_536, 65_544, 200_003, 262_144, 262_152, 600_001)
 
 
 def _payload(num_bytes: int, seed: int = 0) -> bytearray:
