@@ -1,8 +1,8 @@
 """Owns the GPU's gather of KV blocks into a message and back, hashed in the same pass. Knows no ring, no slot and no wire.
 
     message  [payload][padding to 64 bytes][trailer: start (32 bytes), hash, zeros; 64 bytes in all]       in 64-bit words, little-endian
-    payload  [layer][block][k, v][kv head][block token][head dim]: every block of every layer whole, L layers of n blocks of W words,
-             or of some heads alone: then each block is two runs of R words, one of its k and one of its v
+    payload  [layer][block][k, v][kv head][block token][head dim]: every block of every layer whole, L layers of n blocks of W words;
+             of a pool cut to some heads (cut_to_heads): of every block two runs of R words, from its k and from its v
 
     hash of the payload's words w_i, i = c * 8192 + j, modulo 2^64, as the CPU's peer computes it:
         g(w) = y xor (y >> 32), y = w * M         K_c = splitmix64(2^63 + c) | 1         k_j = splitmix64(j) | 1
@@ -13,7 +13,7 @@ strides over whole chunks, so that its words' keys k_j are the same in every rou
 program to finish seals the message (pack) or compares (scatter) and leaves the scratch zeroed for the next launch.
 
 Scatter writes blocks while it hashes, so a corrupt message is written too: nothing may read those blocks unless the flag says GOOD.
-Bytes: 2 n L W words of 8 (of some heads 4 n L R): each read once and written once.
+Bytes: 2 n L W words of 8 (cut: 4 n L R): each read once and written once.
 
 Legend: L layers, B blocks of the pool, W words of a block, R words of a run, n blocks of the message, M words of the message's memory.
 """
@@ -63,24 +63,6 @@ class Seal:
         return nonce
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockHeads:
-    """Which kv heads of a block a message carries: `heads`, of the num_heads that the pool's blocks hold."""
-
-    heads: range
-    num_heads: int
-
-    def runs(self, width: int) -> tuple[int, int, int]:
-        """(runs of words of a block, words of each, words of one head) for blocks of `width` words. One run where all heads go."""
-        assert width % (2 * self.num_heads) == 0, f"a block of {width} words is not k and v of {self.num_heads} heads"
-        assert self.heads.step == 1 and 0 <= self.heads.start < self.heads.stop <= self.num_heads, self
-        head_words = width // (2 * self.num_heads)
-        return (1, width, head_words) if len(self.heads) == self.num_heads else (2, len(self.heads) * head_words, head_words)
-
-
-_WHOLE = BlockHeads(heads=range(1), num_heads=1)
-
-
 def splitmix64(value: int) -> int:
     """The splitmix64 finaliser (Steele, Lea, Flood 2014)."""
     z = (value + 0x9E37_79B9_7F4A_7C15) & _MASK
@@ -94,15 +76,19 @@ def trailer_word(num_words: int) -> int:
     return -(-num_words // _ALIGNMENT_WORDS) * _ALIGNMENT_WORDS
 
 
-def kv_hash_pack_reference(
-    pool_LBW: Tensor, layers: range, ids_n: Tensor, seal: Seal, heads: BlockHeads | None = None
-) -> tuple[Tensor, int]:
-    """The payload's words, block by block, and the message's hash, word by word in Python."""
-    blocks = [pool_LBW[layer, block] for layer in layers for block in ids_n.tolist()]
-    if heads is not None:
-        cut = slice(heads.heads.start, heads.heads.stop)
-        blocks = [block_W.view(2, heads.num_heads, -1)[:, cut].flatten() for block_W in blocks]
-    words_M = torch.cat(blocks).cpu()
+def cut_to_heads(pool_LBW: Tensor, heads: range, num_heads: int) -> Tensor:
+    """The view [L, B, 2, R] of the k and v of some of num_heads kv heads, or the pool itself where that is all of them."""
+    num_layers, num_blocks, width = pool_LBW.shape
+    assert width % (2 * num_heads) == 0, f"a block of {width} words is not k and v of {num_heads} heads"
+    assert heads.step == 1 and 0 <= heads.start < heads.stop <= num_heads, (heads, num_heads)
+    head_words = width // (2 * num_heads)
+    cut_LB2R = pool_LBW.view(num_layers, num_blocks, 2, -1)[..., heads.start * head_words : heads.stop * head_words]
+    return pool_LBW if len(heads) == num_heads else cut_LB2R
+
+
+def kv_hash_pack_reference(pool_LBW: Tensor, layers: range, ids_n: Tensor, seal: Seal) -> tuple[Tensor, int]:
+    """The payload's words, block by block, and the message's hash, word by word in Python. The pool may be cut_to_heads()."""
+    words_M = torch.cat([pool_LBW[layer, block].flatten() for layer in layers for block in ids_n.tolist()]).cpu()
     total = 0
     for i, word in enumerate(words_M.tolist()):
         y = (word * 0x9E37_79B9_7F4A_7C15) & _MASK
@@ -166,10 +152,7 @@ def add_and_seal(scratch_ptr, part, message_ptr, flag_ptr, start_0, start_1, sta
         _seal(message_ptr, flag_ptr, digest, start_0, start_1, start_2, start_3, trailer_at, PACK)
 
 
-@triton.jit(
-    do_not_specialize=["first_layer", "num_ids", "first_head", "num_tiles"]
-    + ["start_0", "start_1", "start_2", "start_3", "nonce", "trailer_at"]
-)
+@triton.jit(do_not_specialize=["first_layer", "num_ids", "num_tiles", "start_0", "start_1", "start_2", "start_3", "nonce", "trailer_at"])
 def _move(
     pool_ptr,
     ids_ptr,
@@ -178,7 +161,6 @@ def _move(
     flag_ptr,
     first_layer: tl.int32,
     num_ids: tl.int32,
-    first_head: tl.int32,
     num_tiles: tl.int32,
     start_0: tl.int64,
     start_1: tl.int64,
@@ -190,7 +172,6 @@ def _move(
     W: tl.constexpr,
     RUNS: tl.constexpr,
     R: tl.constexpr,
-    HEAD: tl.constexpr,
     TILE: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     PACK: tl.constexpr,
@@ -206,10 +187,8 @@ def _move(
         entry = run // RUNS  # layer * num_ids + place
         off = (tile % PARTS) * TILE + word
         block = tl.load(ids_ptr + entry % num_ids).to(tl.int64)
-        begin = ((first_layer + entry // num_ids).to(tl.int64) * B + block) * W
-        if RUNS > 1:  # the k or the v of some heads; HEAD is known, so that loads keep their width
-            begin += (run % RUNS) * (W // RUNS) + first_head * HEAD
-        pool_ptrs = pool_ptr + begin + off
+        half = run % RUNS * (W // RUNS)  # v lies half a block behind k
+        pool_ptrs = pool_ptr + ((first_layer + entry // num_ids).to(tl.int64) * B + block) * W + half + off
         first = run.to(tl.int64) * R
         if IS_WHOLE:
             mask = None
@@ -233,51 +212,42 @@ def hash_scratch(device: torch.device) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device=device)
 
 
-def kv_hash_pack(
-    pool_LBW: Tensor,
-    layers: range,
-    ids_n: Tensor,
-    message_M: Tensor,
-    seal: Seal,
-    scratch: Tensor,
-    heads: BlockHeads | None = None,
-) -> None:
+def kv_hash_pack(pool_LBW: Tensor, layers: range, ids_n: Tensor, message_M: Tensor, seal: Seal, scratch: Tensor) -> None:
     """Gather the blocks of the layers into message_M (int64, payload and trailer) and seal it.
 
-    pool_LBW: the cache's tensor as int64 words. ids_n int32 on the device, 0 <= id < B. message_M starts 16-byte aligned.
-    heads: those of the blocks' that go; None: blocks whole. A message that is no multiple of 64 bytes keeps what lay in its padding.
+    pool_LBW: the cache's tensor as int64 words, or cut_to_heads() of it. ids_n int32 on the device, 0 <= id < B. message_M starts
+    16-byte aligned; padding, where the payload is no multiple of 64 bytes, stays as it is.
     """
-    _launch(pool_LBW, layers, ids_n, message_M, seal, scratch, scratch, heads, is_pack=True)
+    _launch(pool_LBW, layers, ids_n, message_M, seal, scratch, scratch, is_pack=True)
 
 
 def kv_verify_scatter(
-    pool_LBW: Tensor,
-    layers: range,
-    ids_n: Tensor,
-    message_M: Tensor,
-    seal: Seal,
-    verdict: Verdict,
-    heads: BlockHeads | None = None,
+    pool_LBW: Tensor, layers: range, ids_n: Tensor, message_M: Tensor, seal: Seal, scratch: Tensor, flag_1: Tensor
 ) -> None:
-    Y
+    """Write the payload into the blocks (distinct ids) and set flag_1 (int32 [1]) to GOOD, or CORRUPT where hash or trailer differ.
+
+    Of a pool that is cut_to_heads() nothing but these heads is written.
+    """
+    check("flag_1", flag_1, torch.int32, 1, device=pool_LBW.device)
+    _launch(pool_LBW, layers, ids_n, message_M, seal, scratch, flag_1, is_pack=False)
 
 
 def _launch(
     pool_LBW: Tensor, layers: range, ids_n: Tensor, message_M: Tensor, seal: Seal, scratch: Tensor, flag_1: Tensor, *, is_pack: bool
 ) -> None:
-    num_layers, num_blocks, width = pool_LBW.shape
+    num_layers, num_blocks = pool_LBW.shape[:2]
+    num_runs, run_words, width = _runs(pool_LBW)
     num_ids = ids_n.numel()
-    num_words = len(layers) * num_ids * width
+    num_words = len(layers) * num_ids * num_runs * run_words
     device = pool_LBW.device
-    check("pool_LBW", pool_LBW, torch.int64, num_layers, num_blocks, width)
     check("ids_n", ids_n, torch.int32, num_ids, device=device)
     check("message_M", message_M, torch.int64, None, device=device)
     check("scratch", scratch, torch.int64, 2, device=device)
     assert layers.step == 1 and 0 <= layers.start < layers.stop <= num_layers and num_ids, (layers, num_ids)
     assert message_M.numel() >= trailer_word(num_words) + _TRAILER_WORDS, (message_M.numel(), num_words)
     assert len(seal.start) == START_BYTES, len(seal.start)
-    tile, is_whole = _tile(width)
-    num_tiles = len(layers) * num_ids * triton.cdiv(width, tile)
+    tile, is_whole = _tile(run_words)
+    num_tiles = len(layers) * num_ids * num_runs * triton.cdiv(run_words, tile)
     assert num_tiles < 2**31, num_tiles
     per_chunk = _CHUNK.value // tile  # a stride of whole chunks: a program's words keep their keys k_j
     most = max(per_chunk, num_sms(device) * _PROGRAMS_PER_SM * _TILE // tile // per_chunk * per_chunk)
@@ -297,6 +267,8 @@ def _launch(
         trailer_word(num_words),
         B=num_blocks,
         W=width,
+        RUNS=num_runs,
+        R=run_words,
         TILE=tile,
         IS_WHOLE=is_whole,
         PACK=is_pack,
@@ -305,7 +277,19 @@ def _launch(
     )
 
 
-def _tile(width: int) -> tuple[int, bool]:
-    """(words of a tile, whether tiles are whole): the largest power of two that divides a block, where that is a tile worth having."""
-    dividing = min(_TILE, width & -width)
-    return (dividing, True) if dividing >= _TILE // 4 else (min(_TILE, triton.next_power_of_2(width)), False)
+def _runs(pool_LBW: Tensor) -> tuple[int, int, int]:
+    """(runs of a block, words of a run, words of a block) of a whole pool or of one that is cut to heads."""
+    if pool_LBW.ndim == 3:
+        check("pool_LBW", pool_LBW, torch.int64, None, None, None)
+        return 1, pool_LBW.shape[2], pool_LBW.shape[2]
+    num_blocks, run_words, width = pool_LBW.shape[1], pool_LBW.shape[-1], pool_LBW.stride(1)
+    strides = (num_blocks * width, width, width // 2, 1)
+    is_cut = pool_LBW.dtype == torch.int64 and pool_LBW.stride() == strides and pool_LBW.shape[2] == 2 and 2 * run_words <= width
+    assert is_cut, f"pool_LBW: {pool_LBW.dtype}, shape {tuple(pool_LBW.shape)}, strides {pool_LBW.stride()}, expected cut_to_heads()"
+    return 2, run_words, width
+
+
+def _tile(run_words: int) -> tuple[int, bool]:
+    """(words of a tile, whether tiles are whole): the largest power of two that divides a run, where that is a tile worth having."""
+    dividing = min(_TILE, run_words & -run_words)
+    return (dividing, True) if dividing >= _TILE // 4 else (min(_TILE, triton.next_power_of_2(run_words)), False)
