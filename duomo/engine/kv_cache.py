@@ -49,33 +49,49 @@ class KvCache:
         """The pool of one layer, [blocks, 2, kv heads, block tokens, head dim]."""
         return self.tensor[layer_idx]
 
-    def pack(self, layers: range, blocks: Sequence[int], out: memoryview) -> int:
-        """Copy the blocks of the layers into `out` as [layer][block][k, v][kv head][block token][head dim]; returns the bytes written."""
-        num_bytes = len(layers) * len(blocks) * self.spec.block_bytes
+    def pack(self, layers: range, blocks: Sequence[int], out: memoryview, heads: range | None = None) -> int:
+        """Copy the blocks of the layers into `out` as [layer][block][k, v][kv head][block token][head dim]; returns the bytes written.
+
+        heads: those of this cache's kv heads that go; None: all.
+        """
+        rows_LRW, row_ids = self._rows(blocks, heads)
+        num_bytes = self._num_bytes(layers, rows_LRW, row_ids)
         assert out.nbytes >= num_bytes, (out.nbytes, num_bytes)
         if not num_bytes:
             return 0
-        ids = torch.tensor(blocks, dtype=torch.int64)
         words_LW = self._words(out, num_bytes).view(len(layers), -1)
         for place, layer_idx in enumerate(layers):
-            kv_pack(self._rows_LBW[layer_idx], ids, words_LW[place])
+            kv_pack(rows_LRW[layer_idx], row_ids, words_LW[place])
         return num_bytes
 
-    def scatter(self, layers: range, blocks: Sequence[int], data: memoryview) -> None:
-        """The inverse of pack: `data` holds exactly these layers and (distinct) blocks."""
-        num_bytes = len(layers) * len(blocks) * self.spec.block_bytes
+    def scatter(self, layers: range, blocks: Sequence[int], data: memoryview, heads: range | None = None) -> None:
+        """The inverse of pack: `data` holds exactly these layers, (distinct) blocks and heads; other heads are left alone."""
+        rows_LRW, row_ids = self._rows(blocks, heads)
+        num_bytes = self._num_bytes(layers, rows_LRW, row_ids)
         assert data.nbytes == num_bytes, (data.nbytes, num_bytes)
         if not num_bytes:
             return
-        ids = torch.tensor(blocks, dtype=torch.int64)
         writable = memoryview(bytearray(data)) if data.readonly else data  # torch wraps no read-only memory
         words_LW = self._words(writable, num_bytes).view(len(layers), -1)
         for place, layer_idx in enumerate(layers):
-            kv_unpack(self._rows_LBW[layer_idx], ids, words_LW[place])
+            kv_unpack(rows_LRW[layer_idx], row_ids, words_LW[place])
 
     def copy_block(self, src: int, dst: int) -> None:
         """All layers of block `src` into block `dst`."""
         self.tensor[:, dst] = self.tensor[:, src]
+
+    def _rows(self, blocks: Sequence[int], heads: range | None) -> tuple[Tensor, Tensor]:
+        """The pool as rows, [layers, rows, words], and whose they are: blocks whole, or where some heads are meant each block's k and v."""
+        ids = torch.tensor(blocks, dtype=torch.int64)
+        num_heads, head_words = self.spec.num_kv_heads, self.spec.block_tokens * self.spec.head_dim
+        if heads is None or heads == range(num_heads):
+            return self._rows_LBW, ids
+        assert heads.step == 1 and 0 <= heads.start < heads.stop <= num_heads, (heads, num_heads)
+        halves_LRW = self.tensor.view(self.spec.num_layers, 2 * self.num_blocks, num_heads * head_words)
+        return halves_LRW[:, :, heads.start * head_words : heads.stop * head_words], (2 * ids[:, None] + torch.arange(2)).flatten()
+
+    def _num_bytes(self, layers: range, rows_LRW: Tensor, row_ids: Tensor) -> int:
+        return len(layers) * len(row_ids) * rows_LRW.shape[2] * self.spec.dtype.itemsize
 
     def _words(self, data: memoryview, num_bytes: int) -> Tensor:
         return torch.frombuffer(data, dtype=self.spec.dtype, count=num_bytes // self.spec.dtype.itemsize)

@@ -61,7 +61,7 @@ class CpuLander:
                 with tables.held(message.handle_id) as table:
                     if table is None:
                         continue  # given up meanwhile: the agent has quarantined or freed the slot
-                    self._cache.scatter(span.layers, table[span.block_lo : span.block_hi], message.payload)
+                    self._cache.scatter(span.layers, table[span.block_lo : span.block_hi], message.payload, span.heads)
                     message = agent.copied(message)
                 if message.error is None:
                     agent.release(message.handle_id, span.message_idx)

@@ -25,7 +25,8 @@ _NOTIFICATION = struct.Struct("<QI")
 class MessageSpan:
     """What one message of a handle carries: layers [layers.start, layers.stop) of blocks [block_lo, block_hi).
 
-    block_lo and block_hi count in the prompt's block table; the payload has num_bytes bytes.
+    block_lo and block_hi count in the prompt's block table; the payload has num_bytes bytes. heads: which of this rank's kv heads
+    (head_slices.py); None: all of them, blocks whole.
     """
 
     message_idx: int
@@ -34,6 +35,7 @@ class MessageSpan:
     block_lo: int
     block_hi: int
     num_bytes: int
+    heads: range | None = None
 
 
 def trailer_start(handle_id: int, span: MessageSpan) -> bytes:
@@ -54,11 +56,14 @@ def read_hash(place: memoryview) -> int:
     return digest
 
 
-def messages(handle_blocks: range, group_bounds: Sequence[int], block_bytes: int, slot_bytes: int) -> tuple[MessageSpan, ...]:
-    """Cut a handle into messages, in the order in which they are sent; both sides compute this alone and get the same.
+def messages(
+    handle_blocks: range, group_bounds: Sequence[int], block_bytes: int, slot_bytes: int, heads: range | None = None
+) -> tuple[MessageSpan, ...]:
+    """Cut a handle into messages, in the order in which they are sent; both sides compute this alone and get the same, but for `heads`.
 
     handle_blocks: range(handle.first_block, handle.num_blocks), the blocks to send. group_bounds: layers [b[g], b[g+1]) form
-    group g. block_bytes: k and v of one block in one layer. slot_bytes: the most payload bytes of a message. A group is cut by
+    group g. block_bytes: k and v of one block in one layer, of the heads that are sent. slot_bytes: the most payload bytes of a message.
+    heads: goes into every span, in the caller's own count where a pair of ranks sends some of their heads. A group is cut by
     runs of blocks; only where one block of all its layers exceeds a slot is it cut by layers too. Raises ConfigError where not
     even one block of one layer fits.
     """
@@ -83,6 +88,7 @@ def messages(handle_blocks: range, group_bounds: Sequence[int], block_bytes: int
                         block_lo=block_lo,
                         block_hi=block_hi,
                         num_bytes=(block_hi - block_lo) * len(layers) * block_bytes,
+                        heads=heads,
                     )
                 )
     return tuple(spans)

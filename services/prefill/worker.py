@@ -238,7 +238,7 @@ class PrefillWorker:
         """The payload; the agent seals it."""
         if self._message_delay_s:
             time.sleep(self._message_delay_s)
-        num_bytes = self.cache.pack(span.layers, blocks[span.block_lo : span.block_hi], out)
+        num_bytes = self.cache.pack(span.layers, blocks[span.block_lo : span.block_hi], out, span.heads)
         assert num_bytes == span.num_bytes, (num_bytes, span)
 
 

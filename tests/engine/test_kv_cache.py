@@ -50,6 +50,35 @@ def test_read_only_data_scatters() -> None:
     assert torch.equal(cache.tensor[0, 0], cache.tensor[0, 4])
 
 
+@pytest.mark.parametrize("heads", [range(0, 1), range(1, 3), range(2, 5), range(0, 5)])
+@pytest.mark.parametrize(("layers", "blocks"), [(range(0, 1), [4]), (range(1, 3), [3, 0, 2]), (range(0, 3), [])])
+def test_some_heads_pack_and_scatter(heads: range, layers: range, blocks: list[int]) -> None:
+    """k and v of those heads alone, into blocks whose other heads nobody touches."""
+    spec = KvSpec(num_layers=3, num_kv_heads=5, head_dim=7)
+    cache, other = KvCache(spec, 5), KvCache(spec, 7)
+    cache.tensor.copy_(torch.randn(cache.tensor.shape))
+    cut = cache.tensor[:, :, :, heads.start : heads.stop]
+    expected = b"".join(cut[layer, block].contiguous().numpy().tobytes() for layer in layers for block in blocks)
+    out = bytearray(b"\xaa" * (len(expected) + 64))
+    assert cache.pack(layers, blocks, memoryview(out), heads) == len(expected)
+    assert bytes(out[: len(expected)]) == expected and out[len(expected) :] == b"\xaa" * 64
+
+    targets = [6, 1, 5][: len(blocks)]
+    other.tensor.fill_(-1.0)
+    other.scatter(layers, targets, memoryview(out)[: len(expected)], heads)
+    wanted = torch.full_like(other.tensor, -1.0)
+    for layer in layers:
+        for block, target in zip(blocks, targets, strict=True):
+            wanted[layer, target, :, heads.start : heads.stop] = cut[layer, block]
+    assert torch.equal(other.tensor, wanted)
+
+
+@pytest.mark.parametrize("heads", [range(0, 0), range(1, 3), range(-1, 1), range(0, 2, 2)])
+def test_heads_that_a_block_lacks_are_a_fault(heads: range) -> None:
+    with pytest.raises(AssertionError):
+        filled().pack(range(0, 1), [0], memoryview(bytearray(SPEC.block_bytes)), heads)
+
+
 def test_too_small_a_slot_is_a_fault() -> None:
     with pytest.raises(AssertionError):
         filled().pack(range(0, 1), [0], memoryview(bytearray(8)))

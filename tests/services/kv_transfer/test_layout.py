@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +34,14 @@ def test_messages_cover_each_block_of_each_layer_once(
         assert 0 < span.num_bytes <= slot_bytes
         assert span.num_bytes == len(span.layers) * (span.block_hi - span.block_lo) * block_bytes
         assert bounds[span.group] <= span.layers.start and span.layers.stop <= bounds[span.group + 1]
+
+
+def test_heads_go_into_every_span_and_change_nothing_else() -> None:
+    whole = layout.messages(range(3, 8), (0, 2, 4), 100, 450)
+    sliced = layout.messages(range(3, 8), (0, 2, 4), 100, 450, heads=range(1, 3))
+    assert {span.heads for span in whole} == {None} and {span.heads for span in sliced} == {range(1, 3)}
+    assert tuple(replace(span, heads=None) for span in sliced) == whole
+    assert [layout.trailer_start(7, span) for span in sliced] == [layout.trailer_start(7, span) for span in whole]
 
 
 def test_a_group_is_cut_by_blocks_before_it_is_cut_by_layers() -> None:
