@@ -104,14 +104,14 @@ def test_a_second_write_that_spoils_a_message_between_its_proof_and_its_copy_is_
         async with running(configuration(tmp_path)) as rig:
             scatter, prompt = rig.worker.cache.scatter, Prompt("w", 0, ids(40), GREEDY)
 
-            def spoilt_scatter(layers: range, blocks: Sequence[int], data: memoryview) -> None:
+            def spoilt_scatter(layers: range, blocks: Sequence[int], data: memoryview, heads: range | None) -> None:
                 leg, (ring,) = rig.service._legs["w", 0], rig.agent._landing._current.values()
                 if layers.start == 0 and 0 not in leg.pulled and leg.handle is not None:
                     leg.pulled.add(0)
                     rig.agent.pulled(leg.handle.handle_id, 0)
                     place = next(at for at in range(0, ring.region.num_bytes, 64) if ring.region.slice(at, 64) == data[:64])
                     ring.region.slice(place, 64)[:] = bytes(64)  # the second write, which lies
-                scatter(layers, blocks, data)
+                scatter(layers, blocks, data, heads)
 
             rig.worker.cache.scatter = spoilt_scatter  # type: ignore[method-assign]  # the moment of the second write
             rig.gateway.start(prompt, rig.prefill)

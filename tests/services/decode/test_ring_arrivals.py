@@ -26,7 +26,7 @@ class HeldCache(KvCache):
         super().__init__(kv_spec(model().config, BLOCK_TOKENS), 8)
         self.entered, self.may_go_on = threading.Event(), threading.Event()
 
-    def scatter(self, layers: range, blocks: Sequence[int], data: memoryview) -> None:
+    def scatter(self, layers: range, blocks: Sequence[int], data: memoryview, heads: range | None = None) -> None:
         self.entered.set()
         assert self.may_go_on.wait(5)
         super().scatter(layers, blocks, data)
