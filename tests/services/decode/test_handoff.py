@@ -104,7 +104,7 @@ def test_a_second_write_that_spoils_a_message_between_its_proof_and_its_copy_is_
         async with running(configuration(tmp_path)) as rig:
             scatter, prompt = rig.worker.cache.scatter, Prompt("w", 0, ids(40), GREEDY)
 
-            def spoilt_scatter(layers: range, blocks: Sequence[int], data: memoryview, heads: range | None) -> None:
+            def spoilt_scatter(layers: range, blocks: Sequence[int], data: memoryview, heads: range | None = None) -> None:
                 leg, (ring,) = rig.service._legs["w", 0], rig.agent._landing._current.values()
                 if layers.start == 0 and 0 not in leg.pulled and leg.handle is not None:
                     leg.pulled.add(0)

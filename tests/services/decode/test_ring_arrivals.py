@@ -29,7 +29,7 @@ class HeldCache(KvCache):
     def scatter(self, layers: range, blocks: Sequence[int], data: memoryview, heads: range | None = None) -> None:
         self.entered.set()
         assert self.may_go_on.wait(5)
-        super().scatter(layers, blocks, data)
+        super().scatter(layers, blocks, data, heads)
 
 
 def granted_leg(blocks: list[int]) -> Leg:
