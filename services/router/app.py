@@ -24,9 +24,12 @@ from duomo.telemetry.metrics import CONTENT_TYPE
 from services.router.answers import error_body, error_of, error_status
 from services.router.body import read_body
 from services.router.calls import Call
+from services.router.chat_answers import ChatShape
+from services.router.completion_answers import CompletionShape
 from services.router.gateway import Gateway
 from services.router.openai import RequestParser
 from services.router.prompts import PromptMaker
+from services.router.tokenizing import Tokenizing
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ def build_app(gateway: Gateway) -> FastAPI:
     edge = Edge(gateway)
     app.add_route("/v1/chat/completions", edge.chat, methods=["POST"])
     app.add_route("/v1/completions", edge.completion, methods=["POST"])
+    app.add_route("/tokenize", edge.tokenize, methods=["POST"])
+    app.add_route("/detokenize", edge.detokenize, methods=["POST"])
     app.add_route("/v1/models", edge.models, methods=["GET"])
     app.add_route("/v1/models/{name:path}", edge.model, methods=["GET"])
     app.add_route("/health/live", edge.live, methods=["GET"])
@@ -62,6 +67,7 @@ class Edge:
         self._section = section
         self._parser = RequestParser(section, gateway.card.name, gateway.card.vocab_size)
         self._prompts = PromptMaker(section, gateway.card, gateway.text)
+        self._tokenizing = Tokenizing(self._parser, gateway.card, gateway.text)
         self._model = _model_object(gateway)
 
     async def chat(self, request: Request) -> Response:
@@ -69,14 +75,22 @@ class Edge:
         with call.refusing():
             asked = self._parser.chat(await read_body(request, self._section.max_body_bytes))
             requests = await self._prompts.chat(asked, call.template(asked.common))
-        return await call.answer(request, requests, asked.common)
+        return await call.answer(request, requests, asked.common, ChatShape(call.head(asked.common)))
 
     async def completion(self, request: Request) -> Response:
         call = self._call(request, "cmpl-", "text_completion")
         with call.refusing():
             asked = self._parser.completion(await read_body(request, self._section.max_body_bytes))
             requests = await self._prompts.completion(asked, call.template(asked.common))
-        return await call.answer(request, requests, asked.common)
+        sampled, shown = asked.common.answer.num_choices, asked.num_shown
+        shape = CompletionShape(call.head(asked.common), self._prompts.echoes(asked), num_sampled=sampled, num_shown=shown)
+        return await call.answer(request, requests, asked.common, shape)
+
+    async def tokenize(self, request: Request) -> Response:
+        return _json_response(200, await self._tokenizing.tokenize(await read_body(request, self._section.max_body_bytes)))
+
+    async def detokenize(self, request: Request) -> Response:
+        return _json_response(200, self._tokenizing.detokenize(await read_body(request, self._section.max_body_bytes)))
 
     async def models(self, request: Request) -> Response:
         return _json_response(200, msgspec.json.encode({"object": "list", "data": [self._model]}))

@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from duomo.errors import DuomoError, RequestCancelled
 from duomo.wire.messages import Sampling
-from services.router.answers import AnswerHead, AnswerShape, ChatShape, CompletionShape
+from services.router.answers import AnswerHead, AnswerShape
 from services.router.cache_salt import cache_salt
 from services.router.common_fields import CommonFields
 from services.router.flight import Flight
@@ -64,6 +64,17 @@ class Call:
             endpoint=self._endpoint,
         )
 
+    def head(self, common: CommonFields) -> AnswerHead:
+        """What all objects of this call's answer share."""
+        return AnswerHead(
+            answer_id=self._answer_id,
+            model=self._gateway.card.name,
+            text=self._gateway.text,
+            shows_logprobs=common.answer.shows_logprobs,
+            shows_token_ids=common.answer.return_token_ids,
+            includes_usage=common.answer.include_usage,
+        )
+
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
         """A call refused before anything was submitted still has its span and its count."""
@@ -73,7 +84,7 @@ class Call:
             self._refuse(error)
             raise
 
-    async def answer(self, request: Request, requests: list[GenerationRequest], common: CommonFields) -> Response:
+    async def answer(self, request: Request, requests: list[GenerationRequest], common: CommonFields, shape: AnswerShape) -> Response:
         """Submit everything and answer. Raises the DuomoError of whatever failed before the first byte."""
         delays = self._gateway.config.delays
         if delays.gateway_tokenize_s:
@@ -82,24 +93,23 @@ class Call:
         if delays.gateway_route_s:
             await asyncio.sleep(delays.gateway_route_s)
         if common.answer.stream:
-            return await self._stream(request, requests, common)
+            return await self._stream(request, requests, common, shape)
         sink = WholeSink(len(requests), _wants_pieces(common))
         try:
             self._submit(request, requests, sink)
-            body = await sink.gather(self._shape(common))
+            body = await sink.gather(shape)
             return Response(body, media_type="application/json", headers={"x-request-id": self._answer_id})
         finally:
             self._close(sink)
 
-    async def _stream(self, request: Request, requests: list[GenerationRequest], common: CommonFields) -> Response:
+    async def _stream(self, request: Request, requests: list[GenerationRequest], common: CommonFields, shape: AnswerShape) -> Response:
         """Waits for the first token, so that a refusal can still be a status; the response sends the rest and closes."""
         extensions = request.scope.get("extensions") or {}
         transport: ClientTransport | None = extensions.get(TRANSPORT_EXTENSION)
         sink = StreamSink(
             len(requests),
             _wants_pieces(common),
-            self._shape(common),
-            includes_usage=common.answer.include_usage,
+            shape,
             max_behind_bytes=self._section.slow_client_bytes,
             transport=transport,
             on_behind=lambda: self._cut_off(transport),
@@ -147,17 +157,6 @@ class Call:
     def _refuse(self, error: DuomoError) -> None:
         accounting = self._gateway.accounting
         accounting.refuse(accounting.start_span(self._traceparent, self._endpoint, self._received_s), error)
-
-    def _shape(self, common: CommonFields) -> AnswerShape:
-        head = AnswerHead(
-            answer_id=self._answer_id,
-            model=self._gateway.card.name,
-            text=self._gateway.text,
-            shows_logprobs=common.sampling.logprobs is not None,
-            shows_token_ids=common.answer.return_token_ids,
-            includes_usage=common.answer.include_usage,
-        )
-        return ChatShape(head) if self._endpoint == "chat" else CompletionShape(head)
 
 
 def _wants_pieces(common: CommonFields) -> bool:

@@ -29,6 +29,7 @@ class AnswerOptions:
     include_usage: bool
     num_choices: int
     return_token_ids: bool
+    shows_logprobs: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,11 @@ class CommonReader:
             max_tokens_field=max_tokens_field,
             stop=stop,
             answer=AnswerOptions(
-                stream=stream, include_usage=include_usage, num_choices=num_choices or 1, return_token_ids=return_token_ids
+                stream=stream,
+                include_usage=include_usage,
+                num_choices=num_choices or 1,
+                return_token_ids=return_token_ids,
+                shows_logprobs=logprobs is not None,
             ),
             priority=-priority,
         )

@@ -41,6 +41,10 @@ class Fields:
     def name(self, field: str) -> str:
         return self._path + field
 
+    def has(self, field: str) -> bool:
+        """Whether it is there (and not null) and nobody took it."""
+        return self._left.get(field) is not None
+
     def take(self, field: str) -> object:
         """The raw value, None where it is missing or null."""
         return self._left.pop(field, None)
@@ -67,10 +71,10 @@ class Fields:
             raise self._range(field, bounds, value)
         return number
 
-    def boolean(self, field: str) -> bool:
+    def boolean(self, field: str, *, default: bool = False) -> bool:
         value = self.take(field)
         if value is None:
-            return False
+            return default
         if type(value) is not bool:
             raise wrong_type(self.name(field), "a boolean", value)
         return value

@@ -6,8 +6,10 @@ Every refusal is a RequestError naming the field. Unknown fields are refused by 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
+
+import msgspec
 
 from duomo.config import GatewaySection
 from duomo.errors import RequestError
@@ -34,7 +36,7 @@ _CHAT_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-_COMPLETION_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {"logit_bias": ({},), "suffix": ("",), "echo": (False,)}
+_COMPLETION_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {"logit_bias": ({},), "suffix": ("",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,12 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """prompts: texts or token ids, at least one."""
+    """prompts: texts or token ids, at least one. Of the choices sampled for each (common.answer.num_choices) num_shown are shown."""
 
     prompts: tuple[str | tuple[int, ...], ...]
     common: CommonFields
+    num_shown: int
+    has_echo: bool
 
 
 class RequestParser:
@@ -58,35 +62,52 @@ class RequestParser:
         self._section = section
         self._reader = CommonReader(section, model_name, vocab_size)
 
-    def chat(self, body: bytes) -> ChatRequest:
+    def fields(self, body: bytes, *, needs_model: bool = True) -> Fields:
+        """Of a body for this model."""
         fields = Fields(json_object(body))
-        self._reader.check_model(fields)
-        messages = read_messages(fields.array("messages"))
+        if needs_model or fields.has("model"):
+            self._reader.check_model(fields)
+        return fields
+
+    def conversation(self, fields: Fields) -> Conversation:
+        """The fields of a chat that are rendered."""
+        return Conversation(read_messages(fields.array("messages")))
+
+    def token_ids(self, name: str, values: list[object]) -> tuple[int, ...]:
+        return self._reader.token_ids(name, values)
+
+    def chat(self, body: bytes) -> ChatRequest:
+        fields = self.fields(body)
+        conversation = self.conversation(fields)
         fields.refuse_unless(_CHAT_ONLY_OFF)
         has_logprobs = fields.boolean("logprobs")
         top = fields.integer("top_logprobs", low=0, high=self._section.max_logprobs)
         if top is not None and not has_logprobs:
             raise RequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
         common = self._reader.read(fields, _CHAT_NAMES, (top or 0) if has_logprobs else None)
-        return ChatRequest(Conversation(messages), common)
+        return ChatRequest(conversation, common)
 
     def completion(self, body: bytes) -> CompletionRequest:
-        fields = Fields(json_object(body))
-        self._reader.check_model(fields)
+        fields = self.fields(body)
         prompts = self._prompts(fields.take("prompt"))
         fields.refuse_unless(_COMPLETION_ONLY_OFF)
         logprobs = fields.integer("logprobs", low=0, high=self._section.max_logprobs)
         best_of = fields.integer("best_of", low=1, high=self._section.max_choices)
+        has_echo = fields.boolean("echo")
+        if has_echo and logprobs is not None:
+            detail = "'logprobs' with 'echo' needs the prompt's own log-probabilities, which this server does not compute."
+            raise RequestError(detail, param="logprobs", code="unsupported_parameter")
         common = self._reader.read(fields, _COMPLETION_NAMES, logprobs)
-        if best_of is not None and best_of != common.answer.num_choices:
-            raise RequestError("'best_of' is only supported equal to 'n'.", param="best_of", code="unsupported_parameter")
+        num_shown = common.answer.num_choices
+        if best_of is not None:
+            common = _best_of(common, best_of)
         if len(prompts) * common.answer.num_choices > self._section.max_choices:
             raise RequestError(
                 f"'prompt' holds {len(prompts)} prompts of {common.answer.num_choices} choices each; at most "
                 f"{self._section.max_choices} choices fit one request.",
                 param="prompt",
             )
-        return CompletionRequest(prompts, common)
+        return CompletionRequest(prompts, common, num_shown, has_echo)
 
     def _prompts(self, value: object) -> tuple[str | tuple[int, ...], ...]:
         if value is None:
@@ -98,7 +119,7 @@ class RequestParser:
         if not value:
             raise RequestError("'prompt' must not be empty.", param="prompt")
         if type(value[0]) is int:
-            return (self._reader.token_ids("prompt", value),)
+            return (self.token_ids("prompt", value),)
         return tuple(self._prompt_item(idx, item, type(value[0])) for idx, item in enumerate(value))
 
     def _prompt_item(self, idx: int, item: object, kind: type) -> str | tuple[int, ...]:
@@ -108,6 +129,20 @@ class RequestParser:
         if kind is list and isinstance(item, list):
             if not item:
                 raise RequestError(f"'{name}' must not be empty.", param="prompt")
-            return self._reader.token_ids(name, item)
+            return self.token_ids(name, item)
         wanted = "a string like the first" if kind is str else "an array of token ids"
         raise wrong_type(name, wanted, item)
+
+
+def _best_of(common: CommonFields, best_of: int) -> CommonFields:
+    """So many choices are sampled, with the log-probabilities that rank them."""
+    num_shown = common.answer.num_choices
+    if best_of < num_shown:
+        raise RequestError(f"'best_of' is {best_of}, but must be at least 'n', which is {num_shown}.", param="best_of")
+    if best_of == num_shown:
+        return common
+    if common.answer.stream:
+        raise RequestError("'best_of' above 'n' cannot be streamed: the best are known at the end.", param="best_of")
+    sampling = common.sampling
+    ranked = sampling if sampling.logprobs is not None else msgspec.structs.replace(sampling, logprobs=0)
+    return replace(common, sampling=ranked, answer=replace(common.answer, num_choices=best_of))

@@ -46,6 +46,12 @@ class PromptMaker:
             requests.append(made)
         return requests
 
+    def echoes(self, request: CompletionRequest) -> tuple[str, ...]:
+        """What each prompt's choices begin with; nothing where the client asked for no echo."""
+        if not request.has_echo:
+            return ()
+        return tuple(prompt if isinstance(prompt, str) else self._text.decode(prompt) for prompt in request.prompts)
+
     async def _encode(self, text: str, name: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         fewest = self._text.fewest_tokens(text)
         if fewest >= self._card.context_tokens:

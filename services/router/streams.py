@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from duomo.errors import DuomoError, RequestCancelled
-from services.router.answers import DONE, AnswerShape, FinishedChoice, error_event
+from services.router.answers import AnswerShape, FinishedChoice
 from services.router.generation import GenerationEnded, GenerationEvent, GenerationFailed, TextEmitted, Usage
 
 # uvicorn's transport, put into the ASGI scope by edge.py: tells how much a client is behind, and can be cut.
@@ -109,14 +109,12 @@ class StreamSink(Sink):
         wants_pieces: bool,
         shape: AnswerShape,
         *,
-        includes_usage: bool,
         max_behind_bytes: int,
         transport: ClientTransport | None,
         on_behind: Callable[[], None],
     ) -> None:
         super().__init__(num_requests, wants_pieces)
         self._shape = shape
-        self._includes_usage = includes_usage
         self._max_behind_bytes = max_behind_bytes
         self._transport = transport
         self._on_behind = on_behind
@@ -139,11 +137,9 @@ class StreamSink(Sink):
             self._count(event)
             if isinstance(event, GenerationFailed):
                 if self._opened:
-                    self._buffer += error_event(event.error)
+                    self._buffer += self._shape.failure(event.error)
             elif self._num_left == 0:
-                if self._includes_usage:
-                    self._buffer += self._shape.usage_chunk(self.usage)
-                self._buffer += DONE
+                self._buffer += self._shape.ending(self.usage)
         self._wake()
 
     async def first(self) -> None:

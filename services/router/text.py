@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -78,13 +79,13 @@ class ModelText:
         special = {name: _token_text(settings[name]) for name in names if settings.get(name)}
         return cls(tokenizer, spelling, _template_source(folder, settings), special)
 
-    def render(self, conversation: Conversation) -> str:
+    def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
         """The conversation as the model was trained to read it, ready for the assistant's turn. RequestError naming `messages`."""
         if self._template is None:
             raise RequestError("This model has no chat template; use /v1/completions.", param="messages", code="unsupported_endpoint")
         turns = [_as_turn(message) for message in conversation.messages]
         try:
-            return self._template.render(messages=turns, add_generation_prompt=True, **self._special)
+            return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **self._special)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise RequestError(f"The model's chat template refuses these messages: {error}.", param="messages") from error
 
@@ -93,6 +94,16 @@ class ModelText:
             return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"The text cannot be tokenised: {error}.", param="body", code="invalid_utf8") from error
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of these tokens, special ones included."""
+        text = b"".join(map(self.token_bytes, token_ids)).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._strips_space else text
+
+    def token_name(self, token_id: int) -> str:
+        """How the tokenizer's vocabulary spells it."""
+        name = self._tokenizer.id_to_token(token_id)
+        return name if name is not None else self.token_bytes(token_id).decode("utf-8", "replace")
 
     def fewest_tokens(self, text: str) -> int:
         """No encoding of `text` has fewer tokens: tells hopelessly long prompts apart without tokenising them."""

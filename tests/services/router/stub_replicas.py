@@ -57,6 +57,7 @@ class Script:
     prefill_finishes: bool = True
     cached_tokens: int = 0
     eos_at: int | None = None
+    choice_logprobs: tuple[float, ...] = ()  # of every token of each choice; else -0.5
 
 
 class Story:
@@ -288,7 +289,8 @@ class StubReplica:
         finish = "stop" if is_eos or token_id in sampling.stop_token_ids else ("length" if is_last else None)
         logprob = None
         if sampling.logprobs is not None:
-            logprob = TokenLogprob(logprob=-0.5, top=tuple((token_id + rank, -0.5 - rank) for rank in range(sampling.logprobs)))
+            value = self.pools.script.choice_logprobs[choice] if self.pools.script.choice_logprobs else -0.5
+            logprob = TokenLogprob(logprob=value, top=tuple((token_id + rank, -0.5 - rank) for rank in range(sampling.logprobs)))
         return EmittedToken(
             request_id=start.request_id,
             choice=choice,

@@ -13,15 +13,16 @@ from duomo.config import ModelSection
 from duomo.errors import CapacityError, DeadlineError, EngineError, PeerError, RequestCancelled, RequestError
 from duomo.wire.messages import TokenLogprob
 from services.router.answers import (
+    DONE,
     AnswerHead,
-    ChatShape,
-    CompletionShape,
     FinishedChoice,
     error_event,
     error_of,
     error_status,
     usage_object,
 )
+from services.router.chat_answers import ChatShape
+from services.router.completion_answers import CompletionShape
 from services.router.generation import EmittedPiece, TextEmitted, Usage
 from services.router.text import ModelText
 from tests.services.router.stub_system import loaded_text
@@ -85,7 +86,7 @@ def test_whole_answers_and_usage() -> None:
         answer = json.loads(shape.whole([choice], usage))
         assert answer["usage"] == usage_object(usage) and answer["usage"]["prompt_tokens_details"] is None
         assert answer["choices"][0].get("text", answer["choices"][0].get("message", {}).get("content")) == "ab"
-        assert _event(shape.usage_chunk(usage))["choices"] == []
+        assert _event(shape.ending(usage).removesuffix(DONE))["choices"] == []
 
 
 @pytest.mark.parametrize(

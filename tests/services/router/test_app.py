@@ -13,7 +13,7 @@ import uvloop
 
 from duomo.wire.messages import Cancel, StartDecode, StartPrefill
 from tests.services.router.stub_replicas import MODEL, Script
-from tests.services.router.stub_system import StubSystem, stub_system
+from tests.services.router.stub_system import StubSystem, loaded_text, stub_system
 
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "tiny-moe", "prompt": "hi"}
@@ -97,9 +97,23 @@ BAD_REQUESTS: list[tuple[str, dict, int, str]] = [
     ("text", TEXT | {"prompt": [1.5]}, 400, "prompt[0]"),
     ("text", TEXT | {"prompt": [5] * 2048}, 400, "prompt"),
     ("text", TEXT | {"prompt": ["a"] * 65, "n": 2}, 400, "prompt"),
-    ("text", TEXT | {"echo": True}, 400, "echo"),
+    ("text", TEXT | {"echo": 1}, 400, "echo"),
+    ("text", TEXT | {"echo": True, "logprobs": 1}, 400, "logprobs"),
     ("text", TEXT | {"suffix": "x"}, 400, "suffix"),
-    ("text", TEXT | {"best_of": 3}, 400, "best_of"),
+    ("text", TEXT | {"best_of": 3, "stream": True}, 400, "best_of"),
+    ("text", TEXT | {"best_of": 1, "n": 2}, 400, "best_of"),
+    ("text", TEXT | {"best_of": 65, "prompt": ["a", "b"]}, 400, "prompt"),
+    ("text", TEXT | {"priority": 101}, 400, "priority"),
+    ("/tokenize", {}, 400, "prompt"),
+    ("/tokenize", {"prompt": 3}, 400, "prompt"),
+    ("/tokenize", {"prompt": "x", "add_special_tokens": 1}, 400, "add_special_tokens"),
+    ("/tokenize", {"messages": []}, 400, "messages"),
+    ("/tokenize", {"prompt": "x", "max_tokens": 3}, 400, "max_tokens"),
+    ("/tokenize", {"model": "gpt-9", "prompt": "x"}, 404, "model"),
+    ("/detokenize", {}, 400, "tokens"),
+    ("/detokenize", {"tokens": "x"}, 400, "tokens"),
+    ("/detokenize", {"tokens": [1, 8192]}, 400, "tokens"),
+    ("/detokenize", {"tokens": [1], "skip": True}, 400, "skip"),
     ("text", TEXT | {"logprobs": True}, 400, "logprobs"),
     ("text", TEXT | {"logprobs": 21}, 400, "logprobs"),
 ]
@@ -109,7 +123,7 @@ def test_every_bad_input_is_refused_by_a_4xx_that_names_the_field(tmp_path: Path
     async def scenario() -> None:
         async with stub_system(tmp_path) as system:
             for endpoint, body, status, param in BAD_REQUESTS:
-                path = "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"
+                path = {"chat": "/v1/chat/completions", "text": "/v1/completions"}.get(endpoint, endpoint)
                 answer = await system.client.post(path, json=body)
                 error = answer.json()["error"]
                 assert (answer.status_code, error["param"]) == (status, param), (param, answer.text)
@@ -275,6 +289,43 @@ def test_stop_strings_end_a_choice_across_tokens_and_cancel_it(tmp_path: Path) -
             later = asked | {"stop": ["upon"], "min_tokens": 3, "max_tokens": 20}
             kept = (await system.client.post("/v1/chat/completions", json=later)).json()["choices"][0]
             assert kept["message"]["content"] == system.story.text(0, 20), "no stop before min_tokens"
+
+    asyncio.run(scenario())
+
+
+def test_an_echoed_prompt_stands_before_every_choice(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            ids = list(loaded_text().encode("once more", add_special_tokens=False))
+            asked = {"model": "tiny-moe", "prompt": "tell me ", "echo": True, "max_tokens": 5, "n": 2}
+            told = [system.story.text(choice, 5) for choice in range(2)]
+            whole = (await system.client.post("/v1/completions", json=asked)).json()
+            assert [choice["text"] for choice in whole["choices"]] == ["tell me " + text for text in told]
+            by_ids = (await system.client.post("/v1/completions", json=asked | {"prompt": [ids, ids], "n": 1})).json()
+            assert [choice["text"] for choice in by_ids["choices"]] == ["once more" + told[0]] * 2
+            events = events_of((await system.client.post("/v1/completions", json=asked | {"stream": True})).text)
+            texts = ["", ""]
+            for event in events:
+                texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+            assert texts == ["tell me " + text for text in told]
+
+    asyncio.run(scenario())
+
+
+def test_the_best_of_several_choices_are_shown_best_first(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script(choice_logprobs=(-2.0, -0.25, -3.0, -0.5))
+        async with stub_system(tmp_path, script) as system:
+            asked = {"model": "tiny-moe", "prompt": ["a", "b"], "best_of": 4, "n": 2, "max_tokens": 6}
+            answer = (await system.client.post("/v1/completions", json=asked)).json()
+            best = [system.story.text(1, 6), system.story.text(3, 6)]
+            assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == list(enumerate(best * 2))
+            assert all(choice["logprobs"] is None for choice in answer["choices"]), "asked for to rank, not to show"
+            assert answer["usage"]["completion_tokens"] == 2 * 4 * 6, "what was generated is counted"
+            shown = (await system.client.post("/v1/completions", json=asked | {"logprobs": 1, "n": 1})).json()
+            assert [choice["logprobs"]["token_logprobs"] for choice in shown["choices"]] == [[-0.25] * 6] * 2
+            same = (await system.client.post("/v1/completions", json=asked | {"n": 4})).json()
+            assert [choice["text"] for choice in same["choices"]] == [system.story.text(choice, 6) for choice in range(4)] * 2
 
     asyncio.run(scenario())
 

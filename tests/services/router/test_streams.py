@@ -7,12 +7,13 @@ import asyncio
 import pytest
 
 from duomo.errors import EngineError, RequestCancelled
-from services.router.answers import AnswerHead, ChatShape
+from services.router.answers import AnswerHead
+from services.router.chat_answers import ChatShape
 from services.router.generation import GenerationEnded, GenerationFailed, TextEmitted, Usage
 from services.router.streams import StreamSink, WholeSink
 from tests.services.router.stub_system import loaded_text
 
-HEAD = AnswerHead(answer_id="a", model="m", text=loaded_text(), shows_logprobs=False, shows_token_ids=False, includes_usage=False)
+HEAD = AnswerHead(answer_id="a", model="m", text=loaded_text(), shows_logprobs=False, shows_token_ids=False, includes_usage=True)
 
 
 class Buffer:
@@ -34,7 +35,6 @@ def _sink(num_requests: int = 1, most: int = 10_000, transport: Buffer | None = 
         num_requests,
         False,
         ChatShape(HEAD),
-        includes_usage=True,
         max_behind_bytes=most,
         transport=transport,
         on_behind=lambda: told.append("behind"),

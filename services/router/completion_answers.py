@@ -1,0 +1,109 @@
+"""text_completion as bytes, streamed or whole: echoed prompts, the best of several choices. Knows no request and no socket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from duomo.errors import DuomoError
+from services.router.answers import AnswerHead, FinishedChoice, error_event, finite, object_head, token_ids_of, usage_end, usage_object
+from services.router.generation import EmittedPiece, TextEmitted, Usage
+
+_json: Final = msgspec.json.Encoder().encode
+
+
+class CompletionShape:
+    """text_completion, streamed or whole. Offsets of logprobs count the characters shown, for each choice.
+
+    echoes: each prompt's text where choices begin with it, else empty. Of each prompt's num_sampled choices the num_shown with the highest
+    log-probability per token are shown, best first, in whole answers.
+    """
+
+    def __init__(self, head: AnswerHead, echoes: Sequence[str] = (), *, num_sampled: int = 1, num_shown: int = 1) -> None:
+        self._head = head
+        self._echoes = echoes
+        self._num_sampled = num_sampled
+        self._num_shown = num_shown
+        self._object_head = object_head(head, "text_completion")
+        self._tail = b',"usage":null}\n\n' if head.includes_usage else b"}\n\n"
+        self._offsets: dict[int, int] = {}
+
+    def opening(self, choice: int) -> bytes:
+        """Nothing but the prompt, where it is echoed."""
+        return self.chunk(TextEmitted(choice, echo, ())) if (echo := self._echo(choice)) else b""
+
+    def chunk(self, event: TextEmitted) -> bytes:
+        finish = b"null" if event.finish_reason is None else b'"%s"' % event.finish_reason.encode()
+        return b'data: %s,"choices":[{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}]%s' % (
+            self._object_head,
+            event.choice,
+            _json(event.text),
+            self._logprobs(event.choice, event.pieces),
+            finish,
+            token_ids_of(self._head, event.pieces),
+            self._tail,
+        )
+
+    def ending(self, usage: Usage) -> bytes:
+        return usage_end(self._object_head, self._head.includes_usage, usage)
+
+    def failure(self, error: DuomoError) -> bytes:
+        return error_event(error)
+
+    def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
+        shown = b",".join(
+            b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}'
+            % (
+                index,
+                _json(self._echo(choice.number) + "".join(choice.texts)),
+                self._logprobs(choice.number, choice.pieces),
+                _json(choice.finish_reason),
+                token_ids_of(self._head, choice.pieces),
+            )
+            for index, choice in enumerate(self._best(choices))
+        )
+        return b'%s,"choices":[%s],"usage":%s}' % (self._object_head, shown, _json(usage_object(usage)))
+
+    def _echo(self, choice: int) -> str:
+        return self._echoes[choice // self._num_sampled] if self._echoes else ""
+
+    def _best(self, choices: Sequence[FinishedChoice]) -> list[FinishedChoice]:
+        """Prompt after prompt; ties go to the choice that was numbered first."""
+        if self._num_sampled == self._num_shown:
+            return list(choices)
+        ranked = sorted(choices, key=lambda choice: (choice.number // self._num_sampled, -_logprob_per_token(choice), choice.number))
+        return [choice for rank, choice in enumerate(ranked) if rank % self._num_sampled < self._num_shown]
+
+    def _logprobs(self, choice: int, pieces: Sequence[EmittedPiece]) -> bytes:
+        if not self._head.shows_logprobs:
+            return b"null"
+        offset = self._offsets.get(choice, 0)
+        tokens, values, tops, offsets = [], [], [], []
+        for piece in pieces:
+            if piece.logprob is None:
+                continue
+            name = self._name(piece.token_id)
+            tokens.append(name)
+            values.append(finite(piece.logprob.logprob))
+            ranked = {self._name(token_id): finite(logprob) for token_id, logprob in piece.logprob.top}
+            tops.append({name: values[-1]} | ranked)
+            offsets.append(offset)
+            offset += len(self._head.text.token_bytes(piece.token_id).decode("utf-8", "replace"))
+        self._offsets[choice] = offset
+        return _json({"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets})
+
+    def _name(self, token_id: int) -> str:
+        """The token's text; one that is no whole UTF-8 is spelled in bytes, as OpenAI does."""
+        raw = self._head.text.token_bytes(token_id)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _logprob_per_token(choice: FinishedChoice) -> float:
+    logprobs = [piece.logprob.logprob for piece in choice.pieces if piece.logprob is not None]
+    assert logprobs, "who ranks choices asks for log-probabilities"
+    return sum(logprobs) / len(logprobs)
