@@ -1,4 +1,4 @@
-"""Requests field by field; every refusal over HTTP stands in test_app.py."""
+"""Requests field by field; every refusal over HTTP stands in test_refusals.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize on the served application; every refusal stands in test_app.py."""
+"""/tokenize and /detokenize on the served application; every refusal stands in test_refusals.py."""
 
 from __future__ import annotations
 
