@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,7 @@ from duomo_kernels.kv_hash_pack import (
     CORRUPT,
     GOOD,
     Seal,
+    cut_to_heads,
     hash_scratch,
     kv_hash_pack,
     kv_hash_pack_reference,
@@ -30,6 +32,12 @@ CASES = [
     ("Qwen3-30B 24 MiB", 4096, 128, 6),
     ("OLMoE 128 MiB", 8192, 128, 16),
 ]
+# the same, but some heads of each block alone: (which of them, of how many), as another tensor parallelism asks for
+CUT_CASES = [
+    ("OLMoE 16 MiB, half its heads", 8192, 128, 4, (range(8, 16), 16)),
+    ("Qwen3-30B 4 MiB, one head of four", 4096, 88, 6, (range(1, 2), 4)),
+]
+ALL_HEADS = (range(1), 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +61,8 @@ class Inputs:
         kv_verify_scatter(self.pool_LBW, self.layers, self.ids_n, self.message_M, SEAL, self.scratch, self.flag_1)
 
     def payload(self) -> Tensor:
-        num_layers, _, width = self.pool_LBW.shape
-        return self.message_M[: num_layers * len(self.ids_n) * width].view(num_layers, len(self.ids_n), width)
+        shape = (len(self.layers), len(self.ids_n), *self.pool_LBW.shape[2:])
+        return self.message_M[: math.prod(shape)].view(shape)
 
     def gather(self) -> None:
         torch.index_select(self.pool_LBW, 1, self.ids_n, out=self.payload())
@@ -65,12 +73,12 @@ class Inputs:
 
 def measure(options: Options) -> list[Row]:
     rows = []
-    for name, width, num_ids, num_layers in CASES:
-        num_words = width * num_ids * num_layers
+    for name, width, num_ids, num_layers, (heads, num_heads) in [*((*case, ALL_HEADS) for case in CASES), *CUT_CASES]:
+        num_words = width * num_ids * num_layers * len(heads) // num_heads
         if options.only not in name:
             continue
-        _refuse_if_wrong(_inputs(width, 2, 2))
-        sets = [_inputs(width, num_ids, num_layers) for _ in range(num_sets(16 * num_words))]
+        _refuse_if_wrong(_inputs(width, 2, 2, heads, num_heads))
+        sets = [_inputs(width, num_ids, num_layers, heads, num_heads) for _ in range(num_sets(16 * num_words))]
         for side, ours, peer in (("pack", Inputs.pack, Inputs.gather), ("scatter", Inputs.scatter, Inputs.spread)):
             calls: dict[str, list[Call]] = {"ours": [partial(ours, s) for s in sets], "torch, no hash": [partial(peer, s) for s in sets]}
             times = interleaved_us(calls, repeats=options.repeats)
@@ -93,10 +101,11 @@ def _refuse_if_wrong(small: Inputs) -> None:
     refuse_unless(int(small.flag_1) == CORRUPT, "kv_verify_scatter of a corrupt message")
 
 
-def _inputs(width: int, num_ids: int, num_layers: int) -> Inputs:
+def _inputs(width: int, num_ids: int, num_layers: int, heads: range, num_heads: int) -> Inputs:
     num_blocks = 2 * num_ids  # half of the pool's blocks are somebody else's
+    pool_LBW = torch.randint(-(2**63), 2**63 - 1, (num_layers, num_blocks, width), device="cuda")
     return Inputs(
-        pool_LBW=torch.randint(-(2**63), 2**63 - 1, (num_layers, num_blocks, width), device="cuda"),
+        pool_LBW=cut_to_heads(pool_LBW, heads, num_heads),
         ids_n=torch.randperm(num_blocks, device="cuda")[:num_ids].int(),
         message_M=torch.empty(trailer_word(width * num_ids * num_layers) + 8, dtype=torch.int64, device="cuda"),
         scratch=hash_scratch(torch.device("cuda")),
