@@ -13,13 +13,14 @@ from typing import Final
 import msgspec
 
 from duomo.errors import WireError
-from duomo.wire.messages import SINCE, WIRE_VERSION, Message
+from duomo.wire.messages import SINCE, WIRE_VERSION, Message, Sampling
 
 UNKNOWN_MESSAGE: Final = "unknown_message"
 UNKNOWN_FIELD: Final = "unknown_field"
 BAD_FIELD: Final = "bad_field"
 FRAME_TOO_LARGE: Final = "frame_too_large"
 NOT_MSGPACK: Final = "not_msgpack"
+PEER_TOO_OLD: Final = "peer_too_old"  # of the encoder alone
 CODES: Final = (UNKNOWN_MESSAGE, UNKNOWN_FIELD, BAD_FIELD, FRAME_TOO_LARGE, NOT_MSGPACK)
 
 HEADER_BYTES: Final = 4
@@ -106,13 +107,31 @@ class FrameReader:
 
 
 def _encode_older(message: Message, version: int) -> bytes:
-    """The payload without the fields that a peer of `version` does not know."""
-    name = type(message).__name__
-    newer = {field for (message_name, field), since in SINCE.items() if message_name == name and since > version}
-    if not newer:
+    """The payload without the fields that a peer of `version` does not know. Raises WireError where one says how to sample."""
+    newer = _newer(type(message).__name__, version)
+    sampling = getattr(message, "sampling", None)
+    newer_sampling = _newer("Sampling", version) if isinstance(sampling, Sampling) else set()
+    if not newer and not newer_sampling:
         return _ENCODER.encode(message)
+    if isinstance(sampling, Sampling) and asks_of_peers(sampling) > version:
+        raise WireError(f"a peer of wire version {version} knows none of Sampling's {', '.join(sorted(newer_sampling))}", code=PEER_TOO_OLD)
     fields = msgspec.to_builtins(message, builtin_types=(bytes,))
-    return _ENCODER.encode({field: value for field, value in fields.items() if field not in newer})
+    for field in newer:
+        del fields[field]
+    for field in newer_sampling:
+        del fields["sampling"][field]
+    return _ENCODER.encode(fields)
+
+
+def asks_of_peers(sampling: Sampling) -> int:
+    """The least version of a peer that samples so."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(sampling)}
+    asked = (since for (name, field), since in SINCE.items() if name == "Sampling" and getattr(sampling, field) != defaults[field])
+    return max(asked, default=0)
+
+
+def _newer(name: str, version: int) -> set[str]:
+    return {field for (named, field), since in SINCE.items() if named == name and since > version}
 
 
 def _code_of(error: str) -> str:

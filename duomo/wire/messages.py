@@ -1,13 +1,13 @@
 """Every message between processes, on one page. Knows nothing of sockets (codec.py, connection.py) or services.
 
 WIRE_VERSION history:
-    1  the first page
-    2  PrefillDone.expert_counts, ReplicaReport.{progress_age_s, pid, transport}
-    3  PrefillDone.expert_histogram instead of expert_counts (sent by version 2 alone, gone with it), ReplicaReport.experts
+    1, 2  gone, and with them PrefillDone.expert_counts
+    3  PrefillDone.expert_histogram, ReplicaReport.experts
+    4  Sampling.{constraint, logit_bias}, RingOffered.{memory, device_idx}
 
 Versions N and N-1 are spoken. Fields newer than version N-1 are listed in SINCE and carry a default: the codec leaves them
-out for an older peer. Unknown types and unknown fields are refused (WireError). Times are seconds; no clock of another
-machine is ever read: `remaining_s` counts down from the sender's now.
+out for an older peer; of Sampling only those that ask for nothing. Unknown types and unknown fields are refused (WireError). Times are
+seconds; no clock of another machine is ever read: `remaining_s` counts down from the sender's now.
 
 Who sends what:
     everyone        Hello, Heartbeat, Refused
@@ -24,15 +24,17 @@ from typing import Literal
 
 import msgspec
 
-WIRE_VERSION = 3
-MIN_WIRE_VERSION = 2
+WIRE_VERSION = 4
+MIN_WIRE_VERSION = 3
 
 Role = Literal["gateway", "prefill", "decode", "directory"]
 FinishReason = Literal["stop", "length"]
 
 SINCE: dict[tuple[str, str], int] = {
-    ("PrefillDone", "expert_histogram"): 3,
-    ("ReplicaReport", "experts"): 3,
+    ("Sampling", "constraint"): 4,
+    ("Sampling", "logit_bias"): 4,
+    ("RingOffered", "memory"): 4,
+    ("RingOffered", "device_idx"): 4,
 }
 
 
@@ -66,11 +68,23 @@ class PeerAddress(_Value, frozen=True, kw_only=True):
     address: str
 
 
+class Constraint(_Value, frozen=True, kw_only=True):
+    """What every answer must be. text: a JSON schema; a regular expression; a JSON array of strings; a grammar in Lark or GBNF.
+
+    Whoever samples compiles it, and finds its place in it by the choice's tokens alone: nothing else of it travels.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str
+
+
 class Sampling(_Value, frozen=True, kw_only=True):
     """How tokens are chosen. temperature 0 is greedy; top_k 0 and top_p 1 and min_p 0 are off.
 
     seed: 64-bit counter-based seed; the gateway always sets it. logprobs: None, or how many top alternatives (0 = only the chosen).
-    stop_token_ids end a choice with "stop" (the token itself is emitted); eos ids count unless ignore_eos.
+    stop_token_ids end a choice with "stop" (the token itself is emitted); eos ids count unless ignore_eos. logit_bias: (id, what is added
+    to its logit). Under a constraint eos ids end a choice always: they come only where the grammar may end, and with ignore_eos, or before
+    min_tokens, only where nothing else may come.
     """
 
     max_tokens: int
@@ -86,6 +100,8 @@ class Sampling(_Value, frozen=True, kw_only=True):
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
+    constraint: Constraint | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 class Handle(_Value, frozen=True, kw_only=True):
@@ -226,13 +242,18 @@ class Resume(_RequestMessage, frozen=True, kw_only=True):
 
 
 class RingOffered(_Message, frozen=True, kw_only=True):
-    """D's landing ring for this peer: num_slots slots of slot_bytes from base_address, in the memory of NIXL agent ring_name."""
+    """D's landing ring for this peer: num_slots slots of slot_bytes from base_address, in the memory of NIXL agent ring_name.
+
+    memory, device_idx: whose memory it is, as D's process counts its devices.
+    """
 
     ring_name: str
     agent_metadata: bytes
     base_address: int
     slot_bytes: int
     num_slots: int
+    memory: Literal["host", "cuda"] = "host"
+    device_idx: int = 0
 
 
 class WaveAnnounced(_RequestMessage, frozen=True, kw_only=True):
@@ -261,8 +282,7 @@ class PrefillDone(_RequestMessage, frozen=True, kw_only=True):
     """The prompt is computed and every group pushed or being pushed; num_messages is the handle's total.
 
     first_token_ids: one for each choice, in the order of StartPrefill.choices (the sampling state is counter-based, so position and seed
-    are all of it). ended_choices ended on P. expert_histogram: routed tokens of the prompt, less the cached ones; None from a
-    version 2 peer, which says the same by expert_counts[layer][expert].
+    are all of it). ended_choices ended on P. expert_histogram: routed tokens of the prompt, less the cached ones.
     """
 
     handle_id: int
@@ -270,7 +290,6 @@ class PrefillDone(_RequestMessage, frozen=True, kw_only=True):
     first_token_ids: tuple[int, ...]
     ended_choices: tuple[int, ...]
     cached_tokens: int
-    expert_counts: tuple[tuple[int, ...], ...] = ()
     expert_histogram: ExpertHistogram | None = None
 
 

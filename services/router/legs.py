@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterable
 
 from duomo.config import DuomoConfig
-from duomo.errors import PeerError
+from duomo.errors import CapacityError, PeerError
+from duomo.wire.codec import PEER_TOO_OLD, asks_of_peers
 from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
 from services.router.flight import Flight, Leg
 from services.router.policy import DecodeView, Need, PrefillView, Route
@@ -113,11 +114,16 @@ def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink]) 
 
 
 def post_start(leg: Leg, *, is_resume: bool) -> float:
-    """Send both starts; the moment at which prefill's goes to its socket. Raises PeerError where a replica has just gone."""
+    """Send both starts; the moment at which prefill's goes to its socket. Raises PeerError where a replica has just gone.
+
+    A replica too old to sample as the request asks ends it: it would answer something else.
+    """
     flight = leg.flight
     request = flight.request
-    remaining_s = _remaining_s(flight)
-    choices = tuple(choice.number for choice in leg.choices)
+    if _is_beyond(leg):
+        flight.fail(CapacityError("A replica is of a version without structured output and 'logit_bias'.", code=PEER_TOO_OLD))
+        return time.monotonic()
+    remaining_s, choices = _remaining_s(flight), tuple(choice.number for choice in leg.choices)
     emitted = tuple(leg.choices[0].emitted) if is_resume else ()
     start = StartPrefill(
         request_id=leg.wire_id,
@@ -166,6 +172,11 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
     sent_s = time.monotonic()  # before the write: it wakes the peer, which may run in our place
     leg.prefill.connection.flush()
     return sent_s
+
+
+def _is_beyond(leg: Leg) -> bool:
+    """Whether a replica is too old to sample as asked."""
+    return asks_of_peers(leg.flight.request.sampling) > min(leg.prefill.connection.version, leg.decode.connection.version)
 
 
 def mark_first_token(leg: Leg) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from duomo.wire.messages import ExpertHistogram, PrefillDone
 
 
-def prefill_done(histogram: ExpertHistogram | None = None, rows: tuple[tuple[int, ...], ...] = ()) -> PrefillDone:
-    """With the histogram of version 3, or the rows of version 2."""
+def prefill_done(histogram: ExpertHistogram | None = None) -> PrefillDone:
+    """With this histogram."""
     return PrefillDone(
         request_id="r",
         attempt=0,
@@ -17,6 +17,5 @@ def prefill_done(histogram: ExpertHistogram | None = None, rows: tuple[tuple[int
         first_token_ids=(3,),
         ended_choices=(),
         cached_tokens=0,
-        expert_counts=rows,
         expert_histogram=histogram,
     )

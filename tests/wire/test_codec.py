@@ -8,9 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duomo.errors import WireError
-from duomo.wire.codec import CODES, FrameReader, append_frame, decode, encode
+from duomo.wire.codec import CODES, FrameReader, append_frame, asks_of_peers, decode, encode
 from duomo.wire.histogram import packed
-from duomo.wire.messages import Drain, Heartbeat, Message, PrefillDone, Refused, TokensEmitted
+from duomo.wire.messages import (
+    Constraint,
+    Drain,
+    Heartbeat,
+    Message,
+    PeerAddress,
+    PrefillDone,
+    Refused,
+    RingOffered,
+    Sampling,
+    StartPrefill,
+    TokensEmitted,
+)
 from tests.wire.prefill_done import prefill_done
 
 pack = msgspec.msgpack.encode
@@ -48,12 +60,42 @@ def test_what_cannot_be_understood_is_refused_with_its_code(payload: bytes, code
     assert len(refusal.value.detail) <= 200
 
 
+def prefill_of(sampling: Sampling) -> StartPrefill:
+    address = PeerAddress(replica_id="d", boot_id="1", address="unix:/d")
+    return StartPrefill(
+        request_id="r", attempt=0, traceparent="", remaining_s=1.0, prompt_ids=(1,), sampling=sampling, choices=(0,), decode=address
+    )
+
+
 def test_an_older_peer_gets_no_newer_field() -> None:
-    older = encode(DONE, version=2)
-    assert b"expert_histogram" not in older
-    assert b"expert_histogram" in encode(DONE)
-    assert decode(older[4:]) == msgspec.structs.replace(DONE, expert_histogram=None)
-    assert encode(Drain(deadline_s=1.0), version=2) == encode(Drain(deadline_s=1.0))
+    ring = RingOffered(ring_name="r", agent_metadata=b"", base_address=1, slot_bytes=64, num_slots=1, memory="cuda", device_idx=1)
+    older = encode(ring, version=3)
+    assert b"device_idx" not in older and b"device_idx" in encode(ring)
+    assert decode(older[4:]) == msgspec.structs.replace(ring, memory="host", device_idx=0)
+    assert encode(Drain(deadline_s=1.0), version=3) == encode(Drain(deadline_s=1.0))
+
+
+def test_an_older_peer_is_asked_to_sample_as_it_can() -> None:
+    plain = prefill_of(Sampling(max_tokens=3, top_k=5))
+    older = encode(plain, version=3)
+    assert b"constraint" not in older and b"logit_bias" not in older and b"constraint" in encode(plain)
+    assert decode(older[4:]) == plain
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=3, constraint=Constraint(kind="regex", text="a+")),
+        Sampling(max_tokens=3, logit_bias=((1, 2.0),)),
+    ],
+)
+def test_what_an_older_peer_would_leave_out_of_the_answer_is_never_sent_to_it(sampling: Sampling) -> None:
+    out = bytearray(b"before")
+    with pytest.raises(WireError) as refusal:
+        append_frame(out, prefill_of(sampling), version=3)
+    assert refusal.value.code == "peer_too_old" and out == b"before"
+    assert asks_of_peers(sampling) == 4 and asks_of_peers(Sampling(max_tokens=3, seed=7)) <= 3
+    assert decode(encode(prefill_of(sampling))[4:]) == prefill_of(sampling)
 
 
 def test_a_message_over_the_limit_leaves_the_buffer_as_it_was() -> None:

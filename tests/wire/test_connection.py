@@ -16,14 +16,12 @@ from duomo.errors import ConfigError, PeerError
 from duomo.wire.codec import FrameReader, decode, encode
 from duomo.wire.connection import Connection, Identity, Listener, connect
 from duomo.wire.handshake import Handshake, _mac
-from duomo.wire.histogram import packed
-from duomo.wire.messages import Drain, Hello, Message, Refused
-from tests.wire.prefill_done import prefill_done
+from duomo.wire.messages import Drain, Hello, Message, Refused, RingOffered
 
 WIRE = WireSection(connect_timeout_s=1.0, heartbeat_s=0.05, silence_timeout_s=0.5)
 GATEWAY = Identity("router-0", "00000000000000f1", "gateway", "tiny:1", secret="s3cret")
 DECODE = Identity("decode-0", "00000000000000d1", "decode", "tiny:1", secret="s3cret")
-DONE = prefill_done(packed([[1, 2]]))
+RING = RingOffered(ring_name="r", agent_metadata=b"", base_address=1, slot_bytes=64, num_slots=1, memory="cuda", device_idx=1)
 
 
 async def echo(peer: Connection) -> None:
@@ -54,10 +52,10 @@ def test_messages_come_in_order_both_ways_and_nothing_stays_behind(kind: str, tm
     asyncio.run(main())
 
 
-def test_a_version_2_peer_is_spoken_to_in_version_2(tmp_path: Path) -> None:
+def test_an_older_peer_is_spoken_to_in_its_version(tmp_path: Path) -> None:
     async def answer(peer: Connection) -> None:
-        assert peer.version == 2
-        peer.post(DONE)
+        assert peer.version == 3
+        peer.post(RING)
         await peer.wait_closed()
 
     async def main() -> None:
@@ -66,27 +64,27 @@ def test_a_version_2_peer_is_spoken_to_in_version_2(tmp_path: Path) -> None:
             frames = FrameReader()
             inbox: list[bytes] = []
             older = OlderHandshake(GATEWAY, "connector")
-            writer.write(encode(older.opening(), version=2))
-            while not any(b"PrefillDone" in payload for payload in inbox):
+            writer.write(encode(older.opening(), version=3))
+            while not any(b"RingOffered" in payload for payload in inbox):
                 for payload in frames.payloads(await reader.read(65536)):
                     inbox.append(bytes(payload))
                     message = decode(payload)
                     if isinstance(message, Hello):
                         proof = older.advance(message)
                         assert proof is not None
-                        writer.write(encode(proof, version=2))
-            assert not any(b"expert_histogram" in payload for payload in inbox)
-            assert decode(inbox[-1]) == msgspec.structs.replace(DONE, expert_histogram=None)
+                        writer.write(encode(proof, version=3))
+            assert not any(b"device_idx" in payload for payload in inbox)
+            assert decode(inbox[-1]) == msgspec.structs.replace(RING, memory="host", device_idx=0)
             writer.close()
 
     asyncio.run(main())
 
 
 class OlderHandshake(Handshake):
-    """A peer that speaks version 2 alone."""
+    """A peer that speaks version 3 alone."""
 
     def _hello(self, peer_nonce: bytes) -> Hello:
-        hello = msgspec.structs.replace(super()._hello(b""), max_version=2)
+        hello = msgspec.structs.replace(super()._hello(b""), max_version=3)
         return msgspec.structs.replace(hello, mac=_mac("s3cret", "connector", peer_nonce, hello)) if peer_nonce else hello
 
 

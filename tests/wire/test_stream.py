@@ -100,8 +100,8 @@ def test_a_second_hello_is_refused(run: Runner, tmp_path: Path) -> None:
         async with pair(tmp_path) as (near, far):
             near.post(
                 Hello(
-                    min_version=2,
-                    max_version=2,
+                    min_version=3,
+                    max_version=3,
                     boot_id="",
                     replica_id="x",
                     role="decode",
