@@ -39,6 +39,7 @@ REST = (
     "token_logprobs",
     "prefill_attention",
     "kv_hash_pack",
+    "kv_fp8_pack",
 )
 
 

@@ -53,7 +53,9 @@ def to_e4m3(x, IS_INTERPRETED: tl.constexpr):
     if IS_INTERPRETED:
         bits = x.to(tl.int32, bitcast=True)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
-        x = tl.where(tl.abs(x) < 0.015625, (x + 24576.0) - 24576.0, normal)  # 1.5 * 2^14: its last place is worth 2^-9
+        subnormal = (tl.abs(x) + 24576.0) - 24576.0  # 1.5 * 2^14: its last place is worth 2^-9
+        subnormal = (subnormal.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)  # -0 stays
+        x = tl.where(tl.abs(x) < 0.015625, subnormal, normal)
     return x.to(tl.float8e4nv)
 
 
