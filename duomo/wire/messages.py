@@ -3,7 +3,7 @@
 WIRE_VERSION history:
     1, 2  gone, and with them PrefillDone.expert_counts
     3  PrefillDone.expert_histogram, ReplicaReport.experts
-    4  Sampling.{constraint, logit_bias}, RingOffered.{memory, device_idx}
+    4  Sampling.{constraint, logit_bias}, RingOffered.{memory, device_idx, kv_dtype}
 
 Versions N and N-1 are spoken. Fields newer than version N-1 are listed in SINCE and carry a default: the codec leaves them
 out for an older peer; of Sampling only those that ask for nothing. Unknown types and unknown fields are refused (WireError). Times are
@@ -35,6 +35,7 @@ SINCE: dict[tuple[str, str], int] = {
     ("Sampling", "logit_bias"): 4,
     ("RingOffered", "memory"): 4,
     ("RingOffered", "device_idx"): 4,
+    ("RingOffered", "kv_dtype"): 4,
 }
 
 
@@ -244,7 +245,8 @@ class Resume(_RequestMessage, frozen=True, kw_only=True):
 class RingOffered(_Message, frozen=True, kw_only=True):
     """D's landing ring for this peer: num_slots slots of slot_bytes from base_address, in the memory of NIXL agent ring_name.
 
-    memory, device_idx: whose memory it is, as D's process counts its devices.
+    memory, device_idx: whose memory it is, as D's process counts its devices. kv_dtype: as what KV is to land, as D's configuration names
+    it; a P that is told otherwise attaches no ring.
     """
 
     ring_name: str
@@ -254,6 +256,7 @@ class RingOffered(_Message, frozen=True, kw_only=True):
     num_slots: int
     memory: Literal["host", "cuda"] = "host"
     device_idx: int = 0
+    kv_dtype: Literal["model", "fp8_e4m3"] = "model"
 
 
 class WaveAnnounced(_RequestMessage, frozen=True, kw_only=True):

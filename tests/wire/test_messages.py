@@ -102,6 +102,7 @@ EXAMPLES: tuple[Message, ...] = (
         num_slots=32,
         memory="cuda",
         device_idx=3,
+        kv_dtype="fp8_e4m3",
     ),
     page.WaveAnnounced(wave_id=9, num_tokens=257, group_bounds=(0, 2, 4, 6, 8), **ABOUT),
     page.HandleOffered(handle=HANDLE, **ABOUT),
