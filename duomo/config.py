@@ -60,6 +60,9 @@ class GatewaySection(Section):
     slow_client_bytes: int = Field(default=256 * 1024, ge=1024, description="a client this far behind is cut off")
     max_prefill_retries: int = Field(default=8, ge=0)
     max_resumes: int = Field(default=2, ge=0)
+    chat_template: Path | None = Field(default=None, description="a Jinja file in place of the model's own template")
+    tool_parser: Literal["auto", "hermes", "none"] = Field(default="auto", description="how tool calls are written; auto: by the template")
+    reasoning_parser: Literal["auto", "think", "none"] = Field(default="auto", description="how reasoning is marked; auto: by the template")
     serves_pool_report: bool = Field(default=True, description="GET /admin/pools: the replicas' last reports")
 
 
@@ -127,11 +130,14 @@ class TransferSection(Section):
 
     transport: Literal["nixl", "loopback"] = "nixl"
     slot_bytes: int = Field(default=1024 * 1024, ge=64 * 1024)
+    memory: Literal["device", "host"] = Field(
+        default="device", description="where rings and send slots lie: beside the KV they carry, or in the host's memory also on a GPU"
+    )
     ucx_tls: str = Field(default="", description="UCX_TLS for NIXL; empty lets UCX choose")
     ucx_net_devices: str = Field(default="", description="UCX_NET_DEVICES for NIXL; set it to the RDMA device in production, lo in tests")
     max_bytes_per_s: float = Field(default=0.0, ge=0, description="caps one writer's rate; 0 is no cap")
     write_timeout_s: float = Field(default=5.0, gt=0)
-    progress_delay_us: int = Field(default=1000, ge=0)
+    progress_delay_us: int = Field(default=1000, ge=0, description="pause of NIXL's progress thread; 100 on a GPU, unless named")
 
 
 class RedisSection(Section):

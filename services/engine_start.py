@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from duomo.config import DuomoConfig
 from duomo.engine.memory_plan import EnginePart
 from duomo.engine.startup import StartPhase, Startup
 from duomo.telemetry.tracing import Tracing
-from services.kv_transfer.memory import PageLocks
+from services.kv_transfer.memory import Allocate, PageLocks, Region
 from services.kv_transfer.step_thread import StepThread
 from services.start_board import StartBoard
 
@@ -53,9 +54,29 @@ def record_start(spans: Tracing, startup: Startup, started_s: float) -> None:
     whole.end()
 
 
+def ring_memory(config: DuomoConfig) -> Allocate:
+    """What rings and send slots are made of: the card's memory, where KV lies in it and kv_transfer.memory does not say host."""
+    if not _is_on_card(config):
+        return Region
+    import torch
+
+    from services.kv_transfer.device_memory import DeviceRegion
+
+    return partial(DeviceRegion, device=torch.device("cuda", 0))
+
+
+def ring_memory_name(config: DuomoConfig) -> str:
+    """For people: where rings and send slots lie."""
+    return "the card's memory" if _is_on_card(config) else "the host's memory"
+
+
+def _is_on_card(config: DuomoConfig) -> bool:
+    return config.model.device == "cuda" and config.kv_transfer.memory == "device"
+
+
 def page_locks(config: DuomoConfig) -> PageLocks | None:
-    """For memory that peers write and the card reads; None on a CPU."""
-    if config.model.device != "cuda":
+    """For memory of the host that peers write and the card reads; None where there is none."""
+    if config.model.device != "cuda" or _is_on_card(config):
         return None
     import torch
 

@@ -1,11 +1,13 @@
-"""Owns what packs KV of a GPU's pool into sealed messages in the host's memory, and lands them there again. Knows no ring, handle or slot.
+"""Owns what packs KV of a GPU's pool into sealed messages, and lands them there again. Knows no ring, handle or slot.
 
-A message is what kv_hash_pack.py says: payload, padding, trailer; the bytes of the CPU's pack and hash. It crosses a buffer on the device:
+A message is what kv_hash_pack.py says: payload, padding, trailer; the bytes of the CPU's pack and hash.
 
-    pack    gather + hash into the buffer, copy it down, wait; on a stream of its own, so beside the layers that are being computed
-    land    copy the message up into the buffer, scatter + verify; on the caller's stream, so between two steps; its verdict comes later
+    pack    gather + hash, wait; on a stream of its own, which goes before the layers that are being computed beside it
+    land    scatter + verify, on the caller's stream, so between two steps; its verdict comes later
 
-Host memory that is page-locked is copied from and to without the processor; other memory works too, and then a copy holds its caller up.
+In the device's memory (a tensor of bytes) a message is read and written where it lies. One in the host's (a memoryview) crosses a buffer on
+the device: host memory that is page-locked is copied from and to without the processor; other memory works too, and then a copy holds its
+caller up.
 Whoever asks for a pack has seen the blocks computed: nothing on any stream writes them any more.
 """
 
@@ -29,12 +31,13 @@ class GpuKvPacker:
     def __init__(self, cache: GpuKvCache) -> None:
         self._buffer = _MessageBuffer(cache)
         is_cuda = cache.device.type == "cuda"
-        self._stream = torch.cuda.Stream(cache.device) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types
+        # of high priority: a message that waits for the layers beside it is late for the rest of them
+        self._stream = torch.cuda.Stream(cache.device, priority=-1) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types
         self._scratch = hash_scratch(cache.device)
         if is_cuda:
             torch.cuda.synchronize(cache.device)  # the scratch was zeroed on the caller's stream
 
-    def pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview) -> None:
+    def pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
         """The whole message, trailer included, into `out`, which is exactly as long. Returns when it lies there."""
         if self._stream is None:
             self._pack(layers, blocks, seal, out)
@@ -46,10 +49,11 @@ class GpuKvPacker:
             end.record()
             end.synchronize()
 
-    def _pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview) -> None:
-        message_M = self._buffer.of(out)
+    def _pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
+        message_M = self._buffer.of(out) if isinstance(out, memoryview) else out.view(torch.int64)
         kv_hash_pack(self._buffer.pool_LBW, layers, self._buffer.ids(blocks), message_M, seal, self._scratch)
-        _words(out).copy_(message_M, non_blocking=True)
+        if isinstance(out, memoryview):
+            _words(out).copy_(message_M, non_blocking=True)
 
 
 class GpuKvLander:
@@ -59,10 +63,13 @@ class GpuKvLander:
         self._buffer = _MessageBuffer(cache)
         self._scratch = hash_scratch(cache.device)
 
-    def launch(self, layers: range, blocks: Sequence[int], seal: Seal, message: memoryview) -> LandingMessage:
+    def launch(self, layers: range, blocks: Sequence[int], seal: Seal, message: memoryview | Tensor) -> LandingMessage:
         """Queue the copy up, scatter and verification of a whole message. `message` is read until the answer is over."""
-        message_M = self._buffer.of(message)
-        message_M.copy_(_words(message), non_blocking=True)
+        if isinstance(message, memoryview):
+            message_M = self._buffer.of(message)
+            message_M.copy_(_words(message), non_blocking=True)
+        else:
+            message_M = message.view(torch.int64)
         answer = LandingMessage(self._buffer.device)
         kv_verify_scatter(self._buffer.pool_LBW, layers, self._buffer.ids(blocks), message_M, seal, self._scratch, answer.flag_1)
         answer.fetch()

@@ -3,7 +3,7 @@
 Sizes that a run has measured replace the estimates here. Estimates count every tensor that a wave has alive at once in its widest layer;
 they do not depend on who is routed where, since the kernels' tensors are as large as any routing needs.
 
-    total = taken (others, and the CUDA context) + weights + activations + rows + graphs + buffers + kv + reserve
+    total = taken (others, and the CUDA context) + weights + activations + rows + graphs + buffers + handoff + kv + reserve
 
 The reserve is what gpu_memory_fraction leaves alone: the allocator's fragments, libraries' workspaces.
 """
@@ -49,7 +49,8 @@ class DeviceBytes:
 class MemoryLimits:
     """What the plan must hold. quantise None: weights of `dtype_bytes` each, as activations and KV are.
 
-    long_chunk_tokens: a prompt longer than a wave is computed in chunks of so many rows, if it is longer than these too.
+    long_chunk_tokens: a prompt longer than a wave is computed in chunks of so many rows, if it is longer than these too. handoff_bytes: of
+    send slots or landing rings, which are made when peers come.
     """
 
     max_batch: int
@@ -61,6 +62,7 @@ class MemoryLimits:
     dtype_bytes: int = 2
     quantise: Quantise = None
     part: EnginePart = "both"
+    handoff_bytes: int = 0
 
     @property
     def most_rows(self) -> int:
@@ -94,6 +96,7 @@ class MemoryPlan:
     rows: int
     graphs: int
     buffers: int
+    handoff: int
     kv: int
     reserve: int
     num_blocks: int
@@ -123,6 +126,7 @@ class MemoryPlan:
             line("rows", self.rows, "of waves and long prompts, between two pieces"),
             line("graphs", self.graphs, source(self.measured.graphs)),
             line("buffers", self.buffers, "logits, sampler's tables, attention's pieces"),
+            *([line("handoff", self.handoff, "slots of KV on its way to other cards")] if self.handoff else []),
             line("KV", self.kv, f"{self.num_blocks} blocks of {self.block_tokens} tokens ({self.block_bytes / 1e6:.2f} MB)"),
             line("reserve", self.reserve),
         ]
@@ -229,7 +233,7 @@ def _divide(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, meas
     reserve = int(device.total * (1 - limits.gpu_memory_fraction))
     taken = device.total - device.free
     rows = rows_bytes(config, limits)
-    left = device.total - reserve - taken - weights - activations - rows - graphs - buffers
+    left = device.total - reserve - taken - weights - activations - rows - graphs - buffers - limits.handoff_bytes
     num_blocks = max(0, left // block_bytes(config, limits))
     return MemoryPlan(
         total=device.total,
@@ -239,6 +243,7 @@ def _divide(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, meas
         rows=rows,
         graphs=graphs,
         buffers=buffers,
+        handoff=limits.handoff_bytes,
         kv=num_blocks * block_bytes(config, limits),
         reserve=reserve,
         num_blocks=num_blocks,
@@ -259,7 +264,7 @@ def _refusal(config: ModelConfig, device: DeviceBytes, limits: MemoryLimits, pla
     asked = f"{limits.max_model_tokens} tokens of one sequence"
     if limits.part != "prefill":
         asked += f", {limits.max_batch} sequences of {MIN_BLOCKS_PER_ROW} blocks"
-    held = plan.weights + plan.activations + plan.rows + plan.graphs + plan.buffers
+    held = plan.weights + plan.activations + plan.rows + plan.graphs + plan.buffers + plan.handoff
     missing = plan.taken + held + plan.reserve + needed * plan.block_bytes - plan.total
     return (
         f"{config.architecture} leaves room for {plan.num_blocks} KV blocks, but {needed} are needed ({asked}): {missing / 1e9:.1f} GB too"

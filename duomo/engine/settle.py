@@ -20,7 +20,9 @@ from duomo.errors import ConfigError, ModelError
 from duomo.models.config import ModelConfig, refuse_on_cpu, served_config
 
 GPU_SLOT_BYTES = 8 * 1024 * 1024  # a token of OLMoE has 128 KiB of KV: each message costs the interpreter much, however large it is
+GPU_PROGRESS_DELAY_US = 100  # nobody sees bytes land in a card's memory: they wait for the notification, and it for this thread
 COLOCATED_UNITS = 16  # layers that a decode step waits for at least: few. Nothing is sent group by group there, so groups may be many
+SLOT_TRAILER_BYTES = 128  # at most, padding included: behind the payload of every slot
 GPU_START_TIMEOUT_S = 900.0  # tens of gigabytes are read and kernels compiled; a CPU's default is for a small model
 
 
@@ -99,6 +101,8 @@ def changed_for(config: DuomoConfig, pick: Pick, num_layers: int) -> DuomoConfig
         changes["model.block_tokens"] = GPU_BLOCK_TOKENS
     if is_gpu and "slot_bytes" not in config.kv_transfer.model_fields_set:
         changes["kv_transfer.slot_bytes"] = GPU_SLOT_BYTES
+    if is_gpu and "progress_delay_us" not in config.kv_transfer.model_fields_set:
+        changes["kv_transfer.progress_delay_us"] = GPU_PROGRESS_DELAY_US
     if is_gpu and "start_timeout_s" not in config.ray.model_fields_set:
         changes["ray.start_timeout_s"] = GPU_START_TIMEOUT_S
     return changed(config, changes, pick.why)
@@ -116,7 +120,17 @@ def memory_limits(config: DuomoConfig, model: ModelConfig, part: EnginePart = "b
         gpu_memory_fraction=config.gpu_memory_fraction,
         quantise=config.model.quantize or None,
         part=part,
+        handoff_bytes=handoff_bytes(config, part),
     )
+
+
+def handoff_bytes(config: DuomoConfig, part: EnginePart) -> int:
+    """Of the card's memory: prefill's send slots, or decode's landing rings, one for each prefill replica that the configuration names."""
+    section = config.kv_transfer
+    if part == "both" or section.memory == "host":
+        return 0
+    num_slots = config.prefill.send_slots if part == "prefill" else config.decode.ring_slots * config.prefill.replicas
+    return num_slots * (section.slot_bytes + SLOT_TRAILER_BYTES)
 
 
 def _refuse_on_gpu(config: DuomoConfig, model: ModelConfig) -> None:

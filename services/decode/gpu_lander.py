@@ -1,4 +1,4 @@
-"""Owns the landing of messages in a GPU's pool: copied up, scattered and verified on the stream of the steps. Knows no leg, policy or wire.
+"""Owns the landing of messages in a GPU's pool: scattered and verified on the stream of the steps. Knows no leg, policy or wire.
 
 A message is launched in one call of land() and answered in a later one, when the device has said that its hash is right: only then is its
 slot free and its leg told, so no step reads a block whose bytes are not proven. A wrong message has been written into blocks that its leg
@@ -6,9 +6,10 @@ alone holds and nobody reads; it is looked at again, then pulled, as on a CPU.
 
 Why a launched message cannot hurt others once its handle is withdrawn: everything that writes blocks of this pool (steps, block copies,
 messages) is queued by the step thread on one stream. A withdrawal waits for a launch that is being made and lets none follow; whoever gets
-the blocks next has its writes queued behind. The slot may be written again while its copy is still queued: what comes up then are bytes for
-blocks that have no reader, in front of their new owner's. Its memory stays until then: it is unlocked before it is freed, which waits for
-the device's copies (duomo/engine/gpu_page_locks.py), and where it is not locked the copy is over when it is queued.
+the blocks next has its writes queued behind. The slot may be written again while the scatter from it is still queued: those are bytes for
+blocks that have no reader, in front of their new owner's. A ring in the host's memory stays until then: it is unlocked before it is freed,
+which waits for the device's copies (duomo/engine/gpu_page_locks.py), and where it is not locked the copy is over when it is queued. One in
+the card's own is torch's again when it is freed, and what is read of it then goes nowhere.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class GpuLander:
 
     def _launch(self, awaited: Awaited, agent: TransferAgent, tables: OpenTables) -> LandedMessage | None:
         """The message's error, where it was announced and is still not there."""
-        if not awaited.has_trailer():
+        if not awaited.may_be_there():
             message = agent.judged(awaited, False)
             return None if message is None else landed_message(message)
         span = awaited.span

@@ -24,7 +24,7 @@ from enum import Enum
 
 from duomo.errors import DuomoError, PeerError
 from duomo.wire.connection import Connection
-from duomo.wire.messages import HandleOffered
+from duomo.wire.messages import SINCE, HandleOffered
 from services.decode.producers import Producers
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory, Member
@@ -137,6 +137,10 @@ class ProducerRings:
         except DuomoError as error:
             log.error("no landing ring for %s: %s", connection.peer.replica_id, error)
             connection.end("no_ring", error.detail)
+            return
+        if ring.memory != "host" and connection.version < SINCE["RingOffered", "memory"]:
+            self._agent.peer_lost(boot_id)
+            connection.end("no_ring", "landing rings lie in a GPU's memory, which your wire version cannot say: upgrade")
             return
         in_use = self._producers.get(boot_id)
         if in_use is not connection:

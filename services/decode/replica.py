@@ -16,7 +16,7 @@ from duomo.telemetry import tracing
 from duomo.telemetry.tracing import Tracing
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker, StepWorker
-from services.engine_start import engine_in, page_locks
+from services.engine_start import engine_in, page_locks, ring_memory, ring_memory_name
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.ending import SERVICE_LIMIT_S, STEP_THREAD_LIMIT_S, closed, in_thread
@@ -56,9 +56,10 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaP
         worker, config = await _started(config, thread, spans, ends)
         card = ReplicaCard.of(config, "decode", replica_id, worker.config.fingerprint)
         transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer, page_locks(config))
-        agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=1)
+        agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=1, allocate=ring_memory(config))
         ends.push_async_callback(closed, "the transfer agent", in_thread(agent.close))
-        log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
+        proven_s, where = await asyncio.to_thread(agent.prove), ring_memory_name(config)
+        log.info("%s moved and verified one message in %s in %.3f s", agent.transport_name, where, proven_s)
         blocks, tokens = config.decode.num_blocks, config.model.block_tokens
         log.info("decode: %d blocks of %d tokens, transport %s", blocks, tokens, agent.transport_name)
         yield ReplicaParts(card=card, worker=worker, agent=agent, tracing=spans, directory=directory, thread=thread)

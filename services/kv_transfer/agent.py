@@ -18,8 +18,10 @@ from duomo.wire.messages import Handle, RingOffered
 from services.kv_transfer.landing import Landed, LandingRings
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.lifetime import SlotPhase
+from services.kv_transfer.memory import Allocate, Region
 from services.kv_transfer.proving import prove
-from services.kv_transfer.pushing import Pusher, PushJob, PushResult
+from services.kv_transfer.push_job import PushJob, PushResult
+from services.kv_transfer.pushing import Pusher
 from services.kv_transfer.ring import Awaited
 from services.kv_transfer.transport import Transport
 
@@ -42,7 +44,8 @@ class SlotCounts:
 class TransferAgent:
     """Moves KV between this process and its peers. The creator calls close(); the transport is closed with it.
 
-    Futures end in the writer thread (or the caller's), so a callback on them may only hand over; they cannot be cancelled.
+    allocate: makes the memory of rings and send slots. Futures end in the writer thread (or the caller's), so a callback on them may only
+    hand over; they cannot be cancelled.
     """
 
     def __init__(
@@ -53,12 +56,14 @@ class TransferAgent:
         *,
         num_send_slots: int = 16,
         now_s: Callable[[], float] = time.monotonic,
+        allocate: Allocate = Region,
     ) -> None:
         self.boot_id = boot_id
         self._transport = transport
         self._section = section
-        self._landing = LandingRings(transport, section.slot_bytes, now_s)
-        self._pusher = Pusher(boot_id, transport, section, num_send_slots, now_s)
+        self._allocate = allocate
+        self._landing = LandingRings(transport, section.slot_bytes, now_s, allocate)
+        self._pusher = Pusher(boot_id, transport, section, num_send_slots, now_s, allocate)
         self._handle_ids = secrets.randbits(31) << 32
 
     @property
@@ -68,7 +73,7 @@ class TransferAgent:
 
     def prove(self) -> float:
         """Move one message through this transport and verify it, before the first peer; the seconds it took. May take 0.3 s."""
-        return prove(self._transport, self._section)
+        return prove(self._transport, self._section, self._allocate)
 
     # consumer
 

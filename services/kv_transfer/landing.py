@@ -17,7 +17,7 @@ from duomo.wire.messages import Handle, RingOffered
 from services.kv_transfer import layout, lifetime, policy
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.lifetime import SlotPhase
-from services.kv_transfer.memory import Region
+from services.kv_transfer.memory import Allocate
 from services.kv_transfer.ring import Awaited, RingMemory
 from services.kv_transfer.transport import Transport
 
@@ -27,6 +27,8 @@ _IDLE_DRAIN_S = 0.1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Landed:
     """A message that is there (error None: payload may be read until release()), or that lies there corrupt (payload empty).
+
+    payload: where the ring lies in the host's memory; of a device's ring empty, its lander has `awaited.message`.
 
     After an error the message is awaited again: a rewrite (PullKv) lands as if it were the first, an abort() ends it.
     """
@@ -41,8 +43,9 @@ class Landed:
 class LandingRings:
     """The rings of one consumer process, for all its producers."""
 
-    def __init__(self, transport: Transport, slot_bytes: int, now_s: Callable[[], float]) -> None:
+    def __init__(self, transport: Transport, slot_bytes: int, now_s: Callable[[], float], allocate: Allocate) -> None:
         self._transport = transport
+        self._allocate = allocate
         self._slot_bytes = slot_bytes
         self._now_s = now_s
         self._lock = threading.RLock()
@@ -90,11 +93,7 @@ class LandingRings:
         """The handle is about to be offered: look for its messages from now on. A handle without messages is complete at once."""
         with self._lock:
             ring = self._find(handle)
-            stride = layout.slot_stride(self._slot_bytes)
-            # A trailer of an earlier life of this handle's slots cannot be mistaken, but cannot help either: wipe where messages end.
-            for span in spans[: len(handle.slots)]:
-                end = layout.slot_of(handle.slots, span.message_idx) * stride + layout.trailer_offset(span.num_bytes)
-                ring.region.slice(end, layout.TRAILER_BYTES)[:] = bytes(layout.TRAILER_BYTES)
+            ring.wipe_trailers(handle, spans)
             effects = ring.apply(lifetime.Expect(handle.handle_id, handle.slots, len(spans)))
             if not effects:
                 ring.offered[handle.handle_id] = handle
@@ -290,12 +289,11 @@ class LandingRings:
             del ring.awaited[awaited.key]
             ring.apply(lifetime.MessageSeen(handle_id, span.message_idx))
             self.counters["messages_landed"] += 1
-            return Landed(handle_id=handle_id, span=span, payload=awaited.payload.toreadonly(), error=None, awaited=awaited)
+            payload = awaited.message.toreadonly()[: span.num_bytes] if isinstance(awaited.message, memoryview) else memoryview(b"")
+            return Landed(handle_id=handle_id, span=span, payload=payload, error=None, awaited=awaited)
         awaited.look = policy.look_again(awaited.look, now_s)
         if policy.is_corrupt(awaited.look, awaited.announced_s, now_s):
-            # Wiped, so that only a rewrite is looked at; awaited as new.
-            awaited.trailer[:] = bytes(layout.TRAILER_BYTES)
-            awaited.look = awaited.announced_s = None
+            awaited.expect_anew()
             self.counters["messages_corrupt"] += 1
             return _wrong(awaited, "does not match its hash")
         return None
@@ -323,7 +321,7 @@ class LandingRings:
     def _replace(self, producer_boot_id: str, num_slots: int, agent_name: str | None) -> RingOffered:
         """A new ring, in the memory of our own agent or of a new one. Making it takes up to 0.3 s with NIXL, so it holds no lock."""
         transport = self._transport if agent_name is None else self._transport.sibling(agent_name)
-        region = Region(num_slots * layout.slot_stride(self._slot_bytes))
+        region = self._allocate(num_slots * layout.slot_stride(self._slot_bytes))
         transport.register(region)
         offer = RingOffered(
             ring_name=transport.name,
@@ -331,6 +329,8 @@ class LandingRings:
             base_address=region.address,
             slot_bytes=self._slot_bytes,
             num_slots=num_slots,
+            memory=region.place.kind,
+            device_idx=region.place.device_idx,
         )
         with self._lock:
             was = self._current.get(producer_boot_id)

@@ -1,7 +1,7 @@
-"""Owns regions: page-aligned anonymous memory with a fixed address, for rings and send slots. Knows no transport and no device.
+"""Owns regions: page-aligned anonymous memory with a fixed address, for rings and send slots. Knows no transport.
 
-A region's pages go back to the system when the last view of it is gone: a region that a stopped writer may still write is kept by
-whoever owns it (landing.py), since a write reaches any mapped address, registered or not.
+A region's pages go back to the system when the last view of it is gone: a region that a stopped writer may still write is kept by whoever
+owns it (landing.py), since a write reaches any mapped address, registered or not. A GPU's memory is device_memory.py's.
 """
 
 from __future__ import annotations
@@ -9,9 +9,41 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-from typing import Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+if TYPE_CHECKING:  # a CPU's agent runs without torch
+    from torch import Tensor
 
 HUGE_PAGE_BYTES = 2 * 1024 * 1024
+
+
+MemoryKind = Literal["host", "cuda"]
+
+
+class Place(NamedTuple):
+    """Where memory lies, as its own process counts devices."""
+
+    kind: MemoryKind = "host"
+    device_idx: int = 0
+
+
+HOST = Place()
+
+
+class Memory(Protocol):
+    """num_bytes at `address` in `place`, which whoever holds it may give to a transport; freed with its last reference."""
+
+    num_bytes: int
+    address: int
+    place: Place
+
+    def slice(self, offset: int, num_bytes: int) -> memoryview | Tensor:
+        """[offset, offset + num_bytes) itself: of the host's memory a memoryview, of a device's a uint8 tensor."""
+
+
+Allocate = Callable[[int], Memory]
+"""Makes zeroed memory of so many bytes. Raises TransferError where there is none."""
 
 
 class PageLocks(Protocol):
@@ -30,6 +62,8 @@ class Region:
     From 2 MiB on it asks for huge pages: the kernel pins and copies 512 pages as one (bench/results/handoff_cpu.json). It is this process's
     alone: a child would turn its pages into copies, and a write that a peer makes would land where nobody reads.
     """
+
+    place = HOST
 
     def __init__(self, num_bytes: int) -> None:
         assert num_bytes > 0, num_bytes

@@ -8,30 +8,39 @@ from __future__ import annotations
 import secrets
 import time
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from duomo.config import TransferSection
 from duomo.errors import DuomoError, TransferError
 from duomo.wire.messages import Handle
 from services.kv_transfer import layout
+from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.landing import LandingRings
-from services.kv_transfer.pushing import Pusher, PushJob, PushResult
+from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.memory import Allocate, Region
+from services.kv_transfer.push_job import PushJob, PushResult
+from services.kv_transfer.pushing import Pusher
 from services.kv_transfer.transport import Transport
+
+if TYPE_CHECKING:  # a CPU's agent runs without torch
+    from torch import Tensor
 
 _PROOF_BYTES = 4096
 _TIMEOUT_S = 10.0
 _POLL_S = 0.0005
 
 
-def prove(transport: Transport, section: TransferSection) -> float:
+def prove(transport: Transport, section: TransferSection, allocate: Allocate = Region) -> float:
     """Move one message from this transport's memory into that of a second agent of its kind, and back out; the seconds it took.
 
-    The whole path runs: registration, metadata, write, notification, trailer and hash. Raises TransferError where any of it fails.
+    The whole path runs: registration, metadata, write, notification, trailer and hash. allocate: memory of the kind that rings will lie in.
+    Raises TransferError where any of it fails.
     """
     started_s = time.monotonic()
     sibling = transport.sibling(f"{transport.name}.proof{secrets.token_hex(3)}")
     small = section.model_copy(update={"slot_bytes": 64 * 1024, "max_bytes_per_s": 0.0})
-    landing = LandingRings(sibling, small.slot_bytes, time.monotonic)
-    pusher = Pusher("proof", transport, small, 1, time.monotonic)
+    landing = LandingRings(sibling, small.slot_bytes, time.monotonic, allocate)
+    pusher = Pusher("proof", transport, small, 1, time.monotonic, allocate)
     try:
         offer = landing.open_ring("proof", 1)
         pusher.attach_ring("proof", offer)
@@ -52,7 +61,8 @@ def prove(transport: Transport, section: TransferSection) -> float:
         )
         landing.expect(handle, (span,))
         content = secrets.token_bytes(span.num_bytes)
-        pushed = pusher.push(PushJob(handle=handle, span=span, fill=lambda out: out.__setitem__(slice(None), content)))
+        message = _sealed(content, handle.handle_id, span)
+        pushed = pusher.push(PushJob(handle=handle, span=span, fill=lambda room: _put(room, message), is_sealed=True))
         _verify(landing, pushed, content, started_s + _TIMEOUT_S)
         landing.release(handle.handle_id, span.message_idx)
     except DuomoError as error:
@@ -72,9 +82,27 @@ def _verify(landing: LandingRings, pushed: Future[PushResult], content: bytes, d
         if time.monotonic() > deadline_s:
             raise TransferError(f"one message did not land within {_TIMEOUT_S:g} s")
         time.sleep(_POLL_S)
-    if landed[0].error is not None or bytes(landed[0].payload) != content:
+    if landed[0].error is not None or bytes(landed[0].awaited.payload) != content:
         raise TransferError("one message landed with other bytes than were sent")
     pushed.result(max(deadline_s - time.monotonic(), 0.0) + 1.0)
+
+
+def _sealed(content: bytes, handle_id: int, span: MessageSpan) -> bytes:
+    """The whole message: payload, padding, trailer."""
+    message = bytearray(layout.message_bytes(span.num_bytes))
+    message[: span.num_bytes] = content
+    digest = message_hash(memoryview(content), handle_id, span.group, span.message_idx)
+    layout.write_trailer(memoryview(message)[layout.trailer_offset(span.num_bytes) :], layout.trailer_start(handle_id, span), digest)
+    return bytes(message)
+
+
+def _put(room: memoryview | Tensor, content: bytes) -> None:
+    if isinstance(room, memoryview):
+        room[:] = content
+    else:
+        from services.kv_transfer.device_memory import put
+
+        put(room, content)
 
 
 def _broken(transport: Transport, detail: str) -> TransferError:

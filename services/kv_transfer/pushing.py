@@ -11,48 +11,25 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duomo.config import TransferSection
 from duomo.errors import PeerError, TransferError
-from duomo.wire.messages import Handle, RingOffered
+from duomo.wire.messages import RingOffered
 from services.kv_transfer import layout, policy, writing
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.layout import MessageSpan
-from services.kv_transfer.memory import Region
-from services.kv_transfer.transport import Span, Transport, Write, WriteReport, WriteState
+from services.kv_transfer.memory import Allocate, Memory, Place
+from services.kv_transfer.push_job import PushJob, PushResult
+from services.kv_transfer.transport import Span, Transport, Write, WriteState
 from services.kv_transfer.writing import Verdict
+
+if TYPE_CHECKING:  # a CPU's agent runs without torch
+    from torch import Tensor
 
 _MAX_IDLE_HANDLES = 256
 _MAX_CLOSED_HANDLES = 4096
 _LATE_POLL_S = 0.01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushJob:
-    """One message to send: fill(payload) writes exactly span.num_bytes into registered memory, in the writer thread.
-
-    is_sealed: fill is given room for the whole message and writes padding and trailer too (layout.message_bytes, hashing.message_hash).
-    """
-
-    handle: Handle
-    span: MessageSpan
-    fill: Callable[[memoryview], None]
-    is_sealed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PushResult:
-    """A message is in D's memory. Times are monotonic seconds of this process, from the start of packing to the end of the write.
-
-    posted_s: it was packed, hashed and paced, and the write began. report: what the transport measured of the write, if it does.
-    """
-
-    num_bytes: int
-    started_s: float
-    posted_s: float
-    ended_s: float
-    report: WriteReport | None
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +46,7 @@ class _Pending:
 class _InFlight:
     pending: _Pending
     write: Write
-    send_slot: Region
+    send_slot: Memory
     started_s: float
     posted_s: float
     is_late: bool = False
@@ -79,13 +56,20 @@ class Pusher:
     """All writes of one producer process. Started by the first attach_ring(), ended by close()."""
 
     def __init__(
-        self, boot_id: str, transport: Transport, section: TransferSection, num_send_slots: int, now_s: Callable[[], float]
+        self,
+        boot_id: str,
+        transport: Transport,
+        section: TransferSection,
+        num_send_slots: int,
+        now_s: Callable[[], float],
+        allocate: Allocate,
     ) -> None:
         self._boot_id = boot_id
         self._transport = transport
         self._section = section
         self._now_s = now_s
         self._num_send_slots = num_send_slots
+        self._allocate = allocate
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closing = False
@@ -95,8 +79,8 @@ class Pusher:
         self._pending: list[_Pending] = []
         self._sending: _Pending | None = None
         self._in_flight: list[_InFlight] = []
-        self._free_send_slots: list[Region] = []
-        self._all_send_slots: list[Region] = []
+        self._free_send_slots: list[Memory] = []
+        self._all_send_slots: list[Memory] = []
         self._fences: dict[int, Future[None]] = {}
         self._closed: OrderedDict[int, None] = OrderedDict()
         self._free_at_s = 0.0
@@ -240,7 +224,8 @@ class Pusher:
         if all(flight.is_late for flight in self._in_flight):
             return _LATE_POLL_S
         newest_s = max(flight.posted_s for flight in self._in_flight)
-        return policy.poll_delay_s(self._now_s() - newest_s)
+        is_seen = self._all_send_slots[0].place.kind == "host"
+        return policy.poll_delay_s(self._now_s() - newest_s, is_seen_there=is_seen)
 
     def _choose(self) -> _Pending | None:
         """Take the first job whose turn has come, if a send slot is free."""
@@ -252,7 +237,7 @@ class Pusher:
                 return self._pending.pop(i)
         return None
 
-    def _send(self, pending: _Pending, send_slot: Region) -> None:
+    def _send(self, pending: _Pending, send_slot: Memory) -> None:
         """Pack, hash, wait for the pace, post. Runs in the writer thread without the lock, but for the decision to post."""
         job, started_s = pending.job, self._now_s()
         span, handle_id = job.span, job.handle.handle_id
@@ -263,7 +248,7 @@ class Pusher:
             self._abandon(pending, send_slot, TransferError(f"packing message {span.message_idx} failed: {error!r}", code="pack_failed"))
             return
         if not job.is_sealed:
-            _seal(send_slot, handle_id, span)
+            _seal(send_slot.slice(0, num_bytes), handle_id, span)
         with self._changed:
             self._free_at_s = policy.paced_until_s(self._free_at_s, self._now_s(), num_bytes, self._section.max_bytes_per_s)
             while (left_s := self._free_at_s - self._now_s()) > 0 and not self._is_closing:
@@ -277,11 +262,12 @@ class Pusher:
             self._abandon(pending, send_slot, _cancelled(pending))
             return
         slot = layout.slot_of(job.handle.slots, span.message_idx)
-        remote = Span(offer.base_address + slot * layout.slot_stride(offer.slot_bytes), num_bytes)
+        there = Place(offer.memory, offer.device_idx)
+        remote = Span(offer.base_address + slot * layout.slot_stride(offer.slot_bytes), num_bytes, there)
         note = layout.notification(handle_id, span.message_idx)
         posted_s = self._now_s()
         try:
-            write = self._transport.write(Span(send_slot.address, num_bytes), offer.ring_name, remote, note)
+            write = self._transport.write(Span(send_slot.address, num_bytes, send_slot.place), offer.ring_name, remote, note)
         except (PeerError, TransferError) as error:
             with self._changed:
                 self._writer = writing.end_write(self._writer, *pending.key)
@@ -290,7 +276,7 @@ class Pusher:
         with self._changed:
             self._in_flight.append(_InFlight(pending, write, send_slot, started_s, posted_s))
 
-    def _abandon(self, pending: _Pending, send_slot: Region, error: TransferError | PeerError) -> None:
+    def _abandon(self, pending: _Pending, send_slot: Memory, error: TransferError | PeerError) -> None:
         with self._changed:
             self._free_send_slots.append(send_slot)
             self.counters[f"push_{error.code}"] += 1
@@ -361,7 +347,7 @@ class Pusher:
                     self._writer = writing.forget(self._writer, handle_id)
 
     def _add_send_slot(self, slot_bytes: int) -> None:
-        region = Region(layout.slot_stride(slot_bytes))
+        region = self._allocate(layout.slot_stride(slot_bytes))
         self._transport.register(region)
         self._all_send_slots.append(region)
         self._free_send_slots.append(region)
@@ -372,12 +358,13 @@ class Pusher:
             self._add_send_slot(num_bytes - layout.TRAILER_BYTES)
 
 
-def _seal(send_slot: Region, handle_id: int, span: MessageSpan) -> None:
+def _seal(message: memoryview | Tensor, handle_id: int, span: MessageSpan) -> None:
     """Padding and trailer behind the payload."""
-    end = layout.trailer_offset(span.num_bytes)
-    send_slot.slice(span.num_bytes, end - span.num_bytes)[:] = bytes(end - span.num_bytes)
-    digest = message_hash(send_slot.slice(0, span.num_bytes), handle_id, span.group, span.message_idx)
-    layout.write_trailer(send_slot.slice(end, layout.TRAILER_BYTES), layout.trailer_start(handle_id, span), digest)
+    assert isinstance(message, memoryview), "whoever fills a device's memory seals it too"
+    payload, end = message[: span.num_bytes], layout.trailer_offset(span.num_bytes)
+    message[span.num_bytes : end] = bytes(end - span.num_bytes)
+    digest = message_hash(payload, handle_id, span.group, span.message_idx)
+    layout.write_trailer(message[end:], layout.trailer_start(handle_id, span), digest)
 
 
 def _new_future() -> Future[Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol
 
-from services.kv_transfer.memory import Region
+from services.kv_transfer.memory import HOST, Memory, Place
 
 
 class Span(NamedTuple):
@@ -18,6 +18,7 @@ class Span(NamedTuple):
 
     base: int
     length: int
+    place: Place = HOST
 
 
 class WriteState(Enum):
@@ -64,11 +65,11 @@ class Transport(Protocol):
     transport_name: str
     measures_writes: bool
 
-    def register(self, region: Region) -> None:
+    def register(self, region: Memory) -> None:
         """Let peers write into `region` and writes start from it."""
         ...
 
-    def deregister(self, region: Region) -> None:
+    def deregister(self, region: Memory) -> None:
         """Undo register(); does not stop a write that is under way."""
         ...
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from duomo.errors import PeerError
 from services.kv_transfer.faults import Fault, FaultPlan, ScriptedFaults
-from services.kv_transfer.memory import Region
+from services.kv_transfer.memory import Memory
 from services.kv_transfer.transport import Span, Transport, Write, WriteState
 
 
@@ -57,7 +57,7 @@ class LoopbackHub:
         self._stopped: set[str] = set()
         self._newest: dict[int, _LoopbackWrite] = {}
         # A late write must find its pages: every region that was ever registered stays mapped as long as the hub lives.
-        self._regions: list[Region] = []
+        self._regions: list[Memory] = []
 
     def agent(self, name: str) -> LoopbackTransport:
         """A new agent called `name` (unused so far)."""
@@ -99,7 +99,7 @@ class LoopbackHub:
             for due in waiting:
                 heapq.heappush(self._under_way, due)
 
-    def register(self, region: Region) -> None:
+    def register(self, region: Memory) -> None:
         with self._lock:
             self._regions.append(region)
 
@@ -190,10 +190,10 @@ class LoopbackTransport:
         self._hub = hub
         self._peers: set[str] = set()
 
-    def register(self, region: Region) -> None:
+    def register(self, region: Memory) -> None:
         self._hub.register(region)
 
-    def deregister(self, region: Region) -> None:
+    def deregister(self, region: Memory) -> None:
         """Nothing: as with NIXL, writes under way land all the same."""
 
     def metadata(self) -> bytes:

@@ -12,11 +12,11 @@ from typing import Any
 
 from duomo.config import TransferSection
 from duomo.errors import PeerError, TransferError
-from services.kv_transfer.memory import PageLocks, Region
+from services.kv_transfer.memory import Memory, MemoryKind, PageLocks
 from services.kv_transfer.transport import Span, Transport, Write, WriteReport, WriteState
 from services.kv_transfer.transport_nixl_config import BACKEND, import_nixl, make_agent
 
-_MEMORY = "DRAM"
+_SEGMENTS: dict[MemoryKind, str] = {"host": "DRAM", "cuda": "VRAM"}
 
 log = logging.getLogger(__name__)
 
@@ -54,21 +54,23 @@ class NixlTransport:
         self._peers: dict[str, bytes] = {}
         self._has_told_unmeasured = False
 
-    def register(self, region: Region) -> None:
-        if self._locks is not None:
+    def register(self, region: Memory) -> None:
+        kind, device_idx = region.place
+        has_lock = self._locks is not None and kind == "host"
+        if self._locks is not None and has_lock:
             self._locks.lock(region.address, region.num_bytes)
         try:
-            descs = self._agent.register_memory([(region.address, region.num_bytes, 0, "")], _MEMORY)
+            descs = self._agent.register_memory([(region.address, region.num_bytes, device_idx, "")], _SEGMENTS[kind])
         except self._errors as error:
-            if self._locks is not None:
+            if self._locks is not None and has_lock:
                 self._locks.unlock(region.address)  # nobody deregisters it: it would be freed locked, and its addresses given to others
             raise TransferError(
-                f"{region.num_bytes} bytes cannot be registered: {error}", code="register_failed", retryable=False
+                f"{region.num_bytes} bytes of {kind} memory cannot be registered: {error}", code="register_failed", retryable=False
             ) from error
         with self._lock:
             self._registered[region.address] = descs
 
-    def deregister(self, region: Region) -> None:
+    def deregister(self, region: Memory) -> None:
         with self._lock:
             descs = self._registered.pop(region.address, None)
         if descs is not None:
@@ -104,8 +106,7 @@ class NixlTransport:
     def write(self, local: Span, peer: str, remote: Span, notification: bytes) -> Write:
         if peer not in self._peers:
             raise PeerError(f"agent {peer} is not known", phase="kv.handoff")
-        source = self._agent.get_xfer_descs([(local.base, local.length, 0)], _MEMORY)
-        target = self._agent.get_xfer_descs([(remote.base, remote.length, 0)], _MEMORY)
+        source, target = self._descs(local), self._descs(remote)
         try:
             handle = self._agent.initialize_xfer("WRITE", source, target, peer, notification)
         except self._errors as error:
@@ -152,6 +153,9 @@ class NixlTransport:
             registered, self._registered = self._registered, {}
         for address, descs in registered.items():
             self._forget(address, descs)
+
+    def _descs(self, span: Span) -> Any:
+        return self._agent.get_xfer_descs([(span.base, span.length, span.place.device_idx)], _SEGMENTS[span.place.kind])
 
     def _forget(self, address: int, descs: Any) -> None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from duomo.telemetry.tracing import AttributeValue
-from services.kv_transfer.pushing import PushResult
+from services.kv_transfer.push_job import PushResult
 from services.kv_transfer.transport import WriteReport
 
 

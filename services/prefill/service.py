@@ -33,7 +33,7 @@ from duomo.wire.messages import (
     RingOffered,
     StartPrefill,
 )
-from services.engine_start import engine_in, page_locks
+from services.engine_start import engine_in, page_locks, ring_memory, ring_memory_name
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.ending import PREFILL_LIMIT_S, STEP_THREAD_LIMIT_S, closed, end_tasks, in_thread
@@ -208,11 +208,13 @@ async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event)
         worker, config = await _started(config, thread, tracing, ends)
         card = ReplicaCard.of(config, "prefill", replica_id, worker.config.fingerprint)
         transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer, page_locks(config))
-        agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=config.prefill.send_slots)
+        memory, num_slots = ring_memory(config), config.prefill.send_slots
+        agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=num_slots, allocate=memory)
         ends.push_async_callback(closed, "the transfer agent", in_thread(agent.close))
         service = PrefillService(card, worker, agent, tracing, directory, thread)
         ends.push_async_callback(closed, "the service", service.stop, PREFILL_LIMIT_S)
-        log.info("%s moved and verified one message in %.3f s", agent.transport_name, await asyncio.to_thread(agent.prove))
+        proven_s, where = await asyncio.to_thread(agent.prove), ring_memory_name(config)
+        log.info("%s moved and verified one message in %s in %.3f s", agent.transport_name, where, proven_s)
         await service.start()
         log.info("prefill replica %s serves at %s over %s", replica_id, service.membership.identity.address, agent.transport_name)
         ahead = asyncio.create_task(_connect_ahead(service, directory))

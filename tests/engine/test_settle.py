@@ -11,7 +11,7 @@ import pytest
 from duomo.config import DuomoConfig, load_config
 from duomo.engine.card_shares import Pool
 from duomo.engine.device import Host, look_at_host
-from duomo.engine.settle import memory_limits, settle
+from duomo.engine.settle import SLOT_TRAILER_BYTES, memory_limits, settle
 from duomo.errors import ConfigError, ModelError
 from tests.engine.scripted_driver import H100, ScriptedDriver
 
@@ -149,6 +149,11 @@ def test_split_on_one_card_is_two_plans_and_on_two_a_card_each() -> None:
     lines = one.memory_lines()
     assert len(lines) == len(one.plan.lines()) + len(one.prefill_plan.lines())
     assert lines[0].startswith("prefill device") and lines[-1].startswith("decode  reserve")
+    slot_bytes = one.config.kv_transfer.slot_bytes + SLOT_TRAILER_BYTES
+    assert (one.prefill_plan.handoff, one.plan.handoff) == (16 * slot_bytes, 32 * slot_bytes)
+    assert sum("handoff" in line for line in lines) == 2
+    of_host = settle(config(OLMOE, layout="split", **{"model.random_weights": True, "kv_transfer.memory": "host"}), gpu)
+    assert of_host.plan is not None and of_host.plan.handoff == 0 and of_host.plan.num_blocks > one.plan.num_blocks
     again = settle(one.config, gpu)
     assert again.config == one.config
 

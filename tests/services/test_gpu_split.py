@@ -1,4 +1,4 @@
-"""A prefill and a decode replica of a GPU, each with its own engine: KV crosses rings in the host's memory, and tokens are one engine's.
+"""A prefill and a decode replica of a GPU, each with its own engine: KV crosses rings of either memory, and tokens are one engine's.
 
 Interpreted, over loopback with faults and over NIXL; on a card two engines in one process, and graphs. Two processes are `duomo serve
 --layout split` (docs/operations.md).
@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
-from duomo.config import DuomoConfig
+from duomo.config import DuomoConfig, TransferSection
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
 from duomo.engine.gpu_start import planned
 from duomo.engine.memory_plan import DeviceBytes, EnginePart, MemoryLimits
@@ -27,7 +27,11 @@ from duomo.engine.startup import Startup
 from duomo.models.gpu_random import random_gpu_weights
 from duomo.wire.messages import Sampling
 from services.decode.gpu_worker import GpuDecodeWorker
+from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.device_memory import DeviceRegion
 from services.kv_transfer.faults import Fault, FaultPlan, ScriptedFaults
+from services.kv_transfer.memory import Region
+from services.kv_transfer.transport import Transport
 from services.prefill.gpu_worker import GpuPrefillWorker
 from services.prefill.worker import WorkerSizes
 from tests.engine.gpu_tiny import TINY, WIDE
@@ -85,11 +89,16 @@ def play(pair: Pair, config: DuomoConfig, scenario: Scenario, faults: FaultPlan 
         decode=lambda config: GpuDecodeWorker(pair.decode),
     )
 
+    def agent(boot_id: str, transport: Transport, section: TransferSection, num_send_slots: int) -> TransferAgent:
+        of_device = partial(DeviceRegion, device=pair.decode.cache.device)
+        allocate = of_device if section.memory == "device" else Region
+        return TransferAgent(boot_id, transport, section, num_send_slots=num_send_slots, allocate=allocate)
+
     # an engine that is ready also counts what the next one of its process compiles while that one starts
     before = [engine.compilations.num_after_ready for engine in (pair.prefill, pair.decode)]
 
     async def go() -> None:
-        async with asyncio.timeout(100), system(config, 1, 1, faults, makers) as made:
+        async with asyncio.timeout(100), system(config, 1, 1, faults, makers, agent) as made:
             await scenario(made)
             await made.at_rest()
             served = zip((made.prefills[0][0], made.decodes[0][0]), (pair.prefill, pair.decode), before, strict=True)
@@ -103,7 +112,8 @@ def play(pair: Pair, config: DuomoConfig, scenario: Scenario, faults: FaultPlan 
 
 
 @INTERPRETED
-def test_kv_crosses_and_tokens_are_one_engines(pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_kv_crosses_and_tokens_are_one_engines(pair: Pair, tmp_path: Path, memory: str) -> None:
     """Prompts of part of a block and of several; two choices; a second turn, of which decode has the beginning."""
     asked = [Asked(prompt(5, 1, 97), GREEDY), Asked(prompt(21, 2, 97), DRAWS, choices=(0, 1))]
     turn = Asked((*asked[1].prompt_ids, 7, 8, 9), GREEDY)
@@ -119,7 +129,7 @@ def test_kv_crosses_and_tokens_are_one_engines(pair: Pair, tmp_path: Path) -> No
         found[2, 0] = made.tokens("turn", p=0, d=0)
         assert decode.report().counters["landed_bytes"] == (3 + 1) * block_bytes, "one of its two blocks was known"
 
-    play(pair, told(tmp_path, pair), scenario)
+    play(pair, told(tmp_path, pair, {"kv_transfer": {"memory": memory}}), scenario)
     judge(pair.both, [*asked, turn], found)
 
 
@@ -172,8 +182,8 @@ def test_a_request_cancelled_while_its_kv_lands_gives_all_back(pair: Pair, tmp_p
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("transport", ["loopback", "nixl"])
-def test_two_engines_on_a_card_answer_as_one(tmp_path: Path, transport: str) -> None:
+@pytest.mark.parametrize(("transport", "memory"), [("loopback", "host"), ("nixl", "host"), ("nixl", "device")])
+def test_two_engines_on_a_card_answer_as_one(tmp_path: Path, transport: str, memory: str) -> None:
     """Captured graphs, 32 requests at a time, deterministic: the tokens of one engine that is both, and no hash that differs."""
     if transport == "nixl":
         pytest.importorskip("nixl_cu13", reason="KV moves by NIXL")
@@ -199,7 +209,7 @@ def test_two_engines_on_a_card_answer_as_one(tmp_path: Path, transport: str) -> 
         assert counters["landed_bytes"] > 0 and not counters.get("messages_corrupt")
 
     sections: dict[str, dict[str, object]] = {
-        "kv_transfer": {"transport": transport, "ucx_net_devices": "lo", "slot_bytes": 1 << 20},
+        "kv_transfer": {"transport": transport, "memory": memory, "ucx_net_devices": "lo", "slot_bytes": 1 << 20},
         "decode": {"max_batch": 32},
         "model": {"max_model_tokens": 512},
     }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from duomo.config import TransferSection
 from duomo.errors import TransferError
 from services.kv_transfer.agent import TransferAgent
+from services.kv_transfer.device_memory import DeviceRegion
 from services.kv_transfer.faults import Fault, ScriptedFaults
 from services.kv_transfer.transport_loopback import LoopbackHub
 from services.kv_transfer.transport_nixl import NixlTransport
@@ -43,4 +45,17 @@ def test_a_transport_that_loses_bytes_is_given_a_bounded_time(monkeypatch: pytes
     agent = TransferAgent("boot", LoopbackHub(ScriptedFaults({0: Fault(drops_data=True)})).agent("a"), SECTION)
     with pytest.raises(TransferError, match="did not land within 0.2 s"):
         agent.prove()
+    agent.close()
+
+
+def test_memory_of_a_device_proves_itself_as_the_hosts_does() -> None:
+    made: list[DeviceRegion] = []
+
+    def allocate(num_bytes: int) -> DeviceRegion:
+        made.append(DeviceRegion(num_bytes, torch.device("cpu")))
+        return made[-1]
+
+    agent = TransferAgent("boot", LoopbackHub().agent("a"), SECTION, allocate=allocate)
+    agent.prove()
+    assert len(made) == 2, "a send slot and a ring"
     agent.close()
