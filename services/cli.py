@@ -222,7 +222,10 @@ def _load(file: Path | None, named: dict[str, object], settings: list[str] | Non
     if not (path / "config.json").is_file():
         what = "holds no config.json" if path.is_dir() else "is no folder"
         raise ConfigError(f"MODEL_DIR (model.path): {path} {what}; name a Hugging Face folder, such as models/tiny-moe")
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": path.resolve(), "name": config.model.served_name})})
+    absolute: dict[str, object] = {"model": config.model.model_copy(update={"path": path.resolve(), "name": config.model.served_name})}
+    if (template := config.gateway.chat_template) is not None:
+        absolute["gateway"] = config.gateway.model_copy(update={"chat_template": template.resolve()})
+    return config.model_copy(update=absolute)
 
 
 def _read(file: Path | None, named: dict[str, object], settings: list[str] | None) -> DuomoConfig:

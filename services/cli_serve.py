@@ -200,7 +200,7 @@ def check_model(config: DuomoConfig) -> str:
     path = config.model.path
     if not config.model.random_weights and not any(path.glob("*.safetensors")):
         raise ModelError(f"{path} holds no weights (*.safetensors); on a GPU --random-weights draws some")
-    return ModelText.of(config.model, read_model_card(config.model).vocab_size).note
+    return ModelText.of(config.model, read_model_card(config.model).vocab_size, config.gateway).note
 
 
 def wait_until_ready(config: DuomoConfig, timeout_s: float, check: Callable[[], None]) -> None:

@@ -74,8 +74,8 @@ class Edge:
         call = self._call(request, "chatcmpl-", "chat")
         with call.refusing():
             asked = self._parser.chat(await read_body(request, self._section.max_body_bytes))
-            requests = await self._prompts.chat(asked, call.template(asked.common))
-        return await call.answer(request, requests, asked.common, ChatShape(call.head(asked.common)))
+            requests, style = await self._prompts.chat(asked, call.template(asked.common))
+        return await call.answer(request, requests, asked.common, ChatShape(call.head(asked.common), style))
 
     async def completion(self, request: Request) -> Response:
         call = self._call(request, "cmpl-", "text_completion")

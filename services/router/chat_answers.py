@@ -6,22 +6,36 @@ Chunks are joined from parts made once for each answer, since they are written f
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
 from duomo.errors import DuomoError
 from services.router.answers import AnswerHead, FinishedChoice, error_event, finite, object_head, token_ids_of, usage_end, usage_object
 from services.router.generation import EmittedPiece, TextEmitted, Usage
+from services.router.markup import OutputReader, OutputStyle
+from services.router.output_parts import (
+    CallBlock,
+    CallOpened,
+    OutputBlock,
+    OutputPart,
+    ReasoningBlock,
+    ReasoningPart,
+    TextBlock,
+    TextPart,
+    blocks_of,
+)
 
 _json: Final = msgspec.json.Encoder().encode
 
 
 class ChatShape:
-    """chat.completion and chat.completion.chunk."""
+    """chat.completion and chat.completion.chunk. style: the markup that is read out of the text, if the model writes any."""
 
-    def __init__(self, head: AnswerHead) -> None:
+    def __init__(self, head: AnswerHead, style: OutputStyle | None = None) -> None:
         self._head = head
+        self._style = style if style is not None and style.has_markup else None
+        self._readers: dict[int, OutputReader] = {}
         self._chunk_head = object_head(head, "chat.completion.chunk")
         self._tail = b',"usage":null}\n\n' if head.includes_usage else b"}\n\n"
 
@@ -31,14 +45,23 @@ class ChatShape:
         return b'data: %s,"choices":[%s%s' % (self._chunk_head, body, self._tail)
 
     def chunk(self, event: TextEmitted) -> bytes:
-        delta = b'{"content":%s}' % _json(event.text) if event.text or event.finish_reason is None else b"{}"
-        finish = b"null" if event.finish_reason is None else b'"%s"' % event.finish_reason.encode()
+        """Nothing where all of a token's text is held back and nothing else is shown of it."""
+        finish: str | None = event.finish_reason
+        if self._style is None:
+            delta = b'{"content":%s}' % _json(event.text) if event.text or finish is None else b"{}"
+        else:
+            reader = self._readers.setdefault(event.choice, OutputReader(self._style))
+            parts = reader.push(event.text) + (reader.finish() if finish is not None else [])
+            if not parts and finish is None and not event.pieces:
+                return b""
+            delta = _json(_delta(parts))
+            finish = _finish_reason(finish, reader)
         return b'data: %s,"choices":[{"index":%d,"delta":%s,"logprobs":%s,"finish_reason":%s%s}]%s' % (
             self._chunk_head,
             event.choice,
             delta,
             self._logprobs(event.pieces),
-            finish,
+            b"null" if finish is None else b'"%s"' % finish.encode(),
             token_ids_of(self._head, event.pieces),
             self._tail,
         )
@@ -51,17 +74,20 @@ class ChatShape:
 
     def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
         shown = b",".join(
-            b'{"index":%d,"message":{"role":"assistant","content":%s,"refusal":null},"logprobs":%s,"finish_reason":%s%s}'
-            % (
-                choice.number,
-                _json("".join(choice.texts)),
-                self._logprobs(choice.pieces),
-                _json(choice.finish_reason),
-                token_ids_of(self._head, choice.pieces),
-            )
+            b'{"index":%d,%s,"logprobs":%s%s}'
+            % (choice.number, self._message(choice), self._logprobs(choice.pieces), token_ids_of(self._head, choice.pieces))
             for choice in choices
         )
         return b'%s,"choices":[%s],"usage":%s}' % (object_head(self._head, "chat.completion"), shown, _json(usage_object(usage)))
+
+    def _message(self, choice: FinishedChoice) -> bytes:
+        """The choice's message and its finish reason."""
+        text, finish = "".join(choice.texts), choice.finish_reason
+        if self._style is None:
+            return b'"message":{"role":"assistant","content":%s,"refusal":null},"finish_reason":%s' % (_json(text), _json(finish))
+        reader = OutputReader(self._style)
+        message = _message(blocks_of(reader.push(text) + reader.finish()))
+        return b'"message":%s,"finish_reason":%s' % (_json(message), _json(_finish_reason(finish, reader)))
 
     def _logprobs(self, pieces: Sequence[EmittedPiece]) -> bytes:
         if not self._head.shows_logprobs:
@@ -76,3 +102,43 @@ class ChatShape:
     def _entry(self, token_id: int, logprob: float) -> dict[str, object]:
         raw = self._head.text.token_bytes(token_id)
         return {"token": raw.decode("utf-8", "replace"), "logprob": finite(logprob), "bytes": list(raw)}
+
+
+def _finish_reason(finish: str | None, reader: OutputReader) -> str | None:
+    """A choice that ended by itself after a call waits for that call's result."""
+    return "tool_calls" if finish == "stop" and reader.has_called else finish
+
+
+def _delta(parts: Sequence[OutputPart]) -> dict[str, object]:
+    """One chunk's delta: each call that it adds to stands in it once."""
+    delta: dict[str, object] = {}
+    calls: dict[int, dict[str, object]] = {}
+    for part in parts:
+        if isinstance(part, ReasoningPart):
+            delta["reasoning_content"] = f"{delta.get('reasoning_content', '')}{part.text}"
+        elif isinstance(part, TextPart):
+            delta["content"] = f"{delta.get('content', '')}{part.text}"
+        elif isinstance(part, CallOpened):
+            function = {"name": part.name, "arguments": ""}
+            calls[part.index] = {"index": part.index, "id": part.call_id, "type": "function", "function": function}
+        else:
+            call = calls.setdefault(part.index, {"index": part.index, "function": {"arguments": ""}})
+            function = cast(dict[str, str], call["function"])
+            function["arguments"] += part.text
+    if calls:
+        delta["tool_calls"] = list(calls.values())
+    return delta
+
+
+def _message(blocks: Sequence[OutputBlock]) -> dict[str, object]:
+    texts = [block.text for block in blocks if isinstance(block, TextBlock)]
+    message: dict[str, object] = {"role": "assistant", "content": "".join(texts) if texts or not blocks else None, "refusal": None}
+    reasoning = [block.text for block in blocks if isinstance(block, ReasoningBlock)]
+    if reasoning:
+        message["reasoning_content"] = "".join(reasoning)
+    calls = [block for block in blocks if isinstance(block, CallBlock)]
+    if calls:
+        message["tool_calls"] = [
+            {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
+        ]
+    return message

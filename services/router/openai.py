@@ -17,15 +17,13 @@ from services.router.chat_messages import read_messages
 from services.router.common_fields import CommonFields, CommonNames, CommonReader, json_object
 from services.router.conversation import Conversation
 from services.router.fields import Fields, wrong_type
+from services.router.tools import read_tool_use, refuse_forced
 
 _IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 _CHAT_NAMES: Final = CommonNames(lengths=("max_tokens", "max_completion_tokens"), ignored=_IGNORED)
 _COMPLETION_NAMES: Final = CommonNames(lengths=("max_tokens",), ignored=_IGNORED)
 _CHAT_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {
     "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -71,7 +69,8 @@ class RequestParser:
 
     def conversation(self, fields: Fields) -> Conversation:
         """The fields of a chat that are rendered."""
-        return Conversation(read_messages(fields.array("messages")))
+        messages = read_messages(fields.array("messages"))
+        return Conversation(messages, read_tool_use(fields), fields.mapping("chat_template_kwargs") or {})
 
     def token_ids(self, name: str, values: list[object]) -> tuple[int, ...]:
         return self._reader.token_ids(name, values)
@@ -79,6 +78,7 @@ class RequestParser:
     def chat(self, body: bytes) -> ChatRequest:
         fields = self.fields(body)
         conversation = self.conversation(fields)
+        refuse_forced(conversation.tool_use)
         fields.refuse_unless(_CHAT_ONLY_OFF)
         has_logprobs = fields.boolean("logprobs")
         top = fields.integer("top_logprobs", low=0, high=self._section.max_logprobs)

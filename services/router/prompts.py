@@ -14,6 +14,7 @@ from duomo.config import GatewaySection
 from duomo.errors import RequestError
 from services.router.common_fields import CommonFields
 from services.router.generation import GenerationRequest
+from services.router.markup import OutputStyle
 from services.router.model_card import ModelCard
 from services.router.openai import ChatRequest, CompletionRequest
 from services.router.text import THREAD_CHARS, ModelText
@@ -30,10 +31,11 @@ class PromptMaker:
         self._card = card
         self._text = text
 
-    async def chat(self, request: ChatRequest, template: GenerationRequest) -> list[GenerationRequest]:
+    async def chat(self, request: ChatRequest, template: GenerationRequest) -> tuple[list[GenerationRequest], OutputStyle]:
+        """The one generation request, and how its output is to be read."""
         rendered = self._text.render(request.conversation)
-        ids = await self._encode(rendered, "messages", add_special_tokens=False)
-        return [self._fit(ids, "messages", request.common, self._section.default_max_tokens, template)]
+        ids = await self._encode(rendered.text, "messages", add_special_tokens=False)
+        return [self._fit(ids, "messages", request.common, self._section.default_max_tokens, template)], rendered.style
 
     async def completion(self, request: CompletionRequest, template: GenerationRequest) -> list[GenerationRequest]:
         requests = []

@@ -36,7 +36,7 @@ async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Even
     bound = bind_port(config.gateway)
     try:
         card = read_model_card(config.model)
-        text = ModelText.of(config.model, card.vocab_size)
+        text = ModelText.of(config.model, card.vocab_size, config.gateway)
         if text.note:
             log.warning("%s", text.note)
         tracing = configure(config.tracing, "duomo-gateway", "gateway", replica_id)

@@ -126,10 +126,13 @@ class StreamSink(Sink):
         if self.error is not None:
             return
         if isinstance(event, TextEmitted):
+            written = self._shape.chunk(event)
             if event.choice not in self._opened:
                 self._opened.add(event.choice)
-                self._buffer += self._shape.opening(event.choice)
-            self._buffer += self._shape.chunk(event)
+                written = self._shape.opening(event.choice) + written
+            self._buffer += written
+            if not written:
+                self.sent()  # nothing of this token goes out: it is as good as there
             if len(self._buffer) > self._max_behind_bytes - self._unsent_bytes():
                 self.error = RequestCancelled("the client reads too slowly", code="slow_client")
                 self._on_behind()

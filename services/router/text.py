@@ -9,18 +9,16 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import tokenizers
 
-from duomo.config import ModelSection
+from duomo.config import GatewaySection, ModelSection
 from duomo.errors import ModelError, RequestError
-from services.router.conversation import ChatMessage, Conversation
+from services.router.chat_template import ChatTemplate, Rendered, template_of
+from services.router.conversation import Conversation
+from services.router.markup import MARKERS
 from services.router.spelling import Spelling, spelling_of
 
 # Text of at least this many characters is tokenised on a thread, so that the loop's other streams do not stall (0.5 us a character).
@@ -35,28 +33,29 @@ _TOKENIZER: Final = "tokenizer.json"
 class ModelText:
     """The text side of one model folder. Immutable after loading; shared by all requests and threads."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, spelling: Spelling, template: str | None, special: dict[str, str]) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, spelling: Spelling, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
-        self._special = special
-        self._template = None if template is None else _environment().from_string(template)
+        self.template = template
         self._strips_space = spelling.strips_space
         self._pieces = spelling.pieces(tokenizer)
         self.vocab_size = len(self._pieces)
         self.note = ""  # for the operator: whose tokenizer this is, where it is not the model's own
-        skipped = {idx for idx, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        # Marks of reasoning and tool calls are read further on, also where a tokenizer calls them special.
+        added = tokenizer.get_added_tokens_decoder().items()
+        skipped = {idx for idx, token in added if token.special and token.content not in MARKERS}
         self._visible = [b"" if idx in skipped else piece for idx, piece in enumerate(self._pieces)]
         self._longest_bytes = max(map(len, self._pieces), default=1)
 
     @classmethod
-    def of(cls, section: ModelSection, vocab_size: int) -> ModelText:
+    def of(cls, section: ModelSection, vocab_size: int, options: GatewaySection | None = None) -> ModelText:
         """The text side of a served model with so many ids: of its folder, or, where weights are drawn and it has none, lent.
 
-        With a lent tokenizer ids beyond its vocabulary read as `<id>`. Raises ModelError, also where the model has fewer ids than the
-        tokenizer.
+        With a lent tokenizer ids beyond its vocabulary read as `<id>`. options: gateway.chat_template and the parsers beside it. Raises
+        ModelError, also where the model has fewer ids than the tokenizer, and ConfigError for the template.
         """
         is_lent = section.random_weights and not (section.path / _TOKENIZER).exists()
         folder = _embedded_folder(section.path) if is_lent else section.path
-        text = cls.load(folder)
+        text = cls.load(folder, options)
         if vocab_size < text.vocab_size:
             whose = f"{folder / _TOKENIZER}" + (f", lent to {section.path}, which has none," if is_lent else "")
             raise ModelError(f"{whose} has ids up to {text.vocab_size - 1}, but the model only 0 to {vocab_size - 1} (vocab_size)")
@@ -66,7 +65,7 @@ class ModelText:
         return text
 
     @classmethod
-    def load(cls, folder: Path) -> ModelText:
+    def load(cls, folder: Path, options: GatewaySection | None = None) -> ModelText:
         """Raises ModelError naming the file that is missing or cannot be served."""
         file = folder / _TOKENIZER
         try:
@@ -77,17 +76,13 @@ class ModelText:
         settings = _read_json(folder / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         special = {name: _token_text(settings[name]) for name in names if settings.get(name)}
-        return cls(tokenizer, spelling, _template_source(folder, settings), special)
+        return cls(tokenizer, spelling, template_of(folder, settings, special, options))
 
-    def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> str:
-        """The conversation as the model was trained to read it, ready for the assistant's turn. RequestError naming `messages`."""
-        if self._template is None:
+    def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> Rendered:
+        """As ChatTemplate.render; RequestError naming `messages` also where there is no template."""
+        if self.template is None:
             raise RequestError("This model has no chat template; use /v1/completions.", param="messages", code="unsupported_endpoint")
-        turns = [_as_turn(message) for message in conversation.messages]
-        try:
-            return self._template.render(messages=turns, add_generation_prompt=add_generation_prompt, **self._special)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise RequestError(f"The model's chat template refuses these messages: {error}.", param="messages") from error
+        return self.template.render(conversation, add_generation_prompt=add_generation_prompt)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         try:
@@ -186,26 +181,6 @@ class StopScanner:
         return 0
 
 
-def _as_turn(message: ChatMessage) -> dict[str, str]:
-    turn = {"role": message.role, "content": message.content}
-    if message.name is not None:
-        turn["name"] = message.name
-    return turn
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The settings and names that published templates are written for (those of transformers)."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals["raise_exception"] = _raise_template_error
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-def _raise_template_error(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
 def _embedded_folder(for_folder: Path) -> Path:
     """Raises ModelError where neither a checkout nor the working folder holds it."""
     places = [root / _EMBEDDED for root in (Path(__file__).resolve().parents[2], Path.cwd())]
@@ -213,17 +188,6 @@ def _embedded_folder(for_folder: Path) -> Path:
     if found is None:
         raise ModelError(f"{for_folder} has no {_TOKENIZER}, and the embedded model's is not in {places[0]} either: give the folder one")
     return found
-
-
-def _template_source(folder: Path, settings: dict[str, object]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    source = settings.get("chat_template")
-    if isinstance(source, list):
-        named = {entry["name"]: entry["template"] for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
-    return source if isinstance(source, str) else None
 
 
 def _token_text(value: object) -> str:

@@ -31,7 +31,8 @@ class Tokenizing:
             if not fields.has("messages"):
                 raise RequestError("You must provide a 'prompt' or 'messages'.", param="prompt", code="missing_required_parameter")
             conversation = self._parser.conversation(fields)
-            prompt = self._text.render(conversation, add_generation_prompt=fields.boolean("add_generation_prompt", default=True))
+            has_generation_prompt = fields.boolean("add_generation_prompt", default=True)
+            prompt = self._text.render(conversation, add_generation_prompt=has_generation_prompt).text
         add_special_tokens = fields.boolean("add_special_tokens", default=not is_chat)
         shows_strings = fields.boolean("return_token_strs")
         fields.finish()

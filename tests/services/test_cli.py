@@ -42,6 +42,8 @@ def duomo(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess
         (("serve", str(MODEL), "--device", "cpu", "--random-weights"), "model.random_weights"),
         (("serve", str(MODEL), "--max-model-tokens", "4096"), "model.max_model_tokens"),
         (("serve", str(MODEL), "--device", "cpu", "--layout", "colocated", "--decode-replicas", "2"), "decode.replicas"),
+        (("serve", str(MODEL), "--set", "gateway.chat_template=no/such.jinja"), "gateway.chat_template"),
+        (("serve", str(MODEL), "--set", "gateway.tool_parser=mistral"), "gateway.tool_parser"),
         (("replica", "decode", "--set", f"model.path={MODEL}"), "redis.url"),
         (("chat", "hello", "--url", "http://127.0.0.1:9"), "--url"),
         (("chat", "hello", "--url", "nonsense"), "--url"),

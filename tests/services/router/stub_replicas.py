@@ -61,14 +61,15 @@ class Script:
 
 
 class Story:
-    """The tokens that every stub emits."""
+    """The tokens that every stub emits: one without end, told by each choice from another place, or what it is told to say, and EOS."""
 
-    def __init__(self, text: ModelText) -> None:
-        self.ids = text.encode(STORY, add_special_tokens=False)
+    def __init__(self, text: ModelText, told: str | None = None) -> None:
+        self.ids = text.encode(told or STORY, add_special_tokens=False)
+        self.end = None if told is None else len(self.ids)
         self._text = text
 
     def token(self, choice: int, index: int) -> int:
-        return self.ids[(index + 7 * choice) % len(self.ids)]
+        return self.ids[(index + (7 * choice if self.end is None else 0)) % len(self.ids)]
 
     def text(self, choice: int, num_tokens: int) -> str:
         detokenizer = self._text.detokenizer()
@@ -285,7 +286,7 @@ class StubReplica:
         sampling = start.sampling
         token_id = self.pools.story.token(choice, index)
         is_last = index + 1 >= sampling.max_tokens
-        is_eos = self.pools.script.eos_at == index and not sampling.ignore_eos
+        is_eos = index in (self.pools.script.eos_at, self.pools.story.end) and not sampling.ignore_eos
         finish = "stop" if is_eos or token_id in sampling.stop_token_ids else ("length" if is_last else None)
         logprob = None
         if sampling.logprobs is not None:

@@ -63,18 +63,20 @@ async def stub_system(
     num_decodes: int = 1,
     num_blocks: int = 4096,
     overrides: dict | None = None,
+    told: str | None = None,
 ) -> AsyncIterator[StubSystem]:
-    """Everything up and ready; torn down in order, with the gateway's books checked."""
+    """Everything up and ready; torn down in order, with the gateway's books checked. told: what every choice says, then EOS."""
     raw: dict = {"model": {"path": str(MODEL)}, "gateway": {"port": free_port()}}
     for section, values in (overrides or {}).items():
         raw[section] = raw.get(section, {}) | values
     config = DuomoConfig.model_validate(raw)
-    card, text = read_model_card(config.model), loaded_text()
+    card = read_model_card(config.model)
+    text = ModelText.of(config.model, card.vocab_size, config.gateway) if config.gateway.chat_template else loaded_text()
     tracing: Tracing = configure(config.tracing, "duomo-gateway", "gateway", "gateway-0")
     redis = EmbeddedRedis(folder)
     redis.start()
     directory = Directory(redis.url, 30.0)
-    story = Story(text)
+    story = Story(text, told)
     pools = StubPools(script or Script(), story, card.fingerprint, folder, num_blocks)
     gateway = Gateway(config, "gateway-0", card, text, directory, tracing=tracing, metrics=Metrics())
     base_url = f"http://127.0.0.1:{config.gateway.port}"

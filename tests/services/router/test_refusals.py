@@ -62,7 +62,7 @@ BAD_REQUESTS: list[tuple[str, dict, int, str]] = [
     ("chat", CHAT | {"top_logprobs": 2}, 400, "top_logprobs"),
     ("chat", CHAT | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ("chat", CHAT | {"logprobs": 3}, 400, "logprobs"),
-    ("chat", CHAT | {"tools": [{"type": "function"}]}, 400, "tools"),
+    ("chat", CHAT | {"tools": [{"type": "function"}]}, 400, "tools[0].function"),
     ("chat", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format"),
     ("chat", CHAT | {"logit_bias": {"5": 3}}, 400, "logit_bias"),
     ("chat", CHAT | {"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens"),

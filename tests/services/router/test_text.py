@@ -109,7 +109,7 @@ def test_chat_template_matches_transformers(text: ModelText) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(FOLDER)
     turns = [("system", "Be brief."), ("user", "Hi\n there "), ("assistant", "Hello."), ("user", "Why?")]
-    mine = text.render(Conversation(tuple(ChatMessage(role, content) for role, content in turns)))
+    mine = text.render(Conversation(tuple(ChatMessage(role, content) for role, content in turns))).text
     asked = [{"role": role, "content": content} for role, content in turns]
     assert mine == theirs.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert list(text.encode(mine, add_special_tokens=False)) == theirs.encode(mine, add_special_tokens=False)
