@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from duomo.errors import ConfigError
 
+KvDtype = Literal["model", "fp8_e4m3"]
+
 
 class Section(BaseModel):
     """A part of the configuration: frozen, unknown keys refused."""
@@ -126,13 +128,18 @@ class DecodeSection(PoolSection):
 
 
 class TransferSection(Section):
-    """How KV moves between prefill and decode."""
+    """How KV moves between prefill and decode.
+
+    kv_dtype: as what it moves: "model", bit for bit, or "fp8_e4m3", in half the bytes of bf16 and with the errors of that rounding
+    (docs/decisions/0011-fp8-kv-handoff.md). Both pools must be told the same. Pools themselves hold KV as the model computes it.
+    """
 
     transport: Literal["nixl", "loopback"] = "nixl"
     slot_bytes: int = Field(default=1024 * 1024, ge=64 * 1024)
     memory: Literal["device", "host"] = Field(
         default="device", description="where rings and send slots lie: beside the KV they carry, or in the host's memory also on a GPU"
     )
+    kv_dtype: KvDtype = "model"
     ucx_tls: str = Field(default="", description="UCX_TLS for NIXL; empty lets UCX choose")
     ucx_net_devices: str = Field(default="", description="UCX_NET_DEVICES for NIXL; set it to the RDMA device in production, lo in tests")
     max_bytes_per_s: float = Field(default=0.0, ge=0, description="caps one writer's rate; 0 is no cap")
@@ -193,7 +200,7 @@ class DuomoConfig(Section):
     layout: "split" runs prefill and decode as two pools of processes; "colocated" runs both in one process with one copy of the weights
     and one block pool of decode.num_blocks (prefill.num_blocks, prefill.prefix_cache_blocks and kv_transfer say nothing then). "auto" is
     colocated on a GPU, where memory is planned and decode.num_blocks says nothing either, and split on a CPU.
-    deterministic: an answer's bytes do not depend on what else runs; a CPU's never do.
+    deterministic: an answer's bytes do not depend on what else runs; a CPU's never do, unless kv_transfer.kv_dtype is fp8_e4m3.
     """
 
     model: ModelSection
@@ -227,6 +234,11 @@ class DuomoConfig(Section):
                 f"({self.prefill.max_wave_tokens}) where prefill.mode is chunked"
             )
         self._check_device()
+        if self.deterministic and self.kv_transfer.kv_dtype != "model":
+            raise ValueError(
+                f"kv_transfer.kv_dtype is {self.kv_transfer.kv_dtype}, but deterministic is set: KV that was rounded on its way differs "
+                "from what decode has computed itself, so an answer would depend on which of the two is left; leave one of the options out"
+            )
         if self.layout == "colocated":
             self._check_colocated()
         return self
@@ -259,6 +271,11 @@ class DuomoConfig(Section):
             raise ValueError(f"prefill.gpu_share ({named['prefill']:g}) and decode.gpu_share ({named['decode']:g}) are more than one card")
 
     def _check_colocated(self) -> None:
+        if self.kv_transfer.kv_dtype != "model":
+            raise ValueError(
+                f"kv_transfer.kv_dtype is {self.kv_transfer.kv_dtype}, but layout is colocated, where KV changes its owner and nothing is "
+                "sent: it would change neither bytes nor memory; leave it out, or set layout to split"
+            )
         if (self.prefill.replicas, self.decode.replicas) != (1, 1):
             raise ValueError(
                 f"layout is colocated, which is one process: prefill.replicas ({self.prefill.replicas}) and decode.replicas "

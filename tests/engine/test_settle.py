@@ -202,6 +202,8 @@ def test_split_is_refused_with_figures_where_both_do_not_fit_one_card() -> None:
 def test_what_colocated_refuses() -> None:
     with pytest.raises(ConfigError, match=r"decode.replicas \(2\) must be 1.*H100"):
         settle(config(**{"decode.replicas": 2}), gpu)
+    with pytest.raises(ConfigError, match=r"kv_dtype is fp8_e4m3, but layout is colocated.*or set layout to split.*H100"):
+        settle(config(**{"kv_transfer.kv_dtype": "fp8_e4m3"}), gpu)
 
 
 def test_cards_of_another_machines_ray_are_not_looked_at() -> None:
