@@ -84,8 +84,7 @@ class Sampling(_Value, frozen=True, kw_only=True):
 
     seed: 64-bit counter-based seed; the gateway always sets it. logprobs: None, or how many top alternatives (0 = only the chosen).
     stop_token_ids end a choice with "stop" (the token itself is emitted); eos ids count unless ignore_eos. logit_bias: (id, what is added
-    to its logit). Under a constraint eos ids end a choice always: they come only where the grammar may end, and with ignore_eos, or before
-    min_tokens, only where nothing else may come.
+    to it). Under a constraint eos ids always end a choice: they come where the grammar may; with ignore_eos, or before min_tokens, last.
     """
 
     max_tokens: int
@@ -245,8 +244,7 @@ class Resume(_RequestMessage, frozen=True, kw_only=True):
 class RingOffered(_Message, frozen=True, kw_only=True):
     """D's landing ring for this peer: num_slots slots of slot_bytes from base_address, in the memory of NIXL agent ring_name.
 
-    memory, device_idx: whose memory it is, as D's process counts its devices. kv_dtype: as what KV is to land, as D's configuration names
-    it; a P that is told otherwise attaches no ring.
+    memory, device_idx: whose memory it is, as D's process counts its devices. kv_dtype: D's kv_transfer.kv_dtype.
     """
 
     ring_name: str
