@@ -43,6 +43,7 @@ class FinishedChoice:
     texts: list[str] = field(default_factory=list)
     pieces: list[EmittedPiece] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,12 +1,11 @@
-"""The REST edge: routes, and OpenAI's error body for every refusal. Knows no replica.
+"""The REST edge: its routes, each a few lines from a body to an answer. Knows no replica.
 
-A refusal before the first token is an HTTP status; after it an error event ends the stream (calls.py).
+A refusal before the first token is an HTTP status; after it an error event ends the stream (calls.py). How refusals look: refusals.py.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import secrets
 import time
@@ -15,20 +14,22 @@ from typing import Final
 
 import msgspec
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from duomo.errors import CapacityError, DuomoError, RequestError
+from duomo.errors import CapacityError, RequestError
 from duomo.telemetry.metrics import CONTENT_TYPE
-from services.router.answers import error_body, error_of, error_status
 from services.router.body import read_body
 from services.router.calls import Call
 from services.router.chat_answers import ChatShape
+from services.router.common_fields import CommonReader
 from services.router.completion_answers import CompletionShape
 from services.router.gateway import Gateway
+from services.router.message_answers import MessageShape
+from services.router.message_requests import MessageParser
 from services.router.openai import RequestParser
 from services.router.prompts import PromptMaker
+from services.router.refusals import answer_refusals
 from services.router.tokenizing import Tokenizing
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ def build_app(gateway: Gateway) -> FastAPI:
     edge = Edge(gateway)
     app.add_route("/v1/chat/completions", edge.chat, methods=["POST"])
     app.add_route("/v1/completions", edge.completion, methods=["POST"])
+    app.add_route("/v1/messages", edge.message, methods=["POST"])
+    app.add_route("/v1/messages/count_tokens", edge.count_message_tokens, methods=["POST"])
     app.add_route("/tokenize", edge.tokenize, methods=["POST"])
     app.add_route("/detokenize", edge.detokenize, methods=["POST"])
     app.add_route("/v1/models", edge.models, methods=["GET"])
@@ -52,9 +55,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     if gateway.config.gateway.serves_pool_report:
         app.add_route("/admin/pools", edge.pools, methods=["GET"])
         app.add_route("/admin/experts", edge.experts, methods=["GET"])
-    app.add_exception_handler(DuomoError, _answer_fault)
-    app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(Exception, _answer_bug)
+    answer_refusals(app)
     return app
 
 
@@ -65,7 +66,9 @@ class Edge:
         section = gateway.config.gateway
         self._gateway = gateway
         self._section = section
-        self._parser = RequestParser(section, gateway.card.name, gateway.card.vocab_size)
+        reader = CommonReader(section, gateway.card.name, gateway.card.vocab_size)
+        self._parser = RequestParser(section, reader)
+        self._message_parser = MessageParser(reader)
         self._prompts = PromptMaker(section, gateway.card, gateway.text)
         self._tokenizing = Tokenizing(self._parser, gateway.card, gateway.text)
         self._model = _model_object(gateway)
@@ -85,6 +88,21 @@ class Edge:
         sampled, shown = asked.common.answer.num_choices, asked.num_shown
         shape = CompletionShape(call.head(asked.common), self._prompts.echoes(asked), num_sampled=sampled, num_shown=shown)
         return await call.answer(request, requests, asked.common, shape)
+
+    async def message(self, request: Request) -> Response:
+        call = self._call(request, "msg_", "chat")
+        with call.refusing():
+            asked = self._message_parser.message(await read_body(request, self._section.max_body_bytes))
+            requests, style = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
+            if asked.wants_thinking and style.reasoning == "none":
+                raise RequestError("'thinking' cannot be turned on: this model marks no reasoning.", param="thinking")
+        common = asked.chat.common
+        shape = MessageShape(call.head(common), style, len(requests[0].prompt_ids))
+        return await call.answer(request, requests, common, shape)
+
+    async def count_message_tokens(self, request: Request) -> Response:
+        conversation = self._message_parser.count(await read_body(request, self._section.max_body_bytes))
+        return _json_response(200, await self._tokenizing.count(conversation))
 
     async def tokenize(self, request: Request) -> Response:
         return _json_response(200, await self._tokenizing.tokenize(await read_body(request, self._section.max_body_bytes)))
@@ -181,30 +199,6 @@ def _model_object(gateway: Gateway) -> dict[str, object]:
         "experts_per_token": card.experts_per_token,
         "fingerprint": card.fingerprint,
     }
-
-
-async def _answer_fault(request: Request, error: Exception) -> Response:
-    assert isinstance(error, DuomoError)
-    headers = {}
-    if isinstance(error, CapacityError):
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif error.retryable:
-        headers["retry-after"] = "1"
-    return _json_response(error_status(error), error_of(error), headers)
-
-
-async def _answer_http(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals: no such path (404), no such method there (405)."""
-    assert isinstance(error, HTTPException)
-    known = {404: f"There is no endpoint '{request.url.path}'.", 405: f"'{request.url.path}' does not take {request.method}."}
-    message = known.get(error.status_code, error.detail)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return _json_response(error.status_code, error_body(error.status_code, message, None, code), dict(error.headers or {}))
-
-
-async def _answer_bug(request: Request, error: Exception) -> Response:
-    log.error("a request failed by a fault of ours", exc_info=error)
-    return _json_response(500, error_body(500, "The server made a mistake.", None, "internal"))
 
 
 def _json_response(status: int, body: bytes, headers: dict[str, str] | None = None) -> Response:

@@ -34,7 +34,7 @@ _NO_SAMPLING: Final = Sampling(max_tokens=1)
 class Call:
     """One HTTP call that generates: its id and flights. endpoint: OpenTelemetry's operation, "chat" or "text_completion".
 
-    headers: traceparent and authorization are read.
+    headers: traceparent, authorization and x-api-key (where Anthropic's clients put their key) are read.
     """
 
     def __init__(self, gateway: Gateway, answer_id: str, endpoint: str, received_s: float, headers: Mapping[str, str]) -> None:
@@ -45,7 +45,7 @@ class Call:
         self._received_s = received_s
         self._tokenized_s = received_s
         self._traceparent = headers.get("traceparent", "")
-        self._cache_salt = cache_salt(headers.get("authorization", ""))
+        self._cache_salt = cache_salt(headers.get("authorization") or headers.get("x-api-key", ""))
         self._flights: list[Flight] = []
         self._watcher: asyncio.Task[None] | None = None
 
@@ -98,7 +98,7 @@ class Call:
         try:
             self._submit(request, requests, sink)
             body = await sink.gather(shape)
-            return Response(body, media_type="application/json", headers={"x-request-id": self._answer_id})
+            return Response(body, media_type="application/json", headers=self._headers())
         finally:
             self._close(sink)
 
@@ -120,10 +120,14 @@ class Call:
             await sink.first()
             is_handed_over = True
             delay_s = self._gateway.config.delays.gateway_emit_s
-            return StreamResponse(sink, {"x-request-id": self._answer_id}, lambda: self._close(sink), delay_s)
+            return StreamResponse(sink, self._headers(), lambda: self._close(sink), delay_s)
         finally:
             if not is_handed_over:
                 self._close(sink)
+
+    def _headers(self) -> dict[str, str]:
+        """The answer's id where OpenAI's and where Anthropic's clients look for it."""
+        return {"x-request-id": self._answer_id, "request-id": self._answer_id}
 
     def _submit(self, request: Request, requests: list[GenerationRequest], sink: WholeSink | StreamSink) -> None:
         tokenize_s = self._tokenized_s - self._received_s

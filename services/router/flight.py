@@ -153,7 +153,8 @@ class Flight:
             text, finish = self._scan(choice, choice.scanner, text, finish)
         pieces = (EmittedPiece(token.token_id, token.logprob),) if self.sink.wants_pieces else _NO_PIECES
         milestones = self.milestones
-        self.sink.deliver(TextEmitted(self.request.first_choice + choice.number, text, pieces, finish))
+        stop_string = choice.scanner.found if choice.scanner is not None else None
+        self.sink.deliver(TextEmitted(self.request.first_choice + choice.number, text, pieces, finish, stop_string))
         if not milestones.first_delivered_s:
             milestones.first_delivered_s = time.monotonic()
         elif not milestones.second_delivered_s:

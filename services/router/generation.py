@@ -46,13 +46,14 @@ class EmittedPiece:
 class TextEmitted:
     """New text of one choice and the tokens it came from; text may be empty while bytes or a stop string are held back.
 
-    pieces is empty where neither logprobs nor token ids were asked for.
+    pieces is empty where neither logprobs nor token ids were asked for. stop_string: the one that ended the choice, if one did.
     """
 
     choice: int
     text: str
     pieces: tuple[EmittedPiece, ...]
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

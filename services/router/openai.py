@@ -54,11 +54,11 @@ class CompletionRequest:
 
 
 class RequestParser:
-    """Turns bodies into requests for one served model; limits come from the configuration."""
+    """Turns bodies into requests for the reader's model; limits come from the configuration."""
 
-    def __init__(self, section: GatewaySection, model_name: str, vocab_size: int) -> None:
+    def __init__(self, section: GatewaySection, reader: CommonReader) -> None:
         self._section = section
-        self._reader = CommonReader(section, model_name, vocab_size)
+        self._reader = reader
 
     def fields(self, body: bytes, *, needs_model: bool = True) -> Fields:
         """Of a body for this model."""

@@ -85,7 +85,7 @@ class WholeSink(Sink):
             choice = self._choices.setdefault(event.choice, FinishedChoice(event.choice))
             choice.texts.append(event.text)
             choice.pieces += event.pieces
-            choice.finish_reason = event.finish_reason
+            choice.finish_reason, choice.stop_string = event.finish_reason, event.stop_string
         else:
             self._count(event)
             if self.is_over:

@@ -147,9 +147,10 @@ class StopScanner:
     The answer does not depend on how the text is cut into pieces: of all occurrences the one that ends first wins, of those the longest.
     """
 
-    __slots__ = ("_held", "_longest", "_stops")
+    __slots__ = ("_held", "_longest", "_stops", "found")
 
     def __init__(self, stops: tuple[str, ...]) -> None:
+        self.found: str | None = None  # the stop string that ended the text
         self._stops = stops
         self._longest = max(map(len, stops), default=0)
         self._held = ""
@@ -161,8 +162,9 @@ class StopScanner:
         window = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := window.find(stop)) >= 0]
         if found:
-            self._held = ""
-            return window[: min(found)[1]], True
+            end, at = min(found)
+            self._held, self.found = "", window[at:end]
+            return window[:at], True
         keep = self._may_begin_stop(window)
         self._held = window[len(window) - keep :]
         return window[: len(window) - keep], False

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from duomo.errors import RequestError
+from services.router.conversation import Conversation
 from services.router.fields import wrong_type
 from services.router.model_card import ModelCard
 from services.router.openai import RequestParser
@@ -48,6 +49,11 @@ class Tokenizing:
         if not isinstance(values, list):
             raise wrong_type("tokens", "an array of token ids", values)
         return msgspec.json.encode({"prompt": self._text.decode(self._parser.token_ids("tokens", values))})
+
+    async def count(self, conversation: Conversation) -> bytes:
+        """{input_tokens}, as Anthropic has it."""
+        ids = await self._encode(self._text.render(conversation).text, False)
+        return msgspec.json.encode({"input_tokens": len(ids)})
 
     async def _encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
         if len(text) < THREAD_CHARS:

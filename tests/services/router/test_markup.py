@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.router.markup import OutputReader, OutputStyle
@@ -107,6 +107,7 @@ PIECES = [
 ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES), max_size=12), st.data())
 def test_no_cut_changes_what_is_read(said: list[str], data: st.DataObject) -> None:
     text = "".join(said)
@@ -116,12 +117,14 @@ def test_no_cut_changes_what_is_read(said: list[str], data: st.DataObject) -> No
     assert _blocks(pieces, style) == _blocks([text], style)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_text_without_markup_stays_as_it_is(text: str) -> None:
     if "<" not in text:
         assert _blocks(list(text)) == ([("text", text)] if text else [])
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=8), st.recursive(st.integers() | st.text(max_size=8), lambda inner: st.lists(inner, max_size=3))))
 def test_any_arguments_come_out_as_the_json_they_were(arguments: dict[str, object]) -> None:
     for text in (json.dumps(arguments), json.dumps(arguments, ensure_ascii=False, indent=1)):

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from duomo.config import GatewaySection
 from duomo.errors import RequestError
+from services.router.common_fields import CommonReader
 from services.router.conversation import ChatMessage
 from services.router.openai import RequestParser
 
-PARSER = RequestParser(GatewaySection(), "tiny-moe", 8192)
+PARSER = RequestParser(GatewaySection(), CommonReader(GatewaySection(), "tiny-moe", 8192))
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}]}
 
 

@@ -1,0 +1,56 @@
+"""How refusals and faults before the first byte are answered: statuses, Retry-After, and the error body of whose API the path is."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from duomo.errors import CapacityError, DuomoError, RequestError
+from services.router.answers import error_body, error_status
+from services.router.message_answers import message_error
+
+log = logging.getLogger(__name__)
+
+
+def answer_refusals(app: FastAPI) -> None:
+    """Of every route of `app`."""
+    app.add_exception_handler(DuomoError, _answer_fault)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_bug)
+
+
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DuomoError)
+    headers = {}
+    if isinstance(error, CapacityError):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+    elif error.retryable:
+        headers["retry-after"] = "1"
+    param = error.param if isinstance(error, RequestError) else None
+    return _refusal(request, error_status(error), (error.detail, param, error.code), headers)
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals: no such path (404), no such method there (405)."""
+    assert isinstance(error, HTTPException)
+    known = {404: f"There is no endpoint '{request.url.path}'.", 405: f"'{request.url.path}' does not take {request.method}."}
+    message = known.get(error.status_code, error.detail)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    return _refusal(request, error.status_code, (message, None, code), dict(error.headers or {}))
+
+
+async def _answer_bug(request: Request, error: Exception) -> Response:
+    log.error("a request failed by a fault of ours", exc_info=error)
+    return _refusal(request, 500, ("The server made a mistake.", None, "internal"), {})
+
+
+def _refusal(request: Request, status: int, told: tuple[str, str | None, str | None], headers: dict[str, str]) -> Response:
+    """told: message, param and code; Anthropic's body has the message alone."""
+    is_anthropic = request.url.path.startswith("/v1/messages")
+    body = message_error(status, told[0]) if is_anthropic else error_body(status, *told)
+    return Response(body, status_code=status, media_type="application/json", headers=headers)
