@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from duomo.config import KvDtype
 from duomo.engine.kv_cache import KvCache
+from duomo.engine.kv_messages import KvMessages
 from services.decode.arrivals import LandedMessage
 from services.kv_transfer.agent import Landed, TransferAgent
 
@@ -50,8 +52,8 @@ class Lander(Protocol):
 class CpuLander:
     """Hashes, then scatters, at once."""
 
-    def __init__(self, cache: KvCache) -> None:
-        self._cache = cache
+    def __init__(self, cache: KvCache, kv_dtype: KvDtype = "model") -> None:
+        self._messages = KvMessages(cache, kv_dtype)
 
     def land(self, agent: TransferAgent, tables: OpenTables) -> tuple[LandedMessage, ...]:
         landed: list[LandedMessage] = []
@@ -61,7 +63,7 @@ class CpuLander:
                 with tables.held(message.handle_id) as table:
                     if table is None:
                         continue  # given up meanwhile: the agent has quarantined or freed the slot
-                    self._cache.scatter(span.layers, table[span.block_lo : span.block_hi], message.payload, span.heads)
+                    self._messages.scatter(span.layers, table[span.block_lo : span.block_hi], message.payload, span.heads)
                     message = agent.copied(message)
                 if message.error is None:
                     agent.release(message.handle_id, span.message_idx)

@@ -71,7 +71,8 @@ async def _started(config: DuomoConfig, thread: StepThread, spans: Tracing, ends
         model = await asyncio.to_thread(load_model, config.model.path, progress=False)
         section = config.decode
         cache = KvCache(kv_spec(model.config, config.model.block_tokens), section.num_blocks)
-        return DecodeWorker(model, cache, torch_threads=section.torch_threads, step_delay_s=config.delays.decode_step_s), config
+        kv_dtype, delay_s = config.kv_transfer.kv_dtype, config.delays.decode_step_s
+        return DecodeWorker(model, cache, torch_threads=section.torch_threads, step_delay_s=delay_s, kv_dtype=kv_dtype), config
     engine = await engine_in(thread, spans, config, "decode")
     ends.callback(engine.compilations.close)
     from duomo.engine.gpu_start import planned

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from duomo.config import KvDtype
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.decode_step import DecodeRow, Joining
 from duomo.engine.kv_cache import KvCache
+from duomo.engine.kv_messages import message_block_bytes
 from duomo.engine.runner import BoundaryState, ModelRunner
 from duomo.engine.sampler import SampledToken, Sampler
 from duomo.errors import EngineError
@@ -65,7 +67,7 @@ class StepWorker(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of one layer."""
+        """Bytes of one block of one layer in a message."""
 
     def check(self, sampling: Sampling) -> None:
         """Raises RequestError for what no step of this worker can sample."""
@@ -86,26 +88,27 @@ class StepWorker(Protocol):
 
 
 class DecodeWorker:
-    """One rank. step_delay_s: slept in each step on purpose, for tests (config.DelaySection)."""
+    """One rank. step_delay_s: slept in each step on purpose, for tests (config.DelaySection). kv_dtype: of the messages that it lands."""
 
-    def __init__(self, model: Model, cache: KvCache, *, torch_threads: int, step_delay_s: float = 0.0) -> None:
+    def __init__(self, model: Model, cache: KvCache, *, torch_threads: int, step_delay_s: float = 0.0, kv_dtype: KvDtype = "model") -> None:
         self.config = model.config
         self.cache = cache
         self.runner = ModelRunner(model, cache)
+        self._kv_dtype = kv_dtype
         self._sampler = Sampler()
         self._torch_threads = torch_threads
         self._step_delay_s = step_delay_s
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of one layer."""
-        return self.cache.spec.block_bytes
+        """Bytes of one block of one layer in a message."""
+        return message_block_bytes(self.cache.spec, self._kv_dtype)
 
     def check(self, sampling: Sampling) -> None:
         """Everything that the wire can say can be sampled."""
 
     def lander(self) -> Lander:
-        return CpuLander(self.cache)
+        return CpuLander(self.cache, self._kv_dtype)
 
     def counters(self) -> Mapping[str, int]:
         return {}

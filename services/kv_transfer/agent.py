@@ -62,7 +62,7 @@ class TransferAgent:
         self._transport = transport
         self._section = section
         self._allocate = allocate
-        self._landing = LandingRings(transport, section.slot_bytes, now_s, allocate)
+        self._landing = LandingRings(transport, section, now_s, allocate)
         self._pusher = Pusher(boot_id, transport, section, num_send_slots, now_s, allocate)
         self._handle_ids = secrets.randbits(31) << 32
 

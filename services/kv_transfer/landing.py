@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from duomo.config import TransferSection
 from duomo.errors import TransferError
 from duomo.wire.messages import Handle, RingOffered
 from services.kv_transfer import layout, lifetime, policy
@@ -43,10 +44,11 @@ class Landed:
 class LandingRings:
     """The rings of one consumer process, for all its producers."""
 
-    def __init__(self, transport: Transport, slot_bytes: int, now_s: Callable[[], float], allocate: Allocate) -> None:
+    def __init__(self, transport: Transport, section: TransferSection, now_s: Callable[[], float], allocate: Allocate) -> None:
         self._transport = transport
         self._allocate = allocate
-        self._slot_bytes = slot_bytes
+        self._slot_bytes = section.slot_bytes
+        self._kv_dtype = section.kv_dtype
         self._now_s = now_s
         self._lock = threading.RLock()
         self._current: dict[str, RingMemory] = {}
@@ -331,6 +333,7 @@ class LandingRings:
             num_slots=num_slots,
             memory=region.place.kind,
             device_idx=region.place.device_idx,
+            kv_dtype=self._kv_dtype,
         )
         with self._lock:
             was = self._current.get(producer_boot_id)

@@ -39,7 +39,7 @@ def prove(transport: Transport, section: TransferSection, allocate: Allocate = R
     started_s = time.monotonic()
     sibling = transport.sibling(f"{transport.name}.proof{secrets.token_hex(3)}")
     small = section.model_copy(update={"slot_bytes": 64 * 1024, "max_bytes_per_s": 0.0})
-    landing = LandingRings(sibling, small.slot_bytes, time.monotonic, allocate)
+    landing = LandingRings(sibling, small, time.monotonic, allocate)
     pusher = Pusher("proof", transport, small, 1, time.monotonic, allocate)
     try:
         offer = landing.open_ring("proof", 1)

@@ -88,7 +88,12 @@ class Pusher:
         self.counters: Counter[str] = Counter()
 
     def attach_ring(self, consumer_boot_id: str, offer: RingOffered) -> None:
-        """A consumer offered its ring. PeerError where it cannot be reached, TransferError where the offer contradicts itself."""
+        """A consumer offered its ring. PeerError where it cannot be reached, TransferError where the offer contradicts itself or us."""
+        if offer.kv_dtype != self._section.kv_dtype:
+            raise TransferError(
+                f"kv_transfer.kv_dtype is {self._section.kv_dtype} in prefill and {offer.kv_dtype} in decode: both need the same",
+                code="kv_dtype_mismatch",
+            )
         with self._changed:
             known = self._rings.get(offer.ring_name)
             if known == (consumer_boot_id, offer) and offer.ring_name not in self._leaving:

@@ -30,7 +30,7 @@ class DecodePeer:
     """One decode process.
 
     slot_bytes: payload of a slot, by ring name. deferred: what came behind a RingOffered that is still being attached.
-    fences: TransferFenced that could not be posted while its socket was gone.
+    fences: TransferFenced that could not be posted while its socket was gone. refusal: why KV can never go there.
     """
 
     address: PeerAddress
@@ -41,6 +41,7 @@ class DecodePeer:
     slot_bytes: dict[str, int] = field(default_factory=dict)
     deferred: list[Callable[[], None]] = field(default_factory=list)
     fences: list[TransferFenced] = field(default_factory=list)
+    refusal: PeerError | None = None
 
 
 class DecodePeers:
@@ -72,7 +73,9 @@ class DecodePeers:
     def want(self, address: PeerAddress) -> None:
         """Make sure that this replica is connected or being connected to. Failure comes by on_lost."""
         peer = self._peers.setdefault(address.boot_id, DecodePeer(address))
-        if peer.connection is None and peer.connecting is None:
+        if peer.refusal is not None:
+            asyncio.get_running_loop().call_soon(self._on_lost, address.boot_id, peer.refusal)
+        elif peer.connection is None and peer.connecting is None:
             peer.connecting = self._spawn(self._open(peer))
 
     def post(self, boot_id: str, message: Message) -> None:
@@ -168,7 +171,10 @@ class DecodePeers:
             await asyncio.get_running_loop().run_in_executor(self._attach_thread, agent.attach_ring, boot_id, ring)
         except DuomoError as error:
             log.warning("cannot attach the ring of %s: %s", peer.address.replica_id, error)
-            self._on_lost(boot_id, PeerError(f"its ring cannot be attached: {error.detail}", code=error.code, phase="kv.handoff"))
+            lost = PeerError(f"its ring cannot be attached: {error.detail}", code=error.code, phase="kv.handoff")
+            if error.code == "kv_dtype_mismatch":  # which stays so while this process and that one live
+                peer.refusal = lost
+            self._on_lost(boot_id, lost)
             self._attached(peer)  # grants that waited are for legs that are over now: each is fenced
             if peer.num_attaching == 0:  # else it has offered a newer one
                 connection.end("no_ring", error.detail)  # it grants slots of this ring alone; connected again, it offers another

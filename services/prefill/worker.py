@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from duomo.config import DelaySection, DuomoConfig
+from duomo.config import DelaySection, DuomoConfig, KvDtype
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.expert_counts import ExpertUse
 from duomo.engine.kv_cache import KvCache, kv_spec
+from duomo.engine.kv_messages import KvMessages
 from duomo.engine.runner import BoundaryState, ModelRunner
 from duomo.engine.sampler import RowSampling, SampledToken, Sampler
 from duomo.errors import ConfigError, EngineError
@@ -37,13 +38,14 @@ WARM_TOKENS = (1, 2, 16, 33)  # torch picks a kernel by the number of rows; fixe
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSizes:
-    """units_per_group of `units` equal runs of layers form a group."""
+    """units_per_group of `units` equal runs of layers form a group. kv_dtype: of what is packed."""
 
     num_blocks: int
     block_tokens: int
     units: int
     units_per_group: int
     torch_threads: int
+    kv_dtype: KvDtype = "model"
 
     @classmethod
     def of(cls, config: DuomoConfig) -> WorkerSizes:
@@ -54,6 +56,7 @@ class WorkerSizes:
             units=config.model.units,
             units_per_group=config.prefill.units_per_group,
             torch_threads=config.prefill.torch_threads,
+            kv_dtype=config.kv_transfer.kv_dtype,
         )
 
 
@@ -112,7 +115,7 @@ class WaveWorker(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of one layer."""
+        """Bytes of one block of one layer in a message."""
 
     def check(self, sampling: Sampling) -> None:
         """Raises RequestError for what this worker cannot sample."""
@@ -164,13 +167,14 @@ class PrefillWorker:
         self.sizes = sizes
         self.cache = cache or KvCache(kv_spec(model.config, sizes.block_tokens), sizes.num_blocks)
         self.group_bounds = group_bounds(model.config.num_layers, sizes.units, sizes.units_per_group)
+        self._messages = KvMessages(self.cache, sizes.kv_dtype)
         self._runner = ModelRunner(model, self.cache)
         self._sampler = Sampler()
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of one layer."""
-        return self.cache.spec.block_bytes
+        """Bytes of one block of one layer in a message."""
+        return self._messages.block_bytes
 
     @property
     def num_groups(self) -> int:
@@ -238,7 +242,7 @@ class PrefillWorker:
         """The payload; the agent seals it."""
         if self._message_delay_s:
             time.sleep(self._message_delay_s)
-        num_bytes = self.cache.pack(span.layers, blocks[span.block_lo : span.block_hi], out, span.heads)
+        num_bytes = self._messages.pack(span.layers, blocks[span.block_lo : span.block_hi], out, span.heads)
         assert num_bytes == span.num_bytes, (num_bytes, span)
 
 

@@ -107,7 +107,8 @@ def _of_cpu() -> WorkerMakers:
     """The embedded model on this CPU."""
 
     def decode(config: DuomoConfig) -> StepWorker:
-        return DecodeWorker(model(), KvCache(kv_spec(model().config, 16), config.decode.num_blocks), torch_threads=1)
+        cache = KvCache(kv_spec(model().config, 16), config.decode.num_blocks)
+        return DecodeWorker(model(), cache, torch_threads=1, kv_dtype=config.kv_transfer.kv_dtype)
 
     return WorkerMakers(prefill=lambda config: PrefillWorker(model(), WorkerSizes.of(config)), decode=decode)
 

@@ -83,7 +83,7 @@ async def running(config: DuomoConfig, faults: FaultPlan | None = None) -> Async
     agent = TransferAgent(card.boot_id, hub.agent(card.boot_id), config.kv_transfer, num_send_slots=1)
     tracing = configure(config.tracing, "duomo-decode", "decode", "decode-0")
     cache = KvCache(kv_spec(model().config, BLOCK_TOKENS), config.decode.num_blocks)
-    worker = DecodeWorker(model(), cache, torch_threads=config.decode.torch_threads)
+    worker = DecodeWorker(model(), cache, torch_threads=config.decode.torch_threads, kv_dtype=config.kv_transfer.kv_dtype)
     service = DecodeService(card, worker, agent, tracing)
     prefill, gateway = ScriptedPrefill(config, hub), ScriptedGateway(config)
     try:

@@ -99,6 +99,37 @@ def test_a_ring_that_was_replaced_while_it_was_attached_costs_no_socket(tmp_path
     asyncio.run(run())
 
 
+def test_a_decode_replica_told_of_another_kv_dtype_is_refused_by_name_and_not_connected_to_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        rig = Rig(tmp_path)
+        listener, identity, connection = await rig.decode(0)
+        section = TransferSection(transport="loopback", kv_dtype="fp8_e4m3")
+        consumer = TransferAgent("consumer", rig.hub.agent("consumer"), section)
+        rig.peers.ring_offered(connection, consumer.open_ring(rig.me.boot_id, 2))
+        async with asyncio.timeout(5):
+            while not rig.lost:
+                await asyncio.sleep(0.001)
+        (lost,) = rig.lost
+        assert lost.code == "kv_dtype_mismatch" and lost.retryable and lost.phase == "kv.handoff"
+        assert "kv_transfer.kv_dtype is model in prefill and fp8_e4m3 in decode" in lost.detail
+        with pytest.raises(PeerError, match="no_ring"):
+            connection.check_open()
+        rig.peers.left(connection)
+        rig.lost.clear()
+        rig.peers.want(PeerAddress(replica_id="decode", boot_id=identity.boot_id, address=identity.address))
+        assert not rig.lost, "whoever wants it has to hear of it behind what he is doing"
+        await asyncio.sleep(0)
+        assert [error.code for error in rig.lost] == ["kv_dtype_mismatch"]
+        assert rig.peers._peers[identity.boot_id].connection is None and rig.peers._peers[identity.boot_id].connecting is None
+        await rig.peers.close()
+        await connection.close()
+        await listener.close()
+        rig.agent.close()
+        consumer.close()
+
+    asyncio.run(run())
+
+
 def test_peers_that_left_are_forgotten_in_the_end(tmp_path: Path) -> None:
     async def run() -> None:
         rig = Rig(tmp_path)
