@@ -142,6 +142,9 @@ class TransferSection(Section):
     kv_dtype: KvDtype = "model"
     ucx_tls: str = Field(default="", description="UCX_TLS for NIXL; empty lets UCX choose")
     ucx_net_devices: str = Field(default="", description="UCX_NET_DEVICES for NIXL; set it to the RDMA device in production, lo in tests")
+    require_transport: Literal["", "cma", "cuda_ipc", "rc", "dc", "ud", "srd", "tcp"] = Field(
+        default="", description="UCX transport that KV must be written by; a start or a write that takes another is refused; empty: any"
+    )
     max_bytes_per_s: float = Field(default=0.0, ge=0, description="caps one writer's rate; 0 is no cap")
     write_timeout_s: float = Field(default=5.0, gt=0)
     progress_delay_us: int = Field(default=1000, ge=0, description="pause of NIXL's progress thread; 100 on a GPU, unless named")

@@ -58,10 +58,10 @@ async def opened(config: DuomoConfig, replica_id: str) -> AsyncIterator[ReplicaP
         transport = await asyncio.to_thread(NixlTransport, f"{replica_id}.{card.boot_id}", config.kv_transfer, page_locks(config))
         agent = TransferAgent(card.boot_id, transport, config.kv_transfer, num_send_slots=1, allocate=ring_memory(config))
         ends.push_async_callback(closed, "the transfer agent", in_thread(agent.close))
-        proven_s, where = await asyncio.to_thread(agent.prove), ring_memory_name(config)
-        log.info("%s moved and verified one message in %s in %.3f s", agent.transport_name, where, proven_s)
+        proof, where = await asyncio.to_thread(agent.prove), ring_memory_name(config)
+        log.info("%s moved and verified one message in %s in %.3f s", proof.way, where, proof.seconds)
         blocks, tokens = config.decode.num_blocks, config.model.block_tokens
-        log.info("decode: %d blocks of %d tokens, transport %s", blocks, tokens, agent.transport_name)
+        log.info("decode: %d blocks of %d tokens, transport %s", blocks, tokens, proof.way)
         yield ReplicaParts(card=card, worker=worker, agent=agent, tracing=spans, directory=directory, thread=thread)
 
 

@@ -19,7 +19,7 @@ from services.kv_transfer.landing import Landed, LandingRings
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.lifetime import SlotPhase
 from services.kv_transfer.memory import Allocate, Region
-from services.kv_transfer.proving import prove
+from services.kv_transfer.proving import Proof, prove
 from services.kv_transfer.push_job import PushJob, PushResult
 from services.kv_transfer.pushing import Pusher
 from services.kv_transfer.ring import Awaited
@@ -71,8 +71,8 @@ class TransferAgent:
         """Which transport moves the bytes, for logs, spans and assertions: "nixl/UCX" or "loopback"."""
         return self._transport.transport_name
 
-    def prove(self) -> float:
-        """Move one message through this transport and verify it, before the first peer; the seconds it took. May take 0.3 s."""
+    def prove(self) -> Proof:
+        """Move one message through this transport and verify it, before the first peer. May take 0.3 s."""
         return prove(self._transport, self._section, self._allocate)
 
     # consumer

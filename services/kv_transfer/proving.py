@@ -8,12 +8,13 @@ from __future__ import annotations
 import secrets
 import time
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from duomo.config import TransferSection
 from duomo.errors import DuomoError, TransferError
 from duomo.wire.messages import Handle
-from services.kv_transfer import layout
+from services.kv_transfer import layout, ucx_routes
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.landing import LandingRings
 from services.kv_transfer.layout import MessageSpan
@@ -30,11 +31,25 @@ _TIMEOUT_S = 10.0
 _POLL_S = 0.0005
 
 
-def prove(transport: Transport, section: TransferSection, allocate: Allocate = Region) -> float:
-    """Move one message from this transport's memory into that of a second agent of its kind, and back out; the seconds it took.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """A message was moved and verified. lanes: by which transport and device, such as cma/memory; () where that is not known."""
+
+    transport_name: str
+    lanes: tuple[str, ...]
+    seconds: float
+
+    @property
+    def way(self) -> str:
+        """For people: "nixl/UCX: cma/memory"."""
+        return f"{self.transport_name}: {' + '.join(self.lanes)}" if self.lanes else self.transport_name
+
+
+def prove(transport: Transport, section: TransferSection, allocate: Allocate = Region) -> Proof:
+    """Move one message from this transport's memory into that of a second agent of its kind, and back out.
 
     The whole path runs: registration, metadata, write, notification, trailer and hash. allocate: memory of the kind that rings will lie in.
-    Raises TransferError where any of it fails.
+    Raises TransferError where any of it fails, and where it went by another transport than kv_transfer.require_transport.
     """
     started_s = time.monotonic()
     sibling = transport.sibling(f"{transport.name}.proof{secrets.token_hex(3)}")
@@ -65,6 +80,7 @@ def prove(transport: Transport, section: TransferSection, allocate: Allocate = R
         pushed = pusher.push(PushJob(handle=handle, span=span, fill=lambda room: _put(room, message), is_sealed=True))
         _verify(landing, pushed, content, started_s + _TIMEOUT_S)
         landing.release(handle.handle_id, span.message_idx)
+        lanes = transport.lanes(sibling.name)
     except DuomoError as error:
         raise _broken(transport, error.detail) from error
     finally:
@@ -72,7 +88,9 @@ def prove(transport: Transport, section: TransferSection, allocate: Allocate = R
         pusher.close()
         landing.close()
         sibling.close()
-    return time.monotonic() - started_s
+    if refusal := ucx_routes.refusal(section.require_transport, lanes, is_one_process=True):
+        raise TransferError(refusal, code="wrong_transport", retryable=False)
+    return Proof(transport_name=transport.transport_name, lanes=lanes, seconds=time.monotonic() - started_s)
 
 
 def _verify(landing: LandingRings, pushed: Future[PushResult], content: bytes, deadline_s: float) -> None:

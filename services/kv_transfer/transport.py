@@ -34,7 +34,7 @@ class WriteReport:
     """What the transport itself measured of a write that is done.
 
     backend: what moved the bytes. post_s: the call that posted it. transfer_s: from that call until the transport saw the end.
-    num_descriptors: pieces that it was made of.
+    num_descriptors: pieces that it was made of. lanes: the backend's own transports and devices, such as cma/memory; () if not known.
     """
 
     backend: str
@@ -42,6 +42,7 @@ class WriteReport:
     num_descriptors: int
     post_s: float
     transfer_s: float
+    lanes: tuple[str, ...] = ()
 
 
 class Write(Protocol):
@@ -83,6 +84,10 @@ class Transport(Protocol):
 
     def remove_peer(self, name: str) -> None:
         """Forget a peer; unknown names are fine."""
+        ...
+
+    def lanes(self, peer: str) -> tuple[str, ...]:
+        """By which transports and devices writes to this peer went so far, such as cma/memory; () if there was none, or nothing says it."""
         ...
 
     def write(self, local: Span, peer: str, remote: Span, notification: bytes) -> Write:

@@ -209,6 +209,9 @@ class LoopbackTransport:
     def remove_peer(self, name: str) -> None:
         self._peers.discard(name)
 
+    def lanes(self, peer: str) -> tuple[str, ...]:
+        return ()
+
     def write(self, local: Span, peer: str, remote: Span, notification: bytes) -> Write:
         assert peer in self._peers and local.length == remote.length, (peer, local, remote)
         return self._hub.post(self.name, local, peer, remote, notification)

@@ -12,6 +12,7 @@ from typing import Any
 
 from duomo.config import TransferSection
 from duomo.errors import PeerError, TransferError
+from services.kv_transfer import ucx_log, ucx_routes
 from services.kv_transfer.memory import Memory, MemoryKind, PageLocks
 from services.kv_transfer.transport import Span, Transport, Write, WriteReport, WriteState
 from services.kv_transfer.transport_nixl_config import BACKEND, import_nixl, make_agent
@@ -24,8 +25,9 @@ log = logging.getLogger(__name__)
 class _NixlWrite:
     """A transfer handle with its state; dropped from here the moment it is released."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, peer: str, kind: MemoryKind) -> None:
         self.handle = handle
+        self.peer, self.kind = peer, kind
         self.state = WriteState.IN_FLIGHT
         self.detail = ""
         self.report: WriteReport | None = None
@@ -52,6 +54,11 @@ class NixlTransport:
         self._lock = threading.Lock()
         self._registered: dict[int, Any] = {}
         self._peers: dict[str, bytes] = {}
+        self._ucx_log = ucx_log.of_process()
+        self._num_tables: dict[str, int] = {}  # of UCX's log, before the peer connected
+        self._lanes: dict[str, dict[MemoryKind, tuple[str, ...]]] = {}  # by peer
+        self._ucx_log.routes()  # what UCX said of its settings goes into our log
+        self._siblings: set[str] = set()
         self._has_told_unmeasured = False
 
     def register(self, region: Memory) -> None:
@@ -85,23 +92,29 @@ class NixlTransport:
             known = next((name for name, held in self._peers.items() if held == metadata), None)
             if known is not None:
                 return known
+            num_tables = len(self._ucx_log.routes())
             try:
                 loaded = self._agent.add_remote_agent(metadata)
             except self._errors as error:
+                self._ucx_log.routes()  # what UCX said of it goes into our log
                 raise PeerError(f"a peer's metadata cannot be loaded: {error}", phase="kv.handoff") from error
             name = loaded.decode() if isinstance(loaded, bytes) else str(loaded)
-            self._peers[name] = metadata
+            self._peers[name], self._num_tables[name] = metadata, num_tables
             return name
 
     def remove_peer(self, name: str) -> None:
         with self._lock:
             if self._peers.pop(name, None) is None:
                 return
+            self._lanes.pop(name, None)
             try:
                 self._agent.remove_remote_agent(name)
             except self._errors:
                 # It was gone already, which is what was asked for.
                 return
+
+    def lanes(self, peer: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(lane for lanes in self._lanes.get(peer, {}).values() for lane in lanes))
 
     def write(self, local: Span, peer: str, remote: Span, notification: bytes) -> Write:
         if peer not in self._peers:
@@ -111,7 +124,7 @@ class NixlTransport:
             handle = self._agent.initialize_xfer("WRITE", source, target, peer, notification)
         except self._errors as error:
             raise PeerError(f"a write to {peer} cannot be prepared: {error}", phase="kv.handoff") from error
-        write = _NixlWrite(handle)
+        write = _NixlWrite(handle, peer, local.place.kind)
         try:
             status = self._agent.transfer(handle)
         except self._errors as error:
@@ -143,6 +156,7 @@ class NixlTransport:
         return [data for messages in self._agent.get_new_notifs().values() for data in messages]
 
     def sibling(self, name: str) -> Transport:
+        self._siblings.add(name)
         return NixlTransport(name, self._section, self._locks)
 
     def close(self) -> None:
@@ -167,7 +181,13 @@ class NixlTransport:
     def _end(self, write: _NixlWrite, state: WriteState, detail: str) -> None:
         """Release the handle and remember how it ended."""
         if state is WriteState.DONE:
-            write.report = self._report(write.handle)
+            lanes = self._lanes_of(write.peer, write.kind)
+            write.report = self._report(write.handle, lanes)
+            is_one_process = write.peer in self._siblings  # the proof, which looks at the lanes itself
+            if not is_one_process and (refusal := ucx_routes.refusal(self._section.require_transport, lanes, is_one_process=False)):
+                state, detail = WriteState.FAILED, refusal
+        else:
+            self._ucx_log.routes()
         write.state, write.detail = state, detail
         handle, write.handle = write.handle, None
         try:
@@ -175,7 +195,17 @@ class NixlTransport:
         except self._errors as error:
             write.detail = f"{detail}; its handle cannot be released: {error}"
 
-    def _report(self, handle: Any) -> WriteReport | None:
+    def _lanes_of(self, peer: str, kind: MemoryKind) -> tuple[str, ...]:
+        """What UCX said when it chose; looked up after the first write of this kind. Told once for each peer."""
+        known = self._lanes.setdefault(peer, {})
+        if kind not in known:
+            tables = self._ucx_log.routes()
+            num_before = self._num_tables.get(peer, 0)
+            known[kind] = ucx_routes.of_peer(tables, self.name, is_of_gpu=kind == "cuda", num_before=num_before)
+            log.info("%s: UCX writes to %s by %s", self.name, peer, " + ".join(known[kind]) or "what it does not tell")
+        return known[kind]
+
+    def _report(self, handle: Any, lanes: tuple[str, ...]) -> WriteReport | None:
         """NIXL's telemetry of a transfer that is done; its times are whole microseconds.
 
         None where NIXL has none, or tells it in a shape that we do not know: the bytes are there, and no write fails for a figure.
@@ -188,6 +218,7 @@ class NixlTransport:
                 num_descriptors=int(telemetry.descCount),
                 post_s=int(telemetry.postDuration) * 1e-6,
                 transfer_s=int(telemetry.xferDuration) * 1e-6,
+                lanes=lanes,
             )
         except self._telemetry_errors as error:
             if not self._has_told_unmeasured:

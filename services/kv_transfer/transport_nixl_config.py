@@ -16,6 +16,7 @@ from typing import Any
 
 from duomo.config import TransferSection
 from duomo.errors import ConfigError
+from services.kv_transfer import ucx_log
 
 BACKEND = "UCX"
 _KNOWN_VERSIONS = ("1.5.",)
@@ -74,7 +75,7 @@ def make_agent(api: Any, name: str, progress_delay_us: int) -> Any:
 
     # capture_telemetry: NIXL times every write, for the span kv.push; its exporter (NIXL_TELEMETRY_ENABLE) stays off.
     config = api.nixl_agent_config(backends=[BACKEND], sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT, capture_telemetry=True)
-    with _making:
+    with _making, ucx_log.of_process().is_making_agent():
         api.nixlBind = Binding()
         try:
             agent = api.nixl_agent(name, config)

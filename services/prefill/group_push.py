@@ -56,6 +56,7 @@ class GroupPush:
         if self.reports:
             known |= {
                 "duomo.transport.backends": sorted({report.backend for report in self.reports}),
+                "duomo.transport.lanes": sorted({lane for report in self.reports for lane in report.lanes}),
                 "duomo.transport.bytes": sum(report.num_bytes for report in self.reports),
                 "duomo.transport.descriptors": sum(report.num_descriptors for report in self.reports),
                 "duomo.transport.post_s": sum(report.post_s for report in self.reports),

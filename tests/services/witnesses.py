@@ -244,6 +244,9 @@ class FaultyTransport:
     def metadata(self) -> bytes:
         return self._inner.metadata()
 
+    def lanes(self, peer: str) -> tuple[str, ...]:
+        return self._inner.lanes(peer)
+
     def add_peer(self, metadata: bytes) -> str:
         return self._inner.add_peer(metadata)
 

@@ -63,6 +63,16 @@ class Peer:
             return error.code
         return "done"
 
+    def lanes(self, handle_id: int, message_idx: int) -> list[str]:
+        report = self.pushed[handle_id, message_idx].result(0).report
+        return [] if report is None else list(report.lanes)
+
+    def prove(self) -> str:
+        try:
+            return self.agent.prove().way
+        except DuomoError as error:
+            return f"{error.code}: {error.detail}"
+
     def cancel(self, handle_id: int, timeout_s: float) -> None:
         self.agent.cancel(handle_id).result(timeout_s)
 

@@ -230,6 +230,50 @@ def test_a_write_to_a_stopped_consumer_ends_at_our_deadline_and_is_fenced_by_its
     assert agent.counts().num_writes_in_flight == 0
 
 
+@pytest.mark.parametrize(("ucx_tls", "lane"), [("", "cma/memory"), ("tcp,self", "tcp/lo")])
+def test_a_handoff_is_right_over_each_transport_and_says_which_it_was(
+    processes: list[Process], agent: TransferAgent, ucx_tls: str, lane: str
+) -> None:
+    if lane == "cma/memory" and not may_write_into_others():
+        pytest.skip("this kernel lets no process write into its parent (kernel.yama.ptrace_scope)")
+    peer = start(processes, agent, "p-lane", SECTION.model_copy(update={"ucx_tls": ucx_tls, "require_transport": lane.partition("/")[0]}))
+    handle, spans = offer(agent, "p-lane", 40, want_slots=4)
+    push(peer, handle)
+    assert land(agent, peer, handle, len(spans)) == len(spans) > 10
+    for span in spans:
+        assert peer.ask("result", handle_id=handle.handle_id, message_idx=span.message_idx, timeout_s=5.0) == "done"
+        assert peer.ask("lanes", handle_id=handle.handle_id, message_idx=span.message_idx) == [lane]
+    assert peer.ask("prove") == f"nixl/UCX: {lane}", "two agents of one process are joined as two processes of a host are"
+
+
+def test_another_transport_than_required_is_refused_at_the_start_and_with_each_peer(processes: list[Process], agent: TransferAgent) -> None:
+    peer = start(processes, agent, "p-wrong", SECTION.model_copy(update={"ucx_tls": "tcp,self", "require_transport": "cma"}))
+    assert peer.ask("prove").startswith("wrong_transport: kv_transfer.require_transport is cma, but UCX writes by tcp/lo")
+    handle, spans = offer(agent, "p-wrong", 1, want_slots=1)
+    push(peer, handle)
+    assert peer.ask("result", handle_id=handle.handle_id, message_idx=0, timeout_s=5.0) == "transfer_failed"
+
+
+def test_what_ucx_says_beside_its_tables_is_in_our_log(tmp_path: Path) -> None:
+    program = """
+import logging
+from duomo.config import TransferSection
+from services.kv_transfer.transport_nixl import NixlTransport
+logging.basicConfig(format="%(levelname)s %(message)s")
+left, right = NixlTransport("kv-log", TransferSection(ucx_tls="tcp,self,nonsense")), NixlTransport("kv-log-2", TransferSection())
+left.add_peer(right.metadata())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert "WARNING UCX says:" in ended.stderr and "nonsense" in ended.stderr and "ucp_put" not in ended.stdout + ended.stderr
+
+
+def may_write_into_others() -> bool:
+    scope = Path("/proc/sys/kernel/yama/ptrace_scope")
+    return not scope.exists() or scope.read_text().strip() == "0"
+
+
 def test_two_agents_write_and_a_finished_write_stays_finished() -> None:
     left, right = NixlTransport("kv-left", SECTION), NixlTransport("kv-right", SECTION)
     source, target = Region(4096), Region(4096)
