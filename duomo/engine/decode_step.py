@@ -20,6 +20,7 @@ from duomo.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
     from duomo.engine.sampler import RowSampling
+    from duomo.wire.messages import Sampling
 
 MAX_ENDINGS = 32  # ids that min_tokens can mask in one row: eos and the request's own
 MAX_LOGPROBS = 20
@@ -98,9 +99,11 @@ class StepResult:
         return routed
 
 
-def check_row(row: RowSampling) -> None:
-    """Raises RequestError for what no captured step can hold. Before a row joins."""
-    if row.sampling.min_tokens > 0 and len(row.ending_ids) > MAX_ENDINGS:
-        raise RequestError(f"min_tokens with {len(row.ending_ids)} ending ids: at most {MAX_ENDINGS} can be masked", param="stop_token_ids")
-    if row.sampling.logprobs is not None and row.sampling.logprobs > MAX_LOGPROBS:
-        raise RequestError(f"{row.sampling.logprobs} logprobs: at most {MAX_LOGPROBS}", param="logprobs")
+def check_sampling(sampling: Sampling, num_endings: int) -> None:
+    """Raises RequestError for what no captured step can hold. Before a row joins. num_endings: ids that end it."""
+    if sampling.min_tokens > 0 and num_endings > MAX_ENDINGS:
+        raise RequestError(f"min_tokens with {num_endings} ending ids: at most {MAX_ENDINGS} can be masked", param="stop_token_ids")
+    if sampling.logprobs is not None and sampling.logprobs > MAX_LOGPROBS:
+        raise RequestError(f"{sampling.logprobs} logprobs: at most {MAX_LOGPROBS}", param="logprobs")
+    if sampling.constraint is not None or sampling.logit_bias:
+        raise RequestError("structured output and logit_bias are a CPU engine's alone so far", param="response_format")

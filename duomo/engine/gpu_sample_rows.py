@@ -87,7 +87,7 @@ class _Image:
         self.int_of["min_position"][row] = len(asked.prompt_ids) + sampling.min_tokens if masks else 0
         self.ending_RE[row] = -1
         if masks:
-            assert len(asked.ending_ids) <= MAX_ENDINGS, "decode_step.check_row refuses such rows before they join"
+            assert len(asked.ending_ids) <= MAX_ENDINGS, "decode_step.check_sampling refuses such rows before they join"
             self.ending_RE[row, : len(asked.ending_ids)] = asked.ending_ids
 
     def kind(self, num_rows: int, last_position: NDArray[np.int64]) -> SampleKind:

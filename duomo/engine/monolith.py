@@ -10,19 +10,21 @@ from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.blocks import BlockManager, prefix_hashes
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.runner import ModelRunner
-from duomo.engine.sampler import RowSampling, SampledToken, Sampler, ending_ids
+from duomo.engine.sampler import RowSampling, SampledToken, Sampler, broken_rows, ending_ids
+from duomo.grammar.state import Grammar, GrammarState
 from duomo.models.qwen3_moe import Model
 from duomo.wire.messages import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateRequest:
-    """One choice of one prompt. cache_salt keeps prefixes of different owners apart."""
+    """One choice of one prompt. cache_salt keeps prefixes of different owners apart. grammar: sampling's constraint, compiled."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
     choice: int = 0
     cache_salt: str = ""
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +45,7 @@ class _Sequence:
     ends: tuple[int, ...]
     table: list[int]
     num_in_kv: int
+    grammar: GrammarState | None
     output: list[SampledToken] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
 
@@ -91,7 +94,8 @@ class Monolith:
                 return
             self._waiting.popleft()
             ends = ending_ids(request.sampling, self._model.config.eos_ids)
-            self._running.append(_Sequence(place, request, ends, table + rest, len(table) * self._limits.block_tokens))
+            grammar = request.grammar.state(request.sampling) if request.grammar is not None else None
+            self._running.append(_Sequence(place, request, ends, table + rest, len(table) * self._limits.block_tokens, grammar))
 
     def _step(self) -> list[_Sequence]:
         room, stepping, slices = self._limits.max_step_tokens, [], []
@@ -117,10 +121,13 @@ class Monolith:
                 prompt_ids=sequence.request.prompt_ids,
                 output_ids=sequence.output_ids,
                 ending_ids=sequence.ends,
+                grammar=sequence.grammar,
             )
             for sequence, _ in ready
         ]
         sampled = self._sampler.sample(self._runner.logits(state, [row for _, row in ready]), rows)
+        for error in broken_rows(rows).values():
+            raise error
         for (sequence, _), token in zip(ready, sampled, strict=True):
             sequence.output.append(token)
             sequence.output_ids.append(token.token_id)

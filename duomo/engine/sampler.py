@@ -1,21 +1,24 @@
 """Owns the choice of the next token from logits. Knows no model, batch order or request: each row is decided by its own RowSampling alone.
 
-Order, as in vLLM: logprobs from the raw logits; min_tokens masks the ending ids; repetition, frequency, presence penalties; temperature;
-min-p; top-k; top-p; one uniform number against the cumulative distribution in vocabulary order. temperature 0 takes the first maximum after
-the penalties.
+Order, as in vLLM: logprobs from the raw logits; the request's bias; its grammar, or min_tokens, masks ids; repetition, frequency, presence
+penalties; temperature; min-p; top-k; top-p; one uniform number against the cumulative distribution in vocabulary order. temperature 0 takes
+the first maximum after the penalties.
 
-Legend: S rows, V vocabulary.
+Legend: S rows, V vocabulary, W words of 32 ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from duomo.engine.randomness import uniform
+from duomo.errors import EngineError
+from duomo.grammar.state import GrammarState, num_words
 from duomo.wire.messages import Sampling
 
 GREEDY_TEMPERATURE = 1e-5  # below, dividing by it overflows float32: treated as greedy (vLLM's _SAMPLING_EPS)
@@ -27,7 +30,8 @@ class RowSampling:
     """How one row's token is chosen.
 
     output_ids: the choice's tokens so far, in order; position of the new token is len(prompt_ids) + len(output_ids).
-    ending_ids: eos (unless ignored) and stop ids, masked while fewer than min_tokens are out.
+    ending_ids: eos (unless ignored) and stop ids, masked while fewer than min_tokens are out. grammar: the choice's own state where
+    sampling has a constraint; it masks endings itself.
     """
 
     sampling: Sampling
@@ -35,6 +39,10 @@ class RowSampling:
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
     ending_ids: Sequence[int] = ()
+    grammar: GrammarState | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.grammar is None) == (self.sampling.constraint is None), "a constraint that nobody keeps"
 
     @property
     def is_greedy(self) -> bool:
@@ -46,12 +54,31 @@ class RowSampling:
 
     @property
     def masks_endings(self) -> bool:
-        return len(self.output_ids) < self.sampling.min_tokens and len(self.ending_ids) > 0
+        return self.grammar is None and len(self.output_ids) < self.sampling.min_tokens and len(self.ending_ids) > 0
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether its token is chosen from other logits than the model's."""
+        return self.grammar is not None or bool(self.sampling.logit_bias) or self.has_penalty or self.masks_endings
 
 
 def ending_ids(sampling: Sampling, eos_ids: Sequence[int]) -> tuple[int, ...]:
-    """The ids that end a choice: eos unless ignored, and the request's own."""
-    return tuple(sampling.stop_token_ids) + (() if sampling.ignore_eos else tuple(eos_ids))
+    """The ids that end a choice: eos unless ignored (under a constraint it comes only where the answer is over), and the request's own."""
+    ignores_eos = sampling.ignore_eos and sampling.constraint is None
+    return tuple(sampling.stop_token_ids) + (() if ignores_eos else tuple(eos_ids))
+
+
+def ends_choice(token_id: int, num_output: int, sampling: Sampling, ends: Collection[int]) -> bool:
+    """Whether the choice's last token, its num_output-th, ends it with "stop". ends: ending_ids(). Its limits are another matter.
+
+    Under a constraint an ending id that is there had its reason.
+    """
+    return token_id in ends and (num_output > sampling.min_tokens or sampling.constraint is not None)
+
+
+def broken_rows(rows: Sequence[RowSampling]) -> dict[int, EngineError]:
+    """Rows whose grammar failed: what was sampled for them is not to be used."""
+    return {at: row.grammar.error for at, row in enumerate(rows) if row.grammar is not None and row.grammar.error is not None}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,11 +91,11 @@ class SampledToken:
 
 
 class Sampler:
-    """Stateless: the same logits and RowSampling give the same token in any batch."""
+    """Stateless: the same logits and RowSampling give the same token in any batch. A row's grammar follows the row's own tokens."""
 
     @torch.inference_mode()
     def sample(self, logits_SV: Tensor, rows: Sequence[RowSampling]) -> list[SampledToken]:
-        """logits float32 [S, V], not changed; one row each. Returns one token for each row."""
+        """logits float32 [S, V], not changed; one row each. Returns one token for each row; broken_rows() says whose are none."""
         assert logits_SV.shape[0] == len(rows), (logits_SV.shape, len(rows))
         if not rows:
             return []
@@ -83,16 +110,28 @@ class Sampler:
 
 
 def _adjust(logits_SV: Tensor, rows: Sequence[RowSampling]) -> Tensor:
-    """Masked and penalised logits; the same tensor where no row asks for either."""
-    if not any(row.has_penalty or row.masks_endings for row in rows):
+    """Biased, masked and penalised logits; the same tensor where no row asks for any of it."""
+    if not any(row.is_adjusted for row in rows):
         return logits_SV
     adjusted_SV = logits_SV.clone()
     for at, row in enumerate(rows):
+        if row.sampling.logit_bias:
+            ids, values = zip(*row.sampling.logit_bias, strict=True)
+            adjusted_SV[at, torch.tensor(ids, dtype=torch.int64)] += torch.tensor(values, dtype=torch.float32)
+        if row.grammar is not None:
+            adjusted_SV[at].masked_fill_(~_allowed(row.grammar, row.output_ids, logits_SV.shape[1]), -torch.inf)
         if row.masks_endings:
             adjusted_SV[at, torch.tensor(row.ending_ids, dtype=torch.int64)] = -torch.inf
         if row.has_penalty:
             _penalise(adjusted_SV[at], row)
     return adjusted_SV
+
+
+def _allowed(grammar: GrammarState, output_ids: Sequence[int], vocab: int) -> Tensor:
+    """bool [V]: what may come next."""
+    mask_W = np.empty(num_words(vocab), np.int32)
+    grammar.fill(mask_W, output_ids)
+    return torch.from_numpy(np.unpackbits(mask_W.view(np.uint8), count=vocab, bitorder="little").view(np.bool_))
 
 
 def _penalise(logits_V: Tensor, row: RowSampling) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duomo.engine.decode_step import DecodeRow, Joining
-from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
+from duomo.engine.sampler import RowSampling, SampledToken, ending_ids, ends_choice
 from duomo.wire.messages import EmittedToken, FinishReason, TokenLogprob
 from services.decode.leg import Choice, Leg, LegState
 from services.decode.policy import RunningSequence, plan_step
@@ -106,7 +106,12 @@ class Batch:
                 next_token_id=token_id,
                 output_ids=output_ids,
                 sampling=RowSampling(
-                    sampling=leg.sampling, choice=number, prompt_ids=leg.prompt_ids, output_ids=output_ids, ending_ids=ends
+                    sampling=leg.sampling,
+                    choice=number,
+                    prompt_ids=leg.prompt_ids,
+                    output_ids=output_ids,
+                    ending_ids=ends,
+                    grammar=leg.grammar_state(),
                 ),
                 promised_blocks=promise,
             )
@@ -179,9 +184,8 @@ class Batch:
         return emitted
 
     def _finish_reason(self, choice: Choice, token_id: int) -> FinishReason | None:
-        sampling = choice.leg.sampling
         num_output = len(choice.output_ids)
-        if token_id in choice.sampling.ending_ids and num_output > sampling.min_tokens:
+        if ends_choice(token_id, num_output, choice.leg.sampling, choice.sampling.ending_ids):
             return "stop"
         return "length" if self._is_full(choice, num_output) else None
 

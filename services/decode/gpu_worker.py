@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining, StepResult, check_row
+from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining, StepResult, check_sampling
 from duomo.engine.gpu_decode import PendingStep
 from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
@@ -61,8 +61,7 @@ class GpuDecodeWorker:
         return self._cache.spec.block_bytes
 
     def check(self, sampling: Sampling) -> None:
-        ends = ending_ids(sampling, self.config.eos_ids)
-        check_row(RowSampling(sampling=sampling, choice=0, prompt_ids=(), output_ids=(), ending_ids=ends))
+        check_sampling(sampling, len(ending_ids(sampling, self.config.eos_ids)))
 
     def lander(self) -> Lander:
         return GpuLander(self._cache)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from duomo.engine.prefix_digest import PrefixHash
 from duomo.engine.sampler import RowSampling
 from duomo.errors import DuomoError
+from duomo.grammar.state import Grammar, GrammarState
 from duomo.wire.messages import Handle, PeerAddress, PrefillDone, Resume, Sampling, StartDecode, Timings, WaveAnnounced
 from services.decode.policy import DecodeLimits, WaitingLeg, blocks_for, promised_blocks, table_promise
 from services.decode.routed_tokens import RoutedTokens
@@ -110,7 +111,7 @@ class Leg:
     failure: why it ended, where that is an error. silent_s: for how long we have looked and nothing of its KV came. num_refused: messages
     that lay wrong. blocks: held while the KV lands; they pass to the choices when the leg joins. cached_tokens: tokens whose KV was in
     them when they were granted, num_cached_blocks the blocks of those. prefix_hashes: of its tokens' full blocks, where the pool
-    remembers prefixes. promise_blocks: the whole promise while it lands.
+    remembers prefixes. promise_blocks: the whole promise while it lands. grammar: of a request with a constraint, once it is compiled.
     """
 
     leg_id: int
@@ -154,6 +155,7 @@ class Leg:
     num_decoded_tokens: int = 0
     num_preempted: int = 0
     routed: RoutedTokens = field(default_factory=RoutedTokens)
+    grammar: Grammar | None = None
 
     @classmethod
     def of(cls, message: StartDecode | Resume, *, leg_id: int, gateway: str, now_s: float, max_preemptions: int) -> Leg:
@@ -195,6 +197,14 @@ class Leg:
     def max_new_tokens(self) -> int:
         """Tokens still to come, the first of them from prefill."""
         return max(1, self.sampling.max_tokens - len(self.emitted_ids))
+
+    def may_join(self, now_s: float, delay_s: float) -> bool:
+        """Whether what arrived may be sampled from: its grammar is compiled, and delay_s, slept on purpose, is over."""
+        return (self.grammar is not None or self.sampling.constraint is None) and now_s >= self.times.ready_s() + delay_s
+
+    def grammar_state(self) -> GrammarState | None:
+        """Of one choice, at its grammar's start."""
+        return None if self.grammar is None else self.grammar.state(self.sampling)
 
     @property
     def is_landed(self) -> bool:

@@ -30,6 +30,7 @@ from duomo.wire.messages import (
 )
 from services.decode.arrivals import LandedMessage
 from services.decode.batch import Batch, BatchEnds, PlannedStep, Stops
+from services.decode.grammars import LegGrammars
 from services.decode.handoff import HandoffEnds, Handoffs, producer_lost
 from services.decode.handoff_figures import HandoffFigures
 from services.decode.intake import Intake
@@ -91,6 +92,7 @@ class DecodeService:
         stops = Stops(eos_ids=worker.config.eos_ids, max_model_tokens=max_model_tokens(card, worker))
         self._batch = Batch(self.pool, stops, BatchEnds(preempted=self._preempted, finished=self._finish))
         self._steps = StepLoop(worker, self._arrivals, self._batch, self.progress, self, thread)
+        self._grammars = LegGrammars(card, worker, self._steps.wake, self._fail)
         self._ticker: asyncio.Task[None] | None = None
 
     # life
@@ -98,6 +100,7 @@ class DecodeService:
     async def start(self) -> None:
         """Warm, then listen and register: a registered replica is ready."""
         await self._steps.start()
+        await self._grammars.warm()
         self._ticker = asyncio.get_running_loop().create_task(self._tick_forever())
         await self.membership.start()
 
@@ -117,8 +120,7 @@ class DecodeService:
     def check_health(self) -> None:
         """Raises EngineError when pending work does not move, what failure() says where something has ended."""
         self.progress.check()
-        failure = self.failure()
-        if failure is not None:
+        if (failure := self.failure()) is not None:
             raise failure
 
     # ReplicaLogic
@@ -205,7 +207,7 @@ class DecodeService:
     # StepHost
 
     def before_step(self, now_s: float) -> None:
-        for leg in [leg for leg in self._ready if now_s >= leg.times.ready_s() + self.card.config.delays.decode_admit_s]:
+        for leg in [leg for leg in self._ready if leg.may_join(now_s, self.card.config.delays.decode_admit_s)]:
             self._ready.remove(leg)
             self._batch.join(leg)
         if self._is_pump_due:
@@ -263,12 +265,12 @@ class DecodeService:
         )
         if self._intake.is_void(*key):
             return
-        refusal = self._intake.refusal(leg)
-        if refusal is not None:
+        if (refusal := self._intake.refusal(leg)) is not None:
             self._outbox.post(leg.gateway, failure_of(leg, refusal, now_s))
             return
         self._legs[key] = leg
         self._handoffs.expect(leg, now_s)
+        self._grammars.expect(leg)
         self._steps.wake()
 
     def _announced(self, peer: Connection, message: WaveAnnounced, now_s: float) -> None:
@@ -297,8 +299,7 @@ class DecodeService:
         if leg is None:
             return
         leg.cancelled_choices.add(number)
-        choice = leg.choices.get(number)
-        if choice is not None:
+        if (choice := leg.choices.get(number)) is not None:
             self._batch.remove(choice)
             self._changed()
         if leg.state is LegState.RUNNING and not leg.choices:
@@ -374,9 +375,8 @@ class DecodeService:
             self._ready.remove(leg)
         for choice in list(leg.choices.values()):
             self._batch.remove(choice)
-        if leg.blocks:
-            self.pool.give_back(leg.blocks)
-            leg.blocks = []
+        self.pool.give_back(leg.blocks)
+        leg.blocks = []
         self.pool.holders.pop(leg.leg_id, None)
         self._changed()
 

@@ -20,7 +20,7 @@ from duomo.engine.decode_step import DecodeRow, Joining
 from duomo.engine.kv_cache import KvCache
 from duomo.engine.kv_messages import message_block_bytes
 from duomo.engine.runner import BoundaryState, ModelRunner
-from duomo.engine.sampler import SampledToken, Sampler
+from duomo.engine.sampler import SampledToken, Sampler, broken_rows
 from duomo.errors import EngineError
 from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
@@ -140,9 +140,10 @@ class DecodeWorker:
             for token, row in zip(fed, step.rows, strict=True)
         )
         state, logits_RV = self.runner.run(StepBatch(slices=slices), keeps_routed=True)
-        tokens = self._sampler.sample(logits_RV, [token.sampling for token in fed])
+        rows = [token.sampling for token in fed]
+        tokens = self._sampler.sample(logits_RV, rows)
         routed_RE = _routed(state, len(step.rows))
-        return StepOutput(tokens=tokens, routed_RE=routed_RE, started_s=started_s, ended_s=time.monotonic())
+        return StepOutput(tokens=tokens, routed_RE=routed_RE, started_s=started_s, ended_s=time.monotonic(), errors=broken_rows(rows))
 
     def finish(self) -> StepOutput:
         raise AssertionError("a CPU's step is over when run() returns")

@@ -1,7 +1,8 @@
 """Decides what the first sampled tokens of a leg mean: which choices end with them, what the gateway and D are told. PURE.
 
 A choice ends on P with its first token: at an end-of-sequence id (unless ignored), a stop id, or max_tokens (all attempts counted).
-Before min_tokens neither eos nor stop ids count; the sampler masks them there.
+Before min_tokens neither eos nor stop ids count; the sampler masks them there. Under a constraint any of them ends the choice: the grammar
+lets none through without reason (duomo/grammar/state.py).
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ class FirstTokens:
 
 def finish_reason(token_id: int, index: int, sampling: Sampling, eos_ids: Collection[int]) -> FinishReason | None:
     """Whether token `index` (0-based over all attempts) ends its choice."""
-    ends = token_id in sampling.stop_token_ids or (token_id in eos_ids and not sampling.ignore_eos)
-    if ends and index + 1 > sampling.min_tokens:
+    is_held = sampling.constraint is not None
+    ends = token_id in sampling.stop_token_ids or (token_id in eos_ids and (is_held or not sampling.ignore_eos))
+    if ends and (is_held or index + 1 > sampling.min_tokens):
         return "stop"
     return "length" if index + 1 >= sampling.max_tokens else None
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from duomo.config import DelaySection
-from duomo.engine.decode_step import check_row
+from duomo.engine.decode_step import check_sampling
 from duomo.engine.expert_counts import ExpertUse, PendingUse
 from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.gpu_first_tokens import PendingTokens
@@ -61,8 +61,7 @@ class GpuPrefillWorker:
         return self._cache.spec.block_bytes
 
     def check(self, sampling: Sampling) -> None:
-        ends = ending_ids(sampling, self.config.eos_ids)
-        check_row(RowSampling(sampling=sampling, choice=0, prompt_ids=(), output_ids=(), ending_ids=ends))
+        check_sampling(sampling, len(ending_ids(sampling, self.config.eos_ids)))
 
     def counters(self) -> Mapping[str, int]:
         """Decode tells of an engine that both share."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from duomo.engine.sampler import RowSampling, ending_ids
+from duomo.grammar.state import Grammar
 from duomo.telemetry.tracing import Span, Tracing
 from duomo.wire.connection import Connection
 from duomo.wire.messages import Handle, PullKv, StartPrefill, Timings
@@ -49,6 +50,7 @@ class Leg:
     """One attempt. Allocated by PrefillService; everything in it is freed through it.
 
     token_ids: prompt and emitted tokens. blocks: this leg's block table in the KV cache. is_in_wave: the step thread may write them.
+    grammar: of a request with a constraint, before it may join a wave.
     """
 
     request: StartPrefill
@@ -58,6 +60,7 @@ class Leg:
     received_s: float
     deadline_s: float
     queue_span: Span
+    grammar: Grammar | None = None
     stage: Stage = Stage.QUEUED
     is_over: bool = False
     is_in_wave: bool = False
@@ -114,7 +117,12 @@ class Leg:
         ends = ending_ids(request.sampling, eos_ids)
         return [
             RowSampling(
-                sampling=request.sampling, choice=choice, prompt_ids=request.prompt_ids, output_ids=request.emitted_ids, ending_ids=ends
+                sampling=request.sampling,
+                choice=choice,
+                prompt_ids=request.prompt_ids,
+                output_ids=request.emitted_ids,
+                ending_ids=ends,
+                grammar=None if self.grammar is None else self.grammar.state(request.sampling),
             )
             for choice in request.choices
         ]

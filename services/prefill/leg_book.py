@@ -11,8 +11,11 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 from duomo.errors import CapacityError, DeadlineError, DuomoError, PeerError, RequestError, TransferError, WireError
+from duomo.grammar.cache import Grammars
+from duomo.grammar.state import Grammar
 from duomo.telemetry.expert_tokens import ExpertTokens
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.connection import Connection
@@ -81,6 +84,7 @@ class LegBook:
         limits = Limits.of(section, num_groups=worker.num_groups, num_blocks=num_blocks, max_prompt_tokens=self._max_tokens)
         delay_s = card.config.delays.prefill_queue_s
         self.waves = WaveLoop(worker, limits, progress, thread, lambda: self.blocks.num_available, self, delay_s)
+        self.grammars = Grammars(card.config.model.path, worker.config.vocab, worker.config.eos_ids)
         self._worker = worker
         self._tracing = tracing
         self._progress = progress
@@ -118,10 +122,11 @@ class LegBook:
             self.fail(leg, refusal)
             return
         leg.deadline_timer = asyncio.get_running_loop().call_later(max(leg.deadline_s - time.monotonic(), 0.0), self._deadline_passed, leg)
-        self.waves.waiting[key] = leg
         self.peers.want(request.decode)
-        leg.look(is_reachable=self.peers.is_reachable(request.decode.boot_id))
-        self.waves.wake()
+        if request.sampling.constraint is None:
+            self._queue(leg)
+        else:
+            self.grammars.ask(request.sampling.constraint, partial(self._compiled, leg), partial(self.fail, leg))
 
     def cancel(self, message: Cancel) -> None:
         """From the gateway or from D: this attempt and all earlier ones, or one choice of them. Answered by nothing."""
@@ -248,6 +253,16 @@ class LegBook:
         self._end(leg, "failed")
 
     # inside
+
+    def _compiled(self, leg: Leg, grammar: Grammar) -> None:
+        leg.grammar = grammar
+        if not leg.is_over:
+            self._queue(leg)
+
+    def _queue(self, leg: Leg) -> None:
+        self.waves.waiting[leg.key] = leg
+        leg.look(is_reachable=self.peers.is_reachable(leg.request.decode.boot_id))
+        self.waves.wake()
 
     def _attempts(self, request_id: str, up_to: int) -> list[Leg]:
         return [leg for leg in self._legs.values() if leg.request.request_id == request_id and leg.request.attempt <= up_to]

@@ -21,7 +21,7 @@ from duomo.engine.expert_counts import ExpertUse
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.kv_messages import KvMessages
 from duomo.engine.runner import BoundaryState, ModelRunner
-from duomo.engine.sampler import RowSampling, SampledToken, Sampler
+from duomo.engine.sampler import RowSampling, SampledToken, Sampler, broken_rows
 from duomo.errors import ConfigError, EngineError
 from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
@@ -230,6 +230,7 @@ class PrefillWorker:
                 expert_bytes=0 if place else use.bytes_read,
                 computed_s=computed_s,
                 sampled_s=sampled_s,
+                error=next(iter(broken_rows(rows[place]).values()), None),
             )
             for place, chosen in enumerate(tokens)
         )

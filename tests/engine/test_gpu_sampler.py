@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
-from duomo.engine.decode_step import MAX_ENDINGS, DecodeRow, Joining, StepLogprobs, check_row
+from duomo.engine.decode_step import MAX_ENDINGS, DecodeRow, Joining, StepLogprobs, check_sampling
 from duomo.engine.gpu_host_ring import HostRing
 from duomo.engine.gpu_sample_rows import SampleKind
 from duomo.engine.gpu_sampler import ALL_KINDS, CAPTURED_KINDS, GpuSampler
@@ -169,15 +169,12 @@ def test_every_kind_is_warmed_and_those_without_extras_are_captured() -> None:
 
 
 def test_what_no_step_can_hold_is_refused_before_it_joins() -> None:
-    def asked(sampling: Sampling, num_endings: int) -> RowSampling:
-        return RowSampling(sampling=sampling, choice=0, prompt_ids=(1,), output_ids=(), ending_ids=tuple(range(num_endings)))
-
-    check_row(asked(Sampling(max_tokens=9, min_tokens=2, logprobs=20), MAX_ENDINGS))
-    check_row(asked(Sampling(max_tokens=9), MAX_ENDINGS + 1))
+    check_sampling(Sampling(max_tokens=9, min_tokens=2, logprobs=20), MAX_ENDINGS)
+    check_sampling(Sampling(max_tokens=9), MAX_ENDINGS + 1)
     with pytest.raises(RequestError, match="at most 32"):
-        check_row(asked(Sampling(max_tokens=9, min_tokens=2), MAX_ENDINGS + 1))
+        check_sampling(Sampling(max_tokens=9, min_tokens=2), MAX_ENDINGS + 1)
     with pytest.raises(RequestError, match="at most 20"):
-        check_row(asked(Sampling(max_tokens=9, logprobs=21), 0))
+        check_sampling(Sampling(max_tokens=9, logprobs=21), 0)
 
 
 def test_no_two_rows_go_on_from_one(rows: Rows) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
-from duomo.engine.sampler import RowSampling, Sampler, _limit, ending_ids
-from duomo.wire.messages import Sampling
+from duomo.engine.sampler import RowSampling, Sampler, _limit, broken_rows, ending_ids, ends_choice
+from duomo.grammar.library import tokens_of
+from duomo.grammar.state import Grammar
+from duomo.wire.messages import Constraint, Sampling
 
 VOCAB = 63
 
@@ -153,3 +159,72 @@ def test_choice_and_position_change_the_draw() -> None:
 def test_ending_ids() -> None:
     assert ending_ids(Sampling(max_tokens=1, stop_token_ids=(9,)), (2,)) == (9, 2)
     assert ending_ids(Sampling(max_tokens=1, stop_token_ids=(9,), ignore_eos=True), (2,)) == (9,)
+
+
+def test_a_bias_is_added_before_everything_else() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[7] = 3.0
+    assert draw(logits, row(temperature=0.0, logit_bias=((9, 3.5),))) == 9
+    assert draw(logits, row(temperature=0.0, logit_bias=((7, -100.0),))) == 0
+    assert draw(logits, row(temperature=0.0, logit_bias=((9, 100.0),), ends=(9,), min_tokens=1)) == 7, "what min_tokens masks stays masked"
+    # 2 + 4 = 6, halved by the repetition penalty to 3 as one logit
+    penalised = row(temperature=0.0, logit_bias=((9, 4.0),), repetition_penalty=2.0, output=(9,))
+    assert draw(torch.where(torch.arange(VOCAB) == 9, 2.0, logits - 0.5), penalised) == 9
+    assert draw(torch.where(torch.arange(VOCAB) == 9, 2.0, logits + 0.5), penalised) == 7
+
+
+def test_a_bias_changes_no_other_row_and_no_logprob() -> None:
+    logits = torch.randn(2, VOCAB)
+    plain = Sampler().sample(logits, [row(temperature=0.0, logprobs=3), row(temperature=0.0, logprobs=3)])
+    biased = Sampler().sample(logits, [row(temperature=0.0, logprobs=3), row(temperature=0.0, logprobs=3, logit_bias=((5, 50.0),))])
+    assert biased[0] == plain[0] and biased[1].token_id == 5 and biased[1].top == plain[1].top
+    assert biased[1].logprob == pytest.approx(float(torch.log_softmax(logits[1].double(), -1)[5]))
+
+
+TOKENIZER = Path(__file__).resolve().parents[2] / "models" / "tiny-moe" / "tokenizer.json"
+TEXT = tokenizers.Tokenizer.from_file(str(TOKENIZER))
+
+
+def held(regex: str, **knobs: Any) -> RowSampling:
+    """A row of the embedded model's vocabulary under a constraint."""
+    sampling = Sampling(max_tokens=99, constraint=Constraint(kind="regex", text=regex), **knobs)
+    tokens = tokens_of(TOKENIZER, 8192, (2,))
+    grammar = Grammar(tokens, tokens.matcher(sampling.constraint or pytest.fail("it has one")))
+    return RowSampling(sampling=sampling, choice=0, prompt_ids=(1,), output_ids=[], ending_ids=(2,), grammar=grammar.state(sampling))
+
+
+def test_a_row_under_a_grammar_takes_what_it_allows_whatever_the_logits_say() -> None:
+    logits = torch.randn(3, 8192)
+    rows = [held("[0-9]{3}", temperature=1.0, seed=5, logprobs=2, presence_penalty=1.0, top_p=0.9), row(temperature=0.0)]
+    free = Sampler().sample(logits[:2], [row(temperature=0.0), rows[1]])
+    text = ""
+    output_ids = rows[0].output_ids
+    assert isinstance(output_ids, list)
+    while True:
+        sampled = Sampler().sample(logits[:2], rows)
+        assert sampled[1] == free[1]
+        assert sampled[0].logprob == pytest.approx(float(torch.log_softmax(logits[0].double(), -1)[sampled[0].token_id]))
+        output_ids.append(sampled[0].token_id)
+        if sampled[0].token_id == 2:
+            break
+        text += TEXT.decode([sampled[0].token_id])
+    assert re.fullmatch("[0-9]{3}", text) and not broken_rows(rows)
+
+
+def test_a_row_whose_grammar_breaks_is_told_and_disturbs_no_other() -> None:
+    broken = replace(held("[0-9]{3}"), output_ids=[5])
+    rows = [broken, row(temperature=0.0)]
+    logits = torch.randn(2, 8192)
+    assert Sampler().sample(logits, rows)[1] == Sampler().sample(logits[1:], rows[1:])[0]
+    assert list(broken_rows(rows)) == [0] and broken_rows(rows)[0].code == "constraint_not_kept"
+
+
+def test_under_a_constraint_eos_ends_a_choice_always() -> None:
+    plain, constrained = Sampling(max_tokens=9, ignore_eos=True, min_tokens=5), held("a", ignore_eos=True, min_tokens=5).sampling
+    assert ending_ids(plain, (2,)) == () and ending_ids(constrained, (2,)) == (2,)
+    assert not ends_choice(2, 3, plain, (2,)) and ends_choice(2, 3, constrained, (2,)) and not ends_choice(3, 9, constrained, (2,))
+
+
+def test_a_constraint_that_nobody_keeps_is_a_bug() -> None:
+    with pytest.raises(AssertionError, match="nobody keeps"):
+        row(constraint=Constraint(kind="regex", text="a"))

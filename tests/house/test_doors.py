@@ -23,6 +23,7 @@ HOMES = {
     "nixl_cu13": ("services/kv_transfer/transport_nixl.py", "services/kv_transfer/transport_nixl_config.py"),
     "redis": ("services/kv_transfer/directory.py", "services/router/store.py"),
     "ray": ("services/*/deployment.py", "services/app.py"),
+    "llguidance": ("duomo/grammar/library.py",),
 }
 PURE = (
     "services/*/policy.py",
@@ -34,7 +35,7 @@ PURE = (
 )
 IMPURE = {"torch", "triton", "ray", "nixl", "nixl_cu13", "redis", "asyncio", "time", "threading", "socket", "datetime", "os"}
 IMPURE |= {"subprocess", "fastapi", "uvloop", "opentelemetry", "prometheus_client"}
-TORCH_FREE = ("services/router/", "duomo/wire/", "duomo/telemetry/", "duomo/config.py", "duomo/errors.py")
+TORCH_FREE = ("services/router/", "duomo/wire/", "duomo/grammar/", "duomo/telemetry/", "duomo/config.py", "duomo/errors.py")
 HEAVY = {"torch", "triton", "nixl", "nixl_cu13"}
 LIBRARY_NEVER = {"fastapi", "starlette", "uvicorn", "services"}
 
@@ -164,6 +165,7 @@ CONTRACT_FILES = {
     "duomo/engine/runner.py": "",
     "duomo/models/config.py": "",
     "duomo/telemetry/metrics.py": "",
+    "duomo/grammar/state.py": "",
     "duomo/wire/codec.py": "",
     "duomo/config.py": "",
     "duomo/errors.py": "",

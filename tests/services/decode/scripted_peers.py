@@ -21,6 +21,7 @@ from duomo.engine.monolith import GenerateRequest, generate
 from duomo.engine.runner import ModelRunner
 from duomo.engine.sampler import RowSampling, Sampler, ending_ids
 from duomo.errors import PeerError
+from duomo.grammar.cache import compiled
 from duomo.models.qwen3_moe import Model, load_model
 from duomo.wire.connection import Connection, Identity, connect, new_boot_id
 from duomo.wire.histogram import packed
@@ -76,7 +77,9 @@ def ids(num_tokens: int, seed: int = 1) -> tuple[int, ...]:
 @functools.cache
 def expected(prompt_ids: tuple[int, ...], sampling: Sampling = GREEDY, choice: int = 0) -> list[int]:
     """What the monolith generates."""
-    request = GenerateRequest(prompt_ids=prompt_ids, sampling=sampling, choice=choice)
+    of_model = (MODEL_DIR / "tokenizer.json", model().config.vocab, model().config.eos_ids)
+    grammar = compiled(of_model, sampling.constraint) if sampling.constraint is not None else None
+    request = GenerateRequest(prompt_ids=prompt_ids, sampling=sampling, choice=choice, grammar=grammar)
     return [token.token_id for token in generate(model(), [request])[0]]
 
 
