@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 class _NixlWrite:
     """A transfer handle with its state; dropped from here the moment it is released."""
 
-    def __init__(self, handle: Any, peer: str, kind: MemoryKind) -> None:
+    def __init__(self, handle: Any, peer: str, kinds: tuple[MemoryKind, MemoryKind]) -> None:
         self.handle = handle
-        self.peer, self.kind = peer, kind
+        self.peer, self.kinds = peer, kinds
         self.state = WriteState.IN_FLIGHT
         self.detail = ""
         self.report: WriteReport | None = None
@@ -56,7 +56,7 @@ class NixlTransport:
         self._peers: dict[str, bytes] = {}
         self._ucx_log = ucx_log.of_process()
         self._num_tables: dict[str, int] = {}  # of UCX's log, before the peer connected
-        self._lanes: dict[str, dict[MemoryKind, tuple[str, ...]]] = {}  # by peer
+        self._lanes: dict[str, dict[tuple[MemoryKind, MemoryKind], tuple[str, ...]]] = {}  # by peer
         self._ucx_log.routes()  # what UCX said of its settings goes into our log
         self._siblings: set[str] = set()
         self._has_told_unmeasured = False
@@ -124,7 +124,7 @@ class NixlTransport:
             handle = self._agent.initialize_xfer("WRITE", source, target, peer, notification)
         except self._errors as error:
             raise PeerError(f"a write to {peer} cannot be prepared: {error}", phase="kv.handoff") from error
-        write = _NixlWrite(handle, peer, local.place.kind)
+        write = _NixlWrite(handle, peer, (local.place.kind, remote.place.kind))
         try:
             status = self._agent.transfer(handle)
         except self._errors as error:
@@ -181,7 +181,7 @@ class NixlTransport:
     def _end(self, write: _NixlWrite, state: WriteState, detail: str) -> None:
         """Release the handle and remember how it ended."""
         if state is WriteState.DONE:
-            lanes = self._lanes_of(write.peer, write.kind)
+            lanes = self._lanes_of(write.peer, write.kinds)
             write.report = self._report(write.handle, lanes)
             is_one_process = write.peer in self._siblings  # the proof, which looks at the lanes itself
             if not is_one_process and (refusal := ucx_routes.refusal(self._section.require_transport, lanes, is_one_process=False)):
@@ -195,15 +195,15 @@ class NixlTransport:
         except self._errors as error:
             write.detail = f"{detail}; its handle cannot be released: {error}"
 
-    def _lanes_of(self, peer: str, kind: MemoryKind) -> tuple[str, ...]:
-        """What UCX said when it chose; looked up after the first write of this kind. Told once for each peer."""
+    def _lanes_of(self, peer: str, kinds: tuple[MemoryKind, MemoryKind]) -> tuple[str, ...]:
+        """What UCX said when it chose; looked up after the first write between memory of these kinds, and told then."""
         known = self._lanes.setdefault(peer, {})
-        if kind not in known:
+        if kinds not in known:
             tables = self._ucx_log.routes()
             num_before = self._num_tables.get(peer, 0)
-            known[kind] = ucx_routes.of_peer(tables, self.name, is_of_gpu=kind == "cuda", num_before=num_before)
-            log.info("%s: UCX writes to %s by %s", self.name, peer, " + ".join(known[kind]) or "what it does not tell")
-        return known[kind]
+            known[kinds] = ucx_routes.of_peer(tables, self.name, kinds=kinds, num_before=num_before)
+            log.info("%s: UCX writes to %s by %s", self.name, peer, " + ".join(known[kinds]) or "what it does not tell")
+        return known[kinds]
 
     def _report(self, handle: Any, lanes: tuple[str, ...]) -> WriteReport | None:
         """NIXL's telemetry of a transfer that is done; its times are whole microseconds.

@@ -43,8 +43,9 @@ class Route:
     lanes: tuple[str, ...]
 
     @property
-    def is_of_gpu(self) -> bool:
-        return "cuda" in self.source or "cuda" in self.target
+    def kinds(self) -> tuple[str, str]:
+        """Of the memory that is read and of that which is written: UCX says host, or cuda/GPU0, cuda/dev[0]."""
+        return self.source.partition("/")[0], self.target.partition("/")[0]
 
     def text(self) -> str:
         return " + ".join(self.lanes)
@@ -75,8 +76,8 @@ def is_of_table(line: str) -> bool:
     return matched is not None and matched.group(2)[:1] in ("|", "+") and matched.group(2)[-1:] == matched.group(2)[:1]
 
 
-def of_peer(routes: Sequence[Route], agent: str, *, is_of_gpu: bool, num_before: int) -> tuple[str, ...]:
-    """The lanes by which `agent` writes to a peer from memory of this kind; () where nothing says it.
+def of_peer(routes: Sequence[Route], agent: str, *, kinds: tuple[str, str], num_before: int) -> tuple[str, ...]:
+    """The lanes by which `agent` writes to a peer, from memory of one kind to memory of the other (host, cuda); () where nothing says it.
 
     num_before: tables that were there before it connected. A table that came since is the peer's. None comes where an earlier peer is
     connected alike: then it is what that one has, and where earlier peers differ, all that they have.
@@ -84,7 +85,7 @@ def of_peer(routes: Sequence[Route], agent: str, *, is_of_gpu: bool, num_before:
     ours = [
         (place, route)
         for place, route in enumerate(routes)
-        if route.agent == agent[:MAX_NAME] and route.locality != "self" and route.is_of_gpu == is_of_gpu
+        if route.agent == agent[:MAX_NAME] and route.locality != "self" and route.kinds == kinds
     ]
     if ours and ours[-1][0] >= num_before:
         return ours[-1][1].lanes

@@ -17,8 +17,8 @@ def printed(owner: str, operation: str, *rows: str, thread: int = 0) -> list[str
     return [f"[1795365033.017268] [vm:27930:{thread}]   {line}" for line in shown]
 
 
-def of_peer(routes: list[Route], agent: str, *, is_of_gpu: bool = False, num_before: int = 0) -> tuple[str, ...]:
-    return ucx_routes.of_peer(routes, agent, is_of_gpu=is_of_gpu, num_before=num_before)
+def of_peer(routes: list[Route], agent: str, kinds: tuple[str, str] = ("host", "host"), num_before: int = 0) -> tuple[str, ...]:
+    return ucx_routes.of_peer(routes, agent, kinds=kinds, num_before=num_before)
 
 
 HOST = "remote memory write by ucp_put* from host memory to host"
@@ -34,7 +34,7 @@ def test_a_table_of_ucx_is_read() -> None:
         ("cma/memory",),
         "cma/memory",
     )
-    assert of_peer([route], "kv-p", is_of_gpu=False) == ("cma/memory",)
+    assert of_peer([route], "kv-p") == ("cma/memory",)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,7 @@ def test_a_table_of_ucx_is_read() -> None:
     [
         ("0..inf | zero-copy | tcp/lo", ("tcp/lo",)),
         ("2K..inf | zero-copy | rc_mlx5/mlx5_0:1/path0", ("rc_mlx5/mlx5_0:1",)),
+        ("2049..inf | zero-copy | rc_mlx5/mlx5_0:1 50% on path0 and 50% on path1", ("rc_mlx5/mlx5_0:1",)),
         ("2K..inf | zero-copy | 50% on rc_mlx5/mlx5_0:1/path0 and 50% on rc_mlx5/mlx5_3:1/path0", ("rc_mlx5/mlx5_0:1", "rc_mlx5/mlx5_3:1")),
         ("0..inf | zero-copy | tcp/br-9f.100", ("tcp/br-9f.100",)),
     ],
@@ -63,18 +64,21 @@ def test_tables_of_two_threads_do_not_mix() -> None:
 
 def test_an_agent_s_connection_to_itself_says_nothing_of_its_peers() -> None:
     routes = routes_in([*CMA, *printed("kv-p self cfg#0", HOST, "0..inf | zero-copy | self/memory")])
-    assert len(routes) == 2 and of_peer(routes, "kv-p", is_of_gpu=False) == ("cma/memory",)
-    assert of_peer(routes, "kv-d", is_of_gpu=False) == () and of_peer(routes, "kv-p", is_of_gpu=True) == ()
+    assert len(routes) == 2 and of_peer(routes, "kv-p") == ("cma/memory",)
+    assert of_peer(routes, "kv-d") == () and of_peer(routes, "kv-p", ("cuda", "cuda")) == ()
 
 
 def test_memory_of_a_gpu_has_a_way_of_its_own() -> None:
-    gpu = printed(
+    """UCX also prints how it would write from the host to the card: no message goes that way."""
+    up = printed(
         "kv-p intra-node cfg#1",
-        "remote memory write by ucp_put*(multi) from cuda/GPU0 memory to cuda/GPU1",
-        "0..inf | zero-copy | cuda_ipc/cuda",
+        "remote memory write by ucp_put*(fast-completion) from host memory to cuda/dev[0]",
+        "0..inf | copy-in | tcp/lo",
     )
-    routes = routes_in([*gpu, *CMA])
-    assert of_peer(routes, "kv-p", is_of_gpu=True) == ("cuda_ipc/cuda",) and of_peer(routes, "kv-p", is_of_gpu=False) == ("cma/memory",)
+    gpu = "remote memory write by ucp_put*(multi) from cuda/dev[0] memory to cuda/dev[1]"
+    routes = routes_in([*printed("kv-p intra-node cfg#1", gpu, "0..inf | zero-copy | cuda_ipc/cuda"), *up, *CMA])
+    assert of_peer(routes, "kv-p", ("cuda", "cuda")) == ("cuda_ipc/cuda",) and of_peer(routes, "kv-p") == ("cma/memory",)
+    assert of_peer(routes, "kv-p", ("host", "cuda")) == ("tcp/lo",)
 
 
 def test_a_peer_has_the_table_that_came_with_it_and_else_what_earlier_peers_have() -> None:
@@ -88,7 +92,7 @@ def test_a_peer_has_the_table_that_came_with_it_and_else_what_earlier_peers_have
 def test_long_names_are_cut_as_ucx_cuts_them() -> None:
     name = "kv-consumer-abcdefghijklmnopqrstuvwxyz0123456789"
     routes = routes_in(printed(f"{name[:31]} intra-node cfg#1", HOST, "0..inf | zero-copy | cma/memory"))
-    assert of_peer(routes, name, is_of_gpu=False) == ("cma/memory",)
+    assert of_peer(routes, name) == ("cma/memory",)
 
 
 @pytest.mark.parametrize(
