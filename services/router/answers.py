@@ -13,6 +13,8 @@ from typing import Final, Protocol
 import msgspec
 
 from duomo.errors import CapacityError, DeadlineError, DuomoError, RequestCancelled, RequestError
+from duomo.grammar.library import BAD_CONSTRAINT, UNSUPPORTED
+from duomo.grammar.state import NOT_KEPT
 from duomo.wire.messages import FinishReason
 from services.router.generation import EmittedPiece, TextEmitted, Usage
 from services.router.text import ModelText
@@ -74,10 +76,16 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
     return _json({"error": {"message": message, "type": _error_type(status), "param": param, "code": code}})
 
 
+# What a replica found wrong with the request itself, which the gateway could not see.
+_CLIENTS_FAULTS: Final = (RequestError.default_code, BAD_CONSTRAINT, UNSUPPORTED, NOT_KEPT)
+
+
 def error_status(error: DuomoError) -> int:
     """The HTTP status of a fault: the client's own 4xx, 429/503 without room, 504 at the deadline, else 5xx by whether a retry helps."""
     if isinstance(error, RequestError):
         return error.status
+    if error.code in _CLIENTS_FAULTS:
+        return 400
     if isinstance(error, CapacityError):
         return 429 if error.code == "queue_full" else 503
     if isinstance(error, DeadlineError) or error.code == DeadlineError.default_code:

@@ -25,6 +25,7 @@ from services.router.flight import Flight
 from services.router.gateway import Gateway
 from services.router.generation import GenerationRequest
 from services.router.streams import TRANSPORT_EXTENSION, ClientTransport, Sink, StreamResponse, StreamSink, WholeSink, watch_client
+from services.router.structured import check_structure
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +90,8 @@ class Call:
         delays = self._gateway.config.delays
         if delays.gateway_tokenize_s:
             await asyncio.sleep(delays.gateway_tokenize_s)
+        with self.refusing():
+            await check_structure(common.structure)
         self._tokenized_s = time.monotonic()
         if delays.gateway_route_s:
             await asyncio.sleep(delays.gateway_route_s)

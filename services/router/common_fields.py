@@ -1,6 +1,7 @@
 """What the bodies of all generating endpoints share: model, sampling, lengths, stop, stream. Knows no endpoint's own fields.
 
-Beyond OpenAI, as in vLLM: top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, return_token_ids.
+Beyond OpenAI, as in vLLM: top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, return_token_ids, structured_outputs,
+guided_* (structured.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from duomo.config import GatewaySection
 from duomo.errors import RequestError
 from duomo.wire.messages import Sampling
 from services.router.fields import Fields, kind_of, wrong_type
+from services.router.structured import Structure, read_logit_bias, read_structure
 
 _MASK_64: Final = (1 << 64) - 1
 _MAX_TOKENS_BOUND: Final = 1 << 31
@@ -34,19 +36,24 @@ class AnswerOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonNames:
-    """What an endpoint calls its length (the newest name last) and its stop strings, which fields it ignores, whether it has `n`."""
+    """What an endpoint calls its length (the newest name last) and its stop strings, which fields it ignores, whether it has `n`.
+
+    has_structure: whether it has structured output and logit_bias by OpenAI's and vLLM's names.
+    """
 
     lengths: tuple[str, ...]
     ignored: tuple[str, ...]
     stop: str = "stop"
     has_choices: bool = True
+    has_structure: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonFields:
     """What all endpoints share. max_tokens is None where the request names none; sampling.max_tokens is set after tokenising.
 
-    priority: higher goes first (the field's own sign is the other one, as in vLLM).
+    priority: higher goes first (the field's own sign is the other one, as in vLLM). structure: sampling's constraint and the field
+    that named it; check_structure() compiles it.
     """
 
     sampling: Sampling
@@ -55,6 +62,7 @@ class CommonFields:
     stop: tuple[str, ...]
     answer: AnswerOptions
     priority: int = 0
+    structure: Structure | None = None
 
 
 class CommonReader:
@@ -85,6 +93,11 @@ class CommonReader:
         include_usage = _stream_options(fields, stream)
         stop = self._stop(fields, names.stop)
         sampling = self._sampling(fields, logprobs)
+        structure = read_structure(fields) if names.has_structure else None
+        if names.has_structure:
+            biases = read_logit_bias(fields, self._vocab_size)
+            constraint = None if structure is None else structure.constraint
+            sampling = msgspec.structs.replace(sampling, constraint=constraint, logit_bias=biases)
         return_token_ids = fields.boolean("return_token_ids")
         priority = fields.integer("priority", low=-_PRIORITY_BOUND, high=_PRIORITY_BOUND) or 0
         fields.ignore(*names.ignored)
@@ -102,6 +115,7 @@ class CommonReader:
                 shows_logprobs=logprobs is not None,
             ),
             priority=-priority,
+            structure=structure,
         )
 
     def token_ids(self, name: str, values: list[object]) -> tuple[int, ...]:

@@ -20,13 +20,11 @@ from services.router.fields import Fields, wrong_type
 from services.router.tools import read_tool_use, refuse_forced
 
 _IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-_CHAT_NAMES: Final = CommonNames(lengths=("max_tokens", "max_completion_tokens"), ignored=_IGNORED)
-_COMPLETION_NAMES: Final = CommonNames(lengths=("max_tokens",), ignored=_IGNORED)
+_CHAT_NAMES: Final = CommonNames(lengths=("max_tokens", "max_completion_tokens"), ignored=_IGNORED, has_structure=True)
+_COMPLETION_NAMES: Final = CommonNames(lengths=("max_tokens",), ignored=_IGNORED, has_structure=True)
 _CHAT_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {
-    "logit_bias": ({},),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -34,13 +32,16 @@ _CHAT_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {
     "verbosity": (),
     "web_search_options": (),
 }
-_COMPLETION_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {"logit_bias": ({},), "suffix": ("",)}
+_COMPLETION_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {"suffix": ("",)}
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
+    """prompt_field: which field of the body holds the conversation."""
+
     conversation: Conversation
     common: CommonFields
+    prompt_field: str = "messages"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,11 @@ from tests.services.router.stub_system import stub_system
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "tiny-moe", "prompt": "hi"}
 
+
+def as_format(schema: dict) -> dict:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
 BAD_REQUESTS: list[tuple[str, dict, int, str]] = [
     ("chat", CHAT | {"messages": []}, 400, "messages"),
     ("chat", {"model": "tiny-moe"}, 400, "messages"),
@@ -63,8 +68,34 @@ BAD_REQUESTS: list[tuple[str, dict, int, str]] = [
     ("chat", CHAT | {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs"),
     ("chat", CHAT | {"logprobs": 3}, 400, "logprobs"),
     ("chat", CHAT | {"tools": [{"type": "function"}]}, 400, "tools[0].function"),
-    ("chat", CHAT | {"response_format": {"type": "json_object"}}, 400, "response_format"),
-    ("chat", CHAT | {"logit_bias": {"5": 3}}, 400, "logit_bias"),
+    ("chat", CHAT | {"response_format": "json_object"}, 400, "response_format"),
+    ("chat", CHAT | {"response_format": {}}, 400, "response_format.type"),
+    ("chat", CHAT | {"response_format": {"type": "xml"}}, 400, "response_format.type"),
+    ("chat", CHAT | {"response_format": {"type": "json_object", "mood": 1}}, 400, "response_format.mood"),
+    ("chat", CHAT | {"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
+    ("chat", CHAT | {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, 400, "response_format.json_schema.schema"),
+    ("chat", CHAT | {"response_format": as_format({"type": "colour"})}, 400, "response_format.json_schema.schema"),
+    ("chat", CHAT | {"response_format": as_format({"type": "object", "not": {}})}, 400, "response_format.json_schema.schema"),
+    ("chat", CHAT | {"response_format": as_format({"type": "object"}), "guided_regex": "a"}, 400, "guided_regex"),
+    ("chat", CHAT | {"guided_json": "{"}, 400, "guided_json"),
+    ("chat", CHAT | {"guided_json": [1]}, 400, "guided_json"),
+    ("chat", CHAT | {"guided_regex": "(a"}, 400, "guided_regex"),
+    ("chat", CHAT | {"guided_regex": ""}, 400, "guided_regex"),
+    ("chat", CHAT | {"guided_choice": []}, 400, "guided_choice"),
+    ("chat", CHAT | {"guided_choice": ["a", 1]}, 400, "guided_choice[1]"),
+    ("chat", CHAT | {"guided_choice": ["a", ""]}, 400, "guided_choice[1]"),
+    ("text", TEXT | {"guided_grammar": "start: missing"}, 400, "guided_grammar"),
+    ("text", TEXT | {"guided_whitespace_pattern": " "}, 400, "guided_whitespace_pattern"),
+    ("text", TEXT | {"structured_outputs": {"regex": "(a"}}, 400, "structured_outputs.regex"),
+    ("text", TEXT | {"structured_outputs": {"structural_tag": "x"}}, 400, "structured_outputs.structural_tag"),
+    ("text", TEXT | {"structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, "structured_outputs.choice"),
+    ("chat", CHAT | {"logit_bias": {"8192": 3}}, 400, "logit_bias"),
+    ("chat", CHAT | {"logit_bias": {"-1": 3}}, 400, "logit_bias"),
+    ("chat", CHAT | {"logit_bias": {"cat": 3}}, 400, "logit_bias"),
+    ("chat", CHAT | {"logit_bias": {"5": 101}}, 400, "logit_bias"),
+    ("text", TEXT | {"logit_bias": {"5": "3"}}, 400, "logit_bias.5"),
+    ("text", TEXT | {"logit_bias": [5]}, 400, "logit_bias"),
+    ("text", TEXT | {"logit_bias": {str(token_id): 1 for token_id in range(1025)}}, 400, "logit_bias"),
     ("chat", CHAT | {"min_tokens": 9, "max_tokens": 8}, 400, "min_tokens"),
     ("chat", CHAT | {"stop_token_ids": [8192]}, 400, "stop_token_ids"),
     ("chat", CHAT | {"stop_token_ids": [True]}, 400, "stop_token_ids[0]"),

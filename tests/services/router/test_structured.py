@@ -1,0 +1,113 @@
+"""Structured output's fields: each of its spellings as the one constraint that it means, and logit_bias."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import pytest
+
+from duomo.config import GatewaySection
+from duomo.errors import CapacityError, RequestError
+from duomo.wire.messages import Constraint, Sampling
+from services.router import structured
+from services.router.common_fields import CommonFields, CommonReader
+from services.router.fields import Fields
+from services.router.openai import RequestParser
+from services.router.structured import Structure, check_structure, read_logit_bias, read_structure
+
+SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}, "required": ["größe"]}
+PARSER = RequestParser(GatewaySection(), CommonReader(GatewaySection(), "tiny-moe", 8192))
+
+
+def chat(**fields: object) -> CommonFields:
+    return PARSER.chat(json.dumps({"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], **fields}).encode()).common
+
+
+def text(**fields: object) -> CommonFields:
+    return PARSER.completion(json.dumps({"model": "tiny-moe", "prompt": "hi", **fields}).encode()).common
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "value", "named"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", {"type": "object"}, "response_format"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "description": "d", "schema": SCHEMA},
+                }
+            },
+            "json_schema",
+            SCHEMA,
+            "response_format.json_schema.schema",
+        ),
+        ({"guided_json": SCHEMA}, "json_schema", SCHEMA, "guided_json"),
+        ({"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA, "guided_json"),
+        ({"guided_choice": ["yes", "nö"]}, "choice", ["yes", "nö"], "guided_choice"),
+        ({"guided_regex": "[ab]+"}, "regex", "[ab]+", "guided_regex"),
+        ({"guided_grammar": 'start: "a"'}, "grammar", 'start: "a"', "guided_grammar"),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", SCHEMA, "structured_outputs.json"),
+        ({"structured_outputs": {"json_object": True}}, "json_schema", {"type": "object"}, "structured_outputs.json_object"),
+        ({"structured_outputs": {"choice": ["a"]}}, "choice", ["a"], "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a"}}, "regex", "a", "structured_outputs.regex"),
+        ({"structured_outputs": {"grammar": "g"}}, "grammar", "g", "structured_outputs.grammar"),
+    ],
+)
+def test_every_spelling_is_the_constraint_that_it_means(fields: dict[str, object], kind: str, value: object, named: str) -> None:
+    for common in (chat(**fields), text(**fields)):
+        assert common.structure is not None and common.structure.field == named
+        constraint = common.structure.constraint
+        assert common.sampling.constraint == constraint and constraint.kind == kind
+        assert (constraint.text if isinstance(value, str) else json.loads(constraint.text)) == value
+
+
+@pytest.mark.parametrize(
+    "off", [{}, {"response_format": {"type": "text"}}, {"guided_json": None}, {"structured_outputs": {"json_object": False}}]
+)
+def test_what_names_none_is_none(off: dict[str, object]) -> None:
+    assert chat(**off).structure is None and chat(**off).sampling.constraint is None
+
+
+def test_a_schemas_properties_keep_their_order() -> None:
+    ordered = {"type": "object", "properties": {name: {"type": "null"} for name in ("z", "a", "m")}}
+    structure = chat(guided_json=ordered).structure
+    assert structure is not None and list(json.loads(structure.constraint.text)["properties"]) == ["z", "a", "m"]
+
+
+def test_a_bias_is_by_token_and_zeros_are_none() -> None:
+    for common in (chat(logit_bias={"7": -100, "5": 2.5, "9": 0}), text(logit_bias={"7": -100, "5": 2.5, "9": 0.0})):
+        assert common.sampling.logit_bias == ((5, 2.5), (7, -100.0))
+    assert chat(logit_bias={}, seed=1).sampling == chat(logit_bias=None, seed=1).sampling
+    assert read_logit_bias(Fields({"logit_bias": {"8191": 1}}), 8192) == ((8191, 1.0),)
+
+
+def test_a_constraint_that_cannot_be_kept_is_refused_by_the_field() -> None:
+    found = read_structure(Fields({"guided_regex": "(a"}))
+    with pytest.raises(RequestError, match="'guided_regex' is no regex") as refusal:
+        asyncio.run(check_structure(found))
+    assert refusal.value.param == "guided_regex"
+    asyncio.run(check_structure(read_structure(Fields({"guided_regex": "(a)"}))))
+    asyncio.run(check_structure(None))
+
+
+def test_a_check_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(structured, "CHECK_LIMIT_S", 0.02)
+    monkeypatch.setattr(structured, "_checked", lambda constraint, field: go_on.wait(30))
+
+    async def main() -> None:
+        try:
+            with pytest.raises(CapacityError) as refusal:
+                await check_structure(Structure(Constraint(kind="regex", text="a"), "guided_regex"))
+            assert refusal.value.code == "constraint_timeout"
+        finally:
+            go_on.set()
+
+    asyncio.run(main())
+
+
+def test_nothing_of_it_costs_a_request_that_asks_for_none() -> None:
+    assert chat(seed=1).sampling == Sampling(max_tokens=1, seed=1)
