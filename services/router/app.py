@@ -30,6 +30,8 @@ from services.router.message_requests import MessageParser
 from services.router.openai import RequestParser
 from services.router.prompts import PromptMaker
 from services.router.refusals import answer_refusals
+from services.router.response_answers import ResponseShape
+from services.router.response_requests import ResponseParser
 from services.router.tokenizing import Tokenizing
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     edge = Edge(gateway)
     app.add_route("/v1/chat/completions", edge.chat, methods=["POST"])
     app.add_route("/v1/completions", edge.completion, methods=["POST"])
+    app.add_route("/v1/responses", edge.response, methods=["POST"])
     app.add_route("/v1/messages", edge.message, methods=["POST"])
     app.add_route("/v1/messages/count_tokens", edge.count_message_tokens, methods=["POST"])
     app.add_route("/tokenize", edge.tokenize, methods=["POST"])
@@ -69,6 +72,7 @@ class Edge:
         reader = CommonReader(section, gateway.card.name, gateway.card.vocab_size)
         self._parser = RequestParser(section, reader)
         self._message_parser = MessageParser(reader)
+        self._response_parser = ResponseParser(reader)
         self._prompts = PromptMaker(section, gateway.card, gateway.text)
         self._tokenizing = Tokenizing(self._parser, gateway.card, gateway.text)
         self._model = _model_object(gateway)
@@ -88,6 +92,14 @@ class Edge:
         sampled, shown = asked.common.answer.num_choices, asked.num_shown
         shape = CompletionShape(call.head(asked.common), self._prompts.echoes(asked), num_sampled=sampled, num_shown=shown)
         return await call.answer(request, requests, asked.common, shape)
+
+    async def response(self, request: Request) -> Response:
+        call = self._call(request, "resp_", "chat")
+        with call.refusing():
+            asked = self._response_parser.response(await read_body(request, self._section.max_body_bytes))
+            requests, style = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
+        common = asked.chat.common
+        return await call.answer(request, requests, common, ResponseShape(call.head(common), style, asked.echo))
 
     async def message(self, request: Request) -> Response:
         call = self._call(request, "msg_", "chat")

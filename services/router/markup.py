@@ -56,6 +56,10 @@ class OutputReader:
     def has_called(self) -> bool:
         return self._calls is not None and self._calls.num_calls > 0
 
+    @property
+    def is_reasoning(self) -> bool:
+        return self._think is not None and self._think.is_inside
+
     def push(self, text: str) -> list[OutputPart]:
         if self._think is None:
             return self._answer(text)
@@ -82,6 +86,10 @@ class _ThinkReader:
         self._state: Literal["before", "inside", "gap", "after"] = "inside" if is_inside else "before"
         self._held = ""
         self._has_thought = False  # the first character of the reasoning is out: line breaks before it are none of it
+
+    @property
+    def is_inside(self) -> bool:
+        return self._state == "inside"
 
     def push(self, text: str) -> tuple[str, str]:
         if self._state == "after":

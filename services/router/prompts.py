@@ -33,9 +33,15 @@ class PromptMaker:
 
     async def chat(self, request: ChatRequest, template: GenerationRequest) -> tuple[list[GenerationRequest], OutputStyle]:
         """The one generation request, and how its output is to be read."""
-        rendered = self._text.render(request.conversation)
-        ids = await self._encode(rendered.text, "messages", add_special_tokens=False)
-        return [self._fit(ids, "messages", request.common, self._section.default_max_tokens, template)], rendered.style
+        name = request.prompt_field
+        try:
+            rendered = self._text.render(request.conversation)
+        except RequestError as error:
+            if error.param != "messages" or name == error.param:
+                raise
+            raise RequestError(error.detail, param=name, status=error.status, code=error.code) from error
+        ids = await self._encode(rendered.text, name, add_special_tokens=False)
+        return [self._fit(ids, name, request.common, self._section.default_max_tokens, template)], rendered.style
 
     async def completion(self, request: CompletionRequest, template: GenerationRequest) -> list[GenerationRequest]:
         requests = []

@@ -126,10 +126,11 @@ class StreamSink(Sink):
         if self.error is not None:
             return
         if isinstance(event, TextEmitted):
-            written = self._shape.chunk(event)
+            written = b""
             if event.choice not in self._opened:
                 self._opened.add(event.choice)
-                written = self._shape.opening(event.choice) + written
+                written = self._shape.opening(event.choice)
+            written += self._shape.chunk(event)
             self._buffer += written
             if not written:
                 self.sent()  # nothing of this token goes out: it is as good as there
