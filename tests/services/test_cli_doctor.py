@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import pytest
 from duomo.config import DuomoConfig, load_config
 from duomo.engine.device import look_at_host
 from duomo.engine.settle import settle
-from duomo.errors import ConfigError
+from duomo.errors import ConfigError, TransferError
 from services.cli_doctor import _device, _kernels, _nixl, _parts, _plan, _port
 from tests.engine.scripted_driver import H100, ScriptedDriver
 
@@ -94,7 +95,29 @@ def test_a_host_without_card_says_so_and_one_process_needs_no_nixl(monkeypatch: 
     host = look_at_host(ScriptedDriver([], has_cuda=False).open, lambda cuda: "")
     assert "cpu, float32" in _device(host) and "no GPU to serve on: this machine has no NVIDIA driver" in _device(host)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "not needed" in _nixl(is_needed=False)
+    assert "not needed" in _nixl(config(), is_needed=False)
+
+
+def test_nixl_moves_a_message_and_says_by_what() -> None:
+    told = {"kv_transfer.ucx_net_devices": "lo", "layout": "split"}
+    assert re.search(
+        r"^1\.5\.\d+, nixl/UCX: (cma/memory|tcp/lo) moved and verified one message in the host's memory",
+        _nixl(config(**told), is_needed=True),
+    )
+    with pytest.raises(TransferError, match="require_transport is rc|is not available") as caught:
+        _nixl(config(**told, **{"kv_transfer.require_transport": "rc", "kv_transfer.ucx_tls": "tcp,self,cuda_copy"}), is_needed=True)
+    assert caught.value.code == "wrong_transport"
+
+
+def test_a_device_that_is_not_here_is_one_failing_line() -> None:
+    looks = [look for name, look in _parts(config(**{"layout": "split", "kv_transfer.ucx_net_devices": "mlx5_77:1"})) if name == "network"]
+    failed = []
+    for look in looks:
+        try:
+            look()
+        except ConfigError as error:
+            failed.append(error.detail)
+    assert len(looks) >= 3 and len(failed) == 1 and "names mlx5_77:1, which is not here" in failed[0]
 
 
 def test_where_the_driver_breaks_the_other_parts_are_still_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from services.kv_transfer.transport import Span, WriteState
 from services.kv_transfer.transport_nixl import NixlTransport
 
 ROOT = Path(__file__).parents[3]
+TCP = "tcp,self,cuda_copy" if Path("/proc/driver/nvidia").exists() else "tcp,self"  # with a GPU NIXL refuses a list without CUDA
 SECTION = TransferSection(slot_bytes=128 * 1024, ucx_net_devices="lo", write_timeout_s=0.5)
 BOUNDS, BLOCK_BYTES = (0, 3, 8), 8192
 
@@ -230,7 +231,7 @@ def test_a_write_to_a_stopped_consumer_ends_at_our_deadline_and_is_fenced_by_its
     assert agent.counts().num_writes_in_flight == 0
 
 
-@pytest.mark.parametrize(("ucx_tls", "lane"), [("", "cma/memory"), ("tcp,self", "tcp/lo")])
+@pytest.mark.parametrize(("ucx_tls", "lane"), [("", "cma/memory"), (TCP, "tcp/lo")])
 def test_a_handoff_is_right_over_each_transport_and_says_which_it_was(
     processes: list[Process], agent: TransferAgent, ucx_tls: str, lane: str
 ) -> None:
@@ -247,7 +248,7 @@ def test_a_handoff_is_right_over_each_transport_and_says_which_it_was(
 
 
 def test_another_transport_than_required_is_refused_at_the_start_and_with_each_peer(processes: list[Process], agent: TransferAgent) -> None:
-    peer = start(processes, agent, "p-wrong", SECTION.model_copy(update={"ucx_tls": "tcp,self", "require_transport": "cma"}))
+    peer = start(processes, agent, "p-wrong", SECTION.model_copy(update={"ucx_tls": TCP, "require_transport": "cma"}))
     assert peer.ask("prove").startswith("wrong_transport: kv_transfer.require_transport is cma, but UCX writes by tcp/lo")
     handle, spans = offer(agent, "p-wrong", 1, want_slots=1)
     push(peer, handle)
@@ -259,10 +260,11 @@ def test_what_ucx_says_beside_its_tables_is_in_our_log(tmp_path: Path) -> None:
 import logging
 from duomo.config import TransferSection
 from services.kv_transfer.transport_nixl import NixlTransport
-logging.basicConfig(format="%(levelname)s %(message)s")
-left, right = NixlTransport("kv-log", TransferSection(ucx_tls="tcp,self,nonsense")), NixlTransport("kv-log-2", TransferSection())
+logging.basicConfig(format="{levelname} {message}", style="{")
+left, right = NixlTransport("kv-log", TransferSection(ucx_tls="%s,nonsense")), NixlTransport("kv-log-2", TransferSection())
 left.add_peer(right.metadata())
 """
+    program %= TCP
     ended = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
