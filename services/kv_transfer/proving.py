@@ -15,12 +15,12 @@ from duomo.config import TransferSection
 from duomo.errors import DuomoError, TransferError
 from duomo.wire.messages import Handle
 from services.kv_transfer import layout, ucx_routes
-from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.landing import LandingRings
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.memory import Allocate, Region
 from services.kv_transfer.push_job import PushJob, PushResult
 from services.kv_transfer.pushing import Pusher
+from services.kv_transfer.sealing import seal
 from services.kv_transfer.transport import Transport
 
 if TYPE_CHECKING:  # a CPU's agent runs without torch
@@ -109,8 +109,7 @@ def _sealed(content: bytes, handle_id: int, span: MessageSpan) -> bytes:
     """The whole message: payload, padding, trailer."""
     message = bytearray(layout.message_bytes(span.num_bytes))
     message[: span.num_bytes] = content
-    digest = message_hash(memoryview(content), handle_id, span.group, span.message_idx)
-    layout.write_trailer(memoryview(message)[layout.trailer_offset(span.num_bytes) :], layout.trailer_start(handle_id, span), digest)
+    seal(memoryview(message), handle_id, span)
     return bytes(message)
 
 

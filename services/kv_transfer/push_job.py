@@ -1,27 +1,41 @@
-"""Owns what a producer is asked to send, and what it answers. Knows no thread, slot or transport: pushing.py."""
+"""Owns what a producer is asked to send, how a message is filled, and what is answered. Knows no thread, slot or transport: pushing.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from duomo.errors import TransferError
 from duomo.wire.messages import Handle
+from services.kv_transfer import layout
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.transport import WriteReport
 
 
+class Filling(Protocol):
+    """A message that a device is writing into its send slot. What it reads and writes stays until it is over."""
+
+    def is_over(self) -> bool:
+        """Whether all of it is written. Cheap."""
+
+    def wait(self) -> None:
+        """Return when it is over. Gives the interpreter away."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushJob:
-    """One message to send: fill(payload) writes exactly span.num_bytes into registered memory, in the writer thread.
+    """One message to send: fill(payload) writes exactly span.num_bytes into registered memory, in the writer thread; at once, or by and by
+    where it answers with a Filling.
 
     is_sealed: fill is given room for the whole message and writes padding and trailer too (layout.message_bytes, hashing.message_hash).
-    The room is a memoryview, or bytes of the device where send slots lie in one: then fill seals, and returns when all is written.
+    The room is a memoryview, or bytes of the device where send slots lie in one: then fill seals.
     """
 
     handle: Handle
     span: MessageSpan
-    fill: Callable[[Any], None]
+    fill: Callable[[Any], Filling | None]
     is_sealed: bool = False
 
 
@@ -37,3 +51,29 @@ class PushResult:
     posted_s: float
     ended_s: float
     report: WriteReport | None
+
+
+@dataclass(slots=True, eq=False)
+class PendingPush:
+    """A job whose message is not in its send slot yet, or has not been posted."""
+
+    job: PushJob
+    future: Future[PushResult]
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.job.handle.handle_id, self.job.span.message_idx
+
+    @property
+    def target(self) -> tuple[str, int]:
+        """The slot that it goes to."""
+        return self.job.handle.ring_name, layout.slot_of(self.job.handle.slots, self.job.span.message_idx)
+
+
+def pack_failed(pending: PendingPush, error: Exception) -> TransferError:
+    return TransferError(f"packing message {pending.job.span.message_idx} failed: {error!r}", code="pack_failed")
+
+
+def cancelled(pending: PendingPush) -> TransferError:
+    handle_id, message_idx = pending.key
+    return TransferError(f"message {message_idx} of handle {handle_id} was cancelled or has landed", code="cancelled", retryable=False)

@@ -1,4 +1,4 @@
-"""Owns the producer's side of an agent: send slots, the writer thread, every write until it is terminal. Knows no wire and no engine.
+"""Owns the producer's side of an agent: the writer thread, every message until its write is terminal. Knows no wire and no engine.
 
 A send slot is leased by a write from fill() until the write is terminal, whatever happened to its handle meanwhile: the transport reads it.
 A caller's Future ends when the write is done, failed, cancelled or past its deadline; cancel()'s when no write of the handle is in flight.
@@ -11,21 +11,18 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from duomo.config import TransferSection
 from duomo.errors import PeerError, TransferError
 from duomo.wire.messages import RingOffered
 from services.kv_transfer import layout, policy, writing
-from services.kv_transfer.hashing import message_hash
-from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.memory import Allocate, Memory, Place
-from services.kv_transfer.push_job import PushJob, PushResult
+from services.kv_transfer.push_job import Filling, PendingPush, PushJob, PushResult, cancelled, pack_failed
+from services.kv_transfer.sealing import seal
+from services.kv_transfer.send_slots import SendSlots
 from services.kv_transfer.transport import Span, Transport, Write, WriteState
 from services.kv_transfer.writing import Verdict
-
-if TYPE_CHECKING:  # a CPU's agent runs without torch
-    from torch import Tensor
 
 _MAX_IDLE_HANDLES = 256
 _MAX_CLOSED_HANDLES = 4096
@@ -33,18 +30,18 @@ _LATE_POLL_S = 0.01
 
 
 @dataclass(slots=True, eq=False)
-class _Pending:
-    job: PushJob
-    future: Future[PushResult]
+class _Packing:
+    """A message in its send slot; filling None: it is whole."""
 
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.job.handle.handle_id, self.job.span.message_idx
+    pending: PendingPush
+    send_slot: Memory
+    started_s: float
+    filling: Filling | None
 
 
 @dataclass(slots=True, eq=False)
 class _InFlight:
-    pending: _Pending
+    pending: PendingPush
     write: Write
     send_slot: Memory
     started_s: float
@@ -68,19 +65,17 @@ class Pusher:
         self._transport = transport
         self._section = section
         self._now_s = now_s
-        self._num_send_slots = num_send_slots
-        self._allocate = allocate
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._is_closing = False
         self._writer = writing.Writer()
         self._rings: dict[str, tuple[str, RingOffered]] = {}
         self._leaving: set[str] = set()
-        self._pending: list[_Pending] = []
-        self._sending: _Pending | None = None
+        self._pending: list[PendingPush] = []
+        self._sending: PendingPush | None = None
+        self._packing: list[_Packing] = []
         self._in_flight: list[_InFlight] = []
-        self._free_send_slots: list[Memory] = []
-        self._all_send_slots: list[Memory] = []
+        self._slots = SendSlots(transport, allocate, num_send_slots)
         self._fences: dict[int, Future[None]] = {}
         self._closed: OrderedDict[int, None] = OrderedDict()
         self._free_at_s = 0.0
@@ -103,8 +98,7 @@ class Pusher:
                 raise TransferError(f"ring {offer.ring_name} carries the metadata of agent {name}", code="unknown_ring")
             self._leaving.discard(name)
             self._rings[name] = (consumer_boot_id, offer)
-            while len(self._all_send_slots) < self._num_send_slots:
-                self._add_send_slot(offer.slot_bytes)
+            self._slots.make(offer.slot_bytes)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
                 self._thread.start()
@@ -131,13 +125,13 @@ class Pusher:
                 refusal = f"the handle is not for this process or for no ring that is attached ({handle.ring_name})"
             elif not handle.slots or max(handle.slots) >= offer.num_slots or job.span.num_bytes > offer.slot_bytes:
                 refusal = "the handle's slots do not fit the ring"
-            elif layout.message_bytes(job.span.num_bytes) > self._all_send_slots[0].num_bytes:
+            elif layout.message_bytes(job.span.num_bytes) > self._slots.num_bytes:
                 refusal = "the message does not fit a send slot: kv_transfer.slot_bytes differs between the replicas"
             if refusal:
                 future.set_exception(TransferError(f"handle {handle.handle_id}: {refusal}", code="stale_handle"))
                 return future
             self._writer = writing.open_handle(self._writer, handle.handle_id, handle.ring_name, handle.slots)
-            self._pending.append(_Pending(job, future))
+            self._pending.append(PendingPush(job, future))
             self._changed.notify_all()
         return future
 
@@ -178,11 +172,7 @@ class Pusher:
         if self._thread is not None:
             self._thread.join(timeout_s)
         with self._changed:
-            read = {id(flight.send_slot) for flight in self._in_flight}  # a write that does not end still reads its slot
-            for region in self._all_send_slots:
-                if id(region) not in read:
-                    self._transport.deregister(region)
-            self._all_send_slots = [region for region in self._all_send_slots if id(region) in read]
+            self._slots.release([*(one.send_slot for one in self._packing), *(one.send_slot for one in self._in_flight)])
 
     def _run(self) -> None:
         try:
@@ -197,7 +187,8 @@ class Pusher:
             self.failure = error
             self.counters["writer_failed"] += 1
             sending = [self._sending] if self._sending is not None else []
-            waiting = [pending.future for pending in (*sending, *self._pending, *(flight.pending for flight in self._in_flight))]
+            sending += [*(one.pending for one in self._packing), *(one.pending for one in self._in_flight)]
+            waiting = [pending.future for pending in (*sending, *self._pending)]
             self._pending = []
         for future in waiting:
             if not future.done():
@@ -208,8 +199,9 @@ class Pusher:
         while True:
             with self._changed:
                 self._poll_writes()
-                pending = self._choose()
-                if pending is None:
+                packed = self._take_packed()
+                pending = self._choose() if packed is None else None
+                if packed is None and pending is None:
                     if self._is_closing and not self._in_flight:
                         return
                     if self._is_closing:
@@ -218,9 +210,11 @@ class Pusher:
                             return
                     self._changed.wait(self._sleep_s())
                     continue
-                send_slot = self._free_send_slots.pop()
-                self._sending = pending
-            self._send(pending, send_slot)
+                self._sending = pending if packed is None else packed.pending
+            if packed is not None:
+                self._send(packed)
+            elif pending is not None:
+                self._pack(pending)
             self._sending = None
 
     def _sleep_s(self) -> float | None:
@@ -229,31 +223,60 @@ class Pusher:
         if all(flight.is_late for flight in self._in_flight):
             return _LATE_POLL_S
         newest_s = max(flight.posted_s for flight in self._in_flight)
-        is_seen = self._all_send_slots[0].place.kind == "host"
-        return policy.poll_delay_s(self._now_s() - newest_s, is_seen_there=is_seen)
+        return policy.poll_delay_s(self._now_s() - newest_s, is_seen_there=self._slots.is_on_host)
 
-    def _choose(self) -> _Pending | None:
+    def _take_packed(self) -> _Packing | None:
+        """The first message in its send slot: when it is whole, or when nothing else can be begun and it has to be waited for."""
+        if not self._packing:
+            return None
+        filling = self._packing[0].filling
+        if filling is not None and not filling.is_over() and self._slots.has_free and self._next_place() is not None:
+            return None
+        return self._packing.pop(0)
+
+    def _choose(self) -> PendingPush | None:
         """Take the first job whose turn has come, if a send slot is free."""
         self._settle()
-        if not self._free_send_slots:
-            return None
-        for i, pending in enumerate(self._pending):
-            if writing.may_write(self._writer, *pending.key) is Verdict.GO:
-                return self._pending.pop(i)
+        place = self._next_place() if self._slots.has_free else None
+        return None if place is None else self._pending.pop(place)
+
+    def _next_place(self) -> int | None:
+        """Of that job. One whose slot another message is being packed for waits, as for one that is being written there."""
+        taken = {packing.pending.target for packing in self._packing}
+        for place, pending in enumerate(self._pending):
+            if writing.may_write(self._writer, *pending.key) is Verdict.GO and pending.target not in taken:
+                return place
         return None
 
-    def _send(self, pending: _Pending, send_slot: Memory) -> None:
-        """Pack, hash, wait for the pace, post. Runs in the writer thread without the lock, but for the decision to post."""
+    def _pack(self, pending: PendingPush) -> None:
+        """Begin to pack a message into a send slot that is free. In the writer thread, without the lock."""
         job, started_s = pending.job, self._now_s()
-        span, handle_id = job.span, job.handle.handle_id
-        num_bytes = layout.message_bytes(span.num_bytes)
+        with self._changed:
+            send_slot = self._slots.take()
+        num_bytes = layout.message_bytes(job.span.num_bytes)
         try:
-            job.fill(send_slot.slice(0, num_bytes if job.is_sealed else span.num_bytes))
+            filling = job.fill(send_slot.slice(0, num_bytes if job.is_sealed else job.span.num_bytes))
         except Exception as error:  # a caller's code: its fault becomes this message's typed failure, and the writer lives on
-            self._abandon(pending, send_slot, TransferError(f"packing message {span.message_idx} failed: {error!r}", code="pack_failed"))
+            self._abandon(pending, send_slot, pack_failed(pending, error))
             return
         if not job.is_sealed:
-            _seal(send_slot.slice(0, num_bytes), handle_id, span)
+            assert filling is None, "whoever fills by and by seals too"
+            message = send_slot.slice(0, num_bytes)
+            assert isinstance(message, memoryview), "whoever fills a device's memory seals it too"
+            seal(message, job.handle.handle_id, job.span)
+        self._packing.append(_Packing(pending, send_slot, started_s, filling))
+
+    def _send(self, packed: _Packing) -> None:
+        """Wait until it is whole, and for the pace, and post it. In the writer thread without the lock, but for the decision to post."""
+        pending, send_slot = packed.pending, packed.send_slot
+        job, span, handle_id = pending.job, pending.job.span, pending.job.handle.handle_id
+        num_bytes = layout.message_bytes(span.num_bytes)
+        try:
+            if packed.filling is not None:
+                packed.filling.wait()
+        except Exception as error:  # the device's fault, as a caller's above
+            self._abandon(pending, send_slot, pack_failed(pending, error))
+            return
         with self._changed:
             self._free_at_s = policy.paced_until_s(self._free_at_s, self._now_s(), num_bytes, self._section.max_bytes_per_s)
             while (left_s := self._free_at_s - self._now_s()) > 0 and not self._is_closing:
@@ -264,7 +287,7 @@ class Pusher:
                 self._writer = writing.start_write(self._writer, *pending.key)
                 offer = self._rings[job.handle.ring_name][1]
         if verdict is not Verdict.GO:
-            self._abandon(pending, send_slot, _cancelled(pending))
+            self._abandon(pending, send_slot, cancelled(pending))
             return
         slot = layout.slot_of(job.handle.slots, span.message_idx)
         there = Place(offer.memory, offer.device_idx)
@@ -279,11 +302,11 @@ class Pusher:
             self._abandon(pending, send_slot, error)
             return
         with self._changed:
-            self._in_flight.append(_InFlight(pending, write, send_slot, started_s, posted_s))
+            self._in_flight.append(_InFlight(pending, write, send_slot, packed.started_s, posted_s))
 
-    def _abandon(self, pending: _Pending, send_slot: Memory, error: TransferError | PeerError) -> None:
+    def _abandon(self, pending: PendingPush, send_slot: Memory, error: TransferError | PeerError) -> None:
         with self._changed:
-            self._free_send_slots.append(send_slot)
+            self._slots.give(send_slot)
             self.counters[f"push_{error.code}"] += 1
             self._settle()
         pending.future.set_exception(error)
@@ -298,12 +321,12 @@ class Pusher:
                 if not flight.is_late and now_s - flight.posted_s >= self._section.write_timeout_s:
                     flight.is_late = True
                     self.counters["push_write_timeout"] += 1
-                    self._replace_send_slot(flight.send_slot.num_bytes)
+                    self._slots.replace_kept()
                     future.set_exception(TransferError(f"a write is in flight for {now_s - flight.posted_s:.3f} s", code="write_timeout"))
                 continue
             self._in_flight.remove(flight)
             self._writer = writing.end_write(self._writer, *flight.pending.key)
-            self._free_send_slots.append(flight.send_slot)
+            self._slots.give(flight.send_slot)
             if flight.is_late:
                 pass  # its future has ended already
             elif state is WriteState.DONE:
@@ -337,7 +360,7 @@ class Pusher:
         if dropped:
             self._pending = [p for p in self._pending if p not in dropped]
         for pending in dropped:
-            pending.future.set_exception(_cancelled(pending))
+            pending.future.set_exception(cancelled(pending))
         for handle_id in [h for h in self._fences if writing.is_fenced(self._writer, h)]:
             self._writer = writing.forget(self._writer, handle_id)
             self._fences.pop(handle_id).set_result(None)
@@ -351,34 +374,9 @@ class Pusher:
                 if not handle.in_flight and handle_id not in waiting:
                     self._writer = writing.forget(self._writer, handle_id)
 
-    def _add_send_slot(self, slot_bytes: int) -> None:
-        region = self._allocate(layout.slot_stride(slot_bytes))
-        self._transport.register(region)
-        self._all_send_slots.append(region)
-        self._free_send_slots.append(region)
-
-    def _replace_send_slot(self, num_bytes: int) -> None:
-        """A stopped peer keeps a send slot for as long as it likes; others go on with a new one, up to four times the first number."""
-        if len(self._all_send_slots) < 4 * self._num_send_slots:
-            self._add_send_slot(num_bytes - layout.TRAILER_BYTES)
-
-
-def _seal(message: memoryview | Tensor, handle_id: int, span: MessageSpan) -> None:
-    """Padding and trailer behind the payload."""
-    assert isinstance(message, memoryview), "whoever fills a device's memory seals it too"
-    payload, end = message[: span.num_bytes], layout.trailer_offset(span.num_bytes)
-    message[span.num_bytes : end] = bytes(end - span.num_bytes)
-    digest = message_hash(payload, handle_id, span.group, span.message_idx)
-    layout.write_trailer(message[end:], layout.trailer_start(handle_id, span), digest)
-
 
 def _new_future() -> Future[Any]:
     """A future that its waiter cannot cancel: what was started here ends here, and is told."""
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
     return future
-
-
-def _cancelled(pending: _Pending) -> TransferError:
-    handle_id, message_idx = pending.key
-    return TransferError(f"message {message_idx} of handle {handle_id} was cancelled or has landed", code="cancelled", retryable=False)

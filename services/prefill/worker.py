@@ -27,6 +27,7 @@ from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
 from duomo.wire.messages import Sampling
 from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.push_job import Filling
 from services.prefill.pending import Over, Pending
 from services.prefill.pieces import Piece
 
@@ -141,9 +142,9 @@ class WaveWorker(Protocol):
     def use_of(self, computation: Computation) -> Pending[ExpertUse]:
         """What the pieces run so far have routed and read, of a wave that is not run on."""
 
-    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> Filling | None:
         """A message of the handle into `out`, from the blocks of a prompt's whole table; its groups are over. In the agent's writer thread,
-        while the step thread computes other layers and other waves."""
+        while the step thread computes other layers and other waves. A Filling: by and by."""
 
 
 def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ def held_by_prefill(service: PrefillService) -> dict[str, object]:
         "credits": list(pusher._writer.handles),
         "busy slots": list(pusher._writer.busy),
         "open fences": list(pusher._fences),
-        "send slots": len(pusher._all_send_slots) - len(pusher._free_send_slots),
+        "send slots": pusher._slots.num_taken,
         "spans": service.report().num_open_spans,
     }
 
