@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from duomo.config import KvDtype
 from duomo.engine.compile_counter import CompileCounter
 from duomo.engine.decode_step import DecodeLimits
 from duomo.engine.gpu_captured_layers import CapturedLimits
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStart:
-    """What an engine starts with. load: fills the weights on the device. limits.part: what it is for.
+    """What an engine starts with. load: fills the weights on the device. limits.part: what it is for. kv_dtype: of messages.
 
     memory: of the device, None where it is asked itself. is_shared: others take and give back memory of the same card meanwhile, so only
     what this process' allocator holds is measured; `memory` is its share of the card (card_shares.share_of) then.
@@ -45,6 +46,7 @@ class EngineStart:
     limits: MemoryLimits
     device: torch.device
     is_deterministic: bool = False
+    kv_dtype: KvDtype = "model"
     memory: DeviceBytes | None = None
     is_shared: bool = False
     shows_progress: bool = False
@@ -157,7 +159,7 @@ def _prefill_part(decoder: GpuDecoder, cache: GpuKvCache, start: EngineStart, fi
 def _warm_handoff(cache: GpuKvCache, start: EngineStart) -> None:
     """Compile what packs or lands KV, where it leaves this engine or comes from another. Touches a block that nobody holds."""
     if start.device.type == "cuda" and start.limits.part != "both":
-        warm_messages(cache, start.limits.part)
+        warm_messages(cache, start.limits.part, start.kv_dtype)
         cache.tensor.zero_()
 
 

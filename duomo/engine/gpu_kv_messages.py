@@ -1,6 +1,6 @@
 """Owns what packs KV of a GPU's pool into sealed messages, and lands them there again. Knows no ring, handle or slot.
 
-A message is what kv_hash_pack.py says: payload, padding, trailer; the bytes of the CPU's pack and hash.
+A message is what kv_hash_pack.py says, or kv_fp8_pack.py: payload, padding, trailer; the bytes of the CPU's pack and hash.
 
     pack    gather + hash, wait; on a stream of its own, which goes before the layers that are being computed beside it
     land    scatter + verify, on the caller's stream, so between two steps; its verdict comes later
@@ -13,23 +13,28 @@ Whoever asks for a pack has seen the blocks computed: nothing on any stream writ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from duomo.config import KvDtype
 from duomo.engine.gpu_kv_cache import GpuKvCache
+from duomo.engine.kv_messages import block_rows, message_block_bytes
+from duomo_kernels.kv_fp8_pack import kv_fp8_land, kv_fp8_pack
 from duomo_kernels.kv_hash_pack import GOOD, START_BYTES, Seal, hash_scratch, kv_hash_pack, kv_verify_scatter, trailer_word
 
 _WORD_BYTES = 8
+_Gather = Callable[[Tensor, range, Tensor, Tensor, Seal, Tensor], None]
+_Scatter = Callable[[Tensor, range, Tensor, Tensor, Seal, Tensor, Tensor], None]
 
 
 class GpuKvPacker:
     """Packs one message at a time. One thread, and its own stream."""
 
-    def __init__(self, cache: GpuKvCache) -> None:
-        self._buffer = _MessageBuffer(cache)
+    def __init__(self, cache: GpuKvCache, kv_dtype: KvDtype = "model") -> None:
+        self._buffer = _MessageBuffer(cache, kv_dtype)
         is_cuda = cache.device.type == "cuda"
         # of high priority: a message that waits for the layers beside it is late for the rest of them
         self._stream = torch.cuda.Stream(cache.device, priority=-1) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types
@@ -51,7 +56,7 @@ class GpuKvPacker:
 
     def _pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
         message_M = self._buffer.of(out) if isinstance(out, memoryview) else out.view(torch.int64)
-        kv_hash_pack(self._buffer.pool_LBW, layers, self._buffer.ids(blocks), message_M, seal, self._scratch)
+        self._buffer.gather(self._buffer.pool, layers, self._buffer.ids(blocks), message_M, seal, self._scratch)
         if isinstance(out, memoryview):
             _words(out).copy_(message_M, non_blocking=True)
 
@@ -59,8 +64,8 @@ class GpuKvPacker:
 class GpuKvLander:
     """Lands messages one behind the other on the stream that is current: the one on which steps are launched. One thread."""
 
-    def __init__(self, cache: GpuKvCache) -> None:
-        self._buffer = _MessageBuffer(cache)
+    def __init__(self, cache: GpuKvCache, kv_dtype: KvDtype = "model") -> None:
+        self._buffer = _MessageBuffer(cache, kv_dtype)
         self._scratch = hash_scratch(cache.device)
 
     def launch(self, layers: range, blocks: Sequence[int], seal: Seal, message: memoryview | Tensor) -> LandingMessage:
@@ -71,7 +76,7 @@ class GpuKvLander:
         else:
             message_M = message.view(torch.int64)
         answer = LandingMessage(self._buffer.device)
-        kv_verify_scatter(self._buffer.pool_LBW, layers, self._buffer.ids(blocks), message_M, seal, self._scratch, answer.flag_1)
+        self._buffer.scatter(self._buffer.pool, layers, self._buffer.ids(blocks), message_M, seal, self._scratch, answer.flag_1)
         answer.fetch()
         return answer
 
@@ -102,13 +107,13 @@ class LandingMessage:
 
 
 class _MessageBuffer:
-    """The pool in words, and memory on the device as large as the largest message yet."""
+    """The pool as the kernels of this dtype see it, these, and memory on the device as large as the largest message yet."""
 
-    def __init__(self, cache: GpuKvCache) -> None:
-        spec = cache.spec
-        assert spec.block_bytes % 64 == 0, f"blocks of {spec.block_bytes} bytes would need padding, which the kernel does not write"
+    def __init__(self, cache: GpuKvCache, kv_dtype: KvDtype) -> None:
         self.device = cache.device
-        self.pool_LBW = cache.tensor.view(torch.int64).view(spec.num_layers, cache.num_blocks, spec.block_bytes // _WORD_BYTES)
+        self.pool = _pool_of(cache, kv_dtype)
+        self.gather: _Gather = kv_hash_pack if kv_dtype == "model" else kv_fp8_pack
+        self.scatter: _Scatter = kv_verify_scatter if kv_dtype == "model" else kv_fp8_land
         self._message_M = torch.empty(0, dtype=torch.int64, device=cache.device)
 
     def of(self, message: memoryview) -> Tensor:
@@ -124,20 +129,29 @@ class _MessageBuffer:
         return ids_n.to(self.device, non_blocking=True)
 
 
+def _pool_of(cache: GpuKvCache, kv_dtype: KvDtype) -> Tensor:
+    """The pool as the kernel reads it: int64 words of blocks [L, B, W], or rows of numbers [L, B, R, D]."""
+    spec = cache.spec
+    if kv_dtype == "fp8_e4m3":
+        return cache.tensor.view(spec.num_layers, cache.num_blocks, block_rows(spec), spec.head_dim)
+    assert spec.block_bytes % 64 == 0, f"blocks of {spec.block_bytes} bytes would need padding, which the kernel does not write"
+    return cache.tensor.view(torch.int64).view(spec.num_layers, cache.num_blocks, spec.block_bytes // _WORD_BYTES)
+
+
 def _words(message: memoryview) -> Tensor:
     """The host's memory itself, as int64 words."""
     assert message.nbytes % _WORD_BYTES == 0, message.nbytes
     return torch.frombuffer(message, dtype=torch.int64)
 
 
-def warm_messages(cache: GpuKvCache, part: Literal["prefill", "decode"]) -> None:
+def warm_messages(cache: GpuKvCache, part: Literal["prefill", "decode"], kv_dtype: KvDtype = "model") -> None:
     """Compile what this part of a pair launches: one message of one block. Writes block 0."""
-    num_words = cache.spec.block_bytes // _WORD_BYTES
+    num_words = message_block_bytes(cache.spec, kv_dtype) // _WORD_BYTES
     message = memoryview(bytearray((trailer_word(num_words) + 8) * _WORD_BYTES))
     seal = Seal(handle_id=0, group=0, message_idx=0, start=bytes(START_BYTES))
     if part == "prefill":
-        GpuKvPacker(cache).pack(range(1), [0], seal, message)
+        GpuKvPacker(cache, kv_dtype).pack(range(1), [0], seal, message)
     else:
-        GpuKvLander(cache).launch(range(1), [0], seal, message)
+        GpuKvLander(cache, kv_dtype).launch(range(1), [0], seal, message)
     if cache.device.type == "cuda":
         torch.cuda.synchronize(cache.device)

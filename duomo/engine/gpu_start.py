@@ -36,6 +36,7 @@ def start_gpu_engine(config: DuomoConfig, startup: Startup, part: EnginePart = "
         limits=memory_limits(config, model, part),
         device=device,
         is_deterministic=config.deterministic,
+        kv_dtype=config.kv_transfer.kv_dtype,
         memory=None if share == 1.0 else share_of(_whole(device), share),
         is_shared=share < 1.0,
         shows_progress=sys.stderr.isatty(),

@@ -21,8 +21,8 @@ from duomo_kernels.kv_rows_fp8 import kv_rows_fp8, kv_rows_of_fp8, packed_bytes
 def message_block_bytes(spec: KvSpec, kv_dtype: KvDtype, heads: range | None = None) -> int:
     """Bytes of one block of one layer in a message. Both sides cut messages by it. heads: those of the spec's that go; None: all."""
     if kv_dtype == "fp8_e4m3":
-        return packed_bytes(_block_rows(spec, heads), spec.head_dim)
-    return _block_rows(spec, heads) * spec.head_dim * spec.dtype.itemsize
+        return packed_bytes(block_rows(spec, heads), spec.head_dim)
+    return block_rows(spec, heads) * spec.head_dim * spec.dtype.itemsize
 
 
 class KvMessages:
@@ -64,11 +64,11 @@ class KvMessages:
 
     def _rows(self, num_blocks: int, heads: range | None, dtype: torch.dtype) -> Tensor:
         spec = self._cache.spec
-        return torch.empty(num_blocks * _block_rows(spec, heads), spec.head_dim, dtype=dtype)
+        return torch.empty(num_blocks * block_rows(spec, heads), spec.head_dim, dtype=dtype)
 
 
-def _block_rows(spec: KvSpec, heads: range | None) -> int:
-    """Rows of one block of one layer: k and v of each head and token."""
+def block_rows(spec: KvSpec, heads: range | None = None) -> int:
+    """Rows of head dim numbers of one block of one layer: k and v of each head (None: all) and token."""
     return 2 * (spec.num_kv_heads if heads is None else len(heads)) * spec.block_tokens
 
 

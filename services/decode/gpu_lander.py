@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from duomo.config import KvDtype
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_kv_messages import GpuKvLander, LandingMessage
 from duomo_kernels.kv_hash_pack import Seal
@@ -27,8 +28,8 @@ from services.kv_transfer.agent import Awaited, TransferAgent
 class GpuLander:
     """A Lander; of one step thread."""
 
-    def __init__(self, cache: GpuKvCache) -> None:
-        self._kv = GpuKvLander(cache)
+    def __init__(self, cache: GpuKvCache, kv_dtype: KvDtype = "model") -> None:
+        self._kv = GpuKvLander(cache, kv_dtype)
         self._under_way: deque[tuple[Awaited, LandingMessage]] = deque()
 
     def land(self, agent: TransferAgent, tables: OpenTables) -> tuple[LandedMessage, ...]:

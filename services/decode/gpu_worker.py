@@ -12,9 +12,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from duomo.config import KvDtype
 from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining, StepResult, check_sampling
 from duomo.engine.gpu_decode import PendingStep
 from duomo.engine.gpu_engine import GpuEngine
+from duomo.engine.kv_messages import message_block_bytes
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.wire.messages import Sampling
 from services.decode.gpu_lander import GpuLander
@@ -47,24 +49,25 @@ class _Launched:
 class GpuDecodeWorker:
     """One rank over an engine that is warm, and that prefill may share. Whoever made the engine closes what it counts with."""
 
-    def __init__(self, engine: GpuEngine, step_delay_s: float = 0.0) -> None:
+    def __init__(self, engine: GpuEngine, step_delay_s: float = 0.0, kv_dtype: KvDtype = "model") -> None:
         self.config = engine.decode.decoder.config
         self._decode = engine.decode
         self._cache = engine.cache
         self._compilations = engine.compilations
         self._step_delay_s = step_delay_s
+        self._kv_dtype = kv_dtype
         self._under_way: _Launched | None = None
         self._last_rows: tuple[RowSampling, ...] = ()
 
     @property
     def block_bytes(self) -> int:
-        return self._cache.spec.block_bytes
+        return message_block_bytes(self._cache.spec, self._kv_dtype)
 
     def check(self, sampling: Sampling) -> None:
         check_sampling(sampling, len(ending_ids(sampling, self.config.eos_ids)))
 
     def lander(self) -> Lander:
-        return GpuLander(self._cache)
+        return GpuLander(self._cache, self._kv_dtype)
 
     def counters(self) -> Mapping[str, int]:
         return {"kernel_compilations_after_ready": self._compilations.num_after_ready}

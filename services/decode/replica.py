@@ -78,7 +78,7 @@ async def _started(config: DuomoConfig, thread: StepThread, spans: Tracing, ends
     from duomo.engine.gpu_start import planned
     from services.decode.gpu_worker import GpuDecodeWorker
 
-    return GpuDecodeWorker(engine, config.delays.decode_step_s), planned(config, engine.plan, "decode")
+    return GpuDecodeWorker(engine, config.delays.decode_step_s, config.kv_transfer.kv_dtype), planned(config, engine.plan, "decode")
 
 
 async def run_replica(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:

@@ -23,6 +23,7 @@ from duomo.engine.gpu_first_tokens import PendingTokens
 from duomo.engine.gpu_kv_messages import GpuKvPacker
 from duomo.engine.gpu_prefill import GpuBoundaryState
 from duomo.engine.gpu_wave import upload_rows
+from duomo.engine.kv_messages import message_block_bytes
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
@@ -50,7 +51,8 @@ class GpuPrefillWorker:
         self._cache = engine.cache
         self._compilations = engine.compilations
         self._is_alone = engine.decode_part is None
-        self._packer = GpuKvPacker(engine.cache) if self._is_alone else None  # nothing leaves an engine that decode shares
+        self._kv_dtype = sizes.kv_dtype
+        self._packer = GpuKvPacker(engine.cache, sizes.kv_dtype) if self._is_alone else None  # nothing leaves an engine that decode shares
 
     @property
     def num_groups(self) -> int:
@@ -58,7 +60,7 @@ class GpuPrefillWorker:
 
     @property
     def block_bytes(self) -> int:
-        return self._cache.spec.block_bytes
+        return message_block_bytes(self._cache.spec, self._kv_dtype)
 
     def check(self, sampling: Sampling) -> None:
         check_sampling(sampling, len(ending_ids(sampling, self.config.eos_ids)))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from duomo.config import KvDtype
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_kv_messages import GpuKvLander, GpuKvPacker, warm_messages
 from duomo.engine.kv_cache import KvCache, KvSpec
+from duomo.engine.kv_messages import KvMessages, message_block_bytes
 from duomo_kernels.kv_hash_pack import Seal
 from services.kv_transfer import layout
 from services.kv_transfer.hashing import message_hash
@@ -19,6 +21,7 @@ prepare()
 SPEC = KvSpec(num_layers=3, num_kv_heads=2, head_dim=16, block_tokens=16)
 NUM_BLOCKS = 7
 HANDLE_ID = (1 << 62) + 99
+KV_DTYPES: tuple[KvDtype, ...] = ("model", "fp8_e4m3")
 # (layers, blocks): one, several of several layers in no order, all
 MESSAGES = [(range(1, 2), [4]), (range(0, 2), [5, 0, 3]), (range(0, 3), [6, 2, 4, 0, 1])]
 
@@ -40,8 +43,8 @@ def on_gpu(cache: KvCache, device: torch.device) -> GpuKvCache:
     return made
 
 
-def span_of(layers: range, blocks: list[int]) -> MessageSpan:
-    num_bytes = len(layers) * len(blocks) * SPEC.block_bytes
+def span_of(layers: range, blocks: list[int], kv_dtype: KvDtype = "model") -> MessageSpan:
+    num_bytes = len(layers) * len(blocks) * message_block_bytes(SPEC, kv_dtype)
     return MessageSpan(message_idx=2, group=1, layers=layers, block_lo=0, block_hi=len(blocks), num_bytes=num_bytes)
 
 
@@ -53,37 +56,40 @@ def room_for(span: MessageSpan) -> memoryview:
     return memoryview(bytearray(b"\xa5" * layout.message_bytes(span.num_bytes)))
 
 
-def of_cpu(cache: KvCache, span: MessageSpan, blocks: list[int]) -> memoryview:
+def of_cpu(cache: KvCache, span: MessageSpan, blocks: list[int], kv_dtype: KvDtype = "model") -> memoryview:
     """The message as a CPU's replica writes it."""
     message, end = room_for(span), layout.trailer_offset(span.num_bytes)
-    assert cache.pack(span.layers, blocks, message) == span.num_bytes == end
+    assert KvMessages(cache, kv_dtype).pack(span.layers, blocks, message) == span.num_bytes == end
     digest = message_hash(message[: span.num_bytes], HANDLE_ID, span.group, span.message_idx)
     layout.write_trailer(message[end:], layout.trailer_start(HANDLE_ID, span), digest)
     return message
 
 
 @pytest.mark.parametrize(("layers", "blocks"), MESSAGES)
-def test_a_packed_message_is_the_cpus(layers: range, blocks: list[int], device: torch.device) -> None:
-    cache, span = filled(), span_of(layers, blocks)
-    packer = GpuKvPacker(on_gpu(cache, device))
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_packed_message_is_the_cpus(layers: range, blocks: list[int], kv_dtype: KvDtype, device: torch.device) -> None:
+    cache, span = filled(), span_of(layers, blocks, kv_dtype)
+    packer = GpuKvPacker(on_gpu(cache, device), kv_dtype)
     for _ in range(2):  # the second finds scratch and buffer as the first left them
         message = room_for(span)
         packer.pack(layers, blocks, seal_of(span), message)
-        assert message == of_cpu(cache, span, blocks)
+        assert message == of_cpu(cache, span, blocks, kv_dtype)
 
 
 @pytest.mark.parametrize(("layers", "blocks"), MESSAGES)
-def test_a_cpus_message_lands(layers: range, blocks: list[int], device: torch.device) -> None:
-    cache, span = filled(), span_of(layers, blocks)
-    pool = GpuKvCache(SPEC, NUM_BLOCKS, device)
-    landing = GpuKvLander(pool).launch(layers, blocks, seal_of(span), of_cpu(cache, span, blocks))
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_cpus_message_lands_as_on_a_cpu(layers: range, blocks: list[int], kv_dtype: KvDtype, device: torch.device) -> None:
+    cache, span = filled(), span_of(layers, blocks, kv_dtype)
+    pool, beside = GpuKvCache(SPEC, NUM_BLOCKS, device), KvCache(SPEC, NUM_BLOCKS)
+    message = of_cpu(cache, span, blocks, kv_dtype)
+    landing = GpuKvLander(pool, kv_dtype).launch(layers, blocks, seal_of(span), message)
     if device.type == "cuda":
         torch.cuda.synchronize()
     assert landing.is_over() and landing.is_right()
-    expected = torch.zeros_like(cache.tensor)
-    for layer in layers:
-        expected[layer, blocks] = cache.tensor[layer, blocks]
-    assert torch.equal(pool.tensor.cpu(), expected)
+    KvMessages(beside, kv_dtype).scatter(layers, blocks, message[: span.num_bytes])
+    assert torch.equal(pool.tensor.cpu(), beside.tensor)
+    is_exact = all(torch.equal(beside.tensor[layer, blocks], cache.tensor[layer, blocks]) for layer in layers)
+    assert is_exact == (kv_dtype == "model")
 
 
 def test_messages_of_falling_and_rising_size_share_a_buffer(device: torch.device) -> None:
@@ -100,22 +106,24 @@ def test_messages_of_falling_and_rising_size_share_a_buffer(device: torch.device
     assert torch.equal(pool.tensor[:, blocks].cpu(), cache.tensor[:, blocks])
 
 
-@pytest.mark.parametrize("where", [0, 1000, -40, -30])
-def test_a_changed_byte_is_seen(where: int, device: torch.device) -> None:
-    """Of the payload, of the trailer's start (handle, length), of its hash; the trailer's last 24 bytes say nothing."""
+@pytest.mark.parametrize("where", [0, 1000, -65, -40, -30])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_changed_byte_is_seen(where: int, kv_dtype: KvDtype, device: torch.device) -> None:
+    """Of the payload (in fp8 codes, then exponents), of the trailer's start (handle, length), of its hash; 24 bytes say nothing."""
     layers, blocks = MESSAGES[1]
-    cache, span = filled(), span_of(layers, blocks)
-    message = of_cpu(cache, span, blocks)
+    cache, span = filled(), span_of(layers, blocks, kv_dtype)
+    message = of_cpu(cache, span, blocks, kv_dtype)
     message[where] ^= 1
-    landing = GpuKvLander(GpuKvCache(SPEC, NUM_BLOCKS, device)).launch(layers, blocks, seal_of(span), message)
+    landing = GpuKvLander(GpuKvCache(SPEC, NUM_BLOCKS, device), kv_dtype).launch(layers, blocks, seal_of(span), message)
     if device.type == "cuda":
         torch.cuda.synchronize()
     assert landing.is_over() and not landing.is_right()
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode"])
-def test_warming_needs_one_block(part: str, device: torch.device) -> None:
-    warm_messages(GpuKvCache(SPEC, 1, device), part)  # type: ignore[arg-type]  # parametrize knows no Literal
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_warming_needs_one_block(part: str, kv_dtype: KvDtype, device: torch.device) -> None:
+    warm_messages(GpuKvCache(SPEC, 1, device), part, kv_dtype)  # type: ignore[arg-type]  # parametrize knows no Literal
 
 
 def test_blocks_that_would_need_padding_are_a_programmers_fault(device: torch.device) -> None:

@@ -6,12 +6,17 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from duomo.config import KvDtype
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining
 from duomo.engine.gpu_engine import GpuEngine
+from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.models.config import ModelConfig
 from duomo.wire.messages import Sampling
+from duomo_kernels.kv_rows_fp8 import kv_rows_fp8, kv_rows_of_fp8, packed_bytes
 from tests.engine.gpu_tiny import TINY
 from tests.services.decode.scripted_peers import model
 from tests.services.pair_rig import System
@@ -31,8 +36,9 @@ def known(config: ModelConfig) -> ModelConfig:
     return replace(config, fingerprint=model().config.fingerprint)
 
 
-def alone(engine: GpuEngine, asked: Asked, choice: int, num_tokens: int) -> list[int]:
-    """So many tokens of one choice, by the engine without services; nobody else may hold blocks."""
+def alone(engine: GpuEngine, asked: Asked, choice: int, num_tokens: int, kv_dtype: KvDtype = "model") -> list[int]:
+    """So many tokens of one choice, by the engine without services; nobody else may hold blocks. kv_dtype: of a handoff after the
+    first one."""
     ids, block_tokens = asked.prompt_ids, engine.plan.block_tokens
     table = range(-(-(len(ids) + num_tokens) // block_tokens))
     ends = ending_ids(asked.sampling, engine.prefill.decoder.config.eos_ids)
@@ -40,6 +46,8 @@ def alone(engine: GpuEngine, asked: Asked, choice: int, num_tokens: int) -> list
     _, logits = engine.prefill.run(StepBatch(slices=(PromptSlice(token_ids=ids, start=0, block_table=table),)))
     (first,) = engine.first_tokens.sample(logits, [row])
     assert isinstance(first, SampledToken)
+    if kv_dtype == "fp8_e4m3":
+        _round(engine.cache, table)
     tokens = [first.token_id]
     source: int | Joining = Joining(token_id=first.token_id, sampling=replace(row, output_ids=tuple(tokens)))
     while len(tokens) < num_tokens:
@@ -47,6 +55,15 @@ def alone(engine: GpuEngine, asked: Asked, choice: int, num_tokens: int) -> list
         tokens.append(int(engine.decode.launch(step).wait().token_id_R[0]))
         source = 0
     return tokens
+
+
+def _round(cache: GpuKvCache, blocks: range) -> None:
+    """What landing in fp8 makes of these blocks."""
+    rows_RD = cache.tensor[:, : blocks.stop].reshape(-1, cache.spec.head_dim).cpu()
+    packed_P, rounded_RD = torch.empty(packed_bytes(*rows_RD.shape), dtype=torch.uint8), torch.empty(rows_RD.shape)
+    kv_rows_fp8(rows_RD, packed_P)
+    kv_rows_of_fp8(packed_P, rounded_RD)
+    cache.tensor[:, : blocks.stop] = rounded_RD.view(cache.tensor[:, : blocks.stop].shape).to(cache.tensor)
 
 
 async def serve(system: System, asked: Sequence[Asked]) -> dict[tuple[int, int], list[int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
-from duomo.config import DuomoConfig, TransferSection
+from duomo.config import DuomoConfig, KvDtype, TransferSection
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
 from duomo.engine.gpu_start import planned
 from duomo.engine.memory_plan import DeviceBytes, EnginePart, MemoryLimits
@@ -86,7 +86,7 @@ def told(folder: Path, pair: Pair, sections: dict[str, dict[str, object]] | None
 def play(pair: Pair, config: DuomoConfig, scenario: Scenario, faults: FaultPlan | None = None) -> None:
     makers = WorkerMakers(
         prefill=lambda config: GpuPrefillWorker(pair.prefill, WorkerSizes.of(config), config.delays),
-        decode=lambda config: GpuDecodeWorker(pair.decode),
+        decode=lambda config: GpuDecodeWorker(pair.decode, kv_dtype=config.kv_transfer.kv_dtype),
     )
 
     def agent(boot_id: str, transport: Transport, section: TransferSection, num_send_slots: int) -> TransferAgent:
@@ -147,6 +147,27 @@ def test_kv_crosses_over_nixl(pair: Pair, tmp_path: Path) -> None:
 
 
 @INTERPRETED
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_kv_crosses_in_fp8_and_tokens_are_those_of_rounded_kv(pair: Pair, tmp_path: Path, memory: str) -> None:
+    """One of the messages has its exponents spoilt on the way."""
+    asked = [Asked(prompt(5, 1, 97), DRAWS), Asked(prompt(40, 2, 97), DRAWS, choices=(0, 1))]
+    found: dict[tuple[int, int], list[int]] = {}
+
+    async def scenario(made: System) -> None:
+        found.update(await serve(made, asked))
+        report, spec = made.decodes[0][0].report(), pair.decode.cache.spec
+        rows = (1 + 3) * TINY.num_layers * 2 * spec.num_kv_heads * spec.block_tokens
+        assert report.counters["landed_bytes"] == rows * (spec.head_dim + 1)
+        assert report.counters["messages_corrupt"] == 1 == made.prefills[0][0].report().counters["kv_pulls"]
+
+    block_bytes = 2 * pair.decode.cache.spec.num_kv_heads * 16 * (pair.decode.cache.spec.head_dim + 1)
+    faults = ScriptedFaults({1: Fault(corrupt_byte=block_bytes - 1)})
+    play(pair, told(tmp_path, pair, {"kv_transfer": {"memory": memory, "kv_dtype": "fp8_e4m3"}}), scenario, faults)
+    for (number, choice), mine in found.items():
+        assert mine == alone(pair.both, asked[number], choice, len(mine), "fp8_e4m3"), (number, choice)
+
+
+@INTERPRETED
 def test_a_corrupted_message_is_pulled_again(pair: Pair, tmp_path: Path) -> None:
     one = Asked(prompt(17, 4, 97), GREEDY)
     found: dict[tuple[int, int], list[int]] = {}
@@ -182,8 +203,11 @@ def test_a_request_cancelled_while_its_kv_lands_gives_all_back(pair: Pair, tmp_p
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("transport", "memory"), [("loopback", "host"), ("nixl", "host"), ("nixl", "device")])
-def test_two_engines_on_a_card_answer_as_one(tmp_path: Path, transport: str, memory: str) -> None:
+@pytest.mark.parametrize(
+    ("transport", "memory", "kv_dtype"),
+    [("loopback", "host", "model"), ("nixl", "host", "model"), ("nixl", "device", "model"), ("nixl", "device", "fp8_e4m3")],
+)
+def test_two_engines_on_a_card_answer_as_one(tmp_path: Path, transport: str, memory: str, kv_dtype: KvDtype) -> None:
     """Captured graphs, 32 requests at a time, deterministic: the tokens of one engine that is both, and no hash that differs."""
     if transport == "nixl":
         pytest.importorskip("nixl_cu13", reason="KV moves by NIXL")
@@ -194,7 +218,7 @@ def test_two_engines_on_a_card_answer_as_one(tmp_path: Path, transport: str, mem
         load = partial(random_gpu_weights, known(WIDE), device=device, std=WIDE.hidden**-0.5)
         room = DeviceBytes(total=4_000_000_000, free=4_000_000_000)
         start = EngineStart(config=known(WIDE), load=load, limits=limits, device=device, is_deterministic=True, memory=room, is_shared=True)
-        return start_engine(start, Startup())
+        return start_engine(replace(start, kv_dtype=kv_dtype), Startup())
 
     both, prefill, decode = started("both"), started("prefill"), started("decode")
     pair = Pair(prefill=prefill, decode=decode, both=both)
@@ -209,14 +233,14 @@ def test_two_engines_on_a_card_answer_as_one(tmp_path: Path, transport: str, mem
         assert counters["landed_bytes"] > 0 and not counters.get("messages_corrupt")
 
     sections: dict[str, dict[str, object]] = {
-        "kv_transfer": {"transport": transport, "memory": memory, "ucx_net_devices": "lo", "slot_bytes": 1 << 20},
+        "kv_transfer": {"transport": transport, "memory": memory, "ucx_net_devices": "lo", "slot_bytes": 1 << 20, "kv_dtype": kv_dtype},
         "decode": {"max_batch": 32},
         "model": {"max_model_tokens": 512},
     }
     try:
         play(pair, told(tmp_path, pair, sections), scenario)
         for (number, choice), mine in found.items():
-            assert mine == alone(both, asked[number], choice, len(mine)), number
+            assert mine == alone(both, asked[number], choice, len(mine), kv_dtype), number
     finally:
         for engine in (both, prefill, decode):
             engine.compilations.close()
