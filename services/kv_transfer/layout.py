@@ -2,7 +2,7 @@
 
 ring     [slot 0][slot 1]...                       slot stride = slot_bytes + TRAILER_BYTES, slots start 64-byte aligned
 slot     [payload, at most slot_bytes][trailer]    the trailer follows the payload, rounded up to 64 bytes
-payload  [layer][block][k, v][kv head][block token][head dim]
+payload  [layer][block][k, v][kv head][block token][head dim], or these rows in fp8 (duomo/engine/kv_messages.py)
 """
 
 from __future__ import annotations
