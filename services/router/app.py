@@ -81,8 +81,8 @@ class Edge:
         call = self._call(request, "chatcmpl-", "chat")
         with call.refusing():
             asked = self._parser.chat(await read_body(request, self._section.max_body_bytes))
-            requests, style = await self._prompts.chat(asked, call.template(asked.common))
-        return await call.answer(request, requests, asked.common, ChatShape(call.head(asked.common), style))
+            chat = await self._prompts.chat(asked, call.template(asked.common))
+        return await call.answer(request, chat.requests, chat.common, ChatShape(call.head(chat.common), chat.style))
 
     async def completion(self, request: Request) -> Response:
         call = self._call(request, "cmpl-", "text_completion")
@@ -97,20 +97,18 @@ class Edge:
         call = self._call(request, "resp_", "chat")
         with call.refusing():
             asked = self._response_parser.response(await read_body(request, self._section.max_body_bytes))
-            requests, style = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
-        common = asked.chat.common
-        return await call.answer(request, requests, common, ResponseShape(call.head(common), style, asked.echo))
+            chat = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
+        return await call.answer(request, chat.requests, chat.common, ResponseShape(call.head(chat.common), chat.style, asked.echo))
 
     async def message(self, request: Request) -> Response:
         call = self._call(request, "msg_", "chat")
         with call.refusing():
             asked = self._message_parser.message(await read_body(request, self._section.max_body_bytes))
-            requests, style = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
-            if asked.wants_thinking and style.reasoning == "none":
-                raise RequestError("'thinking' cannot be turned on: this model marks no reasoning.", param="thinking")
-        common = asked.chat.common
-        shape = MessageShape(call.head(common), style, len(requests[0].prompt_ids))
-        return await call.answer(request, requests, common, shape)
+            chat = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
+            if asked.wants_thinking and chat.style.reasoning == "none":
+                raise RequestError("'thinking' cannot be turned on: this model marks no reasoning for such a request.", param="thinking")
+        shape = MessageShape(call.head(chat.common), chat.style, len(chat.requests[0].prompt_ids))
+        return await call.answer(request, chat.requests, chat.common, shape)
 
     async def count_message_tokens(self, request: Request) -> Response:
         conversation = self._message_parser.count(await read_body(request, self._section.max_body_bytes))

@@ -102,9 +102,11 @@ class ChatTemplate:
                 raise RequestError(f"'chat_template_kwargs.{name}' is not the client's to set.", param=f"chat_template_kwargs.{name}")
 
     def _reasoning(self, rendered: str) -> Literal["none", "outside", "inside"]:
-        if not self._marks_reasoning:
+        """A prompt that ends behind the closing mark has told the model not to think."""
+        told = rendered.rstrip()
+        if not self._marks_reasoning or told.endswith(END_THINK):
             return "none"
-        return "inside" if rendered.rstrip().endswith(THINK) else "outside"
+        return "inside" if told.endswith(THINK) else "outside"
 
     def _turn(self, message: ChatMessage) -> dict[str, object]:
         role = "system" if message.role == "developer" and not self._knows_developer else message.role

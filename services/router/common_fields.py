@@ -7,7 +7,7 @@ guided_* (structured.py).
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, cast
 
 import msgspec
@@ -63,6 +63,13 @@ class CommonFields:
     answer: AnswerOptions
     priority: int = 0
     structure: Structure | None = None
+
+
+def constrained(common: CommonFields, structure: Structure | None) -> CommonFields:
+    """With what the answer must be, where anything says so."""
+    if structure is None:
+        return common
+    return replace(common, structure=structure, sampling=msgspec.structs.replace(common.sampling, constraint=structure.constraint))
 
 
 class CommonReader:

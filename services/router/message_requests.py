@@ -13,11 +13,12 @@ import msgspec
 
 from duomo.errors import RequestError
 from services.router.chat_messages import text_of
-from services.router.common_fields import CommonNames, CommonReader, json_object
+from services.router.common_fields import CommonNames, CommonReader, constrained, json_object
 from services.router.conversation import ChatMessage, Conversation, FunctionTool, ToolCall, ToolUse
 from services.router.fields import Fields, wrong_type
 from services.router.openai import ChatRequest
-from services.router.tools import check_names, function_tool, refuse_forced, tool_use_of
+from services.router.structured import Structure, schema_structure
+from services.router.tools import check_names, function_tool, tool_use_of
 
 _NAMES: Final = CommonNames(
     lengths=("max_tokens",), stop="stop_sequences", ignored=("metadata", "service_tier", "cache_control"), has_choices=False
@@ -46,8 +47,9 @@ class MessageParser:
         if not fields.has("max_tokens"):
             raise RequestError("You must provide 'max_tokens'.", param="max_tokens", code="missing_required_parameter")
         conversation, wants_thinking = _conversation(fields)
-        refuse_forced(conversation.tool_use)
-        return MessageRequest(ChatRequest(conversation, self._reader.read(fields, _NAMES, None)), wants_thinking)
+        structure = _output_format(fields)
+        common = constrained(self._reader.read(fields, _NAMES, None), structure)
+        return MessageRequest(ChatRequest(conversation, common), wants_thinking)
 
     def count(self, body: bytes) -> Conversation:
         """What count_tokens counts."""
@@ -221,6 +223,20 @@ def _thinking(fields: Fields) -> bool:
         thinking.integer("budget_tokens", low=_MIN_THINKING_TOKENS, high=1 << 31)
     thinking.finish()
     return kind != "disabled"
+
+
+def _output_format(fields: Fields) -> Structure | None:
+    """Of output_config, where `effort` may only be what the API has by default."""
+    config = Fields(fields.mapping("output_config") or {}, "output_config.")
+    config.refuse_unless({"effort": ("high",)})
+    raw = config.mapping("format")
+    config.finish()
+    if raw is None:
+        return None
+    form = Fields(raw, "output_config.format.")
+    if form.string("type") != "json_schema":
+        raise RequestError("'output_config.format.type' must be json_schema.", param="output_config.format.type")
+    return schema_structure(form)
 
 
 def _uncached(name: str, value: object) -> object:

@@ -17,7 +17,7 @@ from services.router.chat_messages import read_messages
 from services.router.common_fields import CommonFields, CommonNames, CommonReader, json_object
 from services.router.conversation import Conversation
 from services.router.fields import Fields, wrong_type
-from services.router.tools import read_tool_use, refuse_forced
+from services.router.tools import read_tool_use
 
 _IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 _CHAT_NAMES: Final = CommonNames(lengths=("max_tokens", "max_completion_tokens"), ignored=_IGNORED, has_structure=True)
@@ -79,7 +79,6 @@ class RequestParser:
     def chat(self, body: bytes) -> ChatRequest:
         fields = self.fields(body)
         conversation = self.conversation(fields)
-        refuse_forced(conversation.tool_use)
         fields.refuse_unless(_CHAT_ONLY_OFF)
         has_logprobs = fields.boolean("logprobs")
         top = fields.integer("top_logprobs", low=0, high=self._section.max_logprobs)

@@ -6,13 +6,16 @@ Knows no pool. Refusals are RequestErrors naming the field and the limit.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 
 from duomo.config import GatewaySection
 from duomo.errors import RequestError
-from services.router.common_fields import CommonFields
+from services.router.chat_template import Rendered
+from services.router.common_fields import CommonFields, constrained
+from services.router.conversation import Conversation
+from services.router.forced_calls import forced_calls
 from services.router.generation import GenerationRequest
 from services.router.markup import OutputStyle
 from services.router.model_card import ModelCard
@@ -23,6 +26,15 @@ from services.router.text import THREAD_CHARS, ModelText
 _COMPLETION_DEFAULT_TOKENS = 16
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """A chat's one generation request, how its output is to be read, and its fields: with what forces a call, where one must be made."""
+
+    requests: list[GenerationRequest]
+    style: OutputStyle
+    common: CommonFields
+
+
 class PromptMaker:
     """Owns nothing; the tokenizer is shared. `template` gives all fields of a request that do not depend on its prompt."""
 
@@ -31,17 +43,27 @@ class PromptMaker:
         self._card = card
         self._text = text
 
-    async def chat(self, request: ChatRequest, template: GenerationRequest) -> tuple[list[GenerationRequest], OutputStyle]:
-        """The one generation request, and how its output is to be read."""
-        name = request.prompt_field
+    async def chat(self, request: ChatRequest, template: GenerationRequest) -> PreparedChat:
+        conversation, common = request.conversation, request.common
+        rendered = self._render(conversation, request.prompt_field)
+        forced = forced_calls(conversation.tool_use, rendered.style)
+        style = rendered.style
+        if forced is not None:
+            common = constrained(common, forced)
+        elif common.structure is not None:
+            style = replace(style, reasoning="none")  # what the answer must be leaves no room for it
+        ids = await self._encode(rendered.text, request.prompt_field, add_special_tokens=False)
+        fitted = self._fit(ids, request.prompt_field, common, self._section.default_max_tokens, template)
+        return PreparedChat([fitted], style, common)
+
+    def _render(self, conversation: Conversation, field: str) -> Rendered:
+        """A refusal that names `messages` names the field of the body that holds them."""
         try:
-            rendered = self._text.render(request.conversation)
+            return self._text.render(conversation)
         except RequestError as error:
-            if error.param != "messages" or name == error.param:
+            if error.param != "messages" or error.param == field:
                 raise
-            raise RequestError(error.detail, param=name, status=error.status, code=error.code) from error
-        ids = await self._encode(rendered.text, name, add_special_tokens=False)
-        return [self._fit(ids, name, request.common, self._section.default_max_tokens, template)], rendered.style
+            raise RequestError(error.detail, param=field, status=error.status, code=error.code) from error
 
     async def completion(self, request: CompletionRequest, template: GenerationRequest) -> list[GenerationRequest]:
         requests = []

@@ -11,11 +11,12 @@ from typing import Final
 
 from duomo.errors import RequestError
 from services.router.chat_messages import checked_arguments, text_of
-from services.router.common_fields import CommonNames, CommonReader, json_object
+from services.router.common_fields import CommonNames, CommonReader, constrained, json_object
 from services.router.conversation import ChatMessage, Conversation, FunctionTool, ToolCall, ToolUse
 from services.router.fields import Fields, wrong_type
 from services.router.openai import ChatRequest
-from services.router.tools import check_names, function_tool, refuse_forced, tool_use_of
+from services.router.structured import Structure, json_schema, schema_structure
+from services.router.tools import check_names, function_tool, tool_use_of
 
 _IGNORED: Final = (
     "user",
@@ -59,13 +60,12 @@ class ResponseParser:
         self._reader.check_model(fields)
         turns = _instructions(fields) + _input(fields.take("input"))
         tool_use = _tool_use(fields)
-        refuse_forced(tool_use)
         fields.refuse_unless(_OFF)
         _check_include(fields)
-        _check_text(fields)
+        structure = _text_format(fields)
         metadata = fields.mapping("metadata")
         kwargs = (fields.mapping("chat_template_kwargs") or {}) | _reasoning(fields)
-        common = self._reader.read(fields, _NAMES, None)
+        common = constrained(self._reader.read(fields, _NAMES, None), structure)
         echo = {
             "instructions": raw.get("instructions"),
             "max_output_tokens": common.max_tokens,
@@ -234,10 +234,22 @@ def _check_include(fields: Fields) -> None:
             raise RequestError(f"'{where}' is not supported with this value.", param=where, code="unsupported_parameter")
 
 
-def _check_text(fields: Fields) -> None:
+def _text_format(fields: Fields) -> Structure | None:
     text = Fields(fields.mapping("text") or {}, "text.")
-    text.refuse_unless({"format": ({"type": "text"},), "verbosity": ("medium",)})
+    text.refuse_unless({"verbosity": ("medium",)})
+    raw = text.mapping("format")
     text.finish()
+    form = Fields(raw or {"type": "text"}, "text.format.")
+    kind = form.string("type")
+    if kind == "json_schema":
+        form.ignore("name", "description", "strict")  # every schema is kept strictly
+        return schema_structure(form)
+    form.finish()
+    if kind == "json_object":
+        return Structure(json_schema({"type": "object"}), "text.format")
+    if kind != "text":
+        raise RequestError(f"'text.format.type' must be text, json_object or json_schema, got '{kind}'.", param="text.format.type")
+    return None
 
 
 def _reasoning(fields: Fields) -> dict[str, object]:

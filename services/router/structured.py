@@ -96,17 +96,22 @@ def _named_schema(raw: dict[str, object] | None) -> Structure:
     if raw is None:
         raise RequestError(f"You must provide '{path}'.", param=path, code="missing_required_parameter")
     inner = Fields(raw, f"{path}.")
-    schema = inner.mapping("schema")
     inner.ignore("name", "description", "strict")  # every schema is kept strictly
-    inner.finish()
-    if schema is None:
-        raise RequestError(f"You must provide '{path}.schema'.", param=f"{path}.schema", code="missing_required_parameter")
-    return Structure(json_schema(schema), f"{path}.schema")
+    return schema_structure(inner)
 
 
 def json_schema(schema: Mapping[str, object]) -> Constraint:
     """Answers of this schema."""
     return Constraint(kind="json_schema", text=msgspec.json.encode(schema).decode())
+
+
+def schema_structure(fields: Fields) -> Structure:
+    """Of the `schema` that stands in an object of its own, in which nothing else is left."""
+    name, schema = fields.name("schema"), fields.mapping("schema")
+    fields.finish()
+    if schema is None:
+        raise RequestError(f"You must provide '{name}'.", param=name, code="missing_required_parameter")
+    return Structure(json_schema(schema), name)
 
 
 def _structured_outputs(fields: Fields) -> list[Structure]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
 from duomo.errors import RequestError
@@ -14,7 +14,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
 def read_tool_use(fields: Fields) -> ToolUse:
-    """Of a chat completion. `strict` is read and changes nothing: calls are held to their schemas where one must be made."""
+    """Of a chat completion. `strict` is read and changes nothing: a call that must be made is held to its schema."""
     raw = fields.array("tools") or []
     tools = tuple(_tool(f"tools[{idx}]", value) for idx, value in enumerate(raw))
     check_names([tool.name for tool in tools], lambda idx: f"tools[{idx}].function.name")
@@ -67,30 +67,6 @@ def check_names(names: list[str], where: Callable[[int], str]) -> None:
         if name in seen:
             raise RequestError(f"'{where(idx)}' is '{name}' a second time.", param=where(idx))
         seen.add(name)
-
-
-def refuse_forced(tool_use: ToolUse) -> None:
-    """A call that must be made needs its structure enforced while the model writes."""
-    if tool_use.choice in ("required", "named"):
-        detail = "'tool_choice' that forces a call needs structured output, which this server does not have; use 'auto'."
-        raise RequestError(detail, param="tool_choice", code="unsupported_parameter")
-
-
-def calls_schema(tool_use: ToolUse) -> dict[str, object]:
-    """The JSON schema of one call that this request must make: {"name": ..., "arguments": {...}}, of one of the functions it may be."""
-    open_to = [tool for tool in tool_use.tools if tool_use.named in (None, tool.name)]
-    calls = [_call_schema(tool) for tool in open_to]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
-def _call_schema(tool: FunctionTool) -> dict[str, object]:
-    arguments: Mapping[str, object] = tool.parameters if tool.parameters is not None else {"type": "object", "properties": {}}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": tool.name}, "arguments": {"type": "object", **arguments}},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
 
 
 def _tool(name: str, value: object) -> FunctionTool:

@@ -195,6 +195,9 @@ WRONG: list[tuple[dict, str]] = [
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
     ({"thinking": {"type": "enabled", "budget_tokens": 10}}, "thinking.budget_tokens"),
     ({"thinking": {"type": "on"}}, "thinking.type"),
+    ({"output_config": {"effort": "low"}}, "output_config.effort"),
+    ({"output_config": {"format": {"type": "text"}}}, "output_config.format.type"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
 ]
 
 
@@ -211,6 +214,22 @@ def test_every_bad_message_is_refused_by_its_name(tmp_path: Path) -> None:
             large = await system.client.post("/v1/messages", content=b" " * (9 << 20))
             assert large.status_code == 413 and large.json()["error"]["type"] == "request_too_large"
             assert not system.pools.of_role("prefill")[0].of_type(StartPrefill), "a refusal reserves nothing"
+
+    asyncio.run(scenario())
+
+
+def test_what_an_answer_or_a_call_must_be_is_told_to_whoever_samples(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides=OPTIONS) as system, _client(system) as client:
+            schema = {"type": "object", "properties": {}, "additionalProperties": False}
+            form: Any = {"format": {"type": "json_schema", "schema": schema}}
+            await client.messages.create(model="tiny-moe", max_tokens=2, messages=ASKED, output_config=form)
+            for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
+                forced: Any = choice
+                await client.messages.create(model="tiny-moe", max_tokens=2, messages=ASKED, tools=TOOLS, tool_choice=forced)
+            told = [start.sampling.constraint for start in system.pools.of_role("prefill")[0].of_type(StartPrefill)]
+            assert [constraint.kind for constraint in told] == ["json_schema", "grammar", "grammar"]
+            assert json.loads(told[0].text) == schema and "weather" in told[1].text
 
     asyncio.run(scenario())
 

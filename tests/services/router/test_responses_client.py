@@ -131,6 +131,25 @@ def test_a_fault_in_the_middle_fails_the_response_and_one_before_it_is_a_status(
     asyncio.run(scenario())
 
 
+def test_formats_are_told_to_whoever_samples(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system, _client(system) as client:
+            schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+            for form in (
+                {"type": "json_schema", "name": "it", "schema": schema, "strict": True},
+                {"type": "json_object"},
+                {"type": "text"},
+            ):
+                told: Any = {"format": form}
+                response = await client.responses.create(model="tiny-moe", input="hi", max_output_tokens=2, text=told)
+                assert response.text is not None and response.text.format is not None and response.text.format.type == form["type"]
+            starts = system.pools.of_role("prefill")[0].of_type(StartPrefill)
+            texts = [start.sampling.constraint and json.loads(start.sampling.constraint.text) for start in starts]
+            assert texts == [schema, {"type": "object"}, None]
+
+    asyncio.run(scenario())
+
+
 CALL = {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}
 WRONG: list[tuple[dict, str]] = [
     ({"input": None}, "input"),
@@ -165,6 +184,10 @@ WRONG: list[tuple[dict, str]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "web_search"}}, "tool_choice.type"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
+    ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+    ({"text": {"format": {"type": "json_schema", "schema": {"type": "frog"}}}}, "text.format.schema"),
+    ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"temperature": 3}, "temperature"),
     ({"n": 2}, "n"),
     ({"messages": []}, "messages"),

@@ -144,9 +144,38 @@ def test_a_result_goes_back_to_the_model(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_call_that_must_be_made_is_told_to_whoever_samples(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides=OPTIONS, told=CALLS) as system, _client(system) as client:
+            named: Any = {"type": "function", "function": {"name": "weather"}}
+            for choice in ("required", named):
+                told = await client.chat.completions.create(model="tiny-moe", messages=ASKED, tools=TOOLS, tool_choice=choice)
+                assert told.choices[0].finish_reason == "tool_calls"
+                start = system.pools.of_role("prefill")[0].of_type(StartPrefill)[-1]
+                constraint = start.sampling.constraint
+                assert constraint is not None and constraint.kind == "grammar" and '"required": ["city"]' in constraint.text
+            free = await client.chat.completions.create(model="tiny-moe", messages=ASKED, tools=TOOLS)
+            assert free.choices[0].finish_reason == "tool_calls"
+            assert system.pools.of_role("prefill")[0].of_type(StartPrefill)[-1].sampling.constraint is None
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_must_be_something_has_no_reasoning_to_be_read(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides=OPTIONS, told="<think>x</think>") as system, _client(system) as client:
+            told = await client.chat.completions.create(
+                model="tiny-moe", messages=ASKED, extra_body={"structured_outputs": {"choice": ["<think>x</think>"]}}
+            )
+            assert told.choices[0].message.content == "<think>x</think>"
+
+    asyncio.run(scenario())
+
+
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
+NO_KIND = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "frog"}}}}}
 WRONG: list[tuple[dict, str]] = [
     ({"tools": [{"type": "function"}]}, "tools[0].function"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
@@ -161,7 +190,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"tools": TOOLS, "tool_choice": 3}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
-    ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+    ({"tools": [NO_KIND], "tool_choice": "required"}, "tools"),
     ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {}}]}]}, "messages[0].tool_calls[0].function.name"),
