@@ -4,10 +4,11 @@
     payload  [codes: N rows of D / 8 words][exponents: N / 8 words]             as kv_rows_fp8.py says, byte for byte
     rows     [layer][block][k, v][kv head][block token]: N = n L R
 
-A program takes ROWS rows of one block at a time: it finds each row's largest number, rounds to e4m3, forms the payload's words and
-hashes them while the rows are in registers, so that the pool is read once. Everything but the rounding is exact (scales are powers of
-two), and the sum of the hash commutes: the bytes are the CPU's, and the same every time. As in kv_hash_pack.py a program strides over whole
-chunks where it can, so that its code words' keys k_j are the same in every round.
+A program takes ROWS rows of one block at a time: it finds each row's largest number, rounds to e4m3, forms the words of the codes and
+hashes them while the rows are in registers, so that the pool is read once. As in kv_hash_pack.py it strides over whole chunks where it can,
+so that these words' keys k_j are the same in every round. Exponents it hashes last, all at once: a word of them comes from eight rows, and
+so from several warps, which would wait for each other in every round. Everything but the rounding is exact (scales are powers of two), and
+the sum of the hash commutes: the bytes are the CPU's, and the same every time.
 
 Land writes blocks while it hashes, so a corrupt message is written too: nothing may read those blocks unless the flag says GOOD. It
 writes them in its own pool's dtype, whatever that of the pool was which they come from.
@@ -52,6 +53,26 @@ def _words(bytes_NC, N: tl.constexpr, C: tl.constexpr):
     return tl.sum(lanes << (8 * tl.arange(0, 8)).to(tl.int64)[None, None, :], axis=2)
 
 
+@triton.jit
+def _exponents_part(
+    message_ptr, exponents_at, num_tiles, R: tl.constexpr, PARTS: tl.constexpr, TILE_WORDS: tl.constexpr, LANES: tl.constexpr
+):
+    """What the words of exponents of this program's tiles add to the hash. They lie in the message."""
+    lane_L = tl.arange(0, LANES)
+    sums_L = tl.zeros([LANES], tl.uint64)
+    first = tl.program_id(0)  # tile of the first lane
+    while first < num_tiles:
+        tile_L = first + (lane_L // TILE_WORDS) * tl.num_programs(0)
+        in_block_L = (tile_L % PARTS) * TILE_WORDS + lane_L % TILE_WORDS
+        at_L = exponents_at + (tile_L // PARTS).to(tl.int64) * (R // 8) + in_block_L
+        mask = (tile_L < num_tiles) & (in_block_L < R // 8)
+        # .cg: other multiprocessors write other bytes of the same cache line
+        words_L = tl.load(message_ptr + at_L, mask=mask, other=0, cache_modifier=".cg")  # zeros add nothing
+        sums_L += chunk_key(at_L) * word_key(at_L) * mix(words_L)
+        first += (LANES // TILE_WORDS) * tl.num_programs(0)
+    return tl.sum(sums_L)
+
+
 @triton.jit(
     do_not_specialize=[
         "first_layer",
@@ -88,6 +109,7 @@ def _move_rows(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BD: tl.constexpr,
+    LANES: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     PACK: tl.constexpr,
     IS_INTERPRETED: tl.constexpr,
@@ -99,7 +121,6 @@ def _move_rows(
     w_W = tl.arange(0, BD // 8)
     word_RW = tl.arange(0, ROWS)[:, None] * (D // 8) + w_W[None, :]
     sums_RW = tl.zeros([ROWS, BD // 8], tl.uint64)
-    sums_E = tl.zeros([ROWS // 8], tl.uint64)
     tile = tl.program_id(0)
     while tile < num_tiles:
         entry = tile // PARTS  # layer * num_ids + place
@@ -143,16 +164,14 @@ def _move_rows(
         if IS_WHOLE:  # one chunk a tile; the keys of its words are the same in every round
             sums_RW += chunk_key(first) * mix(words_RW)
         else:
-            exponent_R = tl.where(row_mask, exponent_R, 0)
             sums_RW += tl.where(word_mask, chunk_key(first + word_RW) * word_key(first + word_RW) * mix(words_RW), 0)
-        exponents_E = tl.reshape(_words(tl.reshape(exponent_R, (1, ROWS)), 1, ROWS), (ROWS // 8,))  # past the block 0, which adds nothing
-        exponent_at_E = exponents_at + (first_row + row) // 8 + tl.arange(0, ROWS // 8)
-        sums_E += chunk_key(exponent_at_E) * word_key(exponent_at_E) * mix(exponents_E)
         tile += tl.num_programs(0)
     start_next(USE_PDL)
     if IS_WHOLE:
         sums_RW *= word_key(tl.program_id(0) * (ROWS * D // 8) + word_RW)
-    part = tl.sum(sums_RW) + tl.sum(sums_E)
+    if PACK:
+        tl.debug_barrier()  # what this program's threads have written of exponents is there for all of them
+    part = tl.sum(sums_RW) + _exponents_part(message_ptr, exponents_at, num_tiles, R, PARTS, ROWS // 8, LANES)
     add_and_seal(scratch_ptr, part, message_ptr, flag_ptr, start_0, start_1, start_2, start_3, nonce, trailer_at, PACK)
 
 
@@ -195,6 +214,7 @@ def _launch(
     tile = tile_rows * triton.next_power_of_2(head_dim)
     per_chunk = max(1, _CHUNK * 8 // tile)  # a stride of whole chunks: a program's words keep their keys k_j
     most = max(per_chunk, num_sms(device) * _PROGRAMS_PER_SM * _TILE // tile // per_chunk * per_chunk)
+    num_warps = max(1, tile * 4 // _TILE)
     starts = struct.unpack("<4q", seal.start)
     nonce = struct.unpack("<q", struct.pack("<Q", seal.nonce(8 * num_words)))[0]
     _move_rows[(min(num_tiles, most),)](
@@ -216,10 +236,11 @@ def _launch(
         D=head_dim,
         ROWS=tile_rows,
         BD=triton.next_power_of_2(head_dim),
+        LANES=max(tile_rows // 8, 32 * num_warps),
         IS_WHOLE=is_whole,
         PACK=is_pack,
         IS_INTERPRETED=is_interpreted(),
-        num_warps=max(1, tile * 4 // _TILE),
+        num_warps=num_warps,
         **pdl_options(device),
     )
 

@@ -174,6 +174,18 @@ def test_ties_and_the_last_number_below_a_scale(device: torch.device) -> None:
     assert exponents_R.tolist() == [127] * 3 + [128] * 5
 
 
+def test_more_tiles_than_a_program_hashes_exponents_of_at_once(device: torch.device) -> None:
+    """Of 16 programs at least, 32 tiles each."""
+    sent = _send(8, 8, 1, range(0, 1), device)
+    pool_LBRD = torch.randn(1, 1, 16 * 32 * 32 + 320, 128, device=device).half()
+    num_words = packed_bytes(*pool_LBRD.shape[2:]) // 8
+    message_M = torch.full((layout.message_bytes(8 * num_words) // 8,), UNTOUCHED, device=device)
+    sent = replace(sent, pool_LBRD=pool_LBRD, ids_n=torch.zeros_like(sent.ids_n), message_M=message_M)
+    assert torch.equal(_packed(sent).message_M, _of_cpu(sent).message_M)
+    sent.message_M[num_words - 1] ^= 1 << 62  # the last rows' exponents
+    assert _land(sent)[0] == CORRUPT
+
+
 def test_corruption_is_seen(device: torch.device) -> None:
     """Of codes, of exponents, of the trailer; the padding and the trailer's unused words are nobody's business."""
     sent = _packed(_send(24, 16, 2, range(1, 2), device))
