@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_ENDINGS = 32  # ids that min_tokens can mask in one row: eos and the request's own
 MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,5 +106,5 @@ def check_sampling(sampling: Sampling, num_endings: int) -> None:
         raise RequestError(f"min_tokens with {num_endings} ending ids: at most {MAX_ENDINGS} can be masked", param="stop_token_ids")
     if sampling.logprobs is not None and sampling.logprobs > MAX_LOGPROBS:
         raise RequestError(f"{sampling.logprobs} logprobs: at most {MAX_LOGPROBS}", param="logprobs")
-    if sampling.constraint is not None or sampling.logit_bias:
-        raise RequestError("structured output and logit_bias are a CPU engine's alone so far", param="response_format")
+    if len(sampling.logit_bias) > MAX_BIASES:
+        raise RequestError(f"{len(sampling.logit_bias)} biases: at most {MAX_BIASES}", param="logit_bias")

@@ -1,6 +1,7 @@
 """Owns decode steps on one GPU: two captured graphs for each bucket of rows, a copy up and one back a step. Knows no request or policy.
 
-    launch    copy the plan up; replay forward (decode_inputs, embedding, layers, logits) and sampler; copy the answer back; mark it
+    launch    copy the plan up; replay forward (decode_inputs, embedding, layers, logits); have masks made; replay sampler; copy the answer
+              back; mark it
     wait      for that mark
 
 Step n + 1 is launched before step n has been waited for: it finds the tokens of step n where the sampler left them. Everything is queued on
@@ -20,6 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from duomo.engine.decode_buckets import bucket_of, buckets_up_to
@@ -29,11 +31,15 @@ from duomo.engine.gpu_decode_attention import GpuDecodeAttention
 from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_host_ring import HostBuffer, HostRing
 from duomo.engine.gpu_kv_cache import GpuKvCache
-from duomo.engine.gpu_sample_rows import SampleKind
+from duomo.engine.gpu_sample_rows import FillMasks, SampleKind
 from duomo.engine.gpu_sampler import ALL_KINDS, CAPTURED_KINDS, GpuSampler
 from duomo.engine.gpu_step_plan import GpuStepPlan
 from duomo.models.gpu_decoder import GpuDecoder, KvPlace, RowState
 from duomo_kernels.decode_inputs import DecodeInputs, decode_inputs, empty_decode_inputs
+
+
+def _nobody(masks_MW: NDArray[np.int32]) -> None:
+    raise AssertionError("rows with a grammar, and nobody fills their masks")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +96,18 @@ class GpuDecode:
                     self.graphs.capture((bucket, kind), partial(self._sample, bucket, kind))
 
     @torch.inference_mode()
-    def launch(self, step: DecodeStep) -> PendingStep:
-        """Queue one step and return: its rows' sources are rows of the step launched before."""
+    def launch(self, step: DecodeStep, fill_masks: FillMasks = _nobody) -> PendingStep:
+        """Queue one step and return: its rows' sources are rows of the step launched before.
+
+        fill_masks: where rows have a grammar, called with their masks once the logits are on their way; it may wait for the step before.
+        """
         num_rows = len(step.rows)
         bucket = bucket_of(num_rows)
         assert bucket <= self.buckets[-1], f"{num_rows} rows, captured for {self.buckets[-1]}"
         kind = self._sampler.rows.place(step.rows)
         self._plan.upload(step, bucket)
         self.graphs.run(bucket, partial(self._forward, bucket))
+        self._sampler.rows.fill_masks(fill_masks)
         self.graphs.run((bucket, kind), partial(self._sample, bucket, kind))
         buffer = self._ring.take()
         self._sampler.download(buffer, bucket * self._routed_words, kind)

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from duomo.engine.decode_step import DecodeRow, Joining
@@ -22,7 +24,7 @@ from duomo.engine.gpu_graphs import GpuGraphs
 from duomo.engine.gpu_host_ring import HostBuffer, HostRing
 from duomo.engine.gpu_sample_rows import SampleKind
 from duomo.engine.gpu_sampler import CAPTURED_KINDS, GpuSampler
-from duomo.engine.sampler import RowSampling, SampledToken
+from duomo.engine.sampler import RowSampling, SampledToken, broken_rows
 from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
 
@@ -117,9 +119,12 @@ class GpuFirstTokens:
         return self._fetch(kind, rows)
 
     def _placed(self, rows: Sequence[RowSampling]) -> SampleKind:
-        """Queue the copy of what they ask for; `position` of a decode row is that of the token that is fed."""
+        """Queue the copy of what they ask for; `position` of a decode row is that of the token that is fed. Masks are made here, while the
+        wave whose logits they are for still runs."""
         joining = [DecodeRow(source=Joining(token_id=0, sampling=row), position=_position(row) - 1, table=()) for row in rows]
-        return self._sampler.rows.place(joining)
+        kind = self._sampler.rows.place(joining)
+        self._sampler.rows.fill_masks(partial(_fill_masks, rows))
+        return kind
 
     def _sample_last(self, last: LastLogits, kind: SampleKind) -> None:
         """Only launches."""
@@ -134,7 +139,7 @@ class GpuFirstTokens:
     def _answers(self, down: HostBuffer, turn: int, kind: SampleKind, rows: Sequence[RowSampling]) -> list[Answer]:
         num_rows = len(rows)
         down.wait()
-        errors = self._sampler.errors(down, num_rows)
+        errors = {**self._sampler.errors(down, num_rows), **broken_rows(rows)}
         ids = self._sampler.tokens(down, num_rows).tolist()
         listed = self._sampler.logprobs(down, num_rows) if kind.has_logprobs else None
         assert down.turn == turn, "waited for too late: later tokens took this buffer"
@@ -149,6 +154,13 @@ class GpuFirstTokens:
             else:
                 answers.append(SampledToken(token_id=ids[at], logprob=float(listed.logprob_R[at]), top=listed.top(at, num_top)))
         return answers
+
+
+def _fill_masks(rows: Sequence[RowSampling], masks_MW: NDArray[np.int32]) -> None:
+    held = [row for row in rows if row.grammar is not None]
+    for mask_W, row in zip(masks_MW, held, strict=True):
+        assert row.grammar is not None
+        row.grammar.fill(mask_W, row.output_ids)
 
 
 def _position(row: RowSampling) -> int:

@@ -1,14 +1,15 @@
 """Owns the parameters by which rows draw, on their way from requests to the tensors that the sampling kernels read. Knows no logits.
 
 All parameters lie in one buffer on the device, side by side by name, and are copied there whole when a row comes, goes or moves; in between
-a step sends nothing. Rows with penalties hold a slot, a table of tokens seen, which the sampling kernels keep up themselves.
+a step sends nothing. Rows with penalties or biases hold a slot: a table of tokens seen, which the sampling kernels keep up themselves, and
+a list of biases. Rows under a grammar have a mask each, one after the other, which are sent for every step: fill_masks().
 
-Legend: R rows, E ending ids, V vocabulary.
+Legend: R rows, E ending ids, V vocabulary, L slots, M masks, W words of 32 ids, B biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,14 +20,15 @@ from torch import Tensor
 
 from duomo.engine.decode_step import MAX_ENDINGS, DecodeRow, Joining
 from duomo.engine.gpu_host_ring import HostRing
-from duomo_kernels._sampling import MAX_VOCAB, Penalties, SampleRows, empty_tables, fill_slot
+from duomo_kernels._sampling import MAX_VOCAB, Penalties, SampleRows, empty_biases, empty_masks, empty_tables, fill_slot
 from duomo_kernels.sample import Mode
 
 if TYPE_CHECKING:
     from duomo.engine.sampler import RowSampling
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
-INTS = ("top_k", "choice", "num_top", "slot", "min_position")
+INTS = ("top_k", "choice", "num_top", "slot", "min_position", "mask", "num_biases")
+FillMasks = Callable[[NDArray[np.int32]], None]  # writes the masks [M, W] of the rows that have one, in their order
 GREEDY_TEMPERATURE = 1e-5  # as the kernels': below, a row is greedy
 
 
@@ -70,8 +72,15 @@ class _Image:
         self.both[:, :num_rows] = self.both[:, sources]
         self.ending_RE[:num_rows] = self.ending_RE[sources]
 
+    def number_masks(self, num_rows: int) -> int:
+        """Give the rows that have one a mask each, in their order; how many they are."""
+        mask_R = self.int_of["mask"][:num_rows]
+        held = (mask_R >= 0).nonzero()[0]
+        mask_R[held] = np.arange(held.size)
+        return int(held.size)
+
     def put(self, row: int, asked: RowSampling, slot: int) -> None:
-        """Row `row` becomes what is asked; slot -1: no penalty."""
+        """Row `row` becomes what is asked; slot -1: no penalty and no bias."""
         sampling = asked.sampling
         self.seed_R[row] = ((sampling.seed + 2**63) % 2**64) - 2**63  # the low 64 bits
         self.float_of["temperature"][row] = sampling.temperature
@@ -83,7 +92,9 @@ class _Image:
         self.int_of["choice"][row] = asked.choice
         self.int_of["num_top"][row] = -1 if sampling.logprobs is None else sampling.logprobs
         self.int_of["slot"][row] = slot
-        masks = sampling.min_tokens > 0 and len(asked.ending_ids) > 0
+        self.int_of["num_biases"][row] = len(sampling.logit_bias)
+        self.int_of["mask"][row] = -1 if asked.grammar is None else 0  # number_masks() says which
+        masks = sampling.min_tokens > 0 and len(asked.ending_ids) > 0 and asked.grammar is None
         self.int_of["min_position"][row] = len(asked.prompt_ids) + sampling.min_tokens if masks else 0
         self.ending_RE[row] = -1
         if masks:
@@ -95,7 +106,7 @@ class _Image:
         temperature, min_p, top_p = (self.float_of[name][:num_rows] for name in ("temperature", "min_p", "top_p"))
         draws = temperature >= GREEDY_TEMPERATURE
         is_limited = draws & ((self.int_of["top_k"][:num_rows] > 0) | (top_p < 1) | (min_p > 0))
-        masks = last_position + 1 < self.int_of["min_position"][:num_rows]
+        masks = (last_position + 1 < self.int_of["min_position"][:num_rows]) | (self.int_of["mask"][:num_rows] >= 0)
         return SampleKind(
             mode="limited" if is_limited.any() else "plain" if draws.any() else "greedy",
             is_penalised=bool((self.int_of["slot"][:num_rows] >= 0).any() or masks.any()),
@@ -112,6 +123,10 @@ class GpuSampleRows:
         self._words = torch.zeros(self._sections.num_words, dtype=torch.int32, device=device)
         self._ring = HostRing(self._sections.num_words, device)
         self._prompt_bits_LW, self._output_counts_LV = empty_tables(max_rows, vocab, device)
+        self._bias_ids_LB, self._bias_LB = empty_biases(max_rows, device)
+        self._mask_bits_MW = empty_masks(max_rows, vocab, device)
+        self._mask_ring = HostRing(self._mask_bits_MW.numel(), device)
+        self._num_masks = 0
         self._free_slots = list(range(max_rows - 1, -1, -1))
         self._num_rows = 0
         self._kind = SampleKind()
@@ -127,6 +142,17 @@ class GpuSampleRows:
             self._kind = self._image.kind(len(rows), np.array([row.position for row in rows], np.int64))
             self._may_mask = bool(self._image.int_of["min_position"][: len(rows)].any())
         return self._kind
+
+    def fill_masks(self, fill: FillMasks) -> None:
+        """Have the masks made of the rows that have one, and queue their copy; `fill` is not called where none has.
+
+        What it takes is free while the device still runs what was queued before.
+        """
+        if not self._num_masks:
+            return
+        buffer, width = self._mask_ring.take(), self._mask_bits_MW.shape[1]
+        fill(buffer.array[: self._num_masks * width].reshape(self._num_masks, width))
+        buffer.upload(self._mask_bits_MW[: self._num_masks].view(-1))
 
     def draws(self, num_rows: int, position_R: Tensor, num_valid: Tensor) -> SampleRows:
         """As the sampling kernels read them. position_R: of the tokens to sample."""
@@ -152,6 +178,11 @@ class GpuSampleRows:
             min_position_S=self._ints("min_position", num_rows),
             prompt_bits_LW=self._prompt_bits_LW,
             output_counts_LV=self._output_counts_LV,
+            mask_S=self._ints("mask", num_rows),
+            mask_bits_MW=self._mask_bits_MW,
+            num_biases_S=self._ints("num_biases", num_rows),
+            bias_ids_LB=self._bias_ids_LB,
+            bias_LB=self._bias_LB,
         )
 
     def warm(self) -> None:
@@ -175,15 +206,20 @@ class GpuSampleRows:
             if isinstance(row.source, Joining):
                 self._image.put(at, row.source.sampling, self._slot_for(row.source.sampling))
         self._num_rows = len(rows)
+        self._num_masks = self._image.number_masks(len(rows))
         buffer = self._ring.take()
         buffer.array[:] = self._image.words
         buffer.upload(self._words)
 
     def _slot_for(self, asked: RowSampling) -> int:
-        """A slot filled with what the row has seen, on the current stream; -1 where it has no penalty."""
-        if not asked.has_penalty:
+        """A slot filled with what the row has seen and its biases, on the current stream; -1 where it has no penalty and no bias."""
+        if not asked.has_penalty and not asked.sampling.logit_bias:
             return -1
         slot = self._free_slots.pop()
+        if asked.sampling.logit_bias:
+            ids, biases = zip(*asked.sampling.logit_bias, strict=True)
+            self._bias_ids_LB[slot, : len(ids)] = _device_ids(ids, self._words.device)
+            self._bias_LB[slot, : len(ids)] = _on_device(torch.tensor(biases, dtype=torch.float32), self._words.device)
         prompt_ids, output_ids = (_device_ids(ids, self._words.device) for ids in (asked.prompt_ids, asked.output_ids))
         fill_slot(self._prompt_bits_LW[slot], self._output_counts_LV[slot], prompt_ids, output_ids)
         return slot
@@ -197,4 +233,9 @@ class GpuSampleRows:
 
 
 def _device_ids(ids: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(ids, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return _on_device(torch.tensor(ids, dtype=torch.int64), device)
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Queued: from page-locked memory nobody waits for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

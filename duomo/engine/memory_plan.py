@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from duomo.engine.decode_buckets import buckets_up_to
+from duomo.engine.decode_step import MAX_BIASES
 from duomo.engine.wave_buckets import ALONE_MIN_ROWS, MAX_WAVE_PROMPTS, wave_buckets_up_to
 from duomo.errors import ConfigError
 from duomo.models.config import ModelConfig
@@ -211,11 +212,12 @@ def graph_bytes(config: ModelConfig, limits: MemoryLimits, num_buckets: int) -> 
 
 
 def buffer_bytes(config: ModelConfig, limits: MemoryLimits) -> int:
-    """Of the decode runner: float32 logits, for penalties two tables of tokens seen, for attention every bucket's cut and pieces."""
+    """Of the decode runner: float32 logits, for penalties two tables of tokens seen, masks, biases, for attention every bucket's cut and
+    pieces."""
     if limits.part == "prefill":
         return 0  # its sampler's are there before weights are measured
     buckets = buckets_up_to(limits.max_batch)
-    logits_and_tables = config.vocab * 4 + config.vocab * 2 + config.vocab // 8
+    logits_and_tables = config.vocab * 4 + config.vocab * 2 + 2 * (config.vocab // 8) + MAX_BIASES * 8
     pieces = (1 + MAX_PIECES) * config.num_heads * config.head_dim * 4
     cuts = sum(buckets) * -(-limits.max_model_tokens // limits.block_tokens) * CUT_BYTES
     return buckets[-1] * (logits_and_tables + pieces) + cuts

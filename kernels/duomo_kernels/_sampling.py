@@ -10,7 +10,7 @@ Weights are integers, and so sums of them are exact in any order: no split of a 
 
 order(x) maps float32 to integers of the same order, -0 to 0's, NaN to the largest.
 
-Legend: S rows, V vocabulary, L penalty slots, W words of 32 ids, E ending ids.
+Legend: S rows, V vocabulary, L slots, W words of 32 ids, E ending ids, M masks, B biases.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor
 from duomo_kernels._launch import check
 
 MAX_VOCAB = 1 << 18
+MAX_BIASES = tl.constexpr(1024)  # of one row: what the API takes
 MAX_COUNT = tl.constexpr(32767)  # int16: a token's count stays there; by then any penalty has swamped it
 GREEDY_TEMPERATURE = tl.constexpr(1e-5)  # as duomo.engine.sampler: below, dividing by it overflows
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -71,12 +72,14 @@ class SampleRows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Penalties:
-    """Masks and penalties of the rows, and the tables of tokens seen. Whoever schedules owns the slots: it fills one when a request with a
-    penalty joins and hands its number to the row; sampling adds each token that it emits to the row's slot.
+    """Biases, masks and penalties of the rows, and the tables of tokens seen. Whoever schedules owns the slots: it fills one when a request
+    with a penalty or a bias joins and hands its number to the row; sampling adds each token that it emits to the row's slot.
 
-    repetition_S, frequency_S, presence_S float32 (1, 0, 0 are off); slot_S int32, -1: no penalty, no table;
+    repetition_S, frequency_S, presence_S float32 (1, 0, 0 are off); slot_S int32, -1: no penalty, no bias, no table;
     ending_ids_SE int32, -1 padded, masked while position < min_position_S int32 (prompt + min_tokens).
     prompt_bits_LW int32: bit v % 32 of word v // 32; output_counts_LV int16, saturating.
+    mask_S int32: the row of mask_bits_MW (int32, bits as above) that says which ids may come, -1: all may.
+    num_biases_S int32: how many of bias_ids_LB (int32) and bias_LB (float32) of its slot are added to its logits, before all else.
     """
 
     repetition_S: Tensor
@@ -87,21 +90,30 @@ class Penalties:
     min_position_S: Tensor
     prompt_bits_LW: Tensor
     output_counts_LV: Tensor
+    mask_S: Tensor
+    mask_bits_MW: Tensor
+    num_biases_S: Tensor
+    bias_ids_LB: Tensor
+    bias_LB: Tensor
 
     def check(self, rows: int, vocab: int, device: torch.device) -> None:
         for name in ("repetition_S", "frequency_S", "presence_S"):
             check(name, getattr(self, name), torch.float32, rows, device=device)
-        for name in ("slot_S", "min_position_S"):
+        for name in ("slot_S", "min_position_S", "mask_S", "num_biases_S"):
             check(name, getattr(self, name), torch.int32, rows, device=device)
         check("ending_ids_SE", self.ending_ids_SE, torch.int32, rows, None, device=device)
         slots = self.output_counts_LV.shape[0]
         check("output_counts_LV", self.output_counts_LV, torch.int16, slots, vocab, device=device)
         check("prompt_bits_LW", self.prompt_bits_LW, torch.int32, slots, num_words(vocab), device=device)
+        check("mask_bits_MW", self.mask_bits_MW, torch.int32, None, num_words(vocab), device=device)
+        check("bias_ids_LB", self.bias_ids_LB, torch.int32, slots, MAX_BIASES.value, device=device)
+        check("bias_LB", self.bias_LB, torch.float32, slots, MAX_BIASES.value, device=device)
 
     def arguments(self) -> tuple[Tensor, ...]:
         """As the kernels unpack them."""
         rows = (self.repetition_S, self.frequency_S, self.presence_S, self.slot_S, self.ending_ids_SE, self.min_position_S)
-        return (*rows, self.prompt_bits_LW, self.output_counts_LV)
+        tables = (self.prompt_bits_LW, self.output_counts_LV, self.mask_S, self.mask_bits_MW)
+        return (*rows, *tables, self.num_biases_S, self.bias_ids_LB, self.bias_LB)
 
 
 def num_words(vocab: int) -> int:
@@ -112,6 +124,17 @@ def empty_tables(slots: int, vocab: int, device: torch.device) -> tuple[Tensor, 
     """prompt_bits_LW and output_counts_LV of requests that have seen nothing."""
     bits_LW = torch.zeros(slots, num_words(vocab), dtype=torch.int32, device=device)
     return bits_LW, torch.zeros(slots, vocab, dtype=torch.int16, device=device)
+
+
+def empty_masks(masks: int, vocab: int, device: torch.device) -> Tensor:
+    """mask_bits_MW in which nothing may come: to be filled before a row names one."""
+    return torch.zeros(masks, num_words(vocab), dtype=torch.int32, device=device)
+
+
+def empty_biases(slots: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """bias_ids_LB and bias_LB, of which no row uses any yet."""
+    ids_LB = torch.zeros(slots, MAX_BIASES.value, dtype=torch.int32, device=device)
+    return ids_LB, torch.zeros(slots, MAX_BIASES.value, dtype=torch.float32, device=device)
 
 
 def fill_slot(bits_W: Tensor, counts_V: Tensor, prompt_ids: Tensor, output_ids: Tensor) -> None:
@@ -144,17 +167,27 @@ def weigh(depth):
 
 @triton.jit
 def adjusted(source, row, ids, ENDINGS: tl.constexpr, PENALISED: tl.constexpr):
-    """float32 logits of `ids` of one row after masks and penalties; -inf outside the vocabulary."""
+    """float32 logits of `ids` of one row after biases, masks and penalties; -inf outside the vocabulary."""
     logits, vocab, positions, penalties = source
     row = row.to(tl.int64)
     inside = ids < vocab
     x = tl.load(logits + row * vocab + ids, mask=inside, other=-float("inf")).to(tl.float32)
     if PENALISED:
-        repetitions, frequencies, presences, slots, endings, min_positions, prompt_bits, output_counts = penalties
+        (
+            repetitions, frequencies, presences, slots, endings, min_positions, prompt_bits, output_counts,
+            masks, mask_bits, num_biases, bias_ids, biases,
+        ) = penalties  # fmt: skip
+        slot = tl.load(slots + row).to(tl.int64)
+        for bias in range(tl.load(num_biases + row)):
+            at = slot * MAX_BIASES + bias
+            x = tl.where(ids == tl.load(bias_ids + at), x + tl.load(biases + at), x)
         if tl.load(positions + row) < tl.load(min_positions + row):
             for i in tl.static_range(ENDINGS):
                 x = tl.where(ids == tl.load(endings + row * ENDINGS + i), -float("inf"), x)
-        slot = tl.load(slots + row).to(tl.int64)
+        mask = tl.load(masks + row).to(tl.int64)
+        if mask >= 0:
+            may = tl.load(mask_bits + mask * ((vocab + 31) // 32) + ids // 32, mask=inside, other=0)
+            x = tl.where(((may >> (ids % 32)) & 1) != 0, x, -float("inf"))
         if slot >= 0:
             words = tl.load(prompt_bits + slot * ((vocab + 31) // 32) + ids // 32, mask=inside, other=0)
             count = tl.load(output_counts + slot * vocab + ids, mask=inside, other=0).to(tl.float32)

@@ -1,8 +1,8 @@
 """Owns the choice of the next token on the device. Knows no model and no request: rows are decided each by its own parameters alone.
 
-The order is that of duomo.engine.sampler: ending ids masked while fewer than min_tokens are out; repetition, frequency, presence
-penalties; temperature; min-p; top-k; top-p; one uniform number u against the cumulative distribution in vocabulary order. Temperature 0
-takes the first maximum after the penalties. u is bit for bit that of duomo.engine.randomness.
+The order is that of duomo.engine.sampler: biases; a grammar's mask, ending ids masked while fewer than min_tokens are out; repetition,
+frequency, presence penalties; temperature; min-p; top-k; top-p; one uniform number u against the cumulative distribution in vocabulary
+order. Temperature 0 takes the first maximum after the penalties. u is bit for bit that of duomo.engine.randomness.
 
 With the integer weights of _sampling.py, among the kept tokens:    token = first v with    sum of w[0..v] > floor(u * sum of all w)
 
@@ -120,19 +120,28 @@ def _adjusted_reference(x_V: Tensor, row: int, rows: SampleRows, penalties: Pena
     if penalties is None:
         return x_V
     x_V = x_V.clone()
+    slot, mask, num_biases = int(penalties.slot_S[row]), int(penalties.mask_S[row]), int(penalties.num_biases_S[row])
+    if num_biases:
+        x_V[penalties.bias_ids_LB[slot, :num_biases].long().cpu()] += penalties.bias_LB[slot, :num_biases].cpu()
     if int(rows.position_S[row]) < int(penalties.min_position_S[row]):
         ids = penalties.ending_ids_SE[row].long().cpu()
         x_V[ids[ids >= 0]] = -torch.inf
-    slot = int(penalties.slot_S[row])
+    vocab = x_V.shape[0]
+    if mask >= 0:
+        x_V[_bits(penalties.mask_bits_MW[mask])[:vocab] == 0] = -torch.inf
     if slot < 0:
         return x_V
-    vocab = x_V.shape[0]
-    bits_V = (penalties.prompt_bits_LW[slot].cpu().long()[:, None] >> torch.arange(32)).flatten()[:vocab] & 1
+    bits_V = _bits(penalties.prompt_bits_LW[slot])[:vocab]
     count_V = penalties.output_counts_LV[slot].cpu().float()
     scaled_V = torch.where(x_V > 0, x_V / penalties.repetition_S[row].cpu(), x_V * penalties.repetition_S[row].cpu())
     x_V = torch.where((bits_V != 0) | (count_V > 0), scaled_V, x_V)
     x_V = x_V - penalties.frequency_S[row].cpu() * count_V
     return x_V - penalties.presence_S[row].cpu() * (count_V > 0)
+
+
+def _bits(words_W: Tensor) -> Tensor:
+    """0 or 1 of each id, those of the last word's rest too."""
+    return (words_W.cpu().long()[:, None] >> torch.arange(32)).flatten() & 1
 
 
 def _shares_reference(x_V: Tensor, row: int, rows: SampleRows) -> Tensor:
@@ -266,7 +275,10 @@ def _choose(
     tl.store(tokens + row, token)
     tl.store(flags + row, flag)
     if PENALISED:
-        repetitions, frequencies, presences, slots, endings, min_positions, prompt_bits, output_counts = penalties
+        (
+            repetitions, frequencies, presences, slots, endings, min_positions, prompt_bits, output_counts,
+            masks, mask_bits, num_biases, bias_ids, biases,
+        ) = penalties  # fmt: skip
         slot = tl.load(slots + row).to(tl.int64)
         if (slot >= 0) & (token >= 0):
             at = output_counts + slot * vocab + token

@@ -3,6 +3,9 @@
     run(step n + 1)     copies, launch n + 1, wait for n: its tokens come back while n + 1 runs
     finish()            wait for the step that is still under way
 
+A row under a grammar may be fed its token of step n before the host knows it, but its mask may not be made before: n + 1 is launched as far
+as its logits, n is waited for while they are computed, the masks are made, and the sampler of n + 1 is launched behind them.
+
 Copies, steps and prefill's groups are queued by one thread on one stream, in the order of its calls: owners of blocks rely on that order.
 """
 
@@ -10,14 +13,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from duomo.config import KvDtype
 from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining, StepResult, check_sampling
 from duomo.engine.gpu_decode import PendingStep
 from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.kv_messages import message_block_bytes
-from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
+from duomo.engine.sampler import RowSampling, SampledToken, broken_rows, ending_ids
+from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
 from services.decode.gpu_lander import GpuLander
 from services.decode.landers import Lander
@@ -26,23 +34,32 @@ from services.decode.worker import StepInput, StepOutput
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Launched:
-    """A step under way; pending None: it has no rows. rows: how each of them is sampled."""
+    """A step under way; pending None: it has no rows. rows: how each of them is sampled. broken: those whose grammar failed."""
 
     pending: PendingStep | None
     rows: tuple[RowSampling, ...]
     started_s: float
+    broken: Mapping[int, EngineError] = field(default_factory=dict)
+    _results: list[StepResult] = field(default_factory=list)
+
+    def result(self) -> StepResult:
+        """Of a step with rows, when it is over; any number of times."""
+        assert self.pending is not None, "a step without rows has no tokens"
+        if not self._results:
+            self._results.append(self.pending.wait())
+        return self._results[0]
 
     def output(self) -> StepOutput:
         """Of the step, when it is over."""
         if self.pending is None:
             return StepOutput.of_no_rows(self.started_s)
-        result = self.pending.wait()
+        result = self.result()
         return StepOutput(
             tokens=_tokens(result, self.rows),
             routed_RE=result.routed_RE,
             started_s=self.started_s,
             ended_s=time.monotonic(),
-            errors=result.errors,
+            errors={**result.errors, **self.broken},
         )
 
 
@@ -91,11 +108,23 @@ class GpuDecodeWorker:
         self._decode.enqueue_copies(step.copies)
         if not step.rows:
             return _Launched(pending=None, rows=(), started_s=started_s)
-        self._last_rows = tuple(self._sampling(row) for row in step.rows)
-        return _Launched(pending=self._decode.launch(DecodeStep(rows=step.rows)), rows=self._last_rows, started_s=started_s)
+        rows = self._last_rows = tuple(self._sampling(row) for row in step.rows)
+        pending = self._decode.launch(DecodeStep(rows=step.rows), partial(_fill_masks, step.rows, rows, self._under_way))
+        return _Launched(pending=pending, rows=rows, started_s=started_s, broken=broken_rows(rows))
 
     def _sampling(self, row: DecodeRow) -> RowSampling:
         return row.source.sampling if isinstance(row.source, Joining) else self._last_rows[row.source]
+
+
+def _fill_masks(rows: tuple[DecodeRow, ...], asked: tuple[RowSampling, ...], before: _Launched | None, masks_MW: NDArray[np.int32]) -> None:
+    """Of the rows under a grammar, behind their tokens of the step before, which is waited for where any goes on from it."""
+    held = [(row.source, one.output_ids, one.grammar) for row, one in zip(rows, asked, strict=True) if one.grammar is not None]
+    for mask_W, (source, output_ids, grammar) in zip(masks_MW, held, strict=True):
+        following = None
+        if not isinstance(source, Joining):
+            assert before is not None, "a row goes on from a step that is over"
+            following = int(before.result().token_id_R[source])
+        grammar.fill(mask_W, output_ids, following)
 
 
 def _tokens(result: StepResult, rows: tuple[RowSampling, ...]) -> list[SampledToken]:

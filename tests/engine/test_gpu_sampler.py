@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels")
 
-from duomo.engine.decode_step import MAX_ENDINGS, DecodeRow, Joining, StepLogprobs, check_sampling
+from duomo.engine.decode_step import MAX_BIASES, MAX_ENDINGS, DecodeRow, Joining, StepLogprobs, check_sampling
 from duomo.engine.gpu_host_ring import HostRing
 from duomo.engine.gpu_sample_rows import SampleKind
 from duomo.engine.gpu_sampler import ALL_KINDS, CAPTURED_KINDS, GpuSampler
 from duomo.engine.sampler import RowSampling, Sampler
 from duomo.errors import EngineError, RequestError
-from duomo.wire.messages import Sampling
+from duomo.grammar.state import Grammar
+from duomo.wire.messages import Constraint, Sampling
+from duomo_kernels._sampling import MAX_BIASES as kernels_max_biases
+from services.router import structured
+from tests.grammar import letters
 
 VOCAB = 61
 ENDINGS = (2, 5)
@@ -31,11 +40,19 @@ class Choice:
     prompt_ids: tuple[int, ...] = (1, 2, 3)
     output_ids: list[int] = field(default_factory=lambda: [4])
     row: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def asked(self) -> RowSampling:
-        ids = tuple(self.output_ids)
-        return RowSampling(sampling=self.sampling, choice=0, prompt_ids=self.prompt_ids, output_ids=ids, ending_ids=ENDINGS)
+        state = None if self.grammar is None else self.grammar.state(self.sampling)
+        return RowSampling(
+            sampling=self.sampling,
+            choice=0,
+            prompt_ids=self.prompt_ids,
+            output_ids=tuple(self.output_ids),
+            ending_ids=ENDINGS,
+            grammar=state,
+        )
 
 
 class Rows:
@@ -56,6 +73,7 @@ class Rows:
         rows = tuple(self._row_of(choice) for choice in choices)
         self._last = list(choices)
         self.kind = self.sampler.rows.place(rows)
+        self.sampler.rows.fill_masks(partial(fill, [choice for choice in choices if choice.grammar is not None]))
         logits_RV = torch.randn(len(rows), VOCAB, generator=self._made) * 4
         if poison is not None:
             logits_RV[poison, 7] = float("nan")
@@ -90,6 +108,14 @@ class Rows:
                 assert [value for _, value in top] == pytest.approx([value for _, value in theirs.top], abs=1e-5)
         for at, choice in enumerate(choices):
             choice.output_ids.append(tokens[at])
+
+
+def fill(held: list[Choice], masks_MW: NDArray[np.int32]) -> None:
+    assert len(masks_MW) == len(held)
+    for mask_W, choice in zip(masks_MW, held, strict=True):
+        asked = choice.asked
+        assert asked.grammar is not None
+        asked.grammar.fill(mask_W, asked.output_ids)
 
 
 @pytest.fixture
@@ -133,6 +159,42 @@ def test_tables_of_seen_tokens_follow_their_rows(rows: Rows) -> None:
     assert not rows.kind.is_penalised
 
 
+def test_biases_follow_their_rows_and_go_with_them(rows: Rows) -> None:
+    biased = [
+        Choice(Sampling(max_tokens=9, temperature=0.0, logit_bias=((7, 30.0), (60, -100.0)))),
+        Choice(Sampling(max_tokens=9, temperature=0.9, seed=3, presence_penalty=1.5, logit_bias=((31, 3.0), (32, 3.0), (0, 2.0)))),
+    ]
+    plain = Choice(Sampling(max_tokens=9, temperature=0.0))
+    rows.step([biased[0], plain])
+    assert rows.kind.is_penalised and biased[0].output_ids[-1] == 7
+    rows.step([plain, biased[1], biased[0]])
+    rows.step([biased[1], biased[0]])
+    rows.step([Choice(Sampling(max_tokens=9, temperature=0.0, presence_penalty=0.1)), biased[1]])  # in a slot that held biases
+    rows.step([biased[0], biased[1], plain])
+    rows.step([plain])
+    assert not rows.kind.is_penalised and len(rows.sampler.rows._free_slots) == 6
+
+
+def test_masks_follow_their_rows_whoever_stands_beside_them(rows: Rows, tmp_path: Path) -> None:
+    def held(first: str, regex: str, **knobs: Any) -> Choice:
+        sampling = Sampling(max_tokens=9, constraint=Constraint(kind="regex", text=regex), **knobs)
+        return Choice(sampling, output_ids=[letters.token_id(first)], grammar=letters.grammar(tmp_path, VOCAB, regex))
+
+    digits, caps = held("5", "[0-9]{3}", temperature=0.0), held("B", "[A-C]+", seed=4, repetition_penalty=1.4, logprobs=2)
+    early = held("#", "[!-#]{1,6}", top_k=9, seed=8, min_tokens=3)
+    plain = Choice(Sampling(max_tokens=9, temperature=0.0))
+    rows.step([plain, digits])
+    assert rows.kind.is_penalised and not rows.kind.has_logprobs
+    rows.step([caps, plain, digits, early])
+    rows.step([caps, plain, digits, early])
+    rows.step([early, caps])
+    assert letters.text(digits.output_ids).isdigit() and digits.output_ids[-1] == letters.EOS and len(digits.output_ids) == 4
+    assert letters.EOS not in early.output_ids and set(letters.text(early.output_ids)) <= set('!"#')
+    rows.step([plain, early])
+    rows.step([plain])
+    assert not rows.kind.is_penalised
+
+
 def test_slots_come_back(rows: Rows) -> None:
     for _ in range(8):
         rows.step([Choice(Sampling(max_tokens=9, temperature=0.0, presence_penalty=0.5)) for _ in range(2)])
@@ -169,6 +231,10 @@ def test_every_kind_is_warmed_and_those_without_extras_are_captured() -> None:
 
 
 def test_what_no_step_can_hold_is_refused_before_it_joins() -> None:
+    assert MAX_BIASES == structured.MAX_BIASES == kernels_max_biases.value
+    check_sampling(Sampling(max_tokens=9, logit_bias=tuple((token_id, 1.0) for token_id in range(MAX_BIASES))), 0)
+    with pytest.raises(RequestError, match="at most 1024"):
+        check_sampling(Sampling(max_tokens=9, logit_bias=tuple((token_id, 1.0) for token_id in range(MAX_BIASES + 1))), 0)
     check_sampling(Sampling(max_tokens=9, min_tokens=2, logprobs=20), MAX_ENDINGS)
     check_sampling(Sampling(max_tokens=9), MAX_ENDINGS + 1)
     with pytest.raises(RequestError, match="at most 32"):

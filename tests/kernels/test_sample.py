@@ -23,6 +23,8 @@ from duomo_kernels._sampling import (
     Penalties,
     SampleRows,
     draw_below,
+    empty_biases,
+    empty_masks,
     empty_tables,
     fill_slot,
     from_order,
@@ -209,7 +211,7 @@ def test_a_broken_row_shows(breakage: str, device: torch.device) -> None:
 
 
 def _penalties(device: torch.device, vocab: int) -> tuple[Penalties, list[RowSampling]]:
-    """Rows 0 and 1 with penalties in slots 2 and 0, row 2 with a mask alone."""
+    """Rows 0 and 1 with penalties in slots 2 and 0, row 2 with masked endings alone; no bias, no mask."""
     prompts, outs = [[1, 2, 3, 3, vocab - 1], [0], [5]], [[4, 4, 1], [9] * 5, [6]]
     sampling = [
         Sampling(max_tokens=9, temperature=1.5, repetition_penalty=1.25, frequency_penalty=0.3, presence_penalty=-0.7, seed=5, top_p=0.5),
@@ -217,6 +219,7 @@ def _penalties(device: torch.device, vocab: int) -> tuple[Penalties, list[RowSam
         Sampling(max_tokens=9, temperature=1.0, min_tokens=9, seed=3),
     ]
     bits_LW, counts_LV = empty_tables(3, vocab, device)
+    bias_ids_LB, bias_LB = empty_biases(3, device)
     for row, slot in ((0, 2), (1, 0)):
         fill_slot(bits_LW[slot], counts_LV[slot], torch.tensor(prompts[row], device=device), torch.tensor(outs[row], device=device))
 
@@ -232,6 +235,11 @@ def _penalties(device: torch.device, vocab: int) -> tuple[Penalties, list[RowSam
         min_position_S=column(0, 10, 10, dtype=torch.int32),
         prompt_bits_LW=bits_LW,
         output_counts_LV=counts_LV,
+        mask_S=column(-1, -1, -1, dtype=torch.int32),
+        mask_bits_MW=empty_masks(2, vocab, device),
+        num_biases_S=column(0, 0, 0, dtype=torch.int32),
+        bias_ids_LB=bias_ids_LB,
+        bias_LB=bias_LB,
     )
     endings = ((), (7,), (7, 8))
     return penalties, [
@@ -263,6 +271,46 @@ def test_penalties_masks_and_the_counts_that_follow(device: torch.device) -> Non
             counts_V = torch.bincount(torch.tensor(asked[row].output_ids), minlength=vocab)
             assert torch.equal(penalties.output_counts_LV[slot].cpu().long(), counts_V)
         assert penalties.output_counts_LV[1].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("mode", ["greedy", "plain", "limited"])
+def test_biases_and_masks_stand_before_the_penalties(mode: Mode, device: torch.device) -> None:
+    """Row 0 has both, row 1 a mask of two ids, row 2 a bias in a slot of its own: each as the CPU's definition says."""
+    vocab, generator = 300, torch.Generator().manual_seed(8)
+    penalties, _ = _penalties(device, vocab)
+    penalties.slot_S[2] = 1
+    rows = rows_of(3, device)
+    rows.temperature_S[:] = 0.0 if mode == "greedy" else 0.8
+    if mode == "limited":
+        rows.top_k_S[:], rows.top_p_S[:] = 40, 0.9
+    penalties.mask_S[:] = torch.tensor([1, 0, -1])
+    penalties.num_biases_S[:] = torch.tensor([3, 0, 1])
+    penalties.bias_ids_LB[2, :3] = torch.tensor([0, 31, 299])
+    penalties.bias_LB[2, :3] = torch.tensor([9.0, -100.0, 8.5])
+    penalties.bias_ids_LB[1, :2], penalties.bias_LB[1, :2] = torch.tensor([63, 64]), torch.tensor([6.0, 50.0])  # only one counts
+    bits_MB = torch.zeros(2, 320, dtype=torch.int64)
+    bits_MB[0, [64, 287]] = 1
+    bits_MB[1, torch.randperm(300, generator=generator)[:90]] = 1
+    words_MW = (bits_MB.view(2, 10, 32) << torch.arange(32)).sum(-1)
+    penalties.mask_bits_MW[:] = torch.where(words_MW >= 1 << 31, words_MW - (1 << 32), words_MW).int()
+    seen: list[set[int]] = [set(), set(), set()]
+    for turn in range(40):
+        logits_SV = torch.randn(3, vocab, generator=generator) * 2
+        rows.seed_S[:] = turn
+        token_S, flag_S = sample(logits_SV.to(device), rows, mode=mode, penalties=penalties, tiles=SMALL)
+        penalties.output_counts_LV.zero_()
+        assert misplaced(token_S, logits_SV, rows, penalties) <= EDGE and flag_S.count_nonzero() == 0
+        for row, token in enumerate(token_S.tolist()):
+            seen[row].add(token)
+    assert all(bits_MB[1, token] for token in seen[0]) and seen[1] <= {64, 287} and len(seen[1]) == 2
+    assert 63 in seen[2]
+
+
+def test_a_mask_that_lets_nothing_through_is_an_error_of_its_row(device: torch.device) -> None:
+    penalties, _ = _penalties(device, 63)
+    penalties.mask_S[:] = torch.tensor([-1, 0, -1])
+    token_S, flag_S = sample(torch.randn(3, 63).to(device), rows_of(3, device), penalties=penalties, tiles=SMALL)
+    assert flag_S.tolist() == [0, INFINITE_FLAG.value, 0] and int(token_S[1]) == -1
 
 
 def test_a_slot_holds_the_ids_it_was_filled_with(device: torch.device) -> None:

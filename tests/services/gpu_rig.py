@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from duomo.config import KvDtype
 from duomo.engine.batch import PromptSlice, StepBatch
@@ -14,6 +17,8 @@ from duomo.engine.decode_step import DecodeRow, DecodeStep, Joining
 from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
+from duomo.grammar.cache import TOKENIZER, compiled
+from duomo.grammar.state import GrammarState
 from duomo.models.config import ModelConfig
 from duomo.wire.messages import Sampling
 from duomo_kernels.kv_rows_fp8 import kv_rows_fp8, kv_rows_of_fp8, packed_bytes
@@ -36,13 +41,21 @@ def known(config: ModelConfig) -> ModelConfig:
     return replace(config, fingerprint=model().config.fingerprint)
 
 
-def alone(engine: GpuEngine, asked: Asked, choice: int, num_tokens: int, kv_dtype: KvDtype = "model") -> list[int]:
+def alone(
+    engine: GpuEngine, asked: Asked, choice: int, num_tokens: int, kv_dtype: KvDtype = "model", folder: Path | None = None
+) -> list[int]:
     """So many tokens of one choice, by the engine without services; nobody else may hold blocks. kv_dtype: of a handoff after the
-    first one."""
+    first one. folder: where the tokenizer lies, for constraints."""
     ids, block_tokens = asked.prompt_ids, engine.plan.block_tokens
     table = range(-(-(len(ids) + num_tokens) // block_tokens))
     ends = ending_ids(asked.sampling, engine.prefill.decoder.config.eos_ids)
-    row = RowSampling(sampling=asked.sampling, choice=choice, prompt_ids=ids, output_ids=(), ending_ids=ends)
+    state = _grammar_state(engine, asked.sampling, folder)
+    row = RowSampling(sampling=asked.sampling, choice=choice, prompt_ids=ids, output_ids=(), ending_ids=ends, grammar=state)
+
+    def fill(masks_MW: NDArray[np.int32]) -> None:
+        assert state is not None and len(masks_MW) == 1
+        state.fill(masks_MW[0], tokens)
+
     _, logits = engine.prefill.run(StepBatch(slices=(PromptSlice(token_ids=ids, start=0, block_table=table),)))
     (first,) = engine.first_tokens.sample(logits, [row])
     assert isinstance(first, SampledToken)
@@ -52,9 +65,17 @@ def alone(engine: GpuEngine, asked: Asked, choice: int, num_tokens: int, kv_dtyp
     source: int | Joining = Joining(token_id=first.token_id, sampling=replace(row, output_ids=tuple(tokens)))
     while len(tokens) < num_tokens:
         step = DecodeStep(rows=(DecodeRow(source=source, position=len(ids) + len(tokens) - 1, table=table),))
-        tokens.append(int(engine.decode.launch(step).wait().token_id_R[0]))
+        tokens.append(int(engine.decode.launch(step, fill).wait().token_id_R[0]))
         source = 0
     return tokens
+
+
+def _grammar_state(engine: GpuEngine, sampling: Sampling, folder: Path | None) -> GrammarState | None:
+    if sampling.constraint is None:
+        return None
+    assert folder is not None, "a constraint needs a tokenizer"
+    config = engine.prefill.decoder.config
+    return compiled((folder / TOKENIZER, config.vocab, config.eos_ids), sampling.constraint).state(sampling)
 
 
 def _round(cache: GpuKvCache, blocks: range) -> None:
@@ -79,11 +100,13 @@ async def serve(system: System, asked: Sequence[Asked]) -> dict[tuple[int, int],
     }
 
 
-def judge(engine: GpuEngine, asked: Sequence[Asked], tokens: dict[tuple[int, int], list[int]], every: int = 1) -> None:
+def judge(
+    engine: GpuEngine, asked: Sequence[Asked], tokens: dict[tuple[int, int], list[int]], every: int = 1, folder: Path | None = None
+) -> None:
     for (number, choice), mine in list(tokens.items())[::every]:
         each = asked[number]
-        assert mine == alone(engine, each, choice, len(mine)), (number, choice, each.sampling)
-        is_stop = not each.sampling.ignore_eos and mine[-1] in TINY.eos_ids
+        assert mine == alone(engine, each, choice, len(mine), folder=folder), (number, choice, each.sampling)
+        is_stop = (not each.sampling.ignore_eos or each.sampling.constraint is not None) and mine[-1] in TINY.eos_ids
         assert len(mine) == each.sampling.max_tokens or is_stop
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,11 +26,12 @@ from duomo.engine.startup import Startup
 from duomo.models.gpu_random import random_gpu_weights
 from duomo.telemetry.span_file import read_spans
 from duomo.telemetry.tracing import configure
-from duomo.wire.messages import Sampling
+from duomo.wire.messages import Constraint, Sampling
 from services.colocated import Engine, Workers
 from services.engine_start import record_start
 from services.gpu_workers import gpu_workers
 from tests.engine.gpu_tiny import TINY, WIDE
+from tests.grammar import letters
 from tests.interpreter import prepare
 from tests.services.decode.rig import configuration
 from tests.services.gpu_rig import Asked, judge, known, prompt, serve
@@ -98,6 +100,37 @@ def test_requests_of_every_kind_in_the_interpreter(small: GpuEngine, tmp_path: P
 
     play(small, told(tmp_path, decode={"max_batch": 4}), scenario)
     judge(small, asked, found, every=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+def test_answers_are_held_to_constraints_though_steps_are_launched_ahead(small: GpuEngine, tmp_path: Path) -> None:
+    """Beside free rows, forked, ended by the grammar, cut by a length and resumed: what the CPU's sampler makes of the engine's logits."""
+    letters.write_tokenizer(tmp_path, 97)
+
+    def held(regex: str, **knobs: Any) -> Sampling:
+        return Sampling(**{"max_tokens": 8, "temperature": 0.9, "constraint": Constraint(kind="regex", text=regex), **knobs})
+
+    biased = ((letters.token_id("b"), 2.0),)
+    asked = [
+        Asked(prompt(5, 1, 97), Sampling(max_tokens=6, temperature=0.0, ignore_eos=True, logit_bias=((7, 4.0),))),
+        Asked(prompt(9, 2, 97), held("[a-d]{3}[0-9]", seed=5, logprobs=1), choices=(0, 1)),
+        Asked(prompt(14, 3, 97), held("[A-Z]+", temperature=0.0, max_tokens=4, repetition_penalty=1.2, logit_bias=biased)),
+        Asked(prompt(3, 4, 97), held("x?", ignore_eos=True)),
+    ]
+    found: dict[tuple[int, int], list[int]] = {}
+
+    async def scenario(services: Engine, system: System) -> None:
+        found.update(await serve(system, asked))
+        dead_end = Constraint(kind="regex", text="q\u00e9")  # no token of this model spells the second letter
+        system.start("dead end", (3, 4), held(dead_end.text), p=0, d=0)
+        failed = await system.decodes[0][1].failed("dead end")
+        assert (failed.code, failed.retryable) == ("constraint_not_kept", False)
+
+    play(small, told(tmp_path, decode={"max_batch": 4}, model={"path": str(tmp_path)}), scenario)
+    judge(small, asked, found, folder=tmp_path)
+    for choice in (0, 1):
+        assert re.fullmatch("[a-d]{3}[0-9]", letters.text(found[1, choice])) and found[1, choice][-1] == letters.EOS
+    assert re.fullmatch("[A-Z]{4}", letters.text(found[2, 0])) and found[3, 0][-1] == letters.EOS
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
