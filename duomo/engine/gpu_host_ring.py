@@ -49,6 +49,10 @@ class HostBuffer:
         if self._link is not None:
             self._link.mark()
 
+    def is_over(self) -> bool:
+        """Whether all that was marked is."""
+        return self._link is None or self._link.is_over()
+
     def wait(self) -> None:
         """Return when all that was marked is over."""
         if self._link is not None:
@@ -78,8 +82,11 @@ class _Link:
     def mark(self) -> None:
         self._calls.mark(self._event_handle, self._stream)
 
+    def is_over(self) -> bool:
+        return self._calls.is_over(self._event_handle)
+
     def wait(self) -> None:
-        if not self._calls.is_over(self._event_handle):
+        if not self.is_over():
             self._event.synchronize()
 
     @property

@@ -13,6 +13,7 @@ Whoever asks for a pack has seen the blocks computed: nothing on any stream writ
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from duomo.config import KvDtype
+from duomo.engine.gpu_held_calls import held_calls
+from duomo.engine.gpu_host_ring import HostBuffer
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.kv_messages import block_rows, message_block_bytes
 from duomo_kernels.kv_fp8_pack import kv_fp8_land, kv_fp8_pack
@@ -28,10 +31,11 @@ from duomo_kernels.kv_hash_pack import GOOD, START_BYTES, Seal, hash_scratch, kv
 _WORD_BYTES = 8
 _Gather = Callable[[Tensor, range, Tensor, Tensor, Seal, Tensor], None]
 _Scatter = Callable[[Tensor, range, Tensor, Tensor, Seal, Tensor, Tensor], None]
+_KEPT_IDS = 64
 
 
 class GpuKvPacker:
-    """Packs one message at a time. One thread, and its own stream."""
+    """Packs messages one behind the other. One thread, and its own stream."""
 
     def __init__(self, cache: GpuKvCache, kv_dtype: KvDtype = "model") -> None:
         self._buffer = _MessageBuffer(cache, kv_dtype)
@@ -39,26 +43,48 @@ class GpuKvPacker:
         # of high priority: a message that waits for the layers beside it is late for the rest of them
         self._stream = torch.cuda.Stream(cache.device, priority=-1) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types
         self._scratch = hash_scratch(cache.device)
+        self._marks: list[_Mark] = []
         if is_cuda:
             torch.cuda.synchronize(cache.device)  # the scratch was zeroed on the caller's stream
 
-    def pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
-        """The whole message, trailer included, into `out`, which is exactly as long. Returns when it lies there."""
+    def launch(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> PackingMessage | None:
+        """Queue the whole message, trailer included, into `out`, which is exactly as long and stays. None: it lies there already."""
         if self._stream is None:
-            self._pack(layers, blocks, seal, out)
-            return
+            self._queue(layers, blocks, seal, out)
+            return None
         with torch.cuda.device(self._buffer.device), torch.cuda.stream(self._stream):
-            self._pack(layers, blocks, seal, out)
-            # gives the core away: the thread of the steps needs it
-            end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch ships no types for it
-            end.record()
-            end.synchronize()
+            self._queue(layers, blocks, seal, out)
+            mark = self._marks.pop() if self._marks else _Mark(self._buffer.device)
+            mark.set()
+        return PackingMessage(mark, self._marks)
 
-    def _pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
+    def pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
+        """launch(), and wait."""
+        packing = self.launch(layers, blocks, seal, out)
+        if packing is not None:
+            packing.wait()
+
+    def _queue(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
         message_M = self._buffer.of(out) if isinstance(out, memoryview) else out.view(torch.int64)
         self._buffer.gather(self._buffer.pool, layers, self._buffer.ids(blocks), message_M, seal, self._scratch)
         if isinstance(out, memoryview):
             _words(out).copy_(message_M, non_blocking=True)
+
+
+class PackingMessage:
+    """A message under way out of its blocks. wait() is called once."""
+
+    def __init__(self, mark: _Mark, marks: list[_Mark]) -> None:
+        self._mark = mark
+        self._marks = marks
+
+    def is_over(self) -> bool:
+        return self._mark.is_over()
+
+    def wait(self) -> None:
+        """Gives the interpreter away, and not the core: it takes some ten microseconds, which waking up would double."""
+        self._mark.wait()
+        self._marks.append(self._mark)
 
 
 class GpuKvLander:
@@ -67,43 +93,66 @@ class GpuKvLander:
     def __init__(self, cache: GpuKvCache, kv_dtype: KvDtype = "model") -> None:
         self._buffer = _MessageBuffer(cache, kv_dtype)
         self._scratch = hash_scratch(cache.device)
+        self._answers: list[LandingMessage] = []
 
     def launch(self, layers: range, blocks: Sequence[int], seal: Seal, message: memoryview | Tensor) -> LandingMessage:
-        """Queue the copy up, scatter and verification of a whole message. `message` is read until the answer is over."""
+        """Queue scatter and verification of a whole message. `message` is read until the answer is over; give_back() the answer then."""
         if isinstance(message, memoryview):
             message_M = self._buffer.of(message)
             message_M.copy_(_words(message), non_blocking=True)
         else:
             message_M = message.view(torch.int64)
-        answer = LandingMessage(self._buffer.device)
+        answer = self._answers.pop() if self._answers else LandingMessage(self._buffer.device)
         self._buffer.scatter(self._buffer.pool, layers, self._buffer.ids(blocks), message_M, seal, self._scratch, answer.flag_1)
         answer.fetch()
         return answer
+
+    def give_back(self, answer: LandingMessage) -> None:
+        """One that is over and read: the next message's."""
+        assert answer.is_over()
+        self._answers.append(answer)
 
 
 class LandingMessage:
     """A message under way into its blocks. Those are not to be read before is_over() and is_right()."""
 
     def __init__(self, device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
         self.flag_1 = torch.empty(1, dtype=torch.int32, device=device)
-        self._host_1 = torch.empty(1, dtype=torch.int32, pin_memory=is_cuda)
-        self._event = torch.cuda.Event() if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types for it
+        self._verdict = HostBuffer(1, device)
 
     def fetch(self) -> None:
         """Queue the copy of the verdict."""
-        self._host_1.copy_(self.flag_1, non_blocking=True)
-        if self._event is not None:
-            self._event.record()
+        self._verdict.download(self.flag_1)
+        self._verdict.mark()
 
     def is_over(self) -> bool:
         """Whether the verdict is here; the message's memory is not read any more then."""
-        return self._event is None or self._event.query()  # type: ignore[no-untyped-call]  # torch ships no types for it
+        return self._verdict.is_over()
 
     def is_right(self) -> bool:
         """Whether the blocks hold what was sent. Only once it is over."""
         assert self.is_over()
-        return int(self._host_1[0]) == GOOD
+        return int(self._verdict.array[0]) == GOOD
+
+
+class _Mark:
+    """An event on the stream that is current when it is set; used again and again, since making one takes long."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._calls = held_calls()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch ships no types for it
+        self._event.record()  # torch makes an event when it is recorded first
+        self._handle: int = self._event.cuda_event
+
+    def set(self) -> None:
+        self._calls.mark(self._handle, int(torch.cuda.current_stream(self._device).cuda_stream))
+
+    def is_over(self) -> bool:
+        return self._calls.is_over(self._handle)
+
+    def wait(self) -> None:
+        self._event.synchronize()
 
 
 class _MessageBuffer:
@@ -115,6 +164,7 @@ class _MessageBuffer:
         self.gather: _Gather = kv_hash_pack if kv_dtype == "model" else kv_fp8_pack
         self.scatter: _Scatter = kv_verify_scatter if kv_dtype == "model" else kv_fp8_land
         self._message_M = torch.empty(0, dtype=torch.int64, device=cache.device)
+        self._ids: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
 
     def of(self, message: memoryview) -> Tensor:
         """Room for this message. A larger one replaces the buffer: torch's allocator keeps the old one until its stream has passed."""
@@ -124,9 +174,17 @@ class _MessageBuffer:
         return self._message_M[:num_words]
 
     def ids(self, blocks: Sequence[int]) -> Tensor:
-        """Block ids on the device."""
-        ids_n = torch.tensor(blocks, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        return ids_n.to(self.device, non_blocking=True)
+        """Block ids on the device. Those of the last messages are there: all groups of a prompt go to, or come from, the same blocks."""
+        key = tuple(blocks)
+        found = self._ids.get(key)
+        if found is None:
+            found = torch.tensor(blocks, dtype=torch.int32, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+            self._ids[key] = found
+            if len(self._ids) > _KEPT_IDS:
+                self._ids.popitem(last=False)
+        else:
+            self._ids.move_to_end(key)
+        return found
 
 
 def _pool_of(cache: GpuKvCache, kv_dtype: KvDtype) -> Tensor:

@@ -38,6 +38,7 @@ class GpuLander:
         while self._under_way and self._under_way[0][1].is_over():
             awaited, landing = self._under_way.popleft()
             message = agent.judged(awaited, landing.is_right())
+            self._kv.give_back(landing)
             if message is None:
                 continue  # looked at again soon; or its handle was given up meanwhile
             if message.error is None:

@@ -29,6 +29,7 @@ from duomo.errors import EngineError
 from duomo.wire.messages import Sampling
 from duomo_kernels.kv_hash_pack import Seal
 from services.kv_transfer.layout import MessageSpan, trailer_start
+from services.kv_transfer.push_job import Filling
 from services.prefill.pending import Pending
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation, WaveOutput, WaveRow, WorkerSizes, batch_of, group_bounds, places_of, wanted_rows
@@ -111,14 +112,14 @@ class GpuPrefillWorker:
     def use_of(self, computation: Computation) -> Pending[ExpertUse]:
         return _state(computation)[1].fetch_use()
 
-    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview | torch.Tensor) -> Filling | None:
         """The whole message, hashed on the device, on a stream of its own; what it reads is over."""
         if self._message_delay_s:
             time.sleep(self._message_delay_s)
         assert self._packer is not None, "an engine that decode shares pushes nothing"
         start = trailer_start(handle_id, span)
         seal = Seal(handle_id=handle_id, group=span.group, message_idx=span.message_idx, start=start)
-        self._packer.pack(span.layers, blocks[span.block_lo : span.block_hi], seal, out)
+        return self._packer.launch(span.layers, blocks[span.block_lo : span.block_hi], seal, out)
 
 
 @dataclass(frozen=True, slots=True)
