@@ -80,6 +80,7 @@ class PrefillService:
     async def start(self) -> None:
         """Warm, then listen and register: a registered replica is ready."""
         await self._book.waves.warm()
+        await self._book.grammars.warm()
         self._loop_task = asyncio.get_running_loop().create_task(self._book.waves.run())
         await self.membership.start()
 
