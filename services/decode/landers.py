@@ -45,8 +45,11 @@ class OpenTables:
 class Lander(Protocol):
     """One device's way. Called in the step thread."""
 
-    def land(self, agent: TransferAgent, tables: OpenTables) -> tuple[LandedMessage, ...]:
-        """Take in what has landed; the messages that are in their blocks now, their slots free, or that are wrong."""
+    def land(self, agent: TransferAgent, tables: OpenTables, *, waits: bool = False) -> tuple[LandedMessage, ...]:
+        """Take in what has landed; the messages that are in their blocks now, their slots free, or that are wrong.
+
+        waits: until the device has answered for what it was given, where that takes it no longer than to write it: no step is under way.
+        """
 
 
 class CpuLander:
@@ -55,7 +58,7 @@ class CpuLander:
     def __init__(self, cache: KvCache, kv_dtype: KvDtype = "model") -> None:
         self._messages = KvMessages(cache, kv_dtype)
 
-    def land(self, agent: TransferAgent, tables: OpenTables) -> tuple[LandedMessage, ...]:
+    def land(self, agent: TransferAgent, tables: OpenTables, *, waits: bool = False) -> tuple[LandedMessage, ...]:
         landed: list[LandedMessage] = []
         for verified in agent.poll():
             message, span = verified, verified.span
@@ -63,7 +66,8 @@ class CpuLander:
                 with tables.held(message.handle_id) as table:
                     if table is None:
                         continue  # given up meanwhile: the agent has quarantined or freed the slot
-                    self._messages.scatter(span.layers, table[span.block_lo : span.block_hi], message.payload, span.heads)
+                    # the slot's own view: torch wraps no read-only memory, and would be given a copy of every message
+                    self._messages.scatter(span.layers, table[span.block_lo : span.block_hi], message.awaited.payload, span.heads)
                     message = agent.copied(message)
                 if message.error is None:
                     agent.release(message.handle_id, span.message_idx)
