@@ -16,7 +16,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from duomo.errors import DuomoError, RequestCancelled
+from duomo.errors import DuomoError, RequestCancelled, RequestError
 from duomo.wire.messages import Sampling
 from services.router.answers import AnswerHead, AnswerShape
 from services.router.cache_salt import cache_salt
@@ -84,6 +84,10 @@ class Call:
         except DuomoError as error:
             self._refuse(error)
             raise
+        except RecursionError as error:  # of whichever step looks into the body: parsing took it, a template or a schema does not
+            refusal = RequestError("The body nests too deeply.", param="body")
+            self._refuse(refusal)
+            raise refusal from error
 
     async def answer(self, request: Request, requests: list[GenerationRequest], common: CommonFields, shape: AnswerShape) -> Response:
         """Submit everything and answer. Raises the DuomoError of whatever failed before the first byte."""

@@ -71,7 +71,7 @@ class ChatTemplate:
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"The model's chat template refuses these messages: {error}.", param="messages") from error
         return Rendered(text, OutputStyle(tool_format, self._reasoning(text), tool_use.is_parallel))
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back: the model's tokenizer, its chat template, exact incremental detokenisation and stop strings. Knows no request.
+"""Text to tokens and back: the model's tokenizer, exact incremental detokenisation and stop strings. Knows no request.
 
 A token is a run of bytes (spelling.py), so the text of a stream is the incremental UTF-8 decoding of its bytes, and equals the tokenizer's
 own decoding of all ids (invalid bytes become U+FFFD in both; with byte fallback fewer of them).

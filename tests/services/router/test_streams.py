@@ -10,6 +10,7 @@ from duomo.errors import EngineError, RequestCancelled
 from services.router.answers import AnswerHead
 from services.router.chat_answers import ChatShape
 from services.router.generation import GenerationEnded, GenerationFailed, TextEmitted, Usage
+from services.router.markup import OutputStyle
 from services.router.streams import StreamSink, WholeSink
 from tests.services.router.stub_system import loaded_text
 
@@ -57,6 +58,21 @@ def test_events_of_one_wake_up_go_in_one_piece_and_several_requests_end_together
         last = await waiting
         assert last is not None and b'"total_tokens":9' in last and b'"cached_tokens":1' in last and last.endswith(b"data: [DONE]\n\n")
         assert await sink.next() is None
+
+    asyncio.run(scenario())
+
+
+def test_a_token_of_which_nothing_goes_out_counts_as_sent() -> None:
+    """Else the gap to the second token would be told as long as the markup is that holds its text back."""
+
+    async def scenario() -> None:
+        sink = StreamSink(1, False, ChatShape(HEAD, OutputStyle("hermes")), max_behind_bytes=10_000, transport=None, on_behind=lambda: None)
+        sink.deliver(TextEmitted(0, "<tool", (), None))
+        assert await sink.next() is not None
+        sink.sent()
+        assert sink.first_sent_s and not sink.second_sent_s
+        sink.deliver(TextEmitted(0, "_call>", (), None))
+        assert sink.second_sent_s >= sink.first_sent_s
 
     asyncio.run(scenario())
 

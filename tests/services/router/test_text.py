@@ -137,6 +137,19 @@ def test_a_folder_without_template_refuses_chat_and_a_broken_one_is_named(tmp_pa
         ModelText.load(tmp_path)
 
 
+def test_marks_that_a_tokenizer_calls_special_are_shown_for_whoever_reads_them(tmp_path: Path) -> None:
+    source = json.loads((FOLDER / "tokenizer.json").read_text())
+    added = source["added_tokens"][0]
+    first = max(token["id"] for token in source["added_tokens"]) + 8192
+    for number, content in enumerate(("<think>", "</think>", "<|other|>")):
+        source["added_tokens"].append(added | {"id": first + number, "content": content, "special": True})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(source))
+    text = ModelText.load(tmp_path)
+    ids = list(text.encode("<think>so</think><|other|>it is", add_special_tokens=False))
+    assert len({"<think>", "</think>", "<|other|>"} & {text.token_name(token_id) for token_id in ids}) == 3
+    assert _stream(text, ids) == "<think>so</think>it is"
+
+
 def lent(folder: Path, vocab_size: int) -> ModelText:
     return ModelText.of(ModelSection(path=folder, random_weights=True), vocab_size)
 
