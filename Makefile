@@ -32,7 +32,7 @@ HAS_GPU := $(shell if test -e /dev/nvidia0 || nvidia-smi -L >/dev/null 2>&1; the
 ENGINE := $(if $(HAS_GPU),gpu,engine)
 SHORT_LANE = $(BIN)/python -m pytest -m "not slow and not gpu"
 CHECKED := duomo services kernels/duomo_kernels bench tests/house
-TORCH_FREE_TESTS = $(wildcard tests/wire tests/telemetry tests/house tests/test_config.py tests/test_errors.py tests/services/router \
+TORCH_FREE_TESTS = $(wildcard tests/wire tests/grammar tests/telemetry tests/house tests/test_config.py tests/test_errors.py tests/services/router \
 	tests/services/*/test_policy.py tests/services/kv_transfer/test_layout.py tests/services/kv_transfer/test_lifetime.py)
 
 .PHONY: serve test test-slow check test-py312 print-python312 venv clean

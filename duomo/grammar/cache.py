@@ -18,7 +18,7 @@ from duomo.grammar.state import Grammar
 from duomo.wire.messages import Constraint
 
 CAPACITY: Final = 256
-LIMIT_S: Final = 10.0  # llguidance's own limits end a grammar within a second; a line of them may be longer
+LIMIT_S: Final = 10.0  # llguidance's own limits end each; many may stand in line
 TOKENIZER: Final = "tokenizer.json"
 BROKEN: Final = "constraint_failed"
 
@@ -71,7 +71,7 @@ class Grammars:
 
 
 def compiled(of_model: tuple[Path, int, tuple[int, ...]], constraint: Constraint) -> Grammar:
-    """Of a tokenizer.json, its number of ids and eos ids. Milliseconds, in any thread. Raises RequestError."""
+    """Of a tokenizer.json, its number of ids and eos ids; in any thread. Raises RequestError."""
     tokens = tokens_of(*of_model)
     return Grammar(tokens, tokens.matcher(constraint))
 

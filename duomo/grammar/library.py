@@ -109,7 +109,7 @@ class GrammarTokens:
         self.eos_ids = eos_ids
 
     def matcher(self, constraint: Constraint) -> Matcher:
-        """Compiled: milliseconds, in any thread; others run meanwhile. Raises RequestError."""
+        """Compiled; in any thread, others run meanwhile. Raises RequestError."""
         matcher = LLMatcher(self._tokenizer, grammar_of(constraint, "constraint"), log_level=0, limits=_limits())
         if matcher.is_error():
             raise _refusal(constraint, "constraint", matcher.get_error())

@@ -1,7 +1,7 @@
 """Structured output's fields, as one Constraint: response_format, vLLM's structured_outputs and guided_*; and logit_bias. Knows no token.
 
-What cannot be kept is refused by the name of the field that says it. A constraint is compiled to see that it can be: milliseconds in a
-thread. The replicas compile it again, with their model's tokens.
+What cannot be kept is refused by the name of the field that says it. A constraint is compiled, in a thread, to see that it can be; the
+replicas compile it again with their model's tokens.
 """
 
 from __future__ import annotations
