@@ -101,6 +101,8 @@ def test_whole_answers_and_usage() -> None:
         (PeerError("x"), 503, "service_unavailable_error"),
         (EngineError("x", retryable=False), 500, "server_error"),
         (RequestCancelled("x"), 499, "invalid_request_error"),
+        (EngineError("x", code="constraint_not_kept", retryable=False), 400, "invalid_request_error"),
+        (PeerError("x", code="bad_constraint"), 400, "invalid_request_error"),
     ],
 )
 def test_every_fault_has_its_status_and_openais_body(error: Exception, status: int, kind: str) -> None:

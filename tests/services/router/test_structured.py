@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from pathlib import Path
 
 import pytest
 
 from duomo.config import GatewaySection
 from duomo.errors import CapacityError, RequestError
-from duomo.wire.messages import Constraint, Sampling
+from duomo.wire.messages import Constraint, Sampling, StartDecode, StartPrefill
 from services.router import structured
 from services.router.common_fields import CommonFields, CommonReader
 from services.router.fields import Fields
 from services.router.openai import RequestParser
 from services.router.structured import Structure, check_structure, read_logit_bias, read_structure
+from tests.services.router.stub_system import stub_system
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}, "required": ["größe"]}
 PARSER = RequestParser(GatewaySection(), CommonReader(GatewaySection(), "tiny-moe", 8192))
@@ -111,3 +113,27 @@ def test_a_check_that_takes_too_long_is_told(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_of_it_costs_a_request_that_asks_for_none() -> None:
     assert chat(seed=1).sampling == Sampling(max_tokens=1, seed=1)
+
+
+def test_what_is_asked_reaches_both_replicas_and_never_one_that_is_too_old(tmp_path: Path) -> None:
+    body = {"model": "tiny-moe", "prompt": "hi", "max_tokens": 4, "guided_regex": "[ab]+", "logit_bias": {"5": 2}}
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            assert (await system.client.post("/v1/completions", json=body)).status_code == 200
+            (start,) = system.pools.of_role("prefill")[0].of_type(StartPrefill)
+            (expected,) = system.pools.of_role("decode")[0].of_type(StartDecode)
+            assert start.sampling == expected.sampling
+            assert start.sampling.constraint == Constraint(kind="regex", text="[ab]+") and start.sampling.logit_bias == ((5, 2.0),)
+            for link in system.gateway.pools.links.values():
+                link.connection.version = 3
+            for streams in (False, True):
+                answer = await system.client.post("/v1/completions", json=body | {"stream": streams})
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "peer_too_old") and "retry-after" in answer.headers
+            plain = {"model": "tiny-moe", "prompt": "hi", "max_tokens": 4}
+            assert (await system.client.post("/v1/completions", json=plain)).status_code == 200
+            assert len(system.pools.of_role("prefill")[0].of_type(StartPrefill)) == 2, "what it cannot keep it is not sent"
+            await system.until(lambda: not system.gateway.num_live_legs)
+            system.check_nothing_is_held()
+
+    asyncio.run(scenario())
