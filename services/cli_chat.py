@@ -15,14 +15,23 @@ Chat = list[dict[str, str]]
 
 
 def converse(url: str, model: str, message: str | None, sampling: dict[str, float]) -> int:
-    """One question, or questions from stdin until it ends. Raises ConfigError (--url) and PeerError (a refusal)."""
+    """One question, or questions from stdin until it ends; answers on stdout, reasoning on stderr and not said again.
+
+    Raises ConfigError (--url) and PeerError (a refusal).
+    """
     url = url.rstrip("/").removesuffix("/v1")
     name = model or _first_model(url)
     chat: Chat = []
     for question in [message] if message is not None else _questions(name):
         chat.append({"role": "user", "content": question})
         answer = ""
-        for piece in _stream(url, {"model": name, "messages": chat, "stream": True} | sampling):
+        is_thinking = False
+        for thought, piece in _stream(url, {"model": name, "messages": chat, "stream": True} | sampling):
+            if thought:
+                print(thought, end="", file=sys.stderr, flush=True)
+            elif piece and is_thinking:
+                print("\n", file=sys.stderr)
+            is_thinking = bool(thought) or (is_thinking and not piece)
             print(piece, end="", flush=True)
             answer += piece
         print()
@@ -64,7 +73,8 @@ def _first_model(url: str) -> str:
     return str(models[0]["id"])
 
 
-def _stream(url: str, body: dict[str, object]) -> Iterator[str]:
+def _stream(url: str, body: dict[str, object]) -> Iterator[tuple[str, str]]:
+    """(reasoning, answer) of each chunk."""
     request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     for line in _open(request):
         data = line.decode().strip()
@@ -74,7 +84,7 @@ def _stream(url: str, body: dict[str, object]) -> Iterator[str]:
         if "error" in event:
             raise PeerError(str(event["error"].get("message")))
         for choice in event["choices"]:
-            yield choice["delta"].get("content") or ""
+            yield choice["delta"].get("reasoning_content") or "", choice["delta"].get("content") or ""
 
 
 def _reason(body: bytes) -> str:

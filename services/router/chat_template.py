@@ -50,10 +50,6 @@ class ChatTemplate:
         self._marks_reasoning = reasoning == "think" or (reasoning == "auto" and END_THINK in source)
         self._knows_developer = "developer" in source
 
-    @property
-    def can_switch_thinking(self) -> bool:
-        return "enable_thinking" in self._names
-
     def render(self, conversation: Conversation, *, add_generation_prompt: bool = True) -> Rendered:
         """The conversation as the model was trained to read it. RequestError naming `tools`, `messages` or `chat_template_kwargs`."""
         tool_use = conversation.tool_use
@@ -66,7 +62,7 @@ class ChatTemplate:
                 **{
                     **self._special,
                     **conversation.template_kwargs,
-                    "messages": [self._turn(message) for message in conversation.messages],
+                    "messages": self._turns(conversation.messages),
                     "tools": [_shown(tool) for tool in tool_use.tools] if tool_use.may_call else None,
                     "add_generation_prompt": add_generation_prompt,
                 }
@@ -107,6 +103,17 @@ class ChatTemplate:
         if not self._marks_reasoning or told.endswith(END_THINK):
             return "none"
         return "inside" if told.endswith(THINK) else "outside"
+
+    def _turns(self, messages: tuple[ChatMessage, ...]) -> list[dict[str, object]]:
+        """A result without a name has its call's: some templates (Hermes') print it, and no client sends it."""
+        called = {call.call_id: call.name for message in messages for call in message.tool_calls}
+        turns = []
+        for message in messages:
+            turn = self._turn(message)
+            if message.tool_call_id in called:
+                turn.setdefault("name", called[message.tool_call_id])
+            turns.append(turn)
+        return turns
 
     def _turn(self, message: ChatMessage) -> dict[str, object]:
         role = "system" if message.role == "developer" and not self._knows_developer else message.role

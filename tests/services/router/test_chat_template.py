@@ -105,6 +105,13 @@ def test_further_names_reach_the_template_and_its_own_are_refused() -> None:
         assert refused.value.param == f"chat_template_kwargs.{name}"
 
 
+def test_a_result_is_named_after_its_call() -> None:
+    source = "{{ tools }}{% for m in messages if m.role == 'tool' %}{{ m.name | default('?') }}: {{ m.content }} {% endfor %}"
+    turns = (*TURNS, ChatMessage("tool", "own", "mine", tool_call_id="a"), ChatMessage("tool", "lost", tool_call_id="z"))
+    told = ChatTemplate({"default": source}, {}).render(Conversation(turns)).text
+    assert told == "Noneweather: rain weather: sun mine: own ?: lost "
+
+
 def test_a_developer_is_the_system_to_a_template_that_knows_none() -> None:
     turns = Conversation((ChatMessage("developer", "x"),))
     assert ChatTemplate({"default": "{{ messages[0].role }}"}, {}).render(turns).text == "system"

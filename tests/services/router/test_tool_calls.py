@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from duomo.wire.messages import StartPrefill
+from services.cli_chat import converse
 from tests.services.router.stub_system import StubSystem, stub_system
 
 TEMPLATE = Path(__file__).parents[3] / "deploy" / "chat_templates" / "chatml_tools.jinja"
@@ -142,6 +144,16 @@ def test_a_result_goes_back_to_the_model(tmp_path: Path) -> None:
             assert counted.json()["tokens"] == list(start.prompt_ids)
 
     asyncio.run(scenario())
+
+
+def test_duomo_chat_shows_reasoning_apart_from_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides=OPTIONS, told="<think>\nA greeting.\n</think>\n\nHello.") as system:
+            await asyncio.to_thread(converse, system.base_url, "", "hi", {})
+
+    asyncio.run(scenario())
+    shown = capsys.readouterr()
+    assert shown.out == "Hello.\n" and shown.err.endswith("A greeting.\n\n")
 
 
 def test_a_call_that_must_be_made_is_told_to_whoever_samples(tmp_path: Path) -> None:
