@@ -129,6 +129,10 @@ class LandingMessage:
         """Whether the verdict is here; the message's memory is not read any more then."""
         return self._verdict.is_over()
 
+    def wait(self) -> None:
+        """Return when it is over: with everything that was queued before it."""
+        self._verdict.wait()
+
     def is_right(self) -> bool:
         """Whether the blocks hold what was sent. Only once it is over."""
         assert self.is_over()

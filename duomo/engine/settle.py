@@ -19,7 +19,8 @@ from duomo.engine.wave_buckets import MAX_WAVE_PROMPTS
 from duomo.errors import ConfigError, ModelError
 from duomo.models.config import ModelConfig, refuse_on_cpu, served_config
 
-GPU_SLOT_BYTES = 8 * 1024 * 1024  # a token of OLMoE has 128 KiB of KV: each message costs the interpreter much, however large it is
+GPU_SLOT_BYTES = 24 * 1024 * 1024  # a message costs the host the same however large it is: 2,048 tokens of OLMoE or Qwen3-30B are 8 to 12
+GPU_RING_SLOTS, GPU_SEND_SLOTS = 24, 12  # a handle is granted half a ring: all messages of such a prompt, so that none waits for a step
 GPU_PROGRESS_DELAY_US = 100  # nobody sees bytes land in a card's memory: they wait for the notification, and it for this thread
 COLOCATED_UNITS = 16  # layers that a decode step waits for at least: few. Nothing is sent group by group there, so groups may be many
 SLOT_TRAILER_BYTES = 128  # at most, padding included: behind the payload of every slot
@@ -101,6 +102,10 @@ def changed_for(config: DuomoConfig, pick: Pick, num_layers: int) -> DuomoConfig
         changes["model.block_tokens"] = GPU_BLOCK_TOKENS
     if is_gpu and "slot_bytes" not in config.kv_transfer.model_fields_set:
         changes["kv_transfer.slot_bytes"] = GPU_SLOT_BYTES
+    if is_gpu and "ring_slots" not in config.decode.model_fields_set:
+        changes["decode.ring_slots"] = GPU_RING_SLOTS
+    if is_gpu and "send_slots" not in config.prefill.model_fields_set:
+        changes["prefill.send_slots"] = GPU_SEND_SLOTS
     if is_gpu and "progress_delay_us" not in config.kv_transfer.model_fields_set:
         changes["kv_transfer.progress_delay_us"] = GPU_PROGRESS_DELAY_US
     if is_gpu and "start_timeout_s" not in config.ray.model_fields_set:

@@ -75,8 +75,8 @@ class Arrivals(Protocol):
     def fenced(self, handle_id: int) -> None:
         """The producer says that nothing of this handle is or will be in flight."""
 
-    def land(self) -> tuple[LandedMessage, ...]:
-        """In the step thread: take in what has landed."""
+    def land(self, *, waits: bool = False) -> tuple[LandedMessage, ...]:
+        """In the step thread: take in what has landed. waits: for the device's word on it, while no step is under way."""
 
     def joined(self, producer: Connection) -> None: ...
 

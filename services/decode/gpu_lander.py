@@ -32,9 +32,11 @@ class GpuLander:
         self._kv = GpuKvLander(cache, kv_dtype)
         self._under_way: deque[tuple[Awaited, LandingMessage]] = deque()
 
-    def land(self, agent: TransferAgent, tables: OpenTables) -> tuple[LandedMessage, ...]:
-        """Answers come in the order of the launches."""
+    def land(self, agent: TransferAgent, tables: OpenTables, *, waits: bool = False) -> tuple[LandedMessage, ...]:
+        """Answers come in the order of the launches. waits: for the answers to what is under way, too."""
         landed = [one for awaited in agent.due() if (one := self._launch(awaited, agent, tables)) is not None]
+        if waits and self._under_way:
+            self._under_way[-1][1].wait()
         while self._under_way and self._under_way[0][1].is_over():
             awaited, landing = self._under_way.popleft()
             message = agent.judged(awaited, landing.is_right())

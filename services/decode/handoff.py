@@ -71,6 +71,11 @@ class Handoffs:
         """Legs with an open handle."""
         return len(self._landing)
 
+    @property
+    def has_last(self) -> bool:
+        """Whether a leg waits for its last group alone: it joins as soon as that is here."""
+        return any(leg.lacks_last_group_alone for leg in self._landing.values())
+
     def _unsent_bytes(self, leg: Leg) -> int:
         """KV that would have been sent, had decode not known the beginning of the leg's prompt. 0 where nothing is sent anyway."""
         return leg.num_cached_blocks * self._terms.block_bytes * self._terms.num_layers if self._arrivals.is_polled else 0

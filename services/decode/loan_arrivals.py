@@ -53,7 +53,7 @@ class LoanArrivals:
     def fenced(self, handle_id: int) -> None:
         """Nobody fences what is not written from afar."""
 
-    def land(self) -> tuple[LandedMessage, ...]:
+    def land(self, *, waits: bool = False) -> tuple[LandedMessage, ...]:
         return ()
 
     def joined(self, producer: Connection) -> None:

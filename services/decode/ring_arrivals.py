@@ -72,9 +72,9 @@ class RingArrivals:
     def fenced(self, handle_id: int) -> None:
         self._agent.fence(handle_id)
 
-    def land(self) -> tuple[LandedMessage, ...]:
+    def land(self, *, waits: bool = False) -> tuple[LandedMessage, ...]:
         """Verify and write whatever has landed, and free its slots."""
-        return self._lander.land(self._agent, self._tables)
+        return self._lander.land(self._agent, self._tables, waits=waits)
 
     def joined(self, producer: Connection) -> None:
         self._rings.joined(producer)

@@ -214,8 +214,9 @@ class DecodeService:
             self._is_pump_due = False
             self._handoffs.pump(now_s)
 
-    def is_landing(self) -> bool:
-        return bool(self._ready) or (self._arrivals.is_polled and self._handoffs.num_landing > 0)
+    def is_landing(self, *, last: bool = False) -> bool:
+        may_land = self._arrivals.is_polled and (self._handoffs.has_last if last else self._handoffs.num_landing > 0)
+        return may_land or (bool(self._ready) and not last)
 
     def landed(self, messages: tuple[LandedMessage, ...], now_s: float) -> None:
         for message in messages:

@@ -1,7 +1,9 @@
 """Owns the step loop: plan on the event loop, run in the step thread, apply on the event loop. Knows no peer and no wire.
 
 A worker on a GPU answers with the step before: while step n + 1 runs, step n is applied and step n + 2 planned. The loop keeps what is out
-and applies the oldest when an output comes; where nothing is left to plan it asks for the last.
+and applies the oldest when an output comes; where nothing is left to plan it asks for the last. So does it while a leg waits for its last
+group: what lands behind a step that is launched could join none before the one after the next. A step then begins when the one before is
+over, a launch later, and a leg joins it whose KV came until then.
 
 While a step runs, the loop serves sockets. With nothing to run it sleeps until something happens; while messages may land it looks for
 them about every millisecond. What landed is taken in first in each step.
@@ -13,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from functools import partial
 from typing import Protocol
 
 from duomo.errors import DuomoError, EngineError
@@ -24,6 +27,8 @@ from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 
 LAND_PERIOD_S = 0.001
+LAST_LAND_PERIOD_S = 0.0002  # while a leg waits for nothing but its last group
+NO_STEP = PlannedStep(rows=(), work=StepInput(copies=(), rows=()))
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +39,8 @@ class StepHost(Protocol):
     def before_step(self, now_s: float) -> None:
         """Grant and join before the next step is planned."""
 
-    def is_landing(self) -> bool:
-        """Whether messages may land, or a leg waits to be let in."""
+    def is_landing(self, *, last: bool = False) -> bool:
+        """Whether messages may land, or a leg waits to be let in. last: whether a leg's last messages may, so that it joins soon."""
 
     def landed(self, messages: tuple[LandedMessage, ...], now_s: float) -> None: ...
 
@@ -101,6 +106,8 @@ class StepLoop:
     async def _run(self) -> None:
         while True:
             self._awake.clear()
+            if self._out and self._host.is_landing(last=True):
+                await self._take_turn(NO_STEP)
             self._host.before_step(time.monotonic())
             step = self._batch.plan()
             self._thread.expect_steps(not step.is_empty)
@@ -112,11 +119,11 @@ class StepLoop:
                 self._host.rested()
                 await self._awake.wait()
                 continue
-            landed = await self._thread.run("step", self._arrivals.land)
+            landed = await self._thread.run("step", partial(self._arrivals.land, waits=True))
             if landed:
                 self._host.landed(landed, time.monotonic())
             else:
-                await asyncio.sleep(LAND_PERIOD_S)
+                await asyncio.sleep(LAST_LAND_PERIOD_S if self._host.is_landing(last=True) else LAND_PERIOD_S)
 
     async def _take_turn(self, step: PlannedStep) -> None:
         """Run the step, or where it is empty wait for what is out; apply the oldest that is over."""
@@ -133,5 +140,8 @@ class StepLoop:
         self._host.stepped(self._out.popleft(), output)
 
     def _turn(self, step: StepInput | None) -> tuple[tuple[LandedMessage, ...], StepOutput | None]:
-        """In the step thread."""
-        return self._arrivals.land(), self._worker.finish() if step is None else self._worker.run(step)
+        """In the step thread. Where nothing is left under way, what has landed by then is in its blocks on return."""
+        if step is not None:
+            return self._arrivals.land(), self._worker.run(step)
+        output = self._worker.finish()
+        return self._arrivals.land(waits=True), output

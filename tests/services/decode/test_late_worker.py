@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from duomo.config import DuomoConfig
+from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.errors import EngineError, RequestError
 from duomo.wire.messages import Sampling
-from services.decode.worker import StepInput, StepOutput
+from services.decode.worker import StepInput, StepOutput, StepWorker
+from services.prefill.worker import PrefillWorker, WorkerSizes
 from tests.services.decode import rig as rigs
 from tests.services.decode import test_service as prompt_scenarios
 from tests.services.decode.late_worker import LateWorker
 from tests.services.decode.rig import configuration, running, serve
-from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, with_max
+from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, model, until, with_max
+from tests.services.pair_rig import WorkerMakers, system
 
 SCENARIOS = [
     prompt_scenarios.test_tokens_equal_the_monolith,
@@ -122,3 +126,45 @@ def test_what_the_worker_cannot_sample_is_refused_at_the_door(tmp_path: Path, mo
             await rig.at_rest()
 
     asyncio.run(go())
+
+
+def test_a_leg_joins_the_step_after_its_last_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it waits for its last group no step is launched ahead: the step that it joins is launched when nothing is under way."""
+    log: list[tuple[str, int]] = []
+    run, finish = LateWorker.run, LateWorker.finish
+
+    def logged_run(self: LateWorker, step: StepInput) -> StepOutput | None:
+        log.append(("run", len(step.rows)))
+        time.sleep(0.02)
+        return run(self, step)
+
+    def logged_finish(self: LateWorker) -> StepOutput:
+        log.append(("finish", 0))
+        return finish(self)
+
+    monkeypatch.setattr(LateWorker, "run", logged_run)
+    monkeypatch.setattr(LateWorker, "finish", logged_finish)
+    config = configuration(tmp_path, {"model": {"units": 4}, "delays": {"kv_handoff_s": 0.15}})
+
+    def makers() -> WorkerMakers:
+        def decode(config: DuomoConfig) -> StepWorker:
+            return LateWorker(model(), KvCache(kv_spec(model().config, 16), config.decode.num_blocks), torch_threads=1)
+
+        return WorkerMakers(prefill=lambda config: PrefillWorker(model(), WorkerSizes.of(config), config.delays), decode=decode)
+
+    async def go() -> None:
+        async with system(config, 1, 1, makers=makers()) as made:
+            long = with_max(GREEDY, 400)
+            made.start("long", ids(5), long, p=0, d=0)
+            await until(lambda: log.count(("run", 1)) > 3, 30.0)
+            made.start("joins", ids(40, 7), with_max(GREEDY, 6), p=0, d=0)
+            await made.ended("joins", p=0, d=0)
+            assert made.tokens("joins", p=0, d=0) == expected(ids(40, 7), with_max(GREEDY, 6))
+            made.decodes[0][1].cancel("long")
+            made.prefills[0][1].cancel("long")
+            await made.at_rest()
+
+    asyncio.run(go())
+    joined = log.index(("run", 2))
+    assert log[joined - 1] == ("finish", 0), log[max(0, joined - 6) : joined + 1]
+    assert ("finish", 0) not in log[: log.index(("run", 1)) + 3], "ahead as long as nothing is to join"
