@@ -26,11 +26,11 @@ class Filling(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushJob:
-    """One message to send: fill(payload) writes exactly span.num_bytes into registered memory, in the writer thread; at once, or by and by
-    where it answers with a Filling.
+    """One message to send: fill(payload) writes exactly span.num_bytes into registered memory, in a thread of the agent (host_packing.py).
 
-    is_sealed: fill is given room for the whole message and writes padding and trailer too (layout.message_bytes, hashing.message_hash).
-    The room is a memoryview, or bytes of the device where send slots lie in one: then fill seals.
+    is_sealed: fill runs in the writer thread, at once, or by and by where it answers with a Filling. It is given room for the whole message
+    and writes padding and trailer too (layout.message_bytes, hashing.message_hash). The room is a memoryview;
+    where send slots lie in a device it is bytes there, and fill seals.
     """
 
     handle: Handle

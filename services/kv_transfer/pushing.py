@@ -17,9 +17,9 @@ from duomo.config import TransferSection
 from duomo.errors import PeerError, TransferError
 from duomo.wire.messages import RingOffered
 from services.kv_transfer import layout, policy, writing
+from services.kv_transfer.host_packing import HostPacker
 from services.kv_transfer.memory import Allocate, Memory, Place
 from services.kv_transfer.push_job import Filling, PendingPush, PushJob, PushResult, cancelled, pack_failed
-from services.kv_transfer.sealing import seal
 from services.kv_transfer.send_slots import SendSlots
 from services.kv_transfer.transport import Span, Transport, Write, WriteState
 from services.kv_transfer.writing import Verdict
@@ -75,6 +75,7 @@ class Pusher:
         self._sending: PendingPush | None = None
         self._packing: list[_Packing] = []
         self._in_flight: list[_InFlight] = []
+        self._packer = HostPacker()
         self._slots = SendSlots(transport, allocate, num_send_slots)
         self._fences: dict[int, Future[None]] = {}
         self._closed: OrderedDict[int, None] = OrderedDict()
@@ -171,6 +172,7 @@ class Pusher:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(timeout_s)
+        self._packer.close()
         with self._changed:
             self._slots.release([*(one.send_slot for one in self._packing), *(one.send_slot for one in self._in_flight)])
 
@@ -254,16 +256,12 @@ class Pusher:
         with self._changed:
             send_slot = self._slots.take()
         num_bytes = layout.message_bytes(job.span.num_bytes)
+        message = send_slot.slice(0, num_bytes)
         try:
-            filling = job.fill(send_slot.slice(0, num_bytes if job.is_sealed else job.span.num_bytes))
+            filling = job.fill(message) if job.is_sealed else self._packer.begin(job, _of_host(message))
         except Exception as error:  # a caller's code: its fault becomes this message's typed failure, and the writer lives on
             self._abandon(pending, send_slot, pack_failed(pending, error))
             return
-        if not job.is_sealed:
-            assert filling is None, "whoever fills by and by seals too"
-            message = send_slot.slice(0, num_bytes)
-            assert isinstance(message, memoryview), "whoever fills a device's memory seals it too"
-            seal(message, job.handle.handle_id, job.span)
         self._packing.append(_Packing(pending, send_slot, started_s, filling))
 
     def _send(self, packed: _Packing) -> None:
@@ -373,6 +371,11 @@ class Pusher:
             for handle_id, handle in list(self._writer.handles.items())[: len(self._writer.handles) - _MAX_IDLE_HANDLES]:
                 if not handle.in_flight and handle_id not in waiting:
                     self._writer = writing.forget(self._writer, handle_id)
+
+
+def _of_host(message: Any) -> memoryview:
+    assert isinstance(message, memoryview), "whoever fills a device's memory seals it too"
+    return message
 
 
 def _new_future() -> Future[Any]:

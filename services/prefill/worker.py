@@ -143,7 +143,7 @@ class WaveWorker(Protocol):
         """What the pieces run so far have routed and read, of a wave that is not run on."""
 
     def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> Filling | None:
-        """A message of the handle into `out`, from the blocks of a prompt's whole table; its groups are over. In the agent's writer thread,
+        """A message of the handle into `out`, from the blocks of a prompt's whole table; its groups are over. In a thread of the agent,
         while the step thread computes other layers and other waves. A Filling: by and by."""
 
 
