@@ -301,13 +301,10 @@ def _decoded(text: str) -> object:
 
 
 def _tail_that_may_become(text: str, mark: str) -> int:
-    """Length of the longest tail of `text` that may be the start of `mark`, with the space in front of it."""
-    body = len(text)
-    for size in range(min(len(mark) - 1, len(text)), 0, -1):
-        if mark.startswith(text[len(text) - size :]):
-            body = len(text) - size
-            break
-    return len(text) - len(text[:body].rstrip(_SPACE))
+    """Length of the tail of `text` that may be the start of `mark`, with the space in front of it. A mark's only "<" is its first."""
+    start = text.rfind("<", max(len(text) - len(mark) + 1, 0))
+    body = text[:start] if start >= 0 and mark.startswith(text[start:]) else text
+    return len(text) - len(body.rstrip(_SPACE))
 
 
 def _reasoned(text: str) -> list[OutputPart]:
