@@ -36,7 +36,8 @@ class AnswerOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommonNames:
-    """What an endpoint calls its length (the newest name last) and its stop strings, which fields it ignores, whether it has `n`.
+    """What an endpoint calls its length (the newest name last) and its stop strings, which fields it ignores, whether it has choices: `n`,
+    and token ids shown of each.
 
     has_structure: whether it has structured output and logit_bias by OpenAI's and vLLM's names.
     """
@@ -105,7 +106,7 @@ class CommonReader:
             biases = read_logit_bias(fields, self._vocab_size)
             constraint = None if structure is None else structure.constraint
             sampling = msgspec.structs.replace(sampling, constraint=constraint, logit_bias=biases)
-        return_token_ids = fields.boolean("return_token_ids")
+        return_token_ids = fields.boolean("return_token_ids") if names.has_choices else False
         priority = fields.integer("priority", low=-_PRIORITY_BOUND, high=_PRIORITY_BOUND) or 0
         fields.ignore(*names.ignored)
         fields.finish()

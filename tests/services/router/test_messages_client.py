@@ -184,6 +184,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"stop_sequences": [""]}, "stop_sequences[0]"),
     ({"temperature": 3}, "temperature"),
     ({"n": 2}, "n"),
+    ({"return_token_ids": True}, "return_token_ids"),
     ({"mood": 1}, "mood"),
     ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
     ({"tools": [{"name": "a b", "input_schema": {"type": "object"}}]}, "tools[0].name"),

@@ -190,6 +190,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"temperature": 3}, "temperature"),
     ({"n": 2}, "n"),
+    ({"return_token_ids": True}, "return_token_ids"),
     ({"messages": []}, "messages"),
 ]
 
