@@ -214,7 +214,8 @@ def facts(asked: Asked) -> Row:
         "commit": commit(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
+        "load": round(os.getloadavg()[0], 1),  # of whatever else runs: ratios to the best copy bear it best
+        "nice": os.nice(0),
         "kernel": platform.release(),
         "huge_pages": huge_pages(),
         "versions": {"nixl": import_nixl(TransferSection())[1], **{name: importlib.metadata.version(name) for name in ("torch", "numpy")}},

@@ -37,7 +37,7 @@ def draw(result: Path) -> list[Path]:
     ticks = sorted({row["message_mib"] for way in content["ways"].values() for row in way["transport"]})
     axes.set_xticks(ticks, [str(size) for size in ticks])
     axes.set_xticks([], minor=True)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.6 * axes.get_ylim()[1])  # room for the legend
     axes.grid(True, axis="y", alpha=0.25)
     axes.legend(frameon=False, fontsize="small")
     return save(figure, result.with_suffix(""))

@@ -59,8 +59,8 @@ class PageLocks(Protocol):
 class Region:
     """num_bytes of zeroed memory at `address`; `view` reads and writes it. Freed with its last reference.
 
-    From 2 MiB on it asks for huge pages: the kernel pins and copies 512 pages as one (bench/results/handoff_cpu.json). It is this process's
-    alone: a child would turn its pages into copies, and a write that a peer makes would land where nobody reads.
+    From 2 MiB on it asks for huge pages: the kernel then pins 512 pages as one, and the processor misses fewer of them. It is this
+    process's alone: a child would turn its pages into copies, and a write that a peer makes would land where nobody reads.
     """
 
     place = HOST
