@@ -197,6 +197,9 @@ def test_a_start_is_a_trace_of_its_phases(tmp_path: Path) -> None:
     assert {span.attributes.get("duomo.phase") for span in found} == {None, "import", "weights"}
 
 
+LETTERS = Constraint(kind="regex", text="[A-Za-z]{20,25}")
+
+
 def crowd() -> list[Asked]:
     """64 requests of every kind."""
     made = random.Random(7)
@@ -210,6 +213,9 @@ def crowd() -> list[Asked]:
                 Sampling(max_tokens=33, top_k=20, top_p=0.9, seed=seed, ignore_eos=True),
                 Sampling(max_tokens=50, temperature=0.0, repetition_penalty=1.3, presence_penalty=0.4, ignore_eos=True),
                 Sampling(max_tokens=40, temperature=0.7, seed=seed, min_tokens=5, logprobs=3),
+                Sampling(max_tokens=50, temperature=0.9, seed=seed, constraint=Constraint(kind="regex", text="([a-z]{2,9}-){3}[0-9]+")),
+                Sampling(max_tokens=30, temperature=0.0, repetition_penalty=1.3, logit_bias=((40, 3.0), (999, -9.0)), constraint=LETTERS),
+                Sampling(max_tokens=20, temperature=0.8, seed=seed, top_p=0.9, logit_bias=((7, 6.0),), ignore_eos=True),
             ]
         )
         choices = (0, 1) if number % 9 == 0 else (0,)
@@ -243,7 +249,8 @@ def test_64_at_a_time_are_given_what_each_is_given_alone(tmp_path: Path) -> None
         return {(number, choice): system.tokens(f"again{number}", p=0, d=0, choice=choice) for number, choice in found}
 
     try:
-        play(engine, told(tmp_path, decode={"max_batch": 64}, model={"max_model_tokens": 512}), scenario)
-        judge(engine, asked, found, every=7)
+        letters.write_tokenizer(tmp_path, 97)  # the model's other ids are no text
+        play(engine, told(tmp_path, decode={"max_batch": 64}, model={"max_model_tokens": 512, "path": str(tmp_path)}), scenario)
+        judge(engine, asked, found, every=7, folder=tmp_path)
     finally:
         engine.compilations.close()
