@@ -69,6 +69,11 @@ class Where:
     def is_cuda(self) -> bool:
         return self.device.startswith("cuda")
 
+    def make_current(self) -> None:
+        """In the thread that launches kernels: a replica sees one card, this process may see two."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+
     def allocate(self) -> Allocate:
         if not self.is_cuda or self.memory == "host":
             return Region

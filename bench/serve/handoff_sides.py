@@ -105,6 +105,7 @@ class Producer:
         self._setting = setting
         self._target = target
         where = setting.producer
+        where.make_current()
         self._transport = NixlTransport(f"kv-{PRODUCER}", setting.section, where.locks())
         self._agent = TransferAgent(PRODUCER, self._transport, setting.section, num_send_slots=setting.in_flight, allocate=where.allocate())
         self._agent.attach_ring(CONSUMER, offer)
@@ -199,6 +200,7 @@ class Consumer:
     def __init__(self, context: SpawnContext, setting: Setting) -> None:
         self._setting = setting
         self.shape, where = setting.shape, setting.consumer
+        where.make_current()
         self._transport = NixlTransport(f"kv-{CONSUMER}", setting.section, where.locks())
         self._agent = TransferAgent(CONSUMER, self._transport, setting.section, num_send_slots=1, allocate=where.allocate())
         self._pool, expected = Pool(self.shape, where), Pool(self.shape, where)

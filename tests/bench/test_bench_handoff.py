@@ -9,15 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.serve import bench_handoff
 from bench.serve.bench_handoff import Asked, facts, rates
 from bench.serve.handoff_plot import draw
-from bench.serve.handoff_pools import MIB, NUM_SETS, Shape, Where, copier, one_block
+from bench.serve.handoff_pools import MIB, NUM_SETS, Pool, Shape, Where, copier, fill_pool, one_block
 from bench.serve.handoff_sides import Consumer, Setting, busy_s, spans_of
 from bench.serve.handoff_table import table
 from duomo.config import TransferSection
 from duomo.engine.kv_cache import KvSpec
+from services.kv_transfer import layout
+from services.kv_transfer.sealing import seal
 
 HERE = Where(device="cpu", memory="host")
 SMALL = Shape(spec=KvSpec(num_layers=4, num_kv_heads=2, head_dim=32, block_tokens=16), num_blocks=40)  # 1.25 MiB
@@ -50,6 +53,30 @@ def test_handoffs_land_whole_and_a_wrong_byte_ends_the_run(consumer: Consumer) -
         consumer.handoff(1, 1)
     with pytest.raises(AssertionError, match="wrong bytes"):
         consumer.raw_s(0, MIB)  # raw bytes run through the layers: the first set holds the first layer's blocks
+
+
+class CardHere(Where):
+    """What serves a card, on this processor: its kernels run in Triton's interpreter."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+def test_a_card_s_pool_packs_the_bytes_that_a_cpu_s_pool_and_its_agent_do() -> None:
+    pytest.importorskip("triton")
+    shape = Shape(spec=KvSpec(num_layers=3, num_kv_heads=2, head_dim=32, block_tokens=16), num_blocks=3)
+    pools = [Pool(shape, HERE), Pool(shape, CardHere(device="cpu", memory="device"))]
+    for pool in pools:
+        fill_pool(pool)
+    assert [pool.is_sealed for pool in pools] == [False, True]
+    for span in spans_of(shape, 2, 64 * 1024):
+        by_cpu = memoryview(bytearray(layout.message_bytes(span.num_bytes)))
+        assert pools[0].fill(2, 77, span, by_cpu[: span.num_bytes]) is None
+        seal(by_cpu, 77, span)
+        room = CardHere(device="cpu", memory="device").allocate()(len(by_cpu)).slice(0, len(by_cpu))
+        pools[1].fill(2, 77, span, room)
+        assert bytes(torch.as_tensor(room).numpy()) == bytes(by_cpu)
 
 
 def test_sets_of_blocks_are_used_in_turn() -> None:
