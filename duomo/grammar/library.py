@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # of the stub alone
     from llguidance._lib import JsonCompileOptions
 
 MAX_CHARS: Final = 256 * 1024
+MAX_STATES: Final = 50_000
 ITEM_SEPARATOR: Final = r",[ ]?"
 KEY_SEPARATOR: Final = r":[ ]?"
 BAD_CONSTRAINT: Final = "bad_constraint"  # the client's fault: it says nothing that can be kept
@@ -127,7 +128,9 @@ def tokens_of(file: Path, vocab: int, eos_ids: tuple[int, ...]) -> GrammarTokens
 
 
 def _limits() -> LLParserLimits:
-    return LLParserLimits(verbose_errors=False)  # verbose ones repeat the answer so far
+    """The library's own, but for what one choice may hold: it counts up to two KB for a state, and allows five times as many. Verbose
+    errors would repeat the answer so far."""
+    return LLParserLimits(max_lexer_states=MAX_STATES, verbose_errors=False)
 
 
 def _any_of(strings: Sequence[str]) -> str:

@@ -109,3 +109,11 @@ def test_choices_of_one_grammar_go_their_own_ways() -> None:
     one, other = shared.state(Sampling(max_tokens=9)), shared.state(Sampling(max_tokens=9))
     assert allowed(one, ids("a")) == {"b"} and allowed(other, ids("b")) == {"a"}
     assert allowed(shared.state(Sampling(max_tokens=9)), []) >= {"a", "b"}
+
+
+def test_a_grammar_that_costs_too_much_is_an_error_and_not_a_wait() -> None:
+    one, made = state("(((a{1,100}){1,100}){1,100}){1,100}"), list[int]()
+    while one.error is None and len(made) < 99:
+        choices = [token_id for token_id in mask(one, made).nonzero()[0].tolist() if token_id not in (EOS, OTHER_EOS)]
+        made.append(choices[0])
+    assert one.error is not None and one.error.code == NOT_KEPT and "aaa" not in one.error.detail
