@@ -34,9 +34,10 @@ class UcxLog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._routes: list[Route] = []
+        self._tables: list[str] = []  # lines; a table may come in parts, and lines of other threads between
         self._partial = b""
         self._read_to = 0
+        self._is_open = False  # by UCX
         # An operator who asks UCX for its log, or for tables of its own, gets them; then nothing is known here.
         self._file = None if {"UCX_LOG_FILE", "UCX_PROTO_INFO"} & os.environ.keys() else os.memfd_create("ucx-log", os.MFD_CLOEXEC)
 
@@ -44,12 +45,16 @@ class UcxLog:
     def is_making_agent(self) -> Iterator[None]:
         """An agent is made inside: the first one loads UCX, which opens its log; each is told to print tables.
 
-        The environment is as before afterwards: children have logs of their own.
+        The environment is as before afterwards: children have logs of their own. One that is started meanwhile finds a file under this
+        process' id, since UCX ends a process whose log it cannot open.
         """
-        told = {} if self._file is None else {"UCX_LOG_FILE": f"/proc/self/fd/{self._file}", "UCX_PROTO_INFO": _TABLES_OF_WRITES}
+        told = {} if self._file is None else {"UCX_PROTO_INFO": _TABLES_OF_WRITES}
+        if self._file is not None and not self._is_open:
+            told["UCX_LOG_FILE"] = f"/proc/{os.getpid()}/fd/{self._file}"
         os.environ.update(told)
         try:
             yield
+            self._is_open = True
         finally:
             for name in told:
                 del os.environ[name]
@@ -61,8 +66,8 @@ class UcxLog:
         ctypes.CDLL(None).fflush(None)  # UCX leaves tables in the C library's buffer
         with self._lock:
             lines = self._new_lines(self._file)
-            self._routes += ucx_routes.routes_in(lines)
-            found = list(self._routes)
+            self._tables += [line for line in lines if ucx_routes.is_of_table(line)]
+            found = ucx_routes.routes_in(self._tables)
         for line in lines:
             if line and not ucx_routes.is_of_table(line):
                 log.warning("UCX says: %s", line)
