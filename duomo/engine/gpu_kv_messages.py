@@ -13,6 +13,7 @@ Whoever asks for a pack has seen the blocks computed: nothing on any stream writ
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -44,25 +45,35 @@ class GpuKvPacker:
         self._stream = torch.cuda.Stream(cache.device, priority=-1) if is_cuda else None  # type: ignore[no-untyped-call]  # torch ships no types
         self._scratch = hash_scratch(cache.device)
         self._marks: list[_Mark] = []
+        self._thread = 0
         if is_cuda:
             torch.cuda.synchronize(cache.device)  # the scratch was zeroed on the caller's stream
 
     def launch(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> PackingMessage | None:
-        """Queue the whole message, trailer included, into `out`, which is exactly as long and stays. None: it lies there already."""
+        """Queue the whole message, trailer included, into `out`, which is exactly as long and stays. None: it lies there already.
+
+        Takes the calling thread for its own: that thread's current stream is the packer's afterwards.
+        """
         if self._stream is None:
             self._queue(layers, blocks, seal, out)
             return None
-        with torch.cuda.device(self._buffer.device), torch.cuda.stream(self._stream):
-            self._queue(layers, blocks, seal, out)
-            mark = self._marks.pop() if self._marks else _Mark(self._buffer.device)
-            mark.set()
+        if threading.get_ident() != self._thread:  # its current stream from here on: entering it for every message takes long
+            self._thread = threading.get_ident()
+            torch.cuda.set_device(self._buffer.device)
+            torch.cuda.set_stream(self._stream)
+        self._queue(layers, blocks, seal, out)
+        mark = self._marks.pop() if self._marks else _Mark(self._buffer.device)
+        mark.set()
         return PackingMessage(mark, self._marks)
 
     def pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
-        """launch(), and wait."""
-        packing = self.launch(layers, blocks, seal, out)
-        if packing is not None:
-            packing.wait()
+        """As launch(), in a thread that goes on with its own stream; returns when it is there."""
+        if self._stream is None:
+            self._queue(layers, blocks, seal, out)
+            return
+        with torch.cuda.device(self._buffer.device), torch.cuda.stream(self._stream):
+            self._queue(layers, blocks, seal, out)
+            self._stream.synchronize()
 
     def _queue(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
         message_M = self._buffer.of(out) if isinstance(out, memoryview) else out.view(torch.int64)

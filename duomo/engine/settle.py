@@ -19,8 +19,8 @@ from duomo.engine.wave_buckets import MAX_WAVE_PROMPTS
 from duomo.errors import ConfigError, ModelError
 from duomo.models.config import ModelConfig, refuse_on_cpu, served_config
 
-GPU_SLOT_BYTES = 24 * 1024 * 1024  # a message costs the host the same however large it is: 2,048 tokens of OLMoE or Qwen3-30B are 8 to 12
-GPU_RING_SLOTS, GPU_SEND_SLOTS = 24, 12  # a handle is granted half a ring: all messages of such a prompt, so that none waits for a step
+GPU_SLOT_BYTES = 64 * 1024 * 1024  # a message costs the host the same however large: a quarter of 2,048 tokens of OLMoE or Qwen3-30B is one
+GPU_RING_SLOTS, GPU_SEND_SLOTS = 10, 5  # a handle is granted half a ring: all messages of such a prompt, so that none waits for a step
 GPU_PROGRESS_DELAY_US = 100  # nobody sees bytes land in a card's memory: they wait for the notification, and it for this thread
 COLOCATED_UNITS = 16  # layers that a decode step waits for at least: few. Nothing is sent group by group there, so groups may be many
 SLOT_TRAILER_BYTES = 128  # at most, padding included: behind the payload of every slot

@@ -50,6 +50,10 @@ class Arrivals(Protocol):
         """Whether messages land: then land() has to look for them, and a producer's silence means something."""
 
     @property
+    def is_writing(self) -> bool:
+        """Whether the device writes messages into blocks, by and by."""
+
+    @property
     def way(self) -> str:
         """For reports and spans: what moves the bytes."""
 

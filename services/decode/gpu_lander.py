@@ -32,6 +32,10 @@ class GpuLander:
         self._kv = GpuKvLander(cache, kv_dtype)
         self._under_way: deque[tuple[Awaited, LandingMessage]] = deque()
 
+    @property
+    def is_writing(self) -> bool:
+        return bool(self._under_way)
+
     def land(self, agent: TransferAgent, tables: OpenTables, *, waits: bool = False) -> tuple[LandedMessage, ...]:
         """Answers come in the order of the launches. waits: for the answers to what is under way, too."""
         landed = [one for awaited in agent.due() if (one := self._launch(awaited, agent, tables)) is not None]

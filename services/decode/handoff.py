@@ -21,6 +21,8 @@ from services.decode.policy import plan_grants
 from services.decode.pool import Pool
 from services.decode.prompt_experts import prompt_counts
 
+JOIN_WITHIN_S = 0.1  # from the first message of a leg that steps are not launched ahead for: several of a large model's steps
+MAX_AWAITED_LEGS = 2
 PULL_AFTER = 0.3  # of write_timeout_s without a message, once everything is computed: a write that was lost is asked for again
 MAX_GRANTS_A_TURN = 32  # how far down the queue one planning looks; the queue is served in order, so nobody is passed over
 
@@ -71,10 +73,14 @@ class Handoffs:
         """Legs with an open handle."""
         return len(self._landing)
 
-    @property
-    def has_last(self) -> bool:
-        """Whether a leg waits for its last group alone: it joins as soon as that is here."""
-        return any(leg.lacks_last_group_alone for leg in self._landing.values())
+    def joins_soon(self, now_s: float) -> bool:
+        """Whether some of a leg's KV is here or being written, and the rest is likely to follow within a step or two.
+
+        Not of many legs at once, nor of one whose landing takes long: others would wait for each step's launch all the while.
+        """
+        firsts_s = [leg.times.first_landed_s for leg in self._landing.values() if leg.times.first_landed_s is not None]
+        num_soon = sum(now_s - first_s < JOIN_WITHIN_S for first_s in firsts_s)
+        return 0 < max(num_soon, self._arrivals.is_writing) <= MAX_AWAITED_LEGS
 
     def _unsent_bytes(self, leg: Leg) -> int:
         """KV that would have been sent, had decode not known the beginning of the leg's prompt. 0 where nothing is sent anyway."""

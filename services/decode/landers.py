@@ -45,6 +45,10 @@ class OpenTables:
 class Lander(Protocol):
     """One device's way. Called in the step thread."""
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether the device has not answered yet for all that it was given. In any thread."""
+
     def land(self, agent: TransferAgent, tables: OpenTables, *, waits: bool = False) -> tuple[LandedMessage, ...]:
         """Take in what has landed; the messages that are in their blocks now, their slots free, or that are wrong.
 
@@ -54,6 +58,8 @@ class Lander(Protocol):
 
 class CpuLander:
     """Hashes, then scatters, at once."""
+
+    is_writing = False
 
     def __init__(self, cache: KvCache, kv_dtype: KvDtype = "model") -> None:
         self._messages = KvMessages(cache, kv_dtype)

@@ -207,12 +207,6 @@ class Leg:
         return None if self.grammar is None else self.grammar.state(self.sampling)
 
     @property
-    def lacks_last_group_alone(self) -> bool:
-        """Whether every message before the last group's has landed, and there were some."""
-        first = next((at for at, span in enumerate(self.spans) if span.group == self.spans[-1].group), 0)
-        return first > 0 and self.landed.issuperset(range(first))
-
-    @property
     def is_landed(self) -> bool:
         """Whether every message is in the blocks."""
         return self.handle is not None and len(self.landed) == len(self.spans)

@@ -28,6 +28,10 @@ class LoanArrivals:
         self._terms = terms
 
     @property
+    def is_writing(self) -> bool:
+        return False
+
+    @property
     def way(self) -> str:
         return self._loans.transport_name
 

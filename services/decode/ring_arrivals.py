@@ -30,6 +30,10 @@ class RingArrivals:
         self._tables = OpenTables()
 
     @property
+    def is_writing(self) -> bool:
+        return self._lander.is_writing
+
+    @property
     def way(self) -> str:
         return self._agent.transport_name
 

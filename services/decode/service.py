@@ -91,7 +91,7 @@ class DecodeService:
         self._handoffs = Handoffs(self.pool, self._arrivals, terms_of(card, worker), ends)
         stops = Stops(eos_ids=worker.config.eos_ids, max_model_tokens=max_model_tokens(card, worker))
         self._batch = Batch(self.pool, stops, BatchEnds(preempted=self._preempted, finished=self._finish))
-        self._steps = StepLoop(worker, self._arrivals, self._batch, self.progress, self, thread)
+        self._steps = StepLoop(worker, self._arrivals, self._batch, self.progress, self, thread, self._handoffs.joins_soon)
         self._grammars = LegGrammars(card, worker, self._steps.wake, self._fail)
         self._ticker: asyncio.Task[None] | None = None
 
@@ -214,9 +214,8 @@ class DecodeService:
             self._is_pump_due = False
             self._handoffs.pump(now_s)
 
-    def is_landing(self, *, last: bool = False) -> bool:
-        may_land = self._arrivals.is_polled and (self._handoffs.has_last if last else self._handoffs.num_landing > 0)
-        return may_land or (bool(self._ready) and not last)
+    def is_landing(self) -> bool:
+        return bool(self._ready) or (self._arrivals.is_polled and self._handoffs.num_landing > 0)
 
     def landed(self, messages: tuple[LandedMessage, ...], now_s: float) -> None:
         for message in messages:

@@ -1,9 +1,9 @@
 """Owns the step loop: plan on the event loop, run in the step thread, apply on the event loop. Knows no peer and no wire.
 
 A worker on a GPU answers with the step before: while step n + 1 runs, step n is applied and step n + 2 planned. The loop keeps what is out
-and applies the oldest when an output comes; where nothing is left to plan it asks for the last. So does it while a leg waits for its last
-group: what lands behind a step that is launched could join none before the one after the next. A step then begins when the one before is
-over, a launch later, and a leg joins it whose KV came until then.
+and applies the oldest when an output comes; where nothing is left to plan it asks for the last. So does it while a leg's KV lands: what
+lands behind a step that is launched could join none before the one after the next. A step then begins when the one before is over, a launch
+later, and a leg joins it whose KV came until then.
 
 While a step runs, the loop serves sockets. With nothing to run it sleeps until something happens; while messages may land it looks for
 them about every millisecond. What landed is taken in first in each step.
@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 
 LAND_PERIOD_S = 0.001
-LAST_LAND_PERIOD_S = 0.0002  # while a leg waits for nothing but its last group
+SOON_LAND_PERIOD_S = 0.0002  # while a leg's KV lands
 NO_STEP = PlannedStep(rows=(), work=StepInput(copies=(), rows=()))
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,8 @@ class StepHost(Protocol):
     def before_step(self, now_s: float) -> None:
         """Grant and join before the next step is planned."""
 
-    def is_landing(self, *, last: bool = False) -> bool:
-        """Whether messages may land, or a leg waits to be let in. last: whether a leg's last messages may, so that it joins soon."""
+    def is_landing(self) -> bool:
+        """Whether messages may land, or a leg waits to be let in."""
 
     def landed(self, messages: tuple[LandedMessage, ...], now_s: float) -> None: ...
 
@@ -54,11 +55,20 @@ class StepHost(Protocol):
 
 
 class StepLoop:
-    """The task that feeds the step thread. start() once, stop() once. thread: its creator's to close; None: one of its own."""
+    """The task that feeds the step thread. start() once, stop() once. thread: its creator's to close; None: one of its own. joins_soon:
+    whether a leg is likely to join within a step or two."""
 
     def __init__(
-        self, worker: StepWorker, arrivals: Arrivals, batch: Batch, progress: Progress, host: StepHost, thread: StepThread | None
+        self,
+        worker: StepWorker,
+        arrivals: Arrivals,
+        batch: Batch,
+        progress: Progress,
+        host: StepHost,
+        thread: StepThread | None,
+        joins_soon: Callable[[float], bool],
     ) -> None:
+        self._joins_soon = joins_soon
         self._worker = worker
         self._arrivals = arrivals
         self._batch = batch
@@ -106,8 +116,10 @@ class StepLoop:
     async def _run(self) -> None:
         while True:
             self._awake.clear()
-            if self._out and self._host.is_landing(last=True):
-                await self._take_turn(NO_STEP)
+            if self._out and self._host.is_landing():
+                await self._take_landed()
+                if self._joins_soon(time.monotonic()):
+                    await self._take_turn(NO_STEP)
             self._host.before_step(time.monotonic())
             step = self._batch.plan()
             self._thread.expect_steps(not step.is_empty)
@@ -119,11 +131,15 @@ class StepLoop:
                 self._host.rested()
                 await self._awake.wait()
                 continue
-            landed = await self._thread.run("step", partial(self._arrivals.land, waits=True))
-            if landed:
-                self._host.landed(landed, time.monotonic())
-            else:
-                await asyncio.sleep(LAST_LAND_PERIOD_S if self._host.is_landing(last=True) else LAND_PERIOD_S)
+            if not await self._take_landed(waits=True):
+                await asyncio.sleep(SOON_LAND_PERIOD_S if self._joins_soon(time.monotonic()) else LAND_PERIOD_S)
+
+    async def _take_landed(self, *, waits: bool = False) -> bool:
+        """Whether something had landed. waits: see Arrivals.land()."""
+        landed = await self._thread.run("step", partial(self._arrivals.land, waits=waits))
+        if landed:
+            self._host.landed(landed, time.monotonic())
+        return bool(landed)
 
     async def _take_turn(self, step: PlannedStep) -> None:
         """Run the step, or where it is empty wait for what is out; apply the oldest that is over."""

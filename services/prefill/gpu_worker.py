@@ -7,6 +7,7 @@ was warm before there was a worker.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from services.kv_transfer.push_job import Filling
 from services.prefill.pending import Pending
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation, WaveOutput, WaveRow, WorkerSizes, batch_of, group_bounds, places_of, wanted_rows
+
+WRITER_SWITCH_INTERVAL_S = 0.0001
 
 
 class GpuPrefillWorker:
@@ -72,6 +75,8 @@ class GpuPrefillWorker:
 
     def enter_step_thread(self) -> None:
         torch.set_num_threads(self._torch_threads)
+        if self._packer is not None:  # the writer thread gives the interpreter away in each of its calls, and wants it back at once
+            sys.setswitchinterval(WRITER_SWITCH_INTERVAL_S)
 
     def warm(self) -> None:
         """Nothing is left to do."""

@@ -142,7 +142,7 @@ def test_split_on_one_card_is_two_plans_and_on_two_a_card_each() -> None:
     asked = config(OLMOE, layout="split", **{"model.random_weights": True})
     one = settle(asked, gpu)
     assert one.config.model.device == "cuda" and "layout split: prefill.gpu_share 0.4; decode.gpu_share 0.6" in one.why
-    assert one.config.kv_transfer.slot_bytes == 24 * 1024 * 1024
+    assert one.config.kv_transfer.slot_bytes == 64 * 1024 * 1024
     assert one.plan is not None and one.prefill_plan is not None
     assert one.plan.total + one.prefill_plan.total == pytest.approx(H100["total"], abs=2)
     assert one.prefill_plan.num_blocks < one.plan.num_blocks and one.prefill_plan.weights == one.plan.weights
@@ -150,7 +150,7 @@ def test_split_on_one_card_is_two_plans_and_on_two_a_card_each() -> None:
     assert len(lines) == len(one.plan.lines()) + len(one.prefill_plan.lines())
     assert lines[0].startswith("prefill device") and lines[-1].startswith("decode  reserve")
     slot_bytes = one.config.kv_transfer.slot_bytes + SLOT_TRAILER_BYTES
-    assert (one.prefill_plan.handoff, one.plan.handoff) == (12 * slot_bytes, 24 * slot_bytes)
+    assert (one.prefill_plan.handoff, one.plan.handoff) == (5 * slot_bytes, 10 * slot_bytes)
     assert sum("handoff" in line for line in lines) == 2
     of_host = settle(config(OLMOE, layout="split", **{"model.random_weights": True, "kv_transfer.memory": "host"}), gpu)
     assert of_host.plan is not None and of_host.plan.handoff == 0 and of_host.plan.num_blocks > one.plan.num_blocks
