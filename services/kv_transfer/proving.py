@@ -49,8 +49,8 @@ def prove(transport: Transport, section: TransferSection, allocate: Allocate = R
     """Move one message from this transport's memory into that of a second agent of its kind, and back out.
 
     The whole path runs: registration, metadata, write, notification, trailer and hash. allocate: memory of the kind that rings will lie in.
-    Raises TransferError where any of it fails, and where it went by another transport than kv_transfer.require_transport. Of a card's memory
-    the first write to each peer tells that.
+    Raises TransferError where any of it fails, and where it went by another transport than kv_transfer.require_transport; of a card's
+    memory the first write to each peer tells that.
     """
     started_s = time.monotonic()
     sibling = transport.sibling(f"{transport.name}.proof{secrets.token_hex(3)}")
