@@ -191,6 +191,12 @@ def test_a_replica_is_not_refused_for_what_the_other_pool_needs() -> None:
         settle(asked, gpu, own="prefill")
 
 
+def test_kv_in_fp8_is_refused_on_a_gpu() -> None:
+    asked = config(OLMOE, layout="split", **{"model.random_weights": True, "kv_transfer.kv_dtype": "fp8_e4m3"})
+    with pytest.raises(ConfigError, match=r"kv_transfer.kv_dtype is fp8_e4m3: refused on a GPU .*name model"):
+        settle(asked, gpu)
+
+
 def test_split_is_refused_with_figures_where_both_do_not_fit_one_card() -> None:
     with pytest.raises(ConfigError, match="prefill with gpu_share 0.4: .*GB too much.*weights") as caught:
         settle(config(QWEN, layout="split", **{"model.random_weights": True}), gpu)
