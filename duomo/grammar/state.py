@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from duomo.errors import EngineError
-from duomo.grammar.library import GrammarTokens, Matcher
 from duomo.wire.messages import Sampling
+
+if TYPE_CHECKING:  # an engine alone, asked for no constraint, runs without llguidance
+    from duomo.grammar.library import GrammarTokens, Matcher
 
 NOT_KEPT = "constraint_not_kept"
 EVERYTHING = -1  # a word of a mask that masks nothing
