@@ -7,12 +7,14 @@ Legend: T rows, S sequences, W width of the block tables.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from duomo.engine.batch import StepBatch
@@ -57,10 +59,10 @@ def upload_wave(batch: StepBatch, block_tokens: int, device: torch.device) -> Gp
     width = aligned(max((len(table) for table in tables), default=1))
     token_id_T, cu_seqlens_S1, start_S, tables_X = _uploaded(
         (
-            chain.from_iterable(part.token_ids for part in slices),
-            accumulate(lengths, initial=0),
-            (part.start for part in slices),
-            chain.from_iterable([*table, *(0 for _ in range(width - len(table)))] for table in tables),
+            [part.token_ids for part in slices],
+            [list(accumulate(lengths, initial=0))],
+            [[part.start for part in slices]],
+            [[*table, *(0 for _ in range(width - len(table)))] for table in tables],
         ),
         device,
     )
@@ -86,16 +88,21 @@ def upload_rows(rows: list[int], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _uploaded(parts: tuple[Iterable[int], ...], device: torch.device) -> list[Tensor]:
-    """The parts as int32 tensors on the device, by one copy."""
-    arrays = [array("i", part) for part in parts]
-    starts = list(accumulate((aligned(len(each)) for each in arrays), initial=0))
+def int32_words(runs: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    """The runs one behind the other. By struct, which reads lists faster than array or numpy: a wave's first kernel waits for this."""
+    return np.frombuffer(b"".join(struct.pack(f"{len(run)}i", *run) for run in runs), dtype=np.int32)
+
+
+def _uploaded(parts: tuple[Sequence[Sequence[int]], ...], device: torch.device) -> list[Tensor]:
+    """Each part's runs as one int32 tensor on the device, all by one copy."""
+    words = [int32_words(part) for part in parts]
+    starts = list(accumulate((aligned(len(each)) for each in words), initial=0))
     packed = torch.empty(starts[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
-    for start, each in zip(starts, arrays, strict=False):
-        if each:
-            packed[start : start + len(each)] = torch.frombuffer(each, dtype=torch.int32)
+    host = packed.numpy()
+    for start, each in zip(starts, words, strict=False):
+        host[start : start + len(each)] = each
     landed = packed.to(device, non_blocking=True)
-    return [landed[start : start + len(each)] for start, each in zip(starts, arrays, strict=False)]
+    return [landed[start : start + len(each)] for start, each in zip(starts, words, strict=False)]
 
 
 def aligned(size: int) -> int:

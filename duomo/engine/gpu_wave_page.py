@@ -7,7 +7,6 @@ Legend: R rows of the largest bucket, S sequences, W width of the block tables.
 
 from __future__ import annotations
 
-from array import array
 from itertools import accumulate
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from duomo.engine.batch import StepBatch
 from duomo.engine.gpu_host_ring import HostRing
-from duomo.engine.gpu_wave import ALIGN, aligned
+from duomo.engine.gpu_wave import ALIGN, aligned, int32_words
 
 LONG_WORDS = 2  # of an int64, which slots are
 
@@ -81,15 +80,13 @@ class GpuWavePage:
         sequence, position, token = (words[place : place + bucket] for place in at[6:9])
         sequence_T = np.repeat(np.arange(num), lengths)
         position_T = np.arange(num_rows) - np.repeat(ends - lengths - starts, lengths)
-        token_T = array("i")
-        for part in slices:
-            token_T.extend(part.token_ids)
-        for row_R, row_T in ((sequence, sequence_T), (position, position_T), (token, np.frombuffer(token_T, dtype=np.int32))):
+        token_T = int32_words([part.token_ids for part in slices])
+        for row_R, row_T in ((sequence, sequence_T), (position, position_T), (token, token_T)):
             row_R[:num_rows], row_R[num_rows:] = row_T, 0
         table_SW = words[at[10] : at[10] + num * self._width].reshape(num, self._width)
         for row, part in zip(table_SW, slices, strict=True):
             used = -(-part.end // self._block_tokens)
-            row[:used] = array("i", part.block_table[:used])
+            row[:used] = part.block_table[:used]
         slot = words[at[9] : at[9] + LONG_WORDS * bucket].view(np.int64)
         block_T = table_SW[sequence_T, position_T // self._block_tokens].astype(np.int64)
         slot[:num_rows], slot[num_rows:] = block_T * self._block_tokens + position_T % self._block_tokens, -1
