@@ -116,7 +116,7 @@ class StepLoop:
     async def _run(self) -> None:
         while True:
             self._awake.clear()
-            if self._out and self._host.is_landing():
+            if self._out and self._arrivals.is_polled and self._host.is_landing():  # else it would only take a turn from prefill's pieces
                 await self._take_landed()
                 if self._joins_soon(time.monotonic()):
                     await self._take_turn(NO_STEP)
