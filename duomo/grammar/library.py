@@ -22,6 +22,7 @@ from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
 from duomo.errors import RequestError
+from duomo.grammar.depth import MAX_LEVELS, grammar_levels, schema_levels
 from duomo.wire.messages import Constraint
 
 if TYPE_CHECKING:  # of the stub alone
@@ -57,6 +58,7 @@ def grammar_of(constraint: Constraint, param: str) -> str:
         raise RequestError(f"'{param}' has {len(text)} characters, at most {MAX_CHARS} are compiled.", param=param, code=BAD_CONSTRAINT)
     match constraint.kind:
         case "json_schema":
+            _refuse_depth(constraint, param, schema_levels(text))
             try:
                 return str(LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))
             except ValueError as error:
@@ -66,6 +68,7 @@ def grammar_of(constraint: Constraint, param: str) -> str:
         case "choice":
             return str(LLMatcher.grammar_from_lark(_any_of(_strings(constraint, param))))
         case "grammar":
+            _refuse_depth(constraint, param, grammar_levels(text))
             try:
                 return str(LLMatcher.grammar_from_lark(any_to_lark(text)))
             except Exception as error:  # a converter of text that raises whatever it meets
@@ -131,6 +134,13 @@ def _limits() -> LLParserLimits:
     """The library's own, but for what one choice may hold: it counts up to two KB for a state, and allows five times as many. Verbose
     errors would repeat the answer so far."""
     return LLParserLimits(max_lexer_states=MAX_STATES, verbose_errors=False)
+
+
+def _refuse_depth(constraint: Constraint, param: str, levels: int) -> None:
+    if levels > MAX_LEVELS:
+        raise _refusal(
+            constraint, param, f"its rules, references and groups may lead {levels} levels deep, at most {MAX_LEVELS} are compiled"
+        )
 
 
 def _any_of(strings: Sequence[str]) -> str:

@@ -19,6 +19,18 @@ def schema(value: object) -> Constraint:
     return Constraint(kind="json_schema", text=json.dumps(value))
 
 
+def chained_schema(num: int, link: dict[str, object]) -> Constraint:
+    """Definitions of which each refers to the next, from within `link`."""
+    written = json.dumps(link)
+    defs = {f"d{at}": json.loads(written.replace('"$ref": ""', f'"$ref": "#/$defs/d{at + 1}"')) for at in range(num)}
+    return schema({"$ref": "#/$defs/d0", "$defs": {**defs, f"d{num}": {"type": "null"}}})
+
+
+def chained_rules(num: int) -> Constraint:
+    rules = [f'r{at}: "a" r{at + 1}' for at in range(num)]
+    return Constraint(kind="grammar", text="\n".join(["start: r0", *rules, f'r{num}: "b"']))
+
+
 def test_what_can_be_kept_passes() -> None:
     for constraint in (
         Constraint(kind="regex", text=r"^(\+49|0)[1-9]\d{2,11}$"),
@@ -28,6 +40,8 @@ def test_what_can_be_kept_passes() -> None:
         Constraint(kind="grammar", text='start: "a" | "b" /[0-9]+/'),
         schema({"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"next": {"$ref": "#/$defs/n"}}}}}),
         *(schema(random_schema(seed)) for seed in range(50)),
+        chained_schema(300, {"items": {"$ref": ""}}),
+        chained_rules(490),
     ):
         check(constraint, "field")
 
@@ -54,6 +68,10 @@ def test_what_can_be_kept_passes() -> None:
         (Constraint(kind="choice", text="yes"), "choice"),
         (Constraint(kind="grammar", text="start: missing"), "missing"),
         (Constraint(kind="grammar", text="((("), "grammar"),
+        (chained_schema(3000, {"$ref": ""}), "3004 levels deep"),
+        (chained_schema(200, {"items": {"items": {"items": {"items": {"items": {"$ref": ""}}}}}}), "levels deep"),
+        (chained_rules(3000), "levels deep"),
+        (Constraint(kind="grammar", text='start: "a" %json ' + chained_schema(3000, {"$ref": ""}).text), "levels deep"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_by_the_fields_name(constraint: Constraint, words: str) -> None:
