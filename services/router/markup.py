@@ -4,8 +4,8 @@
     tool calls   Hermes' form, which Qwen and others use: <tool_call> {"name": ..., "arguments": {...}} </tool_call>
 
 The parts do not depend on how the output is cut into pieces. Line breaks and spaces between markup and text belong to the markup. A call
-whose name stands before its arguments (as models are trained to write it) is passed on while it grows; another once it is complete. What
-looks like a call and is none (broken JSON, no name) stays text.
+whose name stands before its arguments (as models are trained to write it) is passed on while it grows; another, or one that takes more than
+_MAX_HEAD_CHARS to come to its arguments, once it is complete. What looks like a call and is none (broken JSON, no name) stays text.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ MARKERS: Final = (THINK, END_THINK, CALL, END_CALL)
 
 # Of a call whose arguments can be passed on as they come: everything before them.
 _CALL_HEAD: Final = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_MAX_HEAD_CHARS: Final = 1024  # which holds every name: looked at anew with each piece, so it is bounded
 _STRUCTURAL: Final = re.compile(r'["\\{}\[\]]')
 _SPACE: Final = " \t\r\n"
 
@@ -183,7 +184,7 @@ class _CallReader:
         self._state, self._held, self._gap, self._object, self._num_scanned = "head", rest, gap, _ObjectEnd(), 0
 
     def _head(self, parts: list[OutputPart]) -> bool:
-        head = _CALL_HEAD.match(self._held)
+        head = _CALL_HEAD.match(self._held, 0, _MAX_HEAD_CHARS) if self._num_scanned < _MAX_HEAD_CHARS else None
         name = _decoded(head[1]) if head else None
         if head is not None and isinstance(name, str):
             self._open(name, parts)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.router import markup
 from services.router.markup import OutputReader, OutputStyle
 from services.router.output_parts import CallArguments, CallBlock, CallOpened, ReasoningBlock, TextBlock, blocks_of
 
@@ -88,6 +90,23 @@ def test_arguments_are_passed_on_as_they_grow_and_text_at_once() -> None:
     assert reader.push(': "x\\') == [CallArguments(0, ': "x\\')]
     assert reader.push('"}}') == [CallArguments(0, '"}}')], "an escaped quote ends no string"
     assert reader.push('"}}') == [CallArguments(0, '"}')]
+
+
+def test_a_name_without_an_end_is_not_read_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, num_looks = markup._CALL_HEAD, 0
+
+    class CountedHead:
+        def match(self, text: str, start: int, end: int) -> re.Match[str] | None:
+            nonlocal num_looks
+            num_looks += 1
+            assert end == markup._MAX_HEAD_CHARS
+            return head.match(text, start, end)
+
+    monkeypatch.setattr(markup, "_CALL_HEAD", CountedHead())
+    long = '<tool_call>{"name": "' + "f" * 5000 + '", "arguments": {"a":1}}</tool_call>'
+    assert _blocks(list(long)) == [("call", "f" * 5000, '{"a": 1}')], "passed on once it is complete"
+    assert 0 < num_looks <= markup._MAX_HEAD_CHARS + 1
+    assert _blocks([long]) == _blocks(list(long))
 
 
 PIECES = [
