@@ -18,6 +18,7 @@ from duomo.grammar.state import Grammar
 from duomo.wire.messages import Constraint
 
 CAPACITY: Final = 256
+CAPACITY_CHARS: Final = 2 * 1024 * 1024  # of all kept together: compiled, a character takes some hundred bytes
 LIMIT_S: Final = 10.0  # llguidance's own limits end each; many may stand in line
 TOKENIZER: Final = "tokenizer.json"
 BROKEN: Final = "constraint_failed"
@@ -49,14 +50,20 @@ class Grammars:
         if made is None:
             made = self._made[constraint] = asyncio.get_running_loop().create_task(self._make(constraint))
         self._made.move_to_end(constraint)
-        while len(self._made) > self._capacity:
-            self._made.popitem(last=False)
+        self._forget_oldest()
         if made.done():
             _tell(made, ready, failed)
             return
         waiting = asyncio.get_running_loop().create_task(self._wait(made, ready, failed))
         self._waiting.add(waiting)
         waiting.add_done_callback(self._waiting.discard)
+
+    def _forget_oldest(self) -> None:
+        """The one asked for last stays, however large."""
+        num_chars = sum(len(constraint.text) for constraint in self._made)
+        while len(self._made) > self._capacity or (num_chars > CAPACITY_CHARS and len(self._made) > 1):
+            constraint, _ = self._made.popitem(last=False)
+            num_chars -= len(constraint.text)
 
     async def _make(self, constraint: Constraint) -> Grammar:
         async with self._turn:

@@ -102,6 +102,18 @@ def test_only_the_latest_are_kept(compiled: list[str]) -> None:
     asyncio.run(main())
 
 
+def test_large_ones_are_kept_as_long_as_together_they_are_not_too_large(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "CAPACITY_CHARS", 10)
+
+    async def main() -> None:
+        made = grammars()
+        for text in ("aaaa", "bbbb", "aaaa", "cccc", "aaaa", "bbbb", "d" * 99, "d" * 99, "bbbb"):
+            assert (await ask(made, text).wait()).grammar is not None
+        assert compiled == ["aaaa", "bbbb", "cccc", "bbbb", "d" * 99, "bbbb"]
+
+    asyncio.run(main())
+
+
 def test_whoever_waits_too_long_is_told_and_the_grammar_is_there_later(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
     whole = cache.compiled
