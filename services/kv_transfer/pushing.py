@@ -24,7 +24,7 @@ from services.kv_transfer.send_slots import SendSlots
 from services.kv_transfer.transport import Span, Transport, Write, WriteState
 from services.kv_transfer.writing import Verdict
 
-_MAX_IDLE_HANDLES = 256
+_MAX_IDLE_HANDLES = 4096  # a live one that is forgotten between two messages would lose its credits: more than are ever open at once
 _MAX_CLOSED_HANDLES = 4096
 _LATE_POLL_S = 0.01
 
@@ -73,6 +73,7 @@ class Pusher:
         self._leaving: set[str] = set()
         self._pending: list[PendingPush] = []
         self._sending: PendingPush | None = None
+        self._sending_slot: Memory | None = None
         self._packing: list[_Packing] = []
         self._in_flight: list[_InFlight] = []
         self._packer = HostPacker()
@@ -174,7 +175,8 @@ class Pusher:
             self._thread.join(timeout_s)
         self._packer.close()
         with self._changed:
-            self._slots.release([*(one.send_slot for one in self._packing), *(one.send_slot for one in self._in_flight)])
+            held = [self._sending_slot] if self._sending_slot is not None else []
+            self._slots.release([*held, *(one.send_slot for one in self._packing), *(one.send_slot for one in self._in_flight)])
 
     def _run(self) -> None:
         try:
@@ -217,9 +219,11 @@ class Pusher:
                 self._send(packed)
             elif pending is not None:
                 self._pack(pending)
-            self._sending = None
+            self._sending = self._sending_slot = None
 
     def _sleep_s(self) -> float | None:
+        if self._packing:
+            return policy.poll_delay_s(0.0, is_seen_there=self._slots.is_on_host)
         if not self._in_flight:
             return None
         if all(flight.is_late for flight in self._in_flight):
@@ -228,13 +232,12 @@ class Pusher:
         return policy.poll_delay_s(self._now_s() - newest_s, is_seen_there=self._slots.is_on_host)
 
     def _take_packed(self) -> _Packing | None:
-        """The first message in its send slot: when it is whole, or when nothing else can be begun and it has to be waited for."""
+        """The first message in its send slot: when it is whole, or there is nothing to begin or to look at but to wait for it."""
         if not self._packing:
             return None
         filling = self._packing[0].filling
-        if filling is not None and not filling.is_over() and self._slots.has_free and self._next_place() is not None:
-            return None
-        return self._packing.pop(0)
+        is_busy = bool(self._in_flight) or (self._slots.has_free and self._next_place() is not None)
+        return None if filling is not None and is_busy and not filling.is_over() else self._packing.pop(0)
 
     def _choose(self) -> PendingPush | None:
         """Take the first job whose turn has come, if a send slot is free."""
@@ -254,7 +257,7 @@ class Pusher:
         """Begin to pack a message into a send slot that is free. In the writer thread, without the lock."""
         job, started_s = pending.job, self._now_s()
         with self._changed:
-            send_slot = self._slots.take()
+            send_slot = self._sending_slot = self._slots.take()
         num_bytes = layout.message_bytes(job.span.num_bytes)
         message = send_slot.slice(0, num_bytes)
         try:
@@ -267,6 +270,7 @@ class Pusher:
     def _send(self, packed: _Packing) -> None:
         """Wait until it is whole, and for the pace, and post it. In the writer thread without the lock, but for the decision to post."""
         pending, send_slot = packed.pending, packed.send_slot
+        self._sending_slot = send_slot
         job, span, handle_id = pending.job, pending.job.span, pending.job.handle.handle_id
         num_bytes = layout.message_bytes(span.num_bytes)
         try:
@@ -319,7 +323,7 @@ class Pusher:
                 if not flight.is_late and now_s - flight.posted_s >= self._section.write_timeout_s:
                     flight.is_late = True
                     self.counters["push_write_timeout"] += 1
-                    self._slots.replace_kept()
+                    self._replace_kept_slot()
                     future.set_exception(TransferError(f"a write is in flight for {now_s - flight.posted_s:.3f} s", code="write_timeout"))
                 continue
             self._in_flight.remove(flight)
@@ -367,10 +371,18 @@ class Pusher:
             self._rings.pop(name, None)
             self._transport.remove_peer(name)
         if len(self._writer.handles) > _MAX_IDLE_HANDLES:
-            waiting = {pending.key[0] for pending in self._pending}
+            packing = [one.pending for one in self._packing] + ([self._sending] if self._sending is not None else [])
+            waiting = {pending.key[0] for pending in (*self._pending, *packing)}
             for handle_id, handle in list(self._writer.handles.items())[: len(self._writer.handles) - _MAX_IDLE_HANDLES]:
                 if not handle.in_flight and handle_id not in waiting:
                     self._writer = writing.forget(self._writer, handle_id)
+
+    def _replace_kept_slot(self) -> None:
+        """Where there is memory; without, the others go on with one slot less."""
+        try:
+            self._slots.replace_kept()
+        except TransferError as error:
+            self.counters[f"send_slot_{error.code}"] += 1
 
 
 def _of_host(message: Any) -> memoryview:

@@ -12,6 +12,7 @@ from services.kv_transfer.memory import Allocate, Memory
 from services.kv_transfer.transport import Transport
 
 _MAX_REPLACED = 4  # times the first number: slots that stopped peers keep are replaced until there are so many
+_MAX_REPLACED_ON_DEVICE = 2  # no plan counts them
 
 
 class SendSlots:
@@ -53,8 +54,9 @@ class SendSlots:
         self._free.append(slot)
 
     def replace_kept(self) -> None:
-        """A stopped peer keeps a slot for as long as it likes: others go on with a new one, as long as there are not too many."""
-        if len(self._all) < _MAX_REPLACED * self._num:
+        """A stopped peer keeps a slot for as long as it likes: others go on with a new one, as long as there are not too many. Raises
+        TransferError where there is no memory."""
+        if len(self._all) < (_MAX_REPLACED if self.is_on_host else _MAX_REPLACED_ON_DEVICE) * self._num:
             self._add(self.num_bytes)
 
     def release(self, still_read: Iterable[Memory]) -> None:

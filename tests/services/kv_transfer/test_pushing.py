@@ -119,7 +119,8 @@ def test_close_fails_what_is_queued_and_waits_shortly(pair_of: MakePair) -> None
     assert pushed[0].exception() is None and isinstance(pushed[1].exception(), TransferError)
 
 
-def test_handles_that_nobody_closes_are_forgotten_in_time(pair_of: MakePair) -> None:
+def test_handles_that_nobody_closes_are_forgotten_in_time(pair_of: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.kv_transfer.pushing._MAX_IDLE_HANDLES", 256)
     pair = pair_of()
     for _ in range(300):
         handle, spans = pair.offer(1, want_slots=1)
@@ -158,3 +159,56 @@ def test_a_message_that_comes_sealed_is_sent_as_it_is(pair_of: MakePair) -> None
         assert pair.producer.push(job).result(5).num_bytes == span.num_bytes
     assert pair.land((handle, spans[:1])) == []
     assert "kv_corrupt" in pair.land((handle, spans[1:]))
+
+
+def test_a_send_slot_that_cannot_be_replaced_ends_no_writer(pair_of: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped peer keeps a slot, and there is no memory for another: the writer goes on with one less."""
+    pair = pair_of(num_slots=8)
+    handle, spans = pair.offer(1, want_slots=1)
+    pair.push(handle, spans)
+    pair.land((handle, spans), pulls=False)
+
+    def none_left(num_bytes: int) -> None:
+        raise TransferError(f"no room for {num_bytes} bytes", code="no_memory")
+
+    monkeypatch.setattr(pair.producer._pusher._slots, "_allocate", none_left)
+    pair.hub.stop("kv-d")
+    stuck, spans = pair.offer(1, want_slots=1)
+    (pushed,) = pair.push(stuck, spans[:1])
+    with pytest.raises(TransferError, match="write_timeout"):
+        pushed.result(2)
+    pair.hub.resume("kv-d")
+    assert pair.producer.failure is None and pair.producer.counts().counters["send_slot_no_memory"] == 1
+    after, fresh = pair.offer(1, want_slots=1)
+    pair.push(after, fresh)
+    pair.push(stuck, spans[1:])
+    assert pair.land((after, fresh), (stuck, spans), pulls=False) == []
+    assert pair.producer.failure is None
+
+
+class SlowFilling:
+    """A device's packing that ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+
+    def is_over(self) -> bool:
+        return self.ended.is_set()
+
+    def wait(self) -> None:
+        assert self.ended.wait(10)
+
+
+def test_writes_are_looked_at_while_a_message_is_packed(pair_of: MakePair) -> None:
+    """By the look that sees a write's end its notification is sent: it does not wait for the packing of another message."""
+    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.05)}), num_slots=8)
+    handle, spans = pair.offer(2, want_slots=2)
+    filling = SlowFilling()
+    first = pair.producer.push(pair.job(handle, spans[0]))
+    pair.until_in_flight()
+    slow = PushJob(handle=handle, span=spans[1], fill=lambda room: filling, is_sealed=True)
+    second = pair.producer.push(slow)
+    assert first.result(5).num_bytes == spans[0].num_bytes and not second.done()
+    filling.ended.set()
+    second.result(5)
+    pair.producer.close()
