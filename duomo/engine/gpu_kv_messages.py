@@ -93,7 +93,7 @@ class PackingMessage:
         return self._mark.is_over()
 
     def wait(self) -> None:
-        """Gives the interpreter away, and not the core: it takes some ten microseconds, which waking up would double."""
+        """Gives the interpreter away, and not the core: waking up may take as long as the packing."""
         self._mark.wait()
         self._marks.append(self._mark)
 

@@ -211,6 +211,8 @@ class Pusher:
                     if self._is_closing:
                         give_up_s = give_up_s if give_up_s is not None else self._now_s() + self._section.write_timeout_s
                         if self._now_s() >= give_up_s:
+                            for packing in self._packing:  # beside a write that does not end; their slots stay theirs
+                                packing.pending.future.set_exception(cancelled(packing.pending))
                             return
                     self._changed.wait(self._sleep_s())
                     continue

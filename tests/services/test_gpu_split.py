@@ -78,6 +78,7 @@ def told(folder: Path, pair: Pair, sections: dict[str, dict[str, object]] | None
     sections = sections or {}
     sections.setdefault("model", {}).update(units=2)
     sections.setdefault("prefill", {}).update(grant_timeout_s=60.0)
+    sections.setdefault("kv_transfer", {}).setdefault("write_timeout_s", 60.0)  # or what is slow to land is taken for lost, and pulled
     sections.setdefault("decode", {}).setdefault("max_batch", 4)
     config = planned(configuration(folder, sections), pair.decode.plan, "decode")
     return planned(config, pair.prefill.plan, "prefill")
@@ -158,7 +159,7 @@ def test_kv_crosses_in_fp8_and_tokens_are_those_of_rounded_kv(pair: Pair, tmp_pa
         report, spec = made.decodes[0][0].report(), pair.decode.cache.spec
         rows = (1 + 3) * TINY.num_layers * 2 * spec.num_kv_heads * spec.block_tokens
         assert report.counters["landed_bytes"] == rows * (spec.head_dim + 1)
-        assert report.counters["messages_corrupt"] == 1 <= made.prefills[0][0].report().counters["kv_pulls"]  # more where this host is slow
+        assert report.counters["messages_corrupt"] == 1 == made.prefills[0][0].report().counters["kv_pulls"]
 
     block_bytes = 2 * pair.decode.cache.spec.num_kv_heads * 16 * (pair.decode.cache.spec.head_dim + 1)
     faults = ScriptedFaults({1: Fault(corrupt_byte=block_bytes - 1)})
@@ -175,7 +176,7 @@ def test_a_corrupted_message_is_pulled_again(pair: Pair, tmp_path: Path) -> None
     async def scenario(made: System) -> None:
         found.update(await serve(made, [one]))
         assert made.decodes[0][0].report().counters["messages_corrupt"] == 1
-        assert made.prefills[0][0].report().counters["kv_pulls"] >= 1  # more where this host is slow
+        assert made.prefills[0][0].report().counters["kv_pulls"] == 1
 
     play(pair, told(tmp_path, pair), scenario, ScriptedFaults({1: Fault(corrupt_byte=100)}))
     judge(pair.both, [one], found)
