@@ -50,31 +50,38 @@ def job_of(handle: Handle, span: MessageSpan, fill: Callable[[MessageSpan, memor
 
 
 def test_the_next_message_is_packed_while_one_is_written(pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first write ends only when the second message is being packed, whose packing begins only when the first is being written."""
+    """The second write ends only when the third message is being packed, whose packing begins only when the second is being written.
+
+    The first write keeps the writer until the others wait in its line: it could not begin one that nobody has given it.
+    """
     pair = pair_of()
     handle, spans = pair.offer(20, want_slots=4)
-    is_writing, is_packing = threading.Event(), threading.Event()
+    are_given, is_writing, is_packing = threading.Event(), threading.Event(), threading.Event()
     write, met = LoopbackTransport.write, []
 
     def slow_write(self: LoopbackTransport, local: Span, peer: str, remote: Span, notification: bytes) -> Write:
-        is_writing.set()
-        met.append(is_packing.wait(5))
+        if not met:
+            met.append(are_given.wait(5))
+        else:
+            is_writing.set()
+            met.append(is_packing.wait(5))
         return write(self, local, peer, remote, notification)
 
     monkeypatch.setattr(LoopbackTransport, "write", slow_write)
-    for span in spans[:2]:
+    for span in spans[:3]:
         job = pair.job(handle, span)
 
         def fill(place: memoryview, job: PushJob = job) -> None:
-            if job.span.message_idx == 1:
+            if job.span.message_idx == 2:
                 met.append(is_writing.wait(5))
                 is_packing.set()
             job.fill(place)
 
         pair.producer.push(replace(job, fill=fill))
-    pushed = pair.push(handle, spans[2:])
+    pushed = pair.push(handle, spans[3:])
+    are_given.set()
     pair.land((handle, spans), pulls=False)
-    assert all(future.result(1) for future in pushed) and len(met) > 2 and all(met)
+    assert all(future.result(1) for future in pushed) and len(met) > 3 and all(met)
 
 
 def test_a_fill_that_fails_is_one_message_s_failure(pair_of: Callable[..., Pair]) -> None:
