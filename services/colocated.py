@@ -22,7 +22,7 @@ from duomo.models.config import served_config
 from duomo.models.qwen3_moe import Model, load_model
 from duomo.telemetry import tracing
 from duomo.telemetry.tracing import Tracing
-from duomo.wire.messages import PeerAddress
+from duomo.wire.values import PeerAddress
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker, StepWorker
 from services.engine_start import engine_in

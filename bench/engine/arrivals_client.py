@@ -23,18 +23,8 @@ from bench.engine.arrivals_cases import Answer, Arrival, Kind
 from duomo.config import WireSection
 from duomo.errors import PeerError
 from duomo.wire.connection import Connection, Identity, connect, new_boot_id
-from duomo.wire.messages import (
-    Message,
-    PeerAddress,
-    Preempted,
-    Refused,
-    RequestFailed,
-    RequestFinished,
-    Sampling,
-    StartDecode,
-    StartPrefill,
-    TokensEmitted,
-)
+from duomo.wire.messages import Message, Preempted, Refused, RequestFailed, RequestFinished, StartDecode, StartPrefill, TokensEmitted
+from duomo.wire.values import PeerAddress, Sampling
 
 FIRST_TOKEN_ID = 3  # below are special ones
 

@@ -30,7 +30,7 @@ from duomo.engine.device import Host
 from duomo.engine.settle import settle
 from duomo.engine.startup import Startup
 from duomo.telemetry import tracing
-from duomo.wire.messages import PeerAddress
+from duomo.wire.values import PeerAddress
 from services.colocated import Engine, EngineMeans, Workers, engine_of, started_workers
 from services.decode.service import DecodeService
 from services.kv_transfer.started_heap import freeze_started

@@ -17,7 +17,7 @@ from bench.reference.tiny_moe import build_reference
 from bench.stopwatch import Measured, refuse_unless, report, side_by_side
 from duomo.engine.monolith import GenerateRequest, generate
 from duomo.models.qwen3_moe import Model, load_model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 TINY_MOE = Path(__file__).resolve().parents[2] / "models" / "tiny-moe"
 

@@ -63,7 +63,7 @@ from duomo.models.config import ModelConfig, load_config
 from duomo.models.gpu_decoder import GpuDecoder
 from duomo.models.gpu_random import random_gpu_weights
 from duomo.models.gpu_weights import GpuWeights
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 WARM_UPS = 2
 Table = Sequence[int]

@@ -9,7 +9,7 @@ import torch
 
 from duomo.engine.monolith import GenerateRequest, MonolithLimits, generate
 from duomo.models.qwen3_moe import load_model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 
 def monolithic_tokens(folder: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:

@@ -21,7 +21,8 @@ import torch
 
 from bench.serve.handoff_pools import NUM_SETS, Pool, Shape, Where, as_bytes, fill_pool, wait_for
 from duomo.config import TransferSection
-from duomo.wire.messages import Handle, RingOffered
+from duomo.wire.messages import RingOffered
+from duomo.wire.values import Handle
 from services.decode.landers import OpenTables
 from services.kv_transfer import layout
 from services.kv_transfer.agent import PushJob, PushResult, TransferAgent

@@ -20,7 +20,7 @@ from duomo.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
     from duomo.engine.sampler import RowSampling
-    from duomo.wire.messages import Sampling
+    from duomo.wire.values import Sampling
 
 MAX_ENDINGS = 32  # ids that min_tokens can mask in one row: eos and the request's own
 MAX_LOGPROBS = 20

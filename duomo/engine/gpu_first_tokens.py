@@ -26,7 +26,7 @@ from duomo.engine.gpu_sample_rows import SampleKind
 from duomo.engine.gpu_sampler import CAPTURED_KINDS, GpuSampler
 from duomo.engine.sampler import RowSampling, SampledToken, broken_rows
 from duomo.errors import EngineError
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 Answer = SampledToken | EngineError
 MAX_ROWS = 64

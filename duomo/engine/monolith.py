@@ -13,7 +13,7 @@ from duomo.engine.runner import ModelRunner
 from duomo.engine.sampler import RowSampling, SampledToken, Sampler, broken_rows, ending_ids
 from duomo.grammar.state import Grammar, GrammarState
 from duomo.models.qwen3_moe import Model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

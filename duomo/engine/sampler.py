@@ -19,7 +19,7 @@ from torch import Tensor
 from duomo.engine.randomness import uniform
 from duomo.errors import EngineError
 from duomo.grammar.state import GrammarState, num_words
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 GREEDY_TEMPERATURE = 1e-5  # below, dividing by it overflows float32: treated as greedy (vLLM's _SAMPLING_EPS)
 FEW = 256  # most limits of real requests lie within: top_k 50, top_p 0.95 of a trained model

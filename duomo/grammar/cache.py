@@ -15,7 +15,7 @@ from typing import Final
 from duomo.errors import CapacityError, DuomoError, EngineError, RequestError
 from duomo.grammar.library import tokens_of
 from duomo.grammar.state import Grammar
-from duomo.wire.messages import Constraint
+from duomo.wire.values import Constraint
 
 CAPACITY: Final = 256
 CAPACITY_CHARS: Final = 2 * 1024 * 1024  # of all kept together: compiled, a character takes some hundred bytes

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from duomo.errors import RequestError
 from duomo.grammar.depth import MAX_LEVELS, grammar_levels, schema_levels
-from duomo.wire.messages import Constraint
+from duomo.wire.values import Constraint
 
 if TYPE_CHECKING:  # of the stub alone
     from llguidance._lib import JsonCompileOptions

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duomo.errors import EngineError
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 if TYPE_CHECKING:  # an engine alone, asked for no constraint, runs without llguidance
     from duomo.grammar.library import GrammarTokens, Matcher

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duomo.wire.histogram import packed
-from duomo.wire.messages import ExpertHistogram
+from duomo.wire.values import ExpertHistogram
 
 REPORT_PERIOD_S: Final = 2.0  # 48 layers of 128 experts are 49 KB, which no gateway needs ten times a second
 

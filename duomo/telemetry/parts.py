@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from duomo.wire.messages import Timings
+from duomo.wire.values import Timings
 
 UNACCOUNTED_FLOOR_S: Final = 0.001
 UNACCOUNTED_SHARE: Final = 0.02

@@ -13,7 +13,8 @@ from typing import Final
 import msgspec
 
 from duomo.errors import WireError
-from duomo.wire.messages import SINCE, WIRE_VERSION, Message, Sampling
+from duomo.wire.messages import SINCE, WIRE_VERSION, Message
+from duomo.wire.values import Sampling
 
 UNKNOWN_MESSAGE: Final = "unknown_message"
 UNKNOWN_FIELD: Final = "unknown_field"

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from duomo.errors import WireError
 from duomo.wire.codec import BAD_FIELD
-from duomo.wire.messages import ExpertHistogram
+from duomo.wire.values import ExpertHistogram
 
 
 def packed(counts_LE: ArrayLike) -> ExpertHistogram:

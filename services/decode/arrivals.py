@@ -7,7 +7,7 @@ from typing import Protocol
 
 from duomo.errors import DuomoError, TransferError
 from duomo.wire.connection import Connection
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.decode.leg import Leg
 from services.kv_transfer.agent import SlotCounts
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from duomo.engine.decode_step import DecodeRow, Joining
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids, ends_choice
-from duomo.wire.messages import EmittedToken, FinishReason, TokenLogprob
+from duomo.wire.values import EmittedToken, FinishReason, TokenLogprob
 from services.decode.leg import Choice, Leg, LegState
 from services.decode.policy import RunningSequence, plan_step
 from services.decode.pool import Pool

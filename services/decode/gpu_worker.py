@@ -26,7 +26,7 @@ from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.kv_messages import message_block_bytes
 from duomo.engine.sampler import RowSampling, SampledToken, broken_rows, ending_ids
 from duomo.errors import EngineError
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.decode.gpu_lander import GpuLander
 from services.decode.landers import Lander
 from services.decode.worker import StepInput, StepOutput

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from duomo.errors import CapacityError, DuomoError, RequestError, WireError
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.decode.leg import Leg
 
 MAX_VOID_REQUESTS = 4096  # how many cancelled requests are remembered, to drop what was under way for them

@@ -19,7 +19,8 @@ from duomo.engine.prefix_digest import PrefixHash
 from duomo.engine.sampler import RowSampling
 from duomo.errors import DuomoError
 from duomo.grammar.state import Grammar, GrammarState
-from duomo.wire.messages import Handle, PeerAddress, PrefillDone, Resume, Sampling, StartDecode, Timings, WaveAnnounced
+from duomo.wire.messages import PrefillDone, Resume, StartDecode, WaveAnnounced
+from duomo.wire.values import Handle, PeerAddress, Sampling, Timings
 from services.decode.policy import DecodeLimits, WaitingLeg, blocks_for, promised_blocks, table_promise
 from services.decode.routed_tokens import RoutedTokens
 from services.kv_transfer.layout import MessageSpan

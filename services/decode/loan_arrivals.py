@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from duomo.engine.blocks import PromptTable
 from duomo.wire.connection import Connection
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.decode.arrivals import HandoffTerms, LandedMessage, handle_of
 from services.decode.leg import Leg
 from services.kv_transfer.agent import SlotCounts

@@ -9,7 +9,8 @@ from msgspec.structs import replace
 
 from duomo.errors import DuomoError, PeerError
 from duomo.wire.connection import Connection
-from duomo.wire.messages import Cancel, EmittedToken, Message, Preempted, RequestFailed, RequestFinished, Timings, TokensEmitted
+from duomo.wire.messages import Cancel, Message, Preempted, RequestFailed, RequestFinished, TokensEmitted
+from duomo.wire.values import EmittedToken, Timings
 from services.decode.leg import Choice, Leg
 from services.decode.worker import StepOutput
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from duomo.errors import TransferError
 from duomo.wire.connection import Connection
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.decode.arrivals import HandoffTerms, LandedMessage, handle_of
 from services.decode.landers import Lander, OpenTables
 from services.decode.leg import Leg

@@ -24,7 +24,7 @@ from duomo.engine.sampler import SampledToken, Sampler, broken_rows
 from duomo.errors import EngineError
 from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.decode.landers import CpuLander, Lander
 from services.decode.policy import blocks_for
 

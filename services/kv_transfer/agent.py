@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from duomo.config import TransferSection
 from duomo.errors import TransferError
-from duomo.wire.messages import Handle, RingOffered
+from duomo.wire.messages import RingOffered
+from duomo.wire.values import Handle
 from services.kv_transfer.landing import Landed, LandingRings
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.lifetime import SlotPhase

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from duomo.config import TransferSection
 from duomo.errors import DuomoError, TransferError
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.kv_transfer import layout, ucx_routes
 from services.kv_transfer.landing import LandingRings
 from services.kv_transfer.layout import MessageSpan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from duomo.errors import TransferError
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.transport import WriteReport

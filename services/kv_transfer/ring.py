@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from duomo.wire.messages import Handle, RingOffered
+from duomo.wire.messages import RingOffered
+from duomo.wire.values import Handle
 from services.kv_transfer import layout, lifetime, policy
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.layout import MessageSpan

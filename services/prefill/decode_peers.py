@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from duomo.errors import DuomoError, PeerError, WireError
 from duomo.wire.connection import Connection
-from duomo.wire.messages import Message, PeerAddress, RingOffered, TransferFenced
+from duomo.wire.messages import Message, RingOffered, TransferFenced
+from duomo.wire.values import PeerAddress
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.ending import closed, end_tasks, in_thread
 

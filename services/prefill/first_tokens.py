@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from duomo.wire.messages import EmittedToken, FinishReason, Sampling, StartPrefill, Timings, TokenLogprob
+from duomo.wire.messages import StartPrefill
+from duomo.wire.values import EmittedToken, FinishReason, Sampling, Timings, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

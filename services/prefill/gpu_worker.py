@@ -27,7 +27,7 @@ from duomo.engine.gpu_wave import upload_rows
 from duomo.engine.kv_messages import message_block_bytes
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.errors import EngineError
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from duomo_kernels.kv_hash_pack import Seal
 from services.kv_transfer.layout import MessageSpan, trailer_start
 from services.kv_transfer.push_job import Filling

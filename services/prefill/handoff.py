@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from duomo.wire.messages import GroupLanded, Handle, HandleOffered, PullKv
+from duomo.wire.messages import GroupLanded, HandleOffered, PullKv
+from duomo.wire.values import Handle
 from services.prefill.leg import Leg
 
 

@@ -15,7 +15,8 @@ from duomo.engine.sampler import RowSampling, ending_ids
 from duomo.grammar.state import Grammar
 from duomo.telemetry.tracing import Span, Tracing
 from duomo.wire.connection import Connection
-from duomo.wire.messages import Handle, PullKv, StartPrefill, Timings
+from duomo.wire.messages import PullKv, StartPrefill
+from duomo.wire.values import Handle, Timings
 from services.kv_transfer.layout import MessageSpan
 from services.prefill.snapshot import Key, PromptView
 from services.prefill.worker import WaveRow

@@ -19,16 +19,8 @@ from duomo.grammar.state import Grammar
 from duomo.telemetry.expert_tokens import ExpertTokens
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.connection import Connection
-from duomo.wire.messages import (
-    Cancel,
-    EmittedToken,
-    HandleOffered,
-    Message,
-    PullKv,
-    RequestFailed,
-    StartPrefill,
-    TokensEmitted,
-)
+from duomo.wire.messages import Cancel, HandleOffered, Message, PullKv, RequestFailed, StartPrefill, TokensEmitted
+from duomo.wire.values import EmittedToken
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.loans import BlockLoans
 from services.kv_transfer.membership import Progress, ReplicaCard

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from duomo.errors import WireError
-from duomo.wire.messages import GroupLanded, Handle, HandleOffered, PullKv
+from duomo.wire.messages import GroupLanded, HandleOffered, PullKv
+from duomo.wire.values import Handle
 from services.kv_transfer.loans import BlockLoans
 from services.prefill.leg import Handoff, Leg
 

@@ -15,7 +15,8 @@ from concurrent.futures import Future
 from duomo.errors import DuomoError, TransferError
 from duomo.telemetry.handoff_histograms import HANDOFF_RATE
 from duomo.telemetry.tracing import Tracing
-from duomo.wire.messages import GroupLanded, Handle, HandleOffered, PullKv, TransferFenced
+from duomo.wire.messages import GroupLanded, HandleOffered, PullKv, TransferFenced
+from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.agent import PushJob, PushResult, TransferAgent
 from services.kv_transfer.layout import MessageSpan

@@ -25,7 +25,6 @@ from duomo.wire.messages import (
     GroupLanded,
     HandleOffered,
     Message,
-    PeerAddress,
     PullKv,
     Refused,
     ReplicaReport,
@@ -33,6 +32,7 @@ from duomo.wire.messages import (
     RingOffered,
     StartPrefill,
 )
+from duomo.wire.values import PeerAddress
 from services.engine_start import engine_in, page_locks, ring_memory, ring_memory_name
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory

@@ -25,7 +25,7 @@ from duomo.engine.sampler import RowSampling, SampledToken, Sampler, broken_rows
 from duomo.errors import ConfigError, EngineError
 from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.push_job import Filling
 from services.prefill.pending import Over, Pending

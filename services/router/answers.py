@@ -15,7 +15,7 @@ import msgspec
 from duomo.errors import CapacityError, DeadlineError, DuomoError, RequestCancelled, RequestError
 from duomo.grammar.library import BAD_CONSTRAINT, UNSUPPORTED
 from duomo.grammar.state import NOT_KEPT
-from duomo.wire.messages import FinishReason
+from duomo.wire.values import FinishReason
 from services.router.generation import EmittedPiece, TextEmitted, Usage
 from services.router.text import ModelText
 

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from duomo.errors import DuomoError, RequestCancelled, RequestError
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.router.answers import AnswerHead, AnswerShape
 from services.router.cache_salt import cache_salt
 from services.router.common_fields import CommonFields

@@ -14,7 +14,7 @@ import msgspec
 
 from duomo.config import GatewaySection
 from duomo.errors import RequestError
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.router.fields import Fields, kind_of, wrong_type
 from services.router.structured import Structure, read_logit_bias, read_structure
 

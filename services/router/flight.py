@@ -15,7 +15,7 @@ from typing import Final, Literal
 from duomo.errors import DuomoError
 from duomo.telemetry.parts import Rtts
 from duomo.telemetry.tracing import Span
-from duomo.wire.messages import EmittedToken, FinishReason, Timings
+from duomo.wire.values import EmittedToken, FinishReason, Timings
 from services.router.generation import (
     EmittedPiece,
     EventSink,

@@ -9,7 +9,7 @@ import json
 from typing import Final
 
 from duomo.grammar.library import ITEM_SEPARATOR, KEY_SEPARATOR
-from duomo.wire.messages import Constraint
+from duomo.wire.values import Constraint
 from services.router.conversation import FunctionTool, ToolUse
 from services.router.markup import CALL, END_CALL, END_THINK, THINK, OutputStyle
 from services.router.structured import Structure

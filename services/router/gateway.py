@@ -20,7 +20,8 @@ from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.parts import Rtts
 from duomo.telemetry.tracing import Span, Tracing
 from duomo.wire.connection import Identity, new_boot_id
-from duomo.wire.messages import EmittedToken, Preempted, RequestFailed, RequestFinished, TokensEmitted
+from duomo.wire.messages import Preempted, RequestFailed, RequestFinished, TokensEmitted
+from duomo.wire.values import EmittedToken
 from services.router.accounting import Accounting
 from services.router.admission import Admit, Refuse, decide, never_fits
 from services.router.demand import DesiredReplicas, desired_replicas

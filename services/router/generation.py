@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from duomo.errors import DuomoError
-from duomo.wire.messages import FinishReason, Sampling, TokenLogprob
+from duomo.wire.values import FinishReason, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

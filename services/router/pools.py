@@ -16,16 +16,8 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 from duomo.config import WireSection
 from duomo.errors import DuomoError, PeerError, WireError
 from duomo.wire.connection import Connection, Identity, connect
-from duomo.wire.messages import (
-    Message,
-    PeerAddress,
-    Preempted,
-    Refused,
-    ReplicaReport,
-    RequestFailed,
-    RequestFinished,
-    TokensEmitted,
-)
+from duomo.wire.messages import Message, Preempted, Refused, ReplicaReport, RequestFailed, RequestFinished, TokensEmitted
+from duomo.wire.values import PeerAddress
 from services.kv_transfer.ending import end_tasks
 
 if TYPE_CHECKING:

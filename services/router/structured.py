@@ -16,7 +16,7 @@ import msgspec
 
 from duomo.errors import CapacityError, RequestError
 from duomo.grammar.library import check
-from duomo.wire.messages import Constraint
+from duomo.wire.values import Constraint
 from services.router.fields import Fields, wrong_type
 
 MAX_BIASES: Final = 1024

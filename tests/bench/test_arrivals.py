@@ -34,7 +34,7 @@ from bench.engine.engine_cases import Job, Part, part_from_json
 from duomo.config import DuomoConfig, changed, load_config
 from duomo.engine.device import look_at_host
 from duomo.engine.settle import settle
-from duomo.wire.messages import PeerAddress
+from duomo.wire.values import PeerAddress
 from tests.engine.scripted_driver import H100, ScriptedDriver
 
 TINY_MOE = Path(__file__).resolve().parents[2] / "models" / "tiny-moe"

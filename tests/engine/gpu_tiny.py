@@ -17,7 +17,7 @@ from duomo.engine.sampler import RowSampling
 from duomo.models.config import ModelConfig
 from duomo.models.gpu_decoder import GpuDecoder
 from duomo.models.gpu_random import random_gpu_weights
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from duomo_kernels._bounds import bound
 
 TINY = ModelConfig(

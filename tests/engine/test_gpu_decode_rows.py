@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels
 from duomo.engine.compile_counter import CompileCounter
 from duomo.engine.decode_step import DecodeLimits, DecodeRow, DecodeStep
 from duomo.engine.gpu_decode import GpuDecode, PendingStep
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from tests.engine.gpu_tiny import GREEDY, TinyEngine, joining, tiny_engine
 
 CUDA = torch.device("cuda")

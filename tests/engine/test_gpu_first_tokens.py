@@ -24,7 +24,7 @@ from duomo.engine.sampler import RowSampling, SampledToken, Sampler
 from duomo.engine.startup import Startup
 from duomo.errors import EngineError
 from duomo.models.gpu_random import random_gpu_weights
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from tests.engine.gpu_tiny import WIDE
 
 VOCAB = 61

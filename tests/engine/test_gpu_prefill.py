@@ -20,7 +20,7 @@ from duomo.models.gpu_decoder import GpuDecoder
 from duomo.models.gpu_load import load_gpu_weights
 from duomo.models.gpu_weights import GpuWeights
 from duomo.models.qwen3_moe import Model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from duomo_kernels import _prefill_library
 from duomo_kernels._bounds import error
 from tests.models.small_decoders import FAMILIES, Sizes, decoder_bound, small_decoder

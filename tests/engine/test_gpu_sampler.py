@@ -23,7 +23,7 @@ from duomo.engine.gpu_sampler import ALL_KINDS, CAPTURED_KINDS, GpuSampler
 from duomo.engine.sampler import RowSampling, Sampler
 from duomo.errors import EngineError, RequestError
 from duomo.grammar.state import Grammar
-from duomo.wire.messages import Constraint, Sampling
+from duomo.wire.values import Constraint, Sampling
 from duomo_kernels._sampling import MAX_BIASES as kernels_max_biases
 from services.router import structured
 from tests.grammar import letters

@@ -6,7 +6,7 @@ import torch
 
 from duomo.engine.monolith import GenerateRequest, Monolith, MonolithLimits, generate
 from duomo.models.qwen3_moe import Model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 
 def requests() -> list[GenerateRequest]:

@@ -15,7 +15,7 @@ import torch
 from duomo.engine.sampler import RowSampling, Sampler, _limit, broken_rows, ending_ids, ends_choice
 from duomo.grammar.library import tokens_of
 from duomo.grammar.state import Grammar
-from duomo.wire.messages import Constraint, Sampling
+from duomo.wire.values import Constraint, Sampling
 
 VOCAB = 63
 

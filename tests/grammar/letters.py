@@ -8,7 +8,7 @@ import tokenizers
 
 from duomo.grammar.cache import TOKENIZER, compiled
 from duomo.grammar.state import Grammar
-from duomo.wire.messages import Constraint
+from duomo.wire.values import Constraint
 
 SPECIALS = ("<s>", "<x>", "</s>")
 EOS = 2

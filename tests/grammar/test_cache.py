@@ -12,7 +12,7 @@ from duomo.errors import CapacityError, DuomoError, RequestError
 from duomo.grammar import cache
 from duomo.grammar.cache import Grammars
 from duomo.grammar.state import Grammar
-from duomo.wire.messages import Constraint
+from duomo.wire.values import Constraint
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-moe"
 

@@ -9,7 +9,7 @@ import pytest
 
 from duomo.errors import RequestError
 from duomo.grammar.library import BAD_CONSTRAINT, MAX_CHARS, UNSUPPORTED, GrammarTokens, check, tokens_of
-from duomo.wire.messages import Constraint
+from duomo.wire.values import Constraint
 from tests.grammar.schemas import random_schema
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "models" / "tiny-moe" / "tokenizer.json"

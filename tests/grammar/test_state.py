@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from duomo.grammar.library import tokens_of
 from duomo.grammar.state import NOT_KEPT, Grammar, GrammarState, num_words
-from duomo.wire.messages import Constraint, Sampling
+from duomo.wire.values import Constraint, Sampling
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "models" / "tiny-moe" / "tokenizer.json"
 VOCAB, EOS, OTHER_EOS = 8192, 2, 0

@@ -15,7 +15,7 @@ pytest.importorskip("msgspec", reason="the engine, whose sampler is compared wit
 
 from duomo.engine.randomness import uniform
 from duomo.engine.sampler import RowSampling, Sampler
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from duomo_kernels._sampling import (
     INFINITE_FLAG,
     MODE_FLAG,

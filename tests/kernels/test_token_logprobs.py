@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("msgspec", reason="the engine, whose sampler is compared with, needs msgspec")
 
 from duomo.engine.sampler import RowSampling, Sampler
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from duomo_kernels._bounds import bound, error
 from duomo_kernels.token_logprobs import token_logprobs, token_logprobs_reference
 

@@ -33,7 +33,7 @@ from duomo.models.config import ModelConfig
 from duomo.models.gpu_decoder import GpuDecoder
 from duomo.models.gpu_random import random_checkpoint
 from duomo.models.gpu_weights import GpuWeights
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 SEED = 5
 # Weights' deviation times the root of the model's width. Much less, and the residual is attention's alone, whatever experts say; much

@@ -13,7 +13,7 @@ from bench.reference.tiny_moe import build_reference, greedy_tokens
 from duomo.engine.monolith import GenerateRequest, generate
 from duomo.errors import ModelError
 from duomo.models.qwen3_moe import Model, load_model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 
 TINY_MOE = Path(__file__).parents[2] / "models" / "tiny-moe"
 

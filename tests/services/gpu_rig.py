@@ -20,7 +20,7 @@ from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.grammar.cache import TOKENIZER, compiled
 from duomo.grammar.state import GrammarState
 from duomo.models.config import ModelConfig
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from duomo_kernels.kv_rows_fp8 import kv_rows_fp8, kv_rows_of_fp8, packed_bytes
 from tests.engine.gpu_tiny import TINY
 from tests.services.decode.scripted_peers import model

@@ -25,17 +25,8 @@ from duomo.config import DuomoConfig, TransferSection
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.monolith import GenerateRequest, generate
 from duomo.models.qwen3_moe import Model, load_model
-from duomo.wire.messages import (
-    Cancel,
-    Message,
-    Preempted,
-    RequestFailed,
-    RequestFinished,
-    Sampling,
-    StartDecode,
-    StartPrefill,
-    TokensEmitted,
-)
+from duomo.wire.messages import Cancel, Message, Preempted, RequestFailed, RequestFinished, StartDecode, StartPrefill, TokensEmitted
+from duomo.wire.values import Sampling
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker
 from services.kv_transfer.agent import TransferAgent

@@ -10,7 +10,8 @@ from typing import TypeVar
 from duomo.config import DuomoConfig, TransferSection
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.telemetry.tracing import configure
-from duomo.wire.messages import PeerAddress, RequestFailed, Sampling, StartDecode, StartPrefill
+from duomo.wire.messages import RequestFailed, StartDecode, StartPrefill
+from duomo.wire.values import PeerAddress, Sampling
 from services.colocated import Engine, EngineMeans, Workers, engine_of, workers_of
 from services.decode.service import DecodeService
 from services.decode.worker import DecodeWorker, StepWorker

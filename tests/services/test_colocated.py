@@ -15,7 +15,8 @@ import pytest
 from duomo.config import DuomoConfig
 from duomo.errors import EngineError
 from duomo.telemetry.span_file import read_spans
-from duomo.wire.messages import Drain, PeerAddress, RequestFailed, RequestFinished, Sampling, StartPrefill
+from duomo.wire.messages import Drain, RequestFailed, RequestFinished, StartPrefill
+from duomo.wire.values import PeerAddress, Sampling
 from services.colocated import Engine
 from services.decode.worker import StepInput, StepOutput
 from services.prefill.pending import Pending

@@ -15,7 +15,8 @@ from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.runner import ModelRunner
 from duomo.engine.sampler import RowSampling, Sampler
-from duomo.wire.messages import RequestFailed, Sampling
+from duomo.wire.messages import RequestFailed
+from duomo.wire.values import Sampling
 from duomo_kernels._bounds import bound, error
 from duomo_kernels.kv_rows_fp8 import kv_rows_fp8, kv_rows_of_fp8, packed_bytes
 from services.kv_transfer.agent import TransferAgent

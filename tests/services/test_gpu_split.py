@@ -25,7 +25,7 @@ from duomo.engine.gpu_start import planned
 from duomo.engine.memory_plan import DeviceBytes, EnginePart, MemoryLimits
 from duomo.engine.startup import Startup
 from duomo.models.gpu_random import random_gpu_weights
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.decode.gpu_worker import GpuDecodeWorker
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.device_memory import DeviceRegion

@@ -26,7 +26,7 @@ from duomo.engine.startup import Startup
 from duomo.models.gpu_random import random_gpu_weights
 from duomo.telemetry.span_file import read_spans
 from duomo.telemetry.tracing import configure
-from duomo.wire.messages import Constraint, Sampling
+from duomo.wire.values import Constraint, Sampling
 from services.colocated import Engine, Workers
 from services.engine_start import record_start
 from services.gpu_workers import gpu_workers

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from duomo.wire.messages import Preempted, RequestFailed, RequestFinished, Sampling
+from duomo.wire.messages import Preempted, RequestFailed, RequestFinished
+from duomo.wire.values import Sampling
 from services.kv_transfer.faults import SeededFaults
 from tests.services.decode.rig import configuration
 from tests.services.decode.scripted_peers import GREEDY, ScriptedGateway, expected, ids, until

@@ -14,7 +14,8 @@ import pytest
 import tokenizers
 
 from duomo.config import DuomoConfig
-from duomo.wire.messages import Constraint, Preempted, RequestFailed, RequestFinished, Resume, Sampling, StartPrefill
+from duomo.wire.messages import Preempted, RequestFailed, RequestFinished, Resume, StartPrefill
+from duomo.wire.values import Constraint, Sampling
 from services.colocated import Engine
 from tests.grammar.schemas import random_schema
 from tests.services.decode.rig import configuration

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from duomo.config import TransferSection
 from duomo.errors import PeerError
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.agent import Landed, TransferAgent
 from services.kv_transfer.faults import Fault, FaultPlan

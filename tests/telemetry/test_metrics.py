@@ -15,7 +15,8 @@ from duomo.telemetry.handoff_histograms import HANDOFF_BYTES, HANDOFF_SECONDS
 from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.parts import Parts
 from duomo.wire.histogram import packed
-from duomo.wire.messages import ExpertHistogram, ReplicaReport
+from duomo.wire.messages import ReplicaReport
+from duomo.wire.values import ExpertHistogram
 
 REPORT = ReplicaReport(
     replica_id="decode-1",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 
 from duomo.telemetry.parts import GatewayTimes, Parts, Rtts, second_token_parts, ttft_parts
-from duomo.wire.messages import Timings
+from duomo.wire.values import Timings
 
 DELAY_S = 0.020
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from duomo.wire.messages import ExpertHistogram, PrefillDone
+from duomo.wire.messages import PrefillDone
+from duomo.wire.values import ExpertHistogram
 
 
 def prefill_done(histogram: ExpertHistogram | None = None) -> PrefillDone:

@@ -10,19 +10,8 @@ from hypothesis import strategies as st
 from duomo.errors import WireError
 from duomo.wire.codec import CODES, FrameReader, append_frame, asks_of_peers, decode, encode
 from duomo.wire.histogram import packed
-from duomo.wire.messages import (
-    Constraint,
-    Drain,
-    Heartbeat,
-    Message,
-    PeerAddress,
-    PrefillDone,
-    Refused,
-    RingOffered,
-    Sampling,
-    StartPrefill,
-    TokensEmitted,
-)
+from duomo.wire.messages import Drain, Heartbeat, Message, PrefillDone, Refused, RingOffered, StartPrefill, TokensEmitted
+from duomo.wire.values import Constraint, PeerAddress, Sampling
 from tests.wire.prefill_done import prefill_done
 
 pack = msgspec.msgpack.encode

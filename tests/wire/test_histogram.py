@@ -9,7 +9,8 @@ import pytest
 from duomo.errors import WireError
 from duomo.wire.codec import decode, encode
 from duomo.wire.histogram import packed, unpacked
-from duomo.wire.messages import ExpertHistogram, PrefillDone
+from duomo.wire.messages import PrefillDone
+from duomo.wire.values import ExpertHistogram
 from tests.wire.prefill_done import prefill_done
 
 

@@ -14,13 +14,14 @@ import msgspec
 import pytest
 
 from duomo.wire import messages as page
+from duomo.wire import values
 from duomo.wire.codec import decode, encode
 from duomo.wire.messages import MIN_WIRE_VERSION, SINCE, WIRE_VERSION, Message
 
 GOLDEN = Path(__file__).parent / "golden"
 
-ADDRESS = page.PeerAddress(replica_id="decode-1", boot_id="00000000000000d1", address="tcp:10.0.0.7:7001")
-SAMPLING = page.Sampling(
+ADDRESS = values.PeerAddress(replica_id="decode-1", boot_id="00000000000000d1", address="tcp:10.0.0.7:7001")
+SAMPLING = values.Sampling(
     max_tokens=64,
     temperature=0.5,
     top_k=40,
@@ -34,7 +35,7 @@ SAMPLING = page.Sampling(
     ignore_eos=True,
     stop_token_ids=(2, 8191),
     logprobs=2,
-    constraint=page.Constraint(kind="regex", text="[aé]+"),
+    constraint=values.Constraint(kind="regex", text="[aé]+"),
     logit_bias=((7, -100.0), (8191, 0.5)),
 )
 PLAIN = msgspec.structs.replace(SAMPLING, constraint=None, logit_bias=())
@@ -44,7 +45,7 @@ ABOUT: dict[str, Any] = {
     "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
     "remaining_s": 29.5,
 }
-TIMINGS = page.Timings(
+TIMINGS = values.Timings(
     total_s=0.125,
     queue_s=0.0625,
     compute_s=0.03125,
@@ -54,7 +55,7 @@ TIMINGS = page.Timings(
     first_step_s=1.5,
     peer_rtt_s=0.75,
 )
-HANDLE = page.Handle(
+HANDLE = values.Handle(
     handle_id=2**40 + 7,
     producer_boot_id="00000000000000a1",
     consumer_boot_id="00000000000000d1",
@@ -113,21 +114,21 @@ EXAMPLES: tuple[Message, ...] = (
         first_token_ids=(77, 78),
         ended_choices=(3,),
         cached_tokens=16,
-        expert_histogram=page.ExpertHistogram(num_layers=2, num_experts=1, counts=bytes((44, 1, 0, 0, 255, 255, 255, 127))),
+        expert_histogram=values.ExpertHistogram(num_layers=2, num_experts=1, counts=bytes((44, 1, 0, 0, 255, 255, 255, 127))),
         **ABOUT,
     ),
     page.TransferFenced(handle_id=2**40 + 7, **ABOUT),
     page.PullKv(handle_id=2**40 + 7, group=0, message_idx=2, **ABOUT),
     page.TokensEmitted(
         tokens=(
-            page.EmittedToken(request_id="a", choice=0, attempt=0, index=0, token_id=42, timings=TIMINGS),
-            page.EmittedToken(
+            values.EmittedToken(request_id="a", choice=0, attempt=0, index=0, token_id=42, timings=TIMINGS),
+            values.EmittedToken(
                 request_id="b",
                 choice=1,
                 attempt=2,
                 index=127,
                 token_id=8191,
-                logprob=page.TokenLogprob(logprob=-0.25, top=((8191, -0.25), (5, -1.75))),
+                logprob=values.TokenLogprob(logprob=-0.25, top=((8191, -0.25), (5, -1.75))),
                 finish_reason="length",
             ),
         )
@@ -160,7 +161,7 @@ EXAMPLES: tuple[Message, ...] = (
         progress_age_s=0.5,
         pid=4242,
         transport="nixl/UCX",
-        experts=page.ExpertHistogram(num_layers=1, num_experts=2, counts=bytes((7, *[0] * 7, *[255] * 7, 127)), int_bytes=8),
+        experts=values.ExpertHistogram(num_layers=1, num_experts=2, counts=bytes((7, *[0] * 7, *[255] * 7, 127)), int_bytes=8),
     ),
 )
 

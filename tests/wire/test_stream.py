@@ -19,7 +19,8 @@ import uvloop
 from duomo.config import WireSection
 from duomo.errors import PeerError, WireError
 from duomo.wire.connection import Connection, Identity, Listener, connect
-from duomo.wire.messages import Drain, EmittedToken, Heartbeat, Hello, Message, Refused, TokensEmitted
+from duomo.wire.messages import Drain, Heartbeat, Hello, Message, Refused, TokensEmitted
+from duomo.wire.values import EmittedToken
 
 WIRE = WireSection(connect_timeout_s=1.0, heartbeat_s=0.05, silence_timeout_s=0.3)
 Runner = Callable[[Coroutine[Any, Any, None]], None]

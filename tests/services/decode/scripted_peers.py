@@ -27,13 +27,9 @@ from duomo.wire.connection import Connection, Identity, connect, new_boot_id
 from duomo.wire.histogram import packed
 from duomo.wire.messages import (
     Cancel,
-    EmittedToken,
-    ExpertHistogram,
     GroupLanded,
-    Handle,
     HandleOffered,
     Message,
-    PeerAddress,
     Preempted,
     PrefillDone,
     PullKv,
@@ -44,12 +40,12 @@ from duomo.wire.messages import (
     Resume,
     RingOffered,
     Role,
-    Sampling,
     StartDecode,
     TokensEmitted,
     TransferFenced,
     WaveAnnounced,
 )
+from duomo.wire.values import EmittedToken, ExpertHistogram, Handle, PeerAddress, Sampling
 from services.kv_transfer.agent import PushJob, TransferAgent
 from services.kv_transfer.layout import MessageSpan, messages
 from services.kv_transfer.transport_loopback import LoopbackHub

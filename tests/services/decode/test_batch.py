@@ -17,7 +17,8 @@ import pytest
 from duomo.engine.blocks import BlockManager
 from duomo.engine.decode_step import Joining
 from duomo.engine.sampler import SampledToken
-from duomo.wire.messages import PeerAddress, PrefillDone, Resume, Sampling, StartDecode
+from duomo.wire.messages import PrefillDone, Resume, StartDecode
+from duomo.wire.values import PeerAddress, Sampling
 from services.decode.batch import Batch, BatchEnds, PlannedStep, Stops
 from services.decode.leg import Choice, Leg, LegState
 from services.decode.policy import DecodeLimits, plan_grants

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from duomo.errors import EngineError
-from duomo.wire.messages import Cancel, Preempted, RequestFailed, RequestFinished, Sampling
+from duomo.wire.messages import Cancel, Preempted, RequestFailed, RequestFinished
+from duomo.wire.values import Sampling
 from services.decode.worker import DecodeWorker, StepInput, StepOutput
 from services.kv_transfer.faults import Fault, FaultPlan, ScriptedFaults
 from tests.services.decode.rig import Rig, configuration, running, serve

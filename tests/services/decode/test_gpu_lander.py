@@ -17,7 +17,7 @@ from duomo.config import TransferSection
 from duomo.engine.gpu_kv_cache import GpuKvCache
 from duomo.engine.gpu_kv_messages import GpuKvPacker, LandingMessage
 from duomo.engine.kv_cache import KvCache, KvSpec
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from duomo_kernels.kv_hash_pack import Seal
 from services.decode.arrivals import LandedMessage
 from services.decode.gpu_lander import GpuLander

@@ -13,15 +13,7 @@ import numpy as np
 import pytest
 
 from duomo.wire.histogram import packed
-from duomo.wire.messages import (
-    Cancel,
-    HandleOffered,
-    Preempted,
-    PullKv,
-    Refused,
-    RequestFailed,
-    RequestFinished,
-)
+from duomo.wire.messages import Cancel, HandleOffered, Preempted, PullKv, Refused, RequestFailed, RequestFinished
 from services.kv_transfer.faults import Fault, FaultPlan, ScriptedFaults, SeededFaults
 from tests.services.decode.rig import configuration, running
 from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, until, with_max

@@ -13,7 +13,7 @@ import pytest
 from duomo.config import DuomoConfig
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.errors import EngineError, RequestError
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.decode.worker import StepInput, StepOutput, StepWorker
 from services.prefill.worker import PrefillWorker, WorkerSizes
 from tests.services.decode import rig as rigs

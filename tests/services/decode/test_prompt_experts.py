@@ -8,7 +8,8 @@ import pytest
 from duomo.errors import TransferError
 from duomo.wire.codec import decode, encode
 from duomo.wire.histogram import packed
-from duomo.wire.messages import ExpertHistogram, PrefillDone
+from duomo.wire.messages import PrefillDone
+from duomo.wire.values import ExpertHistogram
 from services.decode.prompt_experts import prompt_counts
 from tests.wire.prefill_done import prefill_done
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from duomo.config import TransferSection
 from duomo.engine.kv_cache import KvCache, kv_spec
-from duomo.wire.messages import PeerAddress, StartDecode, WaveAnnounced
+from duomo.wire.messages import StartDecode, WaveAnnounced
+from duomo.wire.values import PeerAddress
 from services.decode.arrivals import HandoffTerms, LandedMessage
 from services.decode.landers import CpuLander
 from services.decode.leg import Leg

@@ -13,16 +13,8 @@ from typing import Any
 import pytest
 
 from duomo.telemetry.span_file import read_spans
-from duomo.wire.messages import (
-    Cancel,
-    Drain,
-    EmittedToken,
-    GroupLanded,
-    Preempted,
-    Refused,
-    RequestFinished,
-    Sampling,
-)
+from duomo.wire.messages import Cancel, Drain, GroupLanded, Preempted, Refused, RequestFinished
+from duomo.wire.values import EmittedToken, Sampling
 from services.kv_transfer.faults import Fault, ScriptedFaults
 from tests.services.decode.rig import configuration, running, serve
 from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, resumed, until, with_max

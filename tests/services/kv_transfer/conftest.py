@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from duomo.config import TransferSection
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.agent import PushJob, PushResult, TransferAgent
 from services.kv_transfer.faults import FaultPlan

@@ -15,7 +15,8 @@ import numpy as np
 
 from duomo.config import TransferSection
 from duomo.errors import DuomoError
-from duomo.wire.messages import Handle, RingOffered
+from duomo.wire.messages import RingOffered
+from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.agent import Landed, PushJob, PushResult, TransferAgent
 from services.kv_transfer.layout import MessageSpan

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from duomo.config import TransferSection
 from duomo.engine.kv_cache import KvCache, KvSpec
-from duomo.wire.messages import Handle, RingOffered
+from duomo.wire.messages import RingOffered
+from duomo.wire.values import Handle
 from services.decode.landers import CpuLander, OpenTables
 from services.kv_transfer import layout
 from services.kv_transfer.agent import PushJob, SlotCounts, TransferAgent

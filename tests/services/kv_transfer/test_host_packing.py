@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from duomo.errors import TransferError
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.host_packing import HostPacker
 from services.kv_transfer.layout import MessageSpan

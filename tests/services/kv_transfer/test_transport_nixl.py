@@ -23,7 +23,8 @@ import pytest
 
 from duomo.config import TransferSection
 from duomo.errors import TransferError
-from duomo.wire.messages import Handle, RingOffered
+from duomo.wire.messages import RingOffered
+from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.agent import PushJob, TransferAgent
 from services.kv_transfer.layout import MessageSpan

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from duomo.config import TransferSection
-from duomo.wire.messages import Handle
+from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.agent import PushJob, TransferAgent
 from services.kv_transfer.faults import SeededFaults

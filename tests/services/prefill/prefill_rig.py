@@ -20,9 +20,7 @@ from duomo.engine.monolith import GenerateRequest, Monolith, MonolithLimits
 from duomo.engine.runner import ModelRunner
 from duomo.models.qwen3_moe import Model, load_model
 from duomo.telemetry.tracing import Tracing, configure
-from duomo.wire.messages import (
-    Sampling,
-)
+from duomo.wire.values import Sampling
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.faults import Fault, ScriptedFaults
 from services.kv_transfer.membership import ReplicaCard

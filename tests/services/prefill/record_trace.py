@@ -16,7 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from duomo.wire.messages import Cancel, HandleOffered, Sampling, StartDecode, StartPrefill
+from duomo.wire.messages import Cancel, HandleOffered, StartDecode, StartPrefill
+from duomo.wire.values import Sampling
 from services.prefill.leg import Leg
 from services.prefill.leg_book import LegBook
 from services.prefill.replay import TracePrompt

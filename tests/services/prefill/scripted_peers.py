@@ -17,23 +17,20 @@ from duomo.models.config import ModelConfig
 from duomo.wire.connection import Connection, Identity, Listener, connect, new_boot_id
 from duomo.wire.messages import (
     Cancel,
-    EmittedToken,
     GroupLanded,
-    Handle,
     HandleOffered,
     Message,
-    PeerAddress,
     PullKv,
     ReplicaReport,
     RequestFailed,
     RequestFinished,
     Role,
-    Sampling,
     StartPrefill,
     TokensEmitted,
     TransferFenced,
     WaveAnnounced,
 )
+from duomo.wire.values import EmittedToken, Handle, PeerAddress, Sampling
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.layout import MessageSpan, messages
 from services.kv_transfer.transport import Transport

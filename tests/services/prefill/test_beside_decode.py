@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from duomo.config import DuomoConfig
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.decode.worker import StepInput, StepOutput
 from services.prefill.pending import Pending
 from services.prefill.pieces import Piece

@@ -11,7 +11,8 @@ import pytest
 from duomo.config import TransferSection, WireSection
 from duomo.errors import PeerError
 from duomo.wire.connection import Connection, Identity, Listener, connect, new_boot_id
-from duomo.wire.messages import PeerAddress, RingOffered, Role
+from duomo.wire.messages import RingOffered, Role
+from duomo.wire.values import PeerAddress
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.transport_loopback import LoopbackHub
 from services.prefill.decode_peers import MAX_GONE_PEERS, DecodePeers

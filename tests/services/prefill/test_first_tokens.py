@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from duomo.wire.messages import PeerAddress, Sampling, StartPrefill, Timings
+from duomo.wire.messages import StartPrefill
+from duomo.wire.values import PeerAddress, Sampling, Timings
 from services.prefill.first_tokens import ChosenToken, decide, finish_reason
 
 EOS = (2, 7)

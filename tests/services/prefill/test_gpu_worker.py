@@ -21,7 +21,7 @@ from duomo.engine.memory_plan import DeviceBytes, MemoryLimits
 from duomo.engine.sampler import RowSampling
 from duomo.engine.startup import Startup
 from duomo.models.gpu_random import random_gpu_weights
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.prefill.gpu_worker import GpuPrefillWorker
 from services.prefill.pieces import Piece
 from services.prefill.worker import WaveOutput, WaveRow, WorkerSizes

@@ -9,7 +9,8 @@ import pytest
 
 from duomo.telemetry.span_file import read_spans
 from duomo.wire.histogram import unpacked
-from duomo.wire.messages import HandleOffered, PrefillDone, Sampling, TransferFenced, WaveAnnounced
+from duomo.wire.messages import HandleOffered, PrefillDone, TransferFenced, WaveAnnounced
+from duomo.wire.values import Sampling
 from services.kv_transfer.faults import Fault
 from tests.services.prefill.prefill_rig import expected_kv, first_token, ids, model, monolith_tokens, rig, run
 from tests.services.prefill.scripted_peers import until

@@ -12,7 +12,8 @@ import pytest
 
 from duomo.engine.sampler import RowSampling
 from duomo.errors import EngineError, TransferError
-from duomo.wire.messages import Cancel, PrefillDone, Refused, RequestFailed, Sampling, TransferFenced, WaveAnnounced
+from duomo.wire.messages import Cancel, PrefillDone, Refused, RequestFailed, TransferFenced, WaveAnnounced
+from duomo.wire.values import Sampling
 from services.kv_transfer.transport import Span, Write
 from services.kv_transfer.transport_loopback import LoopbackTransport
 from services.prefill.pending import Over

@@ -11,7 +11,7 @@ import torch
 from duomo.engine.sampler import RowSampling
 from duomo.errors import ConfigError
 from duomo.models.qwen3_moe import Model, load_model
-from duomo.wire.messages import Sampling
+from duomo.wire.values import Sampling
 from services.kv_transfer.layout import messages
 from services.prefill.pieces import Piece
 from services.prefill.worker import PrefillWorker, WaveOutput, WaveRow, WorkerSizes, group_bounds

@@ -21,7 +21,6 @@ from duomo.wire.connection import Connection, Identity, Listener, new_boot_id
 from duomo.wire.histogram import packed
 from duomo.wire.messages import (
     Cancel,
-    EmittedToken,
     Message,
     Preempted,
     ReplicaReport,
@@ -30,10 +29,9 @@ from duomo.wire.messages import (
     Resume,
     StartDecode,
     StartPrefill,
-    Timings,
-    TokenLogprob,
     TokensEmitted,
 )
+from duomo.wire.values import EmittedToken, Timings, TokenLogprob
 from services.kv_transfer.directory import Directory, Member
 from services.router.text import ModelText
 

@@ -11,7 +11,7 @@ import pytest
 
 from duomo.config import ModelSection
 from duomo.errors import CapacityError, DeadlineError, EngineError, PeerError, RequestCancelled, RequestError
-from duomo.wire.messages import TokenLogprob
+from duomo.wire.values import TokenLogprob
 from services.router.answers import (
     DONE,
     AnswerHead,

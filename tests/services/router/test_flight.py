@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from duomo.errors import DuomoError, EngineError
 from duomo.telemetry.tracing import Tracing
-from duomo.wire.messages import EmittedToken, Sampling
+from duomo.wire.values import EmittedToken, Sampling
 from services.router.flight import Choice, Flight
 from services.router.generation import GenerationEnded, GenerationEvent, GenerationFailed, GenerationRequest, TextEmitted
 from tests.services.router.stub_replicas import Story

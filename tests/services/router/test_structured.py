@@ -11,7 +11,8 @@ import pytest
 
 from duomo.config import GatewaySection
 from duomo.errors import CapacityError, RequestError
-from duomo.wire.messages import Constraint, Sampling, StartDecode, StartPrefill
+from duomo.wire.messages import StartDecode, StartPrefill
+from duomo.wire.values import Constraint, Sampling
 from services.router import structured
 from services.router.common_fields import CommonFields, CommonReader
 from services.router.fields import Fields
