@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from duomo.config_gateway import GatewaySection, Section
 from duomo.errors import ConfigError
 
 KvDtype = Literal["model", "fp8_e4m3"]
-
-
-class Section(BaseModel):
-    """A part of the configuration: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelSection(Section):
@@ -45,27 +40,6 @@ class ModelSection(Section):
     @property
     def served_name(self) -> str:
         return self.name or self.path.resolve().name
-
-
-class GatewaySection(Section):
-    """The REST edge and its limits."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    max_body_bytes: int = Field(default=8 * 1024 * 1024, ge=1024)
-    max_choices: int = Field(default=128, ge=1, le=128)
-    max_logprobs: int = Field(default=20, ge=0)
-    max_stop_strings: int = Field(default=16, ge=1)
-    default_max_tokens: int = Field(default=512, ge=1, description="completion length where a chat request names none")
-    max_queued_requests: int = Field(default=1024, ge=0)
-    request_deadline_s: float = Field(default=300.0, gt=0)
-    slow_client_bytes: int = Field(default=256 * 1024, ge=1024, description="a client this far behind is cut off")
-    max_prefill_retries: int = Field(default=8, ge=0)
-    max_resumes: int = Field(default=2, ge=0)
-    chat_template: Path | None = Field(default=None, description="a Jinja file in place of the model's own template")
-    tool_parser: Literal["auto", "hermes", "none"] = Field(default="auto", description="how tool calls are written; auto: by the template")
-    reasoning_parser: Literal["auto", "think", "none"] = Field(default="auto", description="how reasoning is marked; auto: by the template")
-    serves_pool_report: bool = Field(default=True, description="GET /admin/pools: the replicas' last reports")
 
 
 class PoolSection(Section):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from duomo.config import DuomoConfig, Section, changed, load_config
+from duomo.config import DuomoConfig, changed, load_config
+from duomo.config_gateway import Section
 from duomo.errors import ConfigError
 
 ENVIRONMENT = ("DUOMO_REDIS_URL", "DUOMO_SECRET", "OTEL_EXPORTER_OTLP_ENDPOINT")

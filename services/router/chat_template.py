@@ -14,7 +14,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox
 
-from duomo.config import GatewaySection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import ConfigError, ModelError, RequestError
 from services.router.conversation import ChatMessage, Conversation, FunctionTool
 from services.router.markup import CALL, END_THINK, THINK, OutputStyle, ToolFormat

@@ -12,7 +12,7 @@ from typing import Final, cast
 
 import msgspec
 
-from duomo.config import GatewaySection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import RequestError
 from duomo.wire.values import Sampling
 from services.router.fields import Fields, kind_of, wrong_type

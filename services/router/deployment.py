@@ -11,7 +11,8 @@ import contextlib
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from duomo.config import DuomoConfig, GatewaySection
+from duomo.config import DuomoConfig
+from duomo.config_gateway import GatewaySection
 from services.kv_transfer.service_thread import ServiceThread
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from duomo.config import GatewaySection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import RequestError
 from services.router.chat_messages import read_messages
 from services.router.common_fields import CommonFields, CommonNames, CommonReader, json_object

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from duomo.config import GatewaySection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import RequestError
 from services.router.chat_template import Rendered
 from services.router.common_fields import CommonFields, constrained

@@ -14,7 +14,8 @@ from typing import Final
 
 import tokenizers
 
-from duomo.config import GatewaySection, ModelSection
+from duomo.config import ModelSection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import ModelError, RequestError
 from services.router.chat_template import ChatTemplate, Rendered, template_of
 from services.router.conversation import Conversation

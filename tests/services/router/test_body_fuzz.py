@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duomo.config import GatewaySection, ModelSection
+from duomo.config import ModelSection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import RequestError
 from services.router.common_fields import CommonReader
 from services.router.forced_calls import forced_calls

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from duomo.config import GatewaySection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import ConfigError, ModelError, RequestError
 from services.router.chat_template import ChatTemplate, template_of
 from services.router.conversation import ChatMessage, Conversation, FunctionTool, ToolCall, ToolUse

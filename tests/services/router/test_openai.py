@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duomo.config import GatewaySection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import RequestError
 from services.router.common_fields import CommonReader
 from services.router.conversation import ChatMessage

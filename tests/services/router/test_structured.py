@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from duomo.config import GatewaySection
+from duomo.config_gateway import GatewaySection
 from duomo.errors import CapacityError, RequestError
 from duomo.wire.messages import StartDecode, StartPrefill
 from duomo.wire.values import Constraint, Sampling
