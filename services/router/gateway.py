@@ -23,25 +23,19 @@ from duomo.wire.connection import Identity, new_boot_id
 from duomo.wire.messages import Preempted, RequestFailed, RequestFinished, TokensEmitted
 from duomo.wire.values import EmittedToken
 from services.router.accounting import Accounting
-from services.router.admission import Admit, Refuse, decide, never_fits
-from services.router.demand import DesiredReplicas, desired_replicas
+from services.router.admission import Refuse
+from services.router.demand import DesiredReplicas
 from services.router.flight import Choice, Flight, Leg
 from services.router.generation import EventSink, GenerationRequest
 from services.router.legs import (
-    begin_leg,
-    decode_views,
-    end_leg,
     mark_first_token,
-    need_of,
     post_cancel,
-    post_start,
-    prefill_views,
 )
 from services.router.model_card import ModelCard
-from services.router.policy import Route, pick_route
+from services.router.placing import Placing
 from services.router.pools import MemberSource, Pools, ReplicaLink
 from services.router.text import ModelText
-from services.router.waiting import PendingLeg, WaitingLine
+from services.router.waiting import PendingLeg
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +79,7 @@ class Gateway:
         self.dropped_tokens: Tally[str] = Tally()
         self.is_draining = False
         self._flights: set[Flight] = set()
-        self._legs: dict[str, Leg] = {}
-        self._line = WaitingLine()
-        self._is_pump_due = False
+        self._placing = Placing(config, self.pools, metrics)
         self._num_open_answers = 0
 
     @property
@@ -100,16 +92,14 @@ class Gateway:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._line)
+        return self._placing.num_waiting
 
     def desired_replicas(self) -> DesiredReplicas:
-        needs = [need_of(pending, self.config) for pending in self._line]
-        prefills, decodes = prefill_views(self.pools.prefills(), self.config), decode_views(self.pools.decodes(), self.config)
-        return desired_replicas(prefills, decodes, needs, self.config.prefill.max_wave_tokens)
+        return self._placing.desired_replicas()
 
     @property
     def num_live_legs(self) -> int:
-        return len(self._legs)
+        return self._placing.num_live_legs
 
     async def start(self) -> None:
         await self.pools.start()
@@ -145,13 +135,7 @@ class Gateway:
         pending = PendingLeg(flight=flight, choices=choices, is_resume=False)
         if self.is_draining:
             raise CapacityError("This gateway is shutting down.", code="shutting_down", phase="gateway")
-        decision = decide(
-            need_of(pending, self.config),
-            prefill_views(self.pools.prefills(), self.config),
-            decode_views(self.pools.decodes(), self.config),
-            num_waiting=len(self._line),
-            max_waiting=self.config.gateway.max_queued_requests,
-        )
+        decision = self._placing.admit(pending)
         if isinstance(decision, Refuse):
             if decision.status == 400:
                 raise RequestError(decision.detail, param="max_tokens", code=decision.code)
@@ -161,11 +145,10 @@ class Gateway:
         self.metrics.live_requests.set(len(self._flights))
         remaining_s = max(request.deadline_s - time.monotonic(), 0.0)
         flight.timer = asyncio.get_running_loop().call_later(remaining_s, self._expire, flight)
-        if isinstance(decision, Admit):
-            self._dispatch(pending, decision.route)
+        if decision is None:
+            self._placing.wait(pending)
         else:
-            self._line.append(pending)
-            self.metrics.queued_requests.set(len(self._line))
+            self._placing.begin(pending, decision.route)
         return flight
 
     def close(self, flight: Flight, error: DuomoError | None) -> None:
@@ -183,7 +166,7 @@ class Gateway:
 
     def tokens_emitted(self, link: ReplicaLink, frame: TokensEmitted, received_s: float) -> None:
         for token in frame.tokens:
-            leg = self._legs.get(token.request_id)
+            leg = self._placing.running(token.request_id)
             if leg is None or leg.attempt != token.attempt:
                 self.dropped_tokens["void"] += 1
                 continue
@@ -200,7 +183,7 @@ class Gateway:
                 self._choice_ended(leg, choice)
 
     def request_finished(self, link: ReplicaLink, message: RequestFinished) -> None:
-        leg = self._leg_of(message.request_id, message.attempt)
+        leg = self._placing.leg_of(message.request_id, message.attempt)
         if leg is None:
             return
         flight = leg.flight
@@ -215,7 +198,7 @@ class Gateway:
             self._leg_failed(leg, error, frozenset({leg.decode.key}))
 
     def request_failed(self, link: ReplicaLink, message: RequestFailed) -> None:
-        leg = self._leg_of(message.request_id, message.attempt)
+        leg = self._placing.leg_of(message.request_id, message.attempt)
         if leg is None:
             return
         if link is leg.prefill:
@@ -230,21 +213,21 @@ class Gateway:
         self._leg_failed(leg, error, frozenset({culprit.key}))
 
     def preempted(self, link: ReplicaLink, message: Preempted) -> None:
-        leg = self._leg_of(message.request_id, message.attempt)
+        leg = self._placing.leg_of(message.request_id, message.attempt)
         given_up = [choice for choice in leg.choices if choice.number == message.choice] if leg is not None else []
         if leg is None or not given_up or given_up[0].has_ended:
             return
         leg.choices = tuple(choice for choice in leg.choices if choice is not given_up[0])
         if all(choice.has_ended for choice in leg.choices):
             leg.decode_is_over = True
-            self._end_leg(leg, "preempted")
+            self._placing.end_leg(leg, "preempted")
         error = PeerError(f"Decode gave the choice up: {message.reason}.", code="preempted", phase="decode.stream")
         self._begin_again(leg.flight, given_up, error, frozenset())
 
     def reported(self, link: ReplicaLink) -> None:
         if link.report is not None:
             self.metrics.observe_report(link.report)
-        self._pump_soon()
+        self._placing.pump_soon()
 
     def link_lost(self, link: ReplicaLink, error: PeerError) -> None:
         for leg in list(link.legs):
@@ -261,24 +244,9 @@ class Gateway:
                     self._leg_failed(leg, lost, frozenset({link.key}))
         if all(other.member.replica_id != link.member.replica_id for other in self.pools.links.values()):
             self.metrics.forget_replica(link.member.replica_id)
-        self._pump_soon()
+        self._placing.pump_soon()
 
     # Legs
-
-    def _dispatch(self, pending: PendingLeg, route: Route) -> None:
-        leg = begin_leg(pending, route, self.pools.links)
-        self._legs[leg.wire_id] = leg
-        milestones = pending.flight.milestones
-        milestones.reason = route.reason
-        self.metrics.route_reasons.labels(route.reason).inc()
-        try:
-            sent_s = post_start(leg, is_resume=pending.is_resume)
-            if not milestones.first_received_s:
-                milestones.sent_s = sent_s
-        except PeerError:
-            # The socket just ended: its reading task is about to say so. This leg never began; it looks for another pair.
-            self._end_leg(leg, "peer_gone")
-            self._line.push_front(pending)
 
     def _note_arrival(self, link: ReplicaLink, leg: Leg, token: EmittedToken, received_s: float) -> None:
         milestones = leg.flight.milestones
@@ -300,14 +268,14 @@ class Gateway:
     def _choice_ended(self, leg: Leg, choice: Choice) -> None:
         """One of several choices is done, others of the request go on."""
         if all(other.has_ended for other in leg.choices):
-            self._end_leg(leg, "stop" if any(other.needs_cancel for other in leg.choices) else None)
+            self._placing.end_leg(leg, "stop" if any(other.needs_cancel for other in leg.choices) else None)
         elif choice.needs_cancel:
             choice.needs_cancel = False
             post_cancel(leg, leg.decode, "stop", choice.number)
 
     def _leg_failed(self, leg: Leg, error: DuomoError, culprits: frozenset[str]) -> None:
         choices = [choice for choice in leg.choices if not choice.has_ended]
-        self._end_leg(leg, error.code)
+        self._placing.end_leg(leg, error.code)
         if not error.retryable:
             leg.flight.fail(error)
         else:
@@ -328,8 +296,7 @@ class Gateway:
                 choice.leg = None
                 choice.early.clear()
             again = PendingLeg(flight=flight, choices=group, is_resume=is_resume, avoid=culprits, cause=error.detail)
-            self._line.push_front(again)
-        self._pump_soon()
+            self._placing.begin_again(again)
 
     def _may_begin_again(self, flight: Flight, group: Sequence[Choice], is_resume: bool, error: DuomoError) -> bool:
         """Each attempt that ran counts against its limit; one that found no room never began, and is bounded by the deadline alone."""
@@ -345,56 +312,19 @@ class Gateway:
         self.metrics.retries.labels(error.code).inc()
         return flight.num_failed <= limits.max_prefill_retries
 
-    def _end_leg(self, leg: Leg, cancel_reason: str | None) -> None:
-        if self._legs.get(leg.wire_id) is leg:
-            del self._legs[leg.wire_id]
-        end_leg(leg, cancel_reason)
-        self._pump_soon()
-
-    def _leg_of(self, wire_id: str, attempt: int) -> Leg | None:
-        leg = self._legs.get(wire_id)
-        return leg if leg is not None and leg.attempt == attempt else None
-
-    # Flights and the line
+    # Flights
 
     def _flight_over(self, flight: Flight, error: DuomoError | None) -> None:
         for leg in list(flight.legs):
             is_natural = error is None and not any(choice.needs_cancel for choice in leg.choices)
-            self._end_leg(leg, None if is_natural else (error.code if error is not None else "stop"))
-        self._line.forget(flight)
+            self._placing.end_leg(leg, None if is_natural else (error.code if error is not None else "stop"))
+        self._placing.forget(flight)
         self._flights.discard(flight)
         self.metrics.live_requests.set(len(self._flights))
-        self.metrics.queued_requests.set(len(self._line))
 
     def _expire(self, flight: Flight) -> None:
         seconds = self.config.gateway.request_deadline_s
         flight.fail(DeadlineError(f"The request was not finished within {seconds:g} s."))
-
-    def _pump_soon(self) -> None:
-        if not self._is_pump_due and len(self._line):
-            self._is_pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _pump(self) -> None:
-        """Place the head of the line, and the next, while there is room."""
-        self._is_pump_due = False
-        while (head := self._line.head()) is not None:
-            prefills = prefill_views(self.pools.prefills(), self.config)
-            decodes = decode_views(self.pools.decodes(), self.config)
-            if not any(view.is_open for view in decodes):
-                head.flight.fail(head.without_decode())
-                continue
-            need = need_of(head, self.config)
-            route = pick_route(prefills, decodes, need, head.avoid)
-            if route is None:
-                limit = never_fits(need, prefills, decodes) if prefills else None
-                if limit is None:
-                    return
-                head.flight.fail(CapacityError(limit, code="never_fits"))
-                continue
-            self._line.pop_head()
-            self._dispatch(head, route)
-        self.metrics.queued_requests.set(len(self._line))
 
     def _by_role(self) -> tuple[tuple[str, list[ReplicaLink]], ...]:
         return (("prefill", self.pools.prefills()), ("decode", self.pools.decodes()))
