@@ -1,9 +1,9 @@
 """Every message between processes, on one page; values.py has what they are made of. Knows nothing of sockets (connection.py) or services.
 
 WIRE_VERSION history:
-    1, 2  gone, and with them PrefillDone.expert_counts
-    3  PrefillDone.expert_histogram, ReplicaReport.experts
+    1 to 3  gone, and with them PrefillDone.expert_counts
     4  Sampling.{constraint, logit_bias}, RingOffered.{memory, device_idx, kv_dtype}
+    5  Sampling.prompt_logprobs, PromptScored
 
 Versions N and N-1 are spoken. Fields newer than version N-1 are listed in SINCE and carry a default: the codec leaves them
 out for an older peer; of Sampling only those that ask for nothing. Unknown types and unknown fields are refused (WireError). Times are
@@ -14,6 +14,7 @@ Who sends what:
     gateway -> P    StartPrefill, Cancel                gateway -> D    StartDecode, Resume, Cancel
     P -> D          WaveAnnounced, PrefillDone, TransferFenced, Cancel
     D -> P          RingOffered, HandleOffered, GroupLanded, PullKv, RequestFailed, Cancel
+    P -> gateway    PromptScored
     P, D -> gateway TokensEmitted, Preempted, RequestFinished, RequestFailed, ReplicaReport
     operator -> any Drain
 """
@@ -24,19 +25,15 @@ from typing import Literal
 
 import msgspec
 
-from duomo.wire.values import EmittedToken, ExpertHistogram, Handle, PeerAddress, Sampling, Timings
+from duomo.wire.values import EmittedToken, ExpertHistogram, Handle, PeerAddress, PromptLogprobs, Sampling, Timings
 
-WIRE_VERSION = 4
-MIN_WIRE_VERSION = 3
+WIRE_VERSION = 5
+MIN_WIRE_VERSION = 4
 
 Role = Literal["gateway", "prefill", "decode", "directory"]
 
 SINCE: dict[tuple[str, str], int] = {
-    ("Sampling", "constraint"): 4,
-    ("Sampling", "logit_bias"): 4,
-    ("RingOffered", "memory"): 4,
-    ("RingOffered", "device_idx"): 4,
-    ("RingOffered", "kv_dtype"): 4,
+    ("Sampling", "prompt_logprobs"): 5,
 }
 
 
@@ -192,6 +189,12 @@ class PullKv(_RequestMessage, frozen=True, kw_only=True):
     message_idx: int
 
 
+class PromptScored(_RequestMessage, frozen=True, kw_only=True):
+    """Log-probabilities of the prompt's next tokens, for who asked (Sampling.prompt_logprobs): in order, all before a first token."""
+
+    scores: PromptLogprobs
+
+
 class TokensEmitted(_Message, frozen=True, kw_only=True):
     """All tokens of one engine step for one gateway."""
 
@@ -276,6 +279,7 @@ RequestMessage = (
     | PrefillDone
     | TransferFenced
     | PullKv
+    | PromptScored
     | Preempted
     | RequestFinished
     | RequestFailed

@@ -37,6 +37,7 @@ class Sampling(_Value, frozen=True, kw_only=True):
     seed: 64-bit counter-based seed; the gateway always sets it. logprobs: None, or how many top alternatives (0 = only the chosen).
     stop_token_ids end a choice with "stop" (the token itself is emitted); eos ids count unless ignore_eos. logit_bias: (id, what is added
     to it). Under a constraint eos ids always end a choice: they come where the grammar may; with ignore_eos, or before min_tokens, last.
+    prompt_logprobs: None, or how many top alternatives of each prompt token (0 = only its own); the prefix cache is not read then.
     """
 
     max_tokens: int
@@ -54,6 +55,7 @@ class Sampling(_Value, frozen=True, kw_only=True):
     logprobs: int | None = None
     constraint: Constraint | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: int | None = None
 
 
 class Handle(_Value, frozen=True, kw_only=True):
@@ -93,6 +95,22 @@ class TokenLogprob(_Value, frozen=True, kw_only=True):
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class PromptLogprobs(_Value, frozen=True, kw_only=True):
+    """Natural-log probabilities of prompt tokens [first, first + num_tokens), each given all before it, and of the likeliest in its place.
+
+    Little-endian, token by token: logprobs num_tokens x (1 + num_top) floats of float_bytes, its own and then the likeliest, best first;
+    top_ids num_tokens x num_top int32; ranks num_tokens int32, 1 for the likeliest. Read and written by duomo/wire/prompt_logprobs.py.
+    """
+
+    first: int
+    num_tokens: int
+    num_top: int
+    logprobs: bytes
+    top_ids: bytes
+    ranks: bytes
+    float_bytes: Literal[4, 8] = 8
 
 
 class Timings(_Value, frozen=True, kw_only=True):

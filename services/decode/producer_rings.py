@@ -24,7 +24,7 @@ from enum import Enum
 
 from duomo.errors import DuomoError, PeerError
 from duomo.wire.connection import Connection
-from duomo.wire.messages import SINCE, HandleOffered, RingOffered
+from duomo.wire.messages import HandleOffered
 from services.decode.producers import Producers
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.directory import Directory, Member
@@ -138,10 +138,6 @@ class ProducerRings:
             log.error("no landing ring for %s: %s", connection.peer.replica_id, error)
             connection.end("no_ring", error.detail)
             return
-        if untold := _untold(ring, connection.version):
-            self._agent.peer_lost(boot_id)
-            connection.end("no_ring", f"{untold}, which your wire version cannot say: upgrade")
-            return
         in_use = self._producers.get(boot_id)
         if in_use is not connection:
             if in_use is None:  # else its newer socket offers the ring
@@ -206,12 +202,3 @@ class ProducerRings:
                 del self._lost[boot_id]
                 handles = self._agent.peer_dead(boot_id) if fate is Fate.DEAD else self._agent.peer_given_up(boot_id)
                 log.info("producer %s is %s; %d handles of it closed", lost.replica_id, fate.value, len(handles))
-
-
-def _untold(ring: RingOffered, version: int) -> str:
-    """What a peer of this version would not be told of the ring, and would take for something else; "" where nothing."""
-    if ring.memory != "host" and version < SINCE["RingOffered", "memory"]:
-        return "landing rings lie in a GPU's memory"
-    if ring.kv_dtype != "model" and version < SINCE["RingOffered", "kv_dtype"]:
-        return f"KV is to land as {ring.kv_dtype}"
-    return ""

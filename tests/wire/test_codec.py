@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from duomo.errors import WireError
 from duomo.wire.codec import CODES, FrameReader, append_frame, asks_of_peers, decode, encode
 from duomo.wire.histogram import packed
-from duomo.wire.messages import Drain, Heartbeat, Message, PrefillDone, Refused, RingOffered, StartPrefill, TokensEmitted
+from duomo.wire.messages import (
+    MIN_WIRE_VERSION,
+    SINCE,
+    WIRE_VERSION,
+    Drain,
+    Heartbeat,
+    Message,
+    PrefillDone,
+    Refused,
+    RingOffered,
+    StartPrefill,
+    TokensEmitted,
+)
 from duomo.wire.values import Constraint, PeerAddress, Sampling
 from tests.wire.prefill_done import prefill_done
 
@@ -56,34 +68,31 @@ def prefill_of(sampling: Sampling) -> StartPrefill:
     )
 
 
-def test_an_older_peer_gets_no_newer_field() -> None:
+def test_an_older_peer_gets_no_newer_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("memory", "device_idx"):
+        monkeypatch.setitem(SINCE, ("RingOffered", name), WIRE_VERSION)
     ring = RingOffered(ring_name="r", agent_metadata=b"", base_address=1, slot_bytes=64, num_slots=1, memory="cuda", device_idx=1)
-    older = encode(ring, version=3)
+    older = encode(ring, version=MIN_WIRE_VERSION)
     assert b"device_idx" not in older and b"device_idx" in encode(ring)
     assert decode(older[4:]) == msgspec.structs.replace(ring, memory="host", device_idx=0)
-    assert encode(Drain(deadline_s=1.0), version=3) == encode(Drain(deadline_s=1.0))
+    assert encode(Drain(deadline_s=1.0), version=MIN_WIRE_VERSION) == encode(Drain(deadline_s=1.0))
 
 
 def test_an_older_peer_is_asked_to_sample_as_it_can() -> None:
     plain = prefill_of(Sampling(max_tokens=3, top_k=5))
-    older = encode(plain, version=3)
-    assert b"constraint" not in older and b"logit_bias" not in older and b"constraint" in encode(plain)
+    older = encode(plain, version=MIN_WIRE_VERSION)
+    assert b"prompt_logprobs" not in older and b"constraint" in older and b"prompt_logprobs" in encode(plain)
     assert decode(older[4:]) == plain
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(max_tokens=3, constraint=Constraint(kind="regex", text="a+")),
-        Sampling(max_tokens=3, logit_bias=((1, 2.0),)),
-    ],
-)
+@pytest.mark.parametrize("sampling", [Sampling(max_tokens=3, prompt_logprobs=0), Sampling(max_tokens=3, prompt_logprobs=20)])
 def test_what_an_older_peer_would_leave_out_of_the_answer_is_never_sent_to_it(sampling: Sampling) -> None:
     out = bytearray(b"before")
     with pytest.raises(WireError) as refusal:
-        append_frame(out, prefill_of(sampling), version=3)
+        append_frame(out, prefill_of(sampling), version=MIN_WIRE_VERSION)
     assert refusal.value.code == "peer_too_old" and out == b"before"
-    assert asks_of_peers(sampling) == 4 and asks_of_peers(Sampling(max_tokens=3, seed=7)) <= 3
+    held = Sampling(max_tokens=3, seed=7, constraint=Constraint(kind="regex", text="a+"))
+    assert asks_of_peers(sampling) == WIRE_VERSION and asks_of_peers(held) <= MIN_WIRE_VERSION
     assert decode(encode(prefill_of(sampling))[4:]) == prefill_of(sampling)
 
 

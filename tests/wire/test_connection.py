@@ -16,7 +16,7 @@ from duomo.errors import ConfigError, PeerError
 from duomo.wire.codec import FrameReader, decode, encode
 from duomo.wire.connection import Connection, Identity, Listener, connect
 from duomo.wire.handshake import Handshake, _mac
-from duomo.wire.messages import Drain, Hello, Message, Refused, RingOffered
+from duomo.wire.messages import MIN_WIRE_VERSION, SINCE, WIRE_VERSION, Drain, Hello, Message, Refused, RingOffered
 
 WIRE = WireSection(connect_timeout_s=1.0, heartbeat_s=0.05, silence_timeout_s=0.5)
 GATEWAY = Identity("router-0", "00000000000000f1", "gateway", "tiny:1", secret="s3cret")
@@ -52,9 +52,12 @@ def test_messages_come_in_order_both_ways_and_nothing_stays_behind(kind: str, tm
     asyncio.run(main())
 
 
-def test_an_older_peer_is_spoken_to_in_its_version(tmp_path: Path) -> None:
+def test_an_older_peer_is_spoken_to_in_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("memory", "device_idx"):
+        monkeypatch.setitem(SINCE, ("RingOffered", name), WIRE_VERSION)
+
     async def answer(peer: Connection) -> None:
-        assert peer.version == 3
+        assert peer.version == MIN_WIRE_VERSION
         peer.post(RING)
         await peer.wait_closed()
 
@@ -64,7 +67,7 @@ def test_an_older_peer_is_spoken_to_in_its_version(tmp_path: Path) -> None:
             frames = FrameReader()
             inbox: list[bytes] = []
             older = OlderHandshake(GATEWAY, "connector")
-            writer.write(encode(older.opening(), version=3))
+            writer.write(encode(older.opening(), version=MIN_WIRE_VERSION))
             while not any(b"RingOffered" in payload for payload in inbox):
                 for payload in frames.payloads(await reader.read(65536)):
                     inbox.append(bytes(payload))
@@ -72,7 +75,7 @@ def test_an_older_peer_is_spoken_to_in_its_version(tmp_path: Path) -> None:
                     if isinstance(message, Hello):
                         proof = older.advance(message)
                         assert proof is not None
-                        writer.write(encode(proof, version=3))
+                        writer.write(encode(proof, version=MIN_WIRE_VERSION))
             assert not any(b"device_idx" in payload for payload in inbox)
             assert decode(inbox[-1]) == msgspec.structs.replace(RING, memory="host", device_idx=0)
             writer.close()
@@ -81,10 +84,10 @@ def test_an_older_peer_is_spoken_to_in_its_version(tmp_path: Path) -> None:
 
 
 class OlderHandshake(Handshake):
-    """A peer that speaks version 3 alone."""
+    """A peer that speaks the oldest version alone."""
 
     def _hello(self, peer_nonce: bytes) -> Hello:
-        hello = msgspec.structs.replace(super()._hello(b""), max_version=3)
+        hello = msgspec.structs.replace(super()._hello(b""), max_version=MIN_WIRE_VERSION)
         return msgspec.structs.replace(hello, mac=_mac("s3cret", "connector", peer_nonce, hello)) if peer_nonce else hello
 
 

@@ -76,7 +76,7 @@ def test_a_reflected_or_replayed_proof_is_refused() -> None:
         again.advance(proof)
 
 
-@pytest.mark.parametrize("change", [{"replica_id": "router-9"}, {"max_version": 3}, {"role": "prefill"}, {"address": "tcp:evil:1"}])
+@pytest.mark.parametrize("change", [{"replica_id": "router-9"}, {"max_version": 4}, {"role": "prefill"}, {"address": "tcp:evil:1"}])
 def test_fields_cannot_be_changed_on_the_way(change: dict[str, object]) -> None:
     connector, listener = Handshake(GATEWAY, "connector"), Handshake(DECODE, "listener")
     answer = listener.advance(connector.opening())
@@ -94,7 +94,7 @@ def test_another_model_never_pairs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "version"), [(1, 2, None), (1, 3, 3), (3, 3, 3), (3, 4, 4), (1, 9, 4), (4, 5, 4), (5, 6, None), (-5, 0, None)]
+    ("low", "high", "version"), [(1, 3, None), (1, 4, 4), (4, 4, 4), (4, 5, 5), (1, 9, 5), (5, 6, 5), (6, 7, None), (-5, 0, None)]
 )
 def test_the_highest_version_that_both_speak(low: int, high: int, version: int | None) -> None:
     listener = Handshake(DECODE, "listener")

@@ -5,6 +5,7 @@ Regenerate after a deliberate change: PYTHONPATH=. python tests/wire/test_messag
 
 from __future__ import annotations
 
+import struct
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -37,8 +38,9 @@ SAMPLING = values.Sampling(
     logprobs=2,
     constraint=values.Constraint(kind="regex", text="[aé]+"),
     logit_bias=((7, -100.0), (8191, 0.5)),
+    prompt_logprobs=0,
 )
-PLAIN = msgspec.structs.replace(SAMPLING, constraint=None, logit_bias=())
+PLAIN = msgspec.structs.replace(SAMPLING, prompt_logprobs=None)
 ABOUT: dict[str, Any] = {
     "request_id": "req-é1",
     "attempt": 1,
@@ -119,6 +121,18 @@ EXAMPLES: tuple[Message, ...] = (
     ),
     page.TransferFenced(handle_id=2**40 + 7, **ABOUT),
     page.PullKv(handle_id=2**40 + 7, group=0, message_idx=2, **ABOUT),
+    page.PromptScored(
+        scores=values.PromptLogprobs(
+            first=1,
+            num_tokens=2,
+            num_top=1,
+            logprobs=struct.pack("<4f", -0.5, -0.5, -2.25, -0.125),
+            top_ids=struct.pack("<2i", 127, 8191),
+            ranks=struct.pack("<2i", 1, 300),
+            float_bytes=4,
+        ),
+        **ABOUT,
+    ),
     page.TokensEmitted(
         tokens=(
             values.EmittedToken(request_id="a", choice=0, attempt=0, index=0, token_id=42, timings=TIMINGS),
@@ -180,7 +194,7 @@ def has_older_form(message: Message, version: int) -> bool:
 
 
 def as_spoken(message: Message, version: int) -> Message:
-    """The example that a peer of this version may be sent: a constraint and a bias never are."""
+    """The example that a peer of this version may be sent: a prompt's log-probabilities are never asked of it."""
     return message if version == WIRE_VERSION or not samples(message) else msgspec.structs.replace(message, sampling=PLAIN)
 
 
