@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 import time
 from collections import Counter
 
@@ -36,8 +35,10 @@ from services.decode.handoff_figures import HandoffFigures
 from services.decode.intake import Intake
 from services.decode.leg import Choice, Leg, LegKey, LegState
 from services.decode.outbox import Outbox, cancel_of, failure_of, frame_of
+from services.decode.pace import StepPace
 from services.decode.pool import Pool
 from services.decode.producers import Producers
+from services.decode.reporting import Reporter
 from services.decode.settings import arrivals_of, cache_of, limits_of, max_model_tokens, terms_of
 from services.decode.spans import record_stream
 from services.decode.steps import StepLoop
@@ -76,7 +77,6 @@ class DecodeService:
         sizes = (worker.config.num_layers, worker.config.num_experts)
         self.prompt_experts, self.decoded_experts = ExpertTokens(*sizes), ExpertTokens(*sizes)
         self._tracing = tracing
-        self._worker = worker
         self._legs: dict[LegKey, Leg] = {}
         self._leg_ids = itertools.count(1)
         self._ready: list[Leg] = []
@@ -94,6 +94,19 @@ class DecodeService:
         self._steps = StepLoop(worker, self._arrivals, self._batch, self.progress, self, thread, self._handoffs.joins_soon)
         self._grammars = LegGrammars(card, worker, self._steps.wake, self._fail)
         self._ticker: asyncio.Task[None] | None = None
+        self._pace = StepPace()
+        self._reporter = Reporter(
+            card=card,
+            tracing=tracing,
+            worker=worker,
+            pool=self.pool,
+            batch=self._batch,
+            arrivals=self._arrivals,
+            progress=self.progress,
+            pace=self._pace,
+            counters=self.counters,
+            experts=self.decoded_experts,
+        )
 
     # life
 
@@ -176,33 +189,8 @@ class DecodeService:
         return self._steps.failure or self._arrivals.failure or ended
 
     def report(self) -> ReplicaReport:
-        slots = self._arrivals.counts()
-        queued = [leg for leg in self._legs.values() if leg.state is not LegState.RUNNING]
-        return ReplicaReport(
-            replica_id=self.card.replica_id,
-            boot_id=self.card.boot_id,
-            role="decode",
-            is_draining=self._intake.is_draining,
-            num_running=len(self._batch),
-            num_queued=len(queued),
-            num_queued_tokens=sum(leg.num_tokens for leg in queued),
-            num_blocks=self.pool.limits.num_blocks,
-            num_free_blocks=self.pool.manager.num_free,
-            num_cached_blocks=self.pool.manager.num_cached,
-            num_slots=slots.num_slots,
-            num_free_slots=slots.num_free_slots,
-            num_quarantined_slots=slots.num_quarantined_slots,
-            num_open_handles=slots.num_open_handles,
-            num_open_spans=self._tracing.num_open_spans(),
-            num_steps=self.progress.num_steps,
-            block_tokens=self.pool.limits.block_tokens,
-            prefix_digests=self.pool.manager.digest.told(),
-            counters={**(self.counters + Counter(slots.counters)), **self.pool.counters, **self._worker.counters()},
-            progress_age_s=self.progress.age_s(),
-            pid=os.getpid(),
-            transport=self._arrivals.way,
-            experts=self.decoded_experts.report(time.monotonic()),
-        )
+        """What the router's policy and the invariants read."""
+        return self._reporter.report(self._legs.values(), is_draining=self._intake.is_draining)
 
     # StepHost
 
@@ -229,7 +217,9 @@ class DecodeService:
                 self.pool.distrust(step.rows[row].leg)
                 self._fail(step.rows[row].leg, error)
         emitted = self._batch.apply(step, output.tokens, output.routed_RE)
-        self._outbox.emit(frame_of(emitted, output, self._producers.rtt_s, time.monotonic()))
+        now_s = time.monotonic()
+        self._outbox.emit(frame_of(emitted, output, self._producers.rtt_s, now_s))
+        self._pace.stepped(now_s, goes_on=self._batch.has_work)
         self.counters["tokens"] += len(emitted)
         for choice, token in emitted:
             choice.leg.routed.count_when_due(*self.decoded_experts.total_LE.shape)
