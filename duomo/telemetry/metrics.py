@@ -132,6 +132,9 @@ class Metrics:
         self.retries = Counter(
             "duomo_retries", "Attempts begun before the first token, by the failure's code", ("code",), registry=registry
         )
+        self.breakers_opened = Counter(
+            "duomo_breakers_opened", "Circuit breakers that opened: a replica's (leg) or a pair's", ("kind",), registry=registry
+        )
         self.resumes = Counter("duomo_resumes", "Attempts begun after the first token, by cause", ("cause",), registry=registry)
         self.slow_clients = Counter("duomo_slow_clients", "Clients cut off for reading too slowly", registry=registry)
 

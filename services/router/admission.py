@@ -39,7 +39,15 @@ Decision = Admit | Queue | Refuse
 _RESTART_S = 3.0
 
 
-def decide(need: Need, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView], *, num_waiting: int, max_waiting: int) -> Decision:
+def decide(
+    need: Need,
+    prefills: Sequence[PrefillView],
+    decodes: Sequence[DecodeView],
+    *,
+    num_waiting: int,
+    max_waiting: int,
+    barred: frozenset[tuple[str, ...]] = frozenset(),
+) -> Decision:
     """What to do with a new request: those that wait go first, so a line means queueing even where there is room."""
     if not any(view.is_open for view in prefills):
         return Refuse(503, "no_prefill_replica", "No prefill replica is connected.", _RESTART_S)
@@ -48,7 +56,7 @@ def decide(need: Need, prefills: Sequence[PrefillView], decodes: Sequence[Decode
     limit = never_fits(need, prefills, decodes)
     if limit is not None:
         return Refuse(400, "never_fits", limit)
-    route = pick_route(prefills, decodes, need) if num_waiting == 0 else None
+    route = pick_route(prefills, decodes, need, barred=barred) if num_waiting == 0 else None
     if route is not None:
         return Admit(route)
     if num_waiting >= max_waiting:

@@ -93,7 +93,7 @@ class Milestones:
 class Flight:
     """One request from submit to its end. The service owns it; `on_over` is called exactly once when it ends, however it ends.
 
-    num_pending: its entries in the waiting line. num_failed: attempts that failed before any token.
+    num_pending: its entries in the waiting line. num_failed: attempts that failed before any token. num_lost: replicas that died under it.
     """
 
     request: GenerationRequest
@@ -107,6 +107,7 @@ class Flight:
     next_attempt: int = 0
     num_pending: int = 0
     num_failed: int = 0
+    num_lost: int = 0
     is_over: bool = False
     error: DuomoError | None = None
     timer: asyncio.TimerHandle | None = None

@@ -1,8 +1,8 @@
 """The gateway: the life of every request, from admission to its last token. Knows no HTTP; hears the replicas as their PoolListener.
 
 Everything runs on one event loop and nothing waits here: a request is a Flight that messages move. A failed attempt is voided on both
-legs and begun again: before its first token from the start, after it as Resume with what was emitted. The death of D is, for now, a typed
-error. Legs that find no room wait in one line and are woken by reports and by requests that end.
+legs and begun again: before its first token from the start, after it as Resume with what was emitted. So is one whose replica died. Legs
+that find no room wait in one line and are woken by reports and by requests that end (placing.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from duomo.wire.messages import Preempted, RequestFailed, RequestFinished, Token
 from duomo.wire.values import EmittedToken
 from services.router.accounting import Accounting
 from services.router.admission import Refuse
+from services.router.breakers import Breaking
 from services.router.demand import DesiredReplicas
 from services.router.flight import Choice, Flight, Leg
 from services.router.generation import EventSink, GenerationRequest
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _DRAIN_POLL_S: Final = 0.02
 _FOUND_NO_ROOM: Final = ("no_grant", "draining")
+_LOST: Final = ("prefill_lost", "decode_lost")
 
 
 class Gateway:
@@ -158,6 +160,10 @@ class Gateway:
             flight.fail(error or RequestCancelled("The client is gone."))
         self.accounting.settle(flight, error or flight.error)
 
+    def count_refused(self, code: str) -> None:
+        """A call that was turned away before anything of it was read."""
+        self.metrics.requests.labels("refused", code).inc()
+
     def cancel(self, flight: Flight, why: str) -> None:
         """Stop a request at once, on both pools."""
         flight.fail(RequestCancelled(why))
@@ -195,7 +201,7 @@ class Gateway:
             leg.decode_is_over = True
         if leg.prefill_is_over and leg.decode_is_over and not all(choice.has_ended for choice in leg.choices):
             error = PeerError("Both legs ended without all tokens.", code="tokens_lost", phase="decode.stream")
-            self._leg_failed(leg, error, frozenset({leg.decode.key}))
+            self._leg_failed(leg, error, frozenset({leg.decode.key}), (leg.decode.key,))
 
     def request_failed(self, link: ReplicaLink, message: RequestFailed) -> None:
         leg = self._placing.leg_of(message.request_id, message.attempt)
@@ -207,10 +213,9 @@ class Gateway:
             leg.decode_is_over = True
         link.has_refused_drain = link.has_refused_drain or message.code == "draining"
         error = DuomoError(message.detail, code=message.code, phase=message.phase, retryable=message.retryable)
-        other = leg.decode if link is leg.prefill else leg.prefill
-        # What fails in the handoff is the fault of the side that does not report it.
-        culprit = other if message.phase == "kv.handoff" else link
-        self._leg_failed(leg, error, frozenset({culprit.key}))
+        # Who is to blame for a handoff that fails, nobody knows: it is the pair's, and another of both is tried if there is one.
+        culprits = (leg.prefill.key, leg.decode.key) if message.phase == "kv.handoff" else (link.key,)
+        self._leg_failed(leg, error, frozenset(culprits), culprits)
 
     def preempted(self, link: ReplicaLink, message: Preempted) -> None:
         leg = self._placing.leg_of(message.request_id, message.attempt)
@@ -235,13 +240,15 @@ class Gateway:
                 continue
             if link is leg.decode:
                 leg.decode_is_over = True
-                detail = f"The decode replica that served this request is gone ({error.detail})."
-                leg.flight.fail(PeerError(detail, code="replica_lost", phase="decode.stream"))
-            elif not leg.prefill_is_over:
+                lost = PeerError(f"The decode replica is gone ({error.detail}).", code="decode_lost", phase="decode.stream")
+            elif leg.prefill_is_over or leg.has_landed:
                 leg.prefill_is_over = True
-                if not leg.has_landed:
-                    lost = PeerError(f"The prefill replica is gone ({error.detail}).", code="prefill_lost", phase="prefill.compute")
-                    self._leg_failed(leg, lost, frozenset({link.key}))
+                continue
+            else:
+                leg.prefill_is_over = True
+                lost = PeerError(f"The prefill replica is gone ({error.detail}).", code="prefill_lost", phase="prefill.compute")
+            self._leg_lost(leg, lost, link)
+        self._placing.breakers.forget(link.key)
         if all(other.member.replica_id != link.member.replica_id for other in self.pools.links.values()):
             self.metrics.forget_replica(link.member.replica_id)
         self._placing.pump_soon()
@@ -255,8 +262,11 @@ class Gateway:
             if not milestones.first_received_s:
                 milestones.first_received_s = received_s
                 milestones.rtts = Rtts(prefill_s=leg.prefill.connection.rtt_s or 0.0, decode_s=leg.decode.connection.rtt_s or 0.0)
-        if link is leg.decode:
+            self._placing.breakers.succeeded((leg.prefill.key,))
+        if link is leg.decode and not leg.has_landed:
             leg.has_landed = True
+            for key in ((link.key,), (leg.prefill.key, link.key)):
+                self._placing.breakers.succeeded(key)
         if token.index == 1 and not milestones.second_received_s:
             milestones.second_received_s = received_s
         if token.timings is not None:
@@ -273,13 +283,31 @@ class Gateway:
             choice.needs_cancel = False
             post_cancel(leg, leg.decode, "stop", choice.number)
 
-    def _leg_failed(self, leg: Leg, error: DuomoError, culprits: frozenset[str]) -> None:
+    def _leg_failed(self, leg: Leg, error: DuomoError, culprits: frozenset[str], breaking: Breaking | None = None) -> None:
+        """breaking: whose breaker counts it, if it is a failure at all and not a lack of room."""
         choices = [choice for choice in leg.choices if not choice.has_ended]
         self._placing.end_leg(leg, error.code)
         if not error.retryable:
             leg.flight.fail(error)
+            return
+        if breaking is not None and error.code not in _FOUND_NO_ROOM and self._placing.breakers.failed(breaking, time.monotonic()):
+            self.metrics.breakers_opened.labels("pair" if len(breaking) > 1 else "leg").inc()
+            log.warning("breaker of %s opens: %s", " and ".join(map(self._name_of, breaking)), error)
+        self._begin_again(leg.flight, choices, error, culprits)
+
+    def _leg_lost(self, leg: Leg, lost: PeerError, link: ReplicaLink) -> None:
+        """Its replica died. A request that replicas keep dying under may be why, and is not given to every one there is."""
+        flight = leg.flight
+        flight.num_lost += 1
+        if flight.num_lost > self.config.gateway.max_lost_replicas:
+            detail = f"{flight.num_lost} replicas died while they served this request, the last: {lost.detail}"
+            flight.fail(PeerError(detail, code="replica_lost", phase=lost.phase))
         else:
-            self._begin_again(leg.flight, choices, error, culprits)
+            self._leg_failed(leg, lost, frozenset({link.key}))
+
+    def _name_of(self, key: str) -> str:
+        link = self.pools.links.get(key)
+        return key if link is None else link.member.replica_id
 
     def _begin_again(self, flight: Flight, choices: Sequence[Choice], error: DuomoError, culprits: frozenset[str]) -> None:
         """Unanswered choices start anew together; each that has emitted tokens resumes on its own."""
@@ -299,9 +327,12 @@ class Gateway:
             self._placing.begin_again(again)
 
     def _may_begin_again(self, flight: Flight, group: Sequence[Choice], is_resume: bool, error: DuomoError) -> bool:
-        """Each attempt that ran counts against its limit; one that found no room never began, and is bounded by the deadline alone."""
+        """Each attempt that ran counts against its limit; one that found no room never began, and is bounded by the deadline alone.
+
+        Replicas that died are counted by _leg_lost().
+        """
         limits = self.config.gateway
-        num = 0 if error.code in _FOUND_NO_ROOM else 1
+        num = 0 if error.code in _FOUND_NO_ROOM + _LOST else 1
         if is_resume:
             group[0].num_resumes += num
             flight.milestones.num_resumes += 1
@@ -323,7 +354,7 @@ class Gateway:
         self.metrics.live_requests.set(len(self._flights))
 
     def _expire(self, flight: Flight) -> None:
-        seconds = self.config.gateway.request_deadline_s
+        seconds = flight.request.deadline_s - flight.request.received_s
         flight.fail(DeadlineError(f"The request was not finished within {seconds:g} s."))
 
     def _by_role(self) -> tuple[tuple[str, list[ReplicaLink]], ...]:

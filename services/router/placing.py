@@ -7,11 +7,14 @@ ending says that there may be room. Everything runs on the gateway's loop.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Sequence
 
 from duomo.config import DuomoConfig
 from duomo.errors import CapacityError, PeerError
 from duomo.telemetry.metrics import Metrics
 from services.router.admission import Admit, Refuse, decide, never_fits
+from services.router.breakers import BreakerLimits, Breakers
 from services.router.demand import DesiredReplicas, desired_replicas
 from services.router.flight import Flight, Leg
 from services.router.legs import begin_leg, decode_views, end_leg, need_of, post_start, prefill_views
@@ -30,6 +33,11 @@ class Placing:
         self._legs: dict[str, Leg] = {}
         self._line = WaitingLine()
         self._is_pump_due = False
+        self._shut_since_s: float | None = None  # since when a pool has had no open replica while somebody waits
+        limits = config.gateway
+        self.breakers = Breakers(
+            BreakerLimits(num_failures=limits.breaker_failures, open_s=limits.breaker_open_s, max_open_s=limits.max_breaker_open_s)
+        )
 
     @property
     def num_waiting(self) -> int:
@@ -57,6 +65,7 @@ class Placing:
         decision = decide(
             need_of(pending, self._config),
             *self._views(),
+            barred=self.breakers.open_keys(time.monotonic()),
             num_waiting=len(self._line),
             max_waiting=self._config.gateway.max_queued_requests,
         )
@@ -64,6 +73,8 @@ class Placing:
 
     def begin(self, pending: PendingLeg, route: Route) -> None:
         leg = begin_leg(pending, route, self._pools.links)
+        for key in ((route.prefill,), (route.decode,), (route.prefill, route.decode)):
+            self.breakers.tried(key, time.monotonic())
         self._legs[leg.wire_id] = leg
         milestones = pending.flight.milestones
         milestones.reason = route.reason
@@ -110,11 +121,13 @@ class Placing:
         self._is_pump_due = False
         while (head := self._line.head()) is not None:
             prefills, decodes = self._views()
-            if not any(view.is_open for view in decodes):
-                head.flight.fail(head.without_decode())
+            if self._is_shut(prefills, decodes):
+                if self._waits_for_a_replica():
+                    return
+                head.flight.fail(head.without_replica("decode" if _has_open(prefills) else "prefill"))
                 continue
             need = need_of(head, self._config)
-            route = pick_route(prefills, decodes, need, head.avoid)
+            route = pick_route(prefills, decodes, need, head.avoid, self.breakers.open_keys(time.monotonic()))
             if route is None:
                 limit = never_fits(need, prefills, decodes) if prefills else None
                 if limit is None:
@@ -125,5 +138,24 @@ class Placing:
             self.begin(head, route)
         self._metrics.queued_requests.set(len(self._line))
 
+    def _is_shut(self, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView]) -> bool:
+        if _has_open(prefills) and _has_open(decodes):
+            self._shut_since_s = None
+            return False
+        self._shut_since_s = self._shut_since_s or time.monotonic()
+        return True
+
+    def _waits_for_a_replica(self) -> bool:
+        """Whether those in line are kept for one more start of a replica; then it is looked again when that time is over."""
+        assert self._shut_since_s is not None
+        left_s = self._shut_since_s + self._config.gateway.failover_wait_s - time.monotonic()
+        if left_s > 0:
+            asyncio.get_running_loop().call_later(left_s, self.pump_soon)
+        return left_s > 0
+
     def _views(self) -> tuple[list[PrefillView], list[DecodeView]]:
         return prefill_views(self._pools.prefills(), self._config), decode_views(self._pools.decodes(), self._config)
+
+
+def _has_open(views: Sequence[PrefillView] | Sequence[DecodeView]) -> bool:
+    return any(view.is_open for view in views)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,28 +94,47 @@ def _room_tokens(view: PrefillView, need: Need) -> int:
 
 
 def pick_route(
-    prefills: Sequence[PrefillView], decodes: Sequence[DecodeView], need: Need, avoid: frozenset[str] = frozenset()
+    prefills: Sequence[PrefillView],
+    decodes: Sequence[DecodeView],
+    need: Need,
+    avoid: frozenset[str] = frozenset(),
+    barred: frozenset[tuple[str, ...]] = frozenset(),
 ) -> Route | None:
     """The pair for this leg, or None where no replica of one pool has room now.
 
-    P: fewest queued tokens. D: most free blocks. Replicas in `avoid` (they just failed this request) are taken only where no other has
-    room. Ties go to the smallest key, so that the choice can be repeated.
+    P: fewest queued tokens. D: most free blocks. Replicas in `avoid` (they just failed this request), and replicas (key,) and pairs
+    (P, D) in `barred` (their breaker is open), are taken only where no other has room. Ties go to the smallest key, so that the choice can
+    be repeated.
     """
     open_prefills = [view for view in prefills if view.is_open and has_prefill_room(view, need)]
     open_decodes = [view for view in decodes if view.is_open and has_decode_room(view, need)]
     if not open_prefills or not open_decodes:
         return None
-    prefill = min(open_prefills, key=lambda view: (view.key in avoid, view.queued_tokens, view.key))
-    decode = min(open_decodes, key=lambda view: (view.key in avoid, -view.free_blocks, view.key))
-    reason = _reason(len(open_prefills), len(open_decodes), prefill.key, decode.key, avoid)
+
+    def rank(pair: tuple[PrefillView, DecodeView]) -> tuple[object, ...]:
+        prefill, decode = pair
+        num_failed = (prefill.key in avoid) + (decode.key in avoid)
+        return (_is_barred(pair, barred), num_failed, prefill.queued_tokens, prefill.key, -decode.free_blocks, decode.key)
+
+    prefill, decode = pair = min(product(open_prefills, open_decodes), key=rank)
+    reason = _reason((len(open_prefills), len(open_decodes)), pair, avoid, barred)
     return Route(prefill.key, decode.key, reason, decode_blocks(need, decode.block_tokens), _room_tokens(prefill, need))
 
 
-def _reason(num_prefills: int, num_decodes: int, prefill: str, decode: str, avoid: frozenset[str]) -> str:
-    if prefill in avoid or decode in avoid:
+def _is_barred(pair: tuple[PrefillView, DecodeView], barred: frozenset[tuple[str, ...]]) -> bool:
+    prefill, decode = pair[0].key, pair[1].key
+    return (prefill,) in barred or (decode,) in barred or (prefill, decode) in barred
+
+
+def _reason(
+    num_open: tuple[int, int], pair: tuple[PrefillView, DecodeView], avoid: frozenset[str], barred: frozenset[tuple[str, ...]]
+) -> str:
+    if _is_barred(pair, barred):
+        return "only_barred_left"
+    if pair[0].key in avoid or pair[1].key in avoid:
         return "only_failed_left"
     if avoid:
         return "avoid_failed"
-    if num_prefills == 1 and num_decodes == 1:
-        return "only_pair"
-    return "least_loaded"
+    if barred:
+        return "avoid_barred"
+    return "only_pair" if num_open == (1, 1) else "least_loaded"

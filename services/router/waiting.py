@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from duomo.errors import PeerError
 from services.router.flight import Choice, Flight
@@ -25,12 +26,12 @@ class PendingLeg:
     since_s: float = field(default_factory=time.monotonic)
     cause: str = ""
 
-    def without_decode(self) -> PeerError:
-        """What its client is told where no decode replica is left: whether one served it, or prefill saw its end before the gateway did."""
+    def without_replica(self, pool: Literal["prefill", "decode"]) -> PeerError:
+        """What its client is told where a pool has had no replica for too long: whether it had been served, or never was."""
         if self.cause:
-            detail = f"The decode replica that served this request is gone ({self.cause})."
-            return PeerError(detail, code="replica_lost", phase="decode.stream")
-        return PeerError("No decode replica is connected.", code="no_decode_replica", phase="route")
+            detail = f"A replica that served this request is gone ({self.cause}), and no {pool} replica has come in its place."
+            return PeerError(detail, code="replica_lost", phase="route")
+        return PeerError(f"No {pool} replica is connected.", code=f"no_{pool}_replica", phase="route")
 
 
 class WaitingLine:

@@ -44,7 +44,10 @@ Fault = Literal["die", "fail", "fail_for_good", "no_grant", "draining", "preempt
 
 @dataclass
 class Script:
-    """What goes wrong: faults are used up in order, one for each leg that starts. decode faults strike after `at` tokens of the leg."""
+    """What goes wrong: faults are used up in order, one for each leg that starts. decode faults strike after `at` tokens of the leg.
+
+    failing: replicas that fail every leg, in failing_phase.
+    """
 
     prefill_faults: deque[Fault | None] = field(default_factory=deque)
     decode_faults: deque[tuple[Fault | None, int]] = field(default_factory=deque)
@@ -55,6 +58,8 @@ class Script:
     prefill_finishes: bool = True
     cached_tokens: int = 0
     eos_at: int | None = None
+    failing: set[str] = field(default_factory=set)
+    failing_phase: str = "prefill.compute"
     choice_logprobs: tuple[float, ...] = ()  # of every token of each choice; else -0.5
 
 
@@ -217,6 +222,9 @@ class StubReplica:
         if fault == "hold":
             await asyncio.Event().wait()
         await asyncio.sleep(script.prefill_s)
+        if self.replica_id in script.failing:
+            connection.post(_failed(start, "fail", script.failing_phase))
+            return
         if fault == "die":
             self._tasks.add(asyncio.create_task(self.die()))
             return
@@ -235,6 +243,9 @@ class StubReplica:
         script = self.pools.script
         fault, at = script.decode_faults.popleft() if script.decode_faults else (None, 0)
         choices = (start.choice,) if isinstance(start, Resume) else start.choices
+        if self.replica_id in script.failing:
+            connection.post(_failed(start, "fail", script.failing_phase))
+            return
         first = len(start.emitted_ids) + 1 if isinstance(start, Resume) else 1
         await self.pools.kv(start.request_id, start.attempt).wait()
         with self._holding(start, len(choices)):

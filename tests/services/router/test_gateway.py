@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import deque
 from pathlib import Path
 
-import httpx
 import pytest
 
 from duomo.telemetry.span_file import read_spans
 from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
+from tests.services.router.stub_chat import CHAT, chat, streamed, texts
 from tests.services.router.stub_replicas import Fault, Script
-from tests.services.router.stub_system import StubSystem, stub_system
-
-CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
-
-
-async def _chat(system: StubSystem, **fields: object) -> httpx.Response:
-    return await system.client.post("/v1/chat/completions", json=CHAT | fields)
-
-
-def _texts(answer: httpx.Response) -> list[str]:
-    assert answer.status_code == 200, answer.text
-    return [choice["message"]["content"] for choice in answer.json()["choices"]]
-
-
-def _streamed(answer: httpx.Response) -> tuple[str, dict | None]:
-    """(text, error in the stream)."""
-    text, error = "", None
-    for line in answer.text.split("\n\n"):
-        if line.startswith("data: {"):
-            event = json.loads(line.removeprefix("data: "))
-            error = event.get("error", error)
-            text += "".join(choice["delta"].get("content", "") for choice in event.get("choices", []))
-    assert answer.text.endswith("data: [DONE]\n\n")
-    return text, error
+from tests.services.router.stub_system import stub_system
 
 
 def test_repeated_and_reordered_frames_reach_the_client_once_and_in_order(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(duplicates_frames=True, reorders_frames=True)) as system:
-            answers = await asyncio.gather(*(_chat(system, n=3, max_tokens=33 + number) for number in range(5)))
+            answers = await asyncio.gather(*(chat(system, n=3, max_tokens=33 + number) for number in range(5)))
             for number, answer in enumerate(answers):
-                assert _texts(answer) == [system.story.text(choice, 33 + number) for choice in range(3)]
+                assert texts(answer) == [system.story.text(choice, 33 + number) for choice in range(3)]
                 assert answer.json()["usage"]["completion_tokens"] == 3 * (33 + number)
             assert system.gateway.dropped_tokens["repeated"] > 0 and system.gateway.dropped_tokens["early"] > 0
             assert system.gateway.dropped_tokens["contradicted"] == 0
@@ -57,7 +33,7 @@ def test_priority_reaches_both_pools_on_every_attempt(tmp_path: Path) -> None:
     async def scenario() -> None:
         script = Script(decode_faults=deque([("preempt", 6)]))
         async with stub_system(tmp_path, script) as system:
-            assert _texts(await _chat(system, priority=-7)) == [system.story.text(0, 24)]
+            assert texts(await chat(system, priority=-7)) == [system.story.text(0, 24)]
             prefill, decode = system.pools.of_role("prefill")[0], system.pools.of_role("decode")[0]
             starts = [*prefill.of_type(StartPrefill), *decode.of_type(StartDecode), *decode.of_type(Resume)]
             assert [start.priority for start in starts] == [7] * 4, "the wire's higher number goes first"
@@ -70,7 +46,7 @@ def test_a_failure_of_p_before_the_first_token_is_retried_on_another(tmp_path: P
     async def scenario() -> None:
         script = Script(prefill_faults=deque([fault]))
         async with stub_system(tmp_path, script, num_prefills=2, num_decodes=2) as system:
-            assert _texts(await _chat(system)) == [system.story.text(0, 24)]
+            assert texts(await chat(system)) == [system.story.text(0, 24)]
             starts = [start for prefill in system.pools.of_role("prefill") for start in prefill.of_type(StartPrefill)]
             assert sorted(start.attempt for start in starts) == [0, 1]
             if fault == "no_grant":
@@ -87,12 +63,12 @@ def test_a_failure_of_p_before_the_first_token_is_retried_on_another(tmp_path: P
 def test_the_only_p_dies_and_its_request_waits_for_the_next_one(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(prefill_faults=deque(["die"]))) as system:
-            asked = asyncio.create_task(_chat(system))
+            asked = asyncio.create_task(chat(system))
             await system.until(lambda: not system.gateway.pools.prefills())
             await asyncio.sleep(0.1)
             assert not asked.done()
             await system.pools.add("prefill", system.directory)
-            assert _texts(await asked) == [system.story.text(0, 24)]
+            assert texts(await asked) == [system.story.text(0, 24)]
 
     asyncio.run(scenario())
 
@@ -101,10 +77,10 @@ def test_retries_are_bounded_and_what_cannot_be_retried_is_not(tmp_path: Path) -
     async def scenario() -> None:
         script = Script(prefill_faults=deque(["fail"] * 3 + ["fail_for_good"]))
         async with stub_system(tmp_path, script, overrides={"gateway": {"max_prefill_retries": 2}}) as system:
-            bounded = await _chat(system)
+            bounded = await chat(system)
             assert (bounded.status_code, bounded.json()["error"]["code"]) == (503, "engine_failed")
             assert bounded.headers["retry-after"] == "1"
-            final = await _chat(system, stream=True)
+            final = await chat(system, stream=True)
             assert (final.status_code, final.json()["error"]["code"]) == (500, "engine_failed"), "before the first token it is a status"
             assert len(system.pools.of_role("prefill")[0].of_type(StartPrefill)) == 4
 
@@ -116,8 +92,8 @@ def test_after_the_first_token_a_choice_is_resumed_where_it_was(tmp_path: Path, 
     async def scenario() -> None:
         script = Script(decode_faults=deque([(fault, 5), (fault, 3)]))
         async with stub_system(tmp_path, script) as system:
-            answer = await _chat(system, stream=True)
-            assert _streamed(answer) == (system.story.text(0, 24), None)
+            answer = await chat(system, stream=True)
+            assert streamed(answer) == (system.story.text(0, 24), None)
             resumes = system.pools.of_role("decode")[0].of_type(Resume)
             prefills = system.pools.of_role("prefill")[0].of_type(StartPrefill)
             assert [len(resume.emitted_ids) for resume in resumes] == [6, 10] == [len(start.emitted_ids) for start in prefills[1:]]
@@ -131,7 +107,7 @@ def test_one_of_several_choices_is_preempted_and_the_others_go_on(tmp_path: Path
     async def scenario() -> None:
         script = Script(decode_faults=deque([("preempt", 4)]), step_s=0.002)
         async with stub_system(tmp_path, script) as system:
-            assert _texts(await _chat(system, n=3)) == [system.story.text(choice, 24) for choice in range(3)]
+            assert texts(await chat(system, n=3)) == [system.story.text(choice, 24) for choice in range(3)]
             resumes = system.pools.of_role("decode")[0].of_type(Resume)
             start = system.pools.of_role("decode")[0].of_type(StartDecode)[0]
             assert [resume.choice for resume in resumes] == [0] and resumes[0].request_id != start.request_id
@@ -142,7 +118,7 @@ def test_one_of_several_choices_is_preempted_and_the_others_go_on(tmp_path: Path
 def test_a_failed_leg_of_several_choices_resumes_each(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(decode_faults=deque([("fail", 4)]))) as system:
-            assert _texts(await _chat(system, n=3)) == [system.story.text(choice, 24) for choice in range(3)]
+            assert texts(await chat(system, n=3)) == [system.story.text(choice, 24) for choice in range(3)]
             assert sorted(resume.choice for resume in system.pools.of_role("decode")[0].of_type(Resume)) == [0, 1, 2]
 
     asyncio.run(scenario())
@@ -150,8 +126,9 @@ def test_a_failed_leg_of_several_choices_resumes_each(tmp_path: Path) -> None:
 
 def test_resumes_are_bounded(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, Script(decode_faults=deque([("preempt", 2)] * 3))) as system:
-            text, error = _streamed(await _chat(system, stream=True))
+        script = Script(decode_faults=deque([("preempt", 2)] * 3))
+        async with stub_system(tmp_path, script, overrides={"gateway": {"max_resumes": 2}}) as system:
+            text, error = streamed(await chat(system, stream=True))
             assert error is not None and error["code"] == "preempted" and system.story.text(0, 24).startswith(text)
 
     asyncio.run(scenario())
@@ -161,12 +138,12 @@ def test_p_dies_after_the_first_token_before_d_has_the_prompt(tmp_path: Path) ->
     async def scenario() -> None:
         script = Script(prefill_finishes=False, decode_faults=deque([("hold", 0)]))
         async with stub_system(tmp_path, script, num_prefills=2) as system:
-            asked = asyncio.create_task(_chat(system))
+            asked = asyncio.create_task(chat(system))
             await system.until(lambda: any(link.legs and not link.queued_tokens for link in system.gateway.pools.prefills()))
             script.prefill_finishes = True
             (used,) = [prefill for prefill in system.pools.of_role("prefill") if prefill.of_type(StartPrefill)]
             await used.die()
-            assert _texts(await asked) == [system.story.text(0, 24)]
+            assert texts(await asked) == [system.story.text(0, 24)]
             assert len(system.pools.of_role("decode")[0].of_type(Resume)) == 1
 
     asyncio.run(scenario())
@@ -176,26 +153,11 @@ def test_p_dies_once_d_emits_and_nobody_cares(tmp_path: Path) -> None:
     async def scenario() -> None:
         script = Script(prefill_finishes=False, step_s=0.01)
         async with stub_system(tmp_path, script) as system:
-            asked = asyncio.create_task(_chat(system))
+            asked = asyncio.create_task(chat(system))
             await system.until(lambda: any(leg.has_landed for link in system.gateway.pools.decodes() for leg in link.legs))
             await system.pools.of_role("prefill")[0].die()
-            assert _texts(await asked) == [system.story.text(0, 24)]
+            assert texts(await asked) == [system.story.text(0, 24)]
             assert not system.pools.of_role("decode")[0].of_type(Resume)
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.parametrize("at", [0, 10])
-def test_the_death_of_d_is_a_typed_error(tmp_path: Path, at: int) -> None:
-    async def scenario() -> None:
-        script = Script(decode_faults=deque([("die", at)] * 2))
-        async with stub_system(tmp_path, script, num_decodes=2) as system:
-            whole = await _chat(system)
-            assert (whole.status_code, whole.json()["error"]["code"]) == (503, "replica_lost")
-            text, error = _streamed(await _chat(system, stream=True))
-            assert error is not None and error["code"] == "replica_lost" and text == system.story.text(0, at + 1)
-            refused = await _chat(system)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_decode_replica")
 
     asyncio.run(scenario())
 
@@ -204,8 +166,8 @@ def test_64_requests_wait_in_order_for_a_pool_sized_for_16(tmp_path: Path) -> No
     async def scenario() -> None:
         script = Script(step_s=0.001)
         async with stub_system(tmp_path, script, num_blocks=16 * 3 + 8, overrides={"decode": {"watermark_blocks": 8}}) as system:
-            answers = await asyncio.gather(*(_chat(system) for _ in range(64)))
-            assert all(_texts(answer) == [system.story.text(0, 24)] for answer in answers)
+            answers = await asyncio.gather(*(chat(system) for _ in range(64)))
+            assert all(texts(answer) == [system.story.text(0, 24)] for answer in answers)
             assert 8 <= system.pools.of_role("decode")[0].max_running <= 16
             assert b'duomo_route_reasons_total{reason="only_pair"} 64.0' in system.gateway.metrics.render()
 
@@ -216,12 +178,12 @@ def test_the_line_is_bounded_and_what_never_fits_is_a_400(tmp_path: Path) -> Non
     async def scenario() -> None:
         overrides = {"gateway": {"max_queued_requests": 3}, "decode": {"watermark_blocks": 0}}
         async with stub_system(tmp_path, Script(step_s=0.01), num_blocks=4, overrides=overrides) as system:
-            answers = await asyncio.gather(*(_chat(system) for _ in range(8)))
+            answers = await asyncio.gather(*(chat(system) for _ in range(8)))
             codes = sorted(answer.status_code for answer in answers)
             assert codes == [200] * 4 + [429] * 4
             full = next(answer for answer in answers if answer.status_code == 429)
             assert full.headers["retry-after"] == "1" and full.json()["error"]["code"] == "queue_full"
-            huge = await _chat(system, max_tokens=500)
+            huge = await chat(system, max_tokens=500)
             assert huge.status_code == 400 and "64 tokens" in huge.json()["error"]["message"], huge.text
 
     asyncio.run(scenario())
@@ -230,13 +192,13 @@ def test_the_line_is_bounded_and_what_never_fits_is_a_400(tmp_path: Path) -> Non
 def test_leaving_while_waiting_frees_the_place_in_the_line(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(step_s=0.02), num_blocks=4, overrides={"decode": {"watermark_blocks": 0}}) as system:
-            running = asyncio.create_task(_chat(system))
+            running = asyncio.create_task(chat(system))
             await system.until(lambda: system.gateway.num_live_legs == 1)
-            leaving, staying = asyncio.create_task(_chat(system)), asyncio.create_task(_chat(system))
+            leaving, staying = asyncio.create_task(chat(system)), asyncio.create_task(chat(system))
             await system.until(lambda: system.gateway.num_waiting == 2)
             leaving.cancel()
             await system.until(lambda: system.gateway.num_waiting == 1)
-            assert _texts(await running) == _texts(await staying) == [system.story.text(0, 24)]
+            assert texts(await running) == texts(await staying) == [system.story.text(0, 24)]
 
     asyncio.run(scenario())
 
@@ -246,8 +208,8 @@ def test_the_deadline_ends_a_request_with_a_typed_error(tmp_path: Path) -> None:
         script = Script(prefill_faults=deque(["hold"]), decode_faults=deque([(None, 0), ("hold", 3)]))
         async with stub_system(tmp_path, script, overrides={"gateway": {"request_deadline_s": 0.3}}) as system:
             started_s = time.monotonic()
-            late = await _chat(system)
-            assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+            late = await chat(system)
+            assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
             assert 0.25 < time.monotonic() - started_s < 2.0
             prefill, decode = system.pools.of_role("prefill")[0], system.pools.of_role("decode")[0]
             await system.until(lambda: bool(prefill.of_type(Cancel)) and bool(decode.of_type(Cancel)))
@@ -263,11 +225,11 @@ def test_a_replica_that_redis_forgot_stays_and_a_draining_one_gets_nothing_new(t
             first.is_draining = True
             await system.until(lambda: sum(link.is_usable for link in system.gateway.pools.decodes()) == 1)
             for _ in range(3):
-                assert (await _chat(system)).status_code == 200
+                assert (await chat(system)).status_code == 200
             assert not first.of_type(StartDecode) and len(second.of_type(StartDecode)) == 3
             system.redis.stop()
             await system.until(lambda: not system.gateway.pools.is_directory_reachable)
-            assert (await _chat(system)).status_code == 200, "an outage of Redis is nothing to clients"
+            assert (await chat(system)).status_code == 200, "an outage of Redis is nothing to clients"
             assert len(system.gateway.pools.links) == 3
             system.redis.start()
 
@@ -278,8 +240,8 @@ def test_a_drain_refused_before_its_report_sends_the_request_elsewhere(tmp_path:
     async def scenario() -> None:
         script = Script(prefill_faults=deque(["draining"]))
         async with stub_system(tmp_path, script, num_prefills=2, overrides={"gateway": {"max_prefill_retries": 0}}) as system:
-            answers = [await _chat(system) for _ in range(3)]
-            assert all(_texts(answer) == [system.story.text(0, 24)] for answer in answers)
+            answers = [await chat(system) for _ in range(3)]
+            assert all(texts(answer) == [system.story.text(0, 24)] for answer in answers)
             counts = sorted(len(prefill.of_type(StartPrefill)) for prefill in system.pools.of_role("prefill"))
             assert counts == [1, 3], "who drains is asked once, and that costs no retry"
 
@@ -289,8 +251,8 @@ def test_a_drain_refused_before_its_report_sends_the_request_elsewhere(tmp_path:
 def test_requests_spread_over_both_pools(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(prefill_s=0.02, step_s=0.002), num_prefills=2, num_decodes=2) as system:
-            answers = await asyncio.gather(*(_chat(system, stream=True) for _ in range(16)))
-            assert all(_streamed(answer) == (system.story.text(0, 24), None) for answer in answers)
+            answers = await asyncio.gather(*(chat(system, stream=True) for _ in range(16)))
+            assert all(streamed(answer) == (system.story.text(0, 24), None) for answer in answers)
             for replica in system.pools.replicas:
                 assert len(replica.of_type(StartPrefill)) + len(replica.of_type(StartDecode)) == 8
 
@@ -305,7 +267,7 @@ def test_a_request_leaves_one_trace_whose_parts_add_up(tmp_path: Path) -> None:
             parent = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
             answer = await system.client.post("/v1/chat/completions", json=CHAT | {"stream": True}, headers={"traceparent": parent})
             assert answer.status_code == 200
-            await _chat(system, model="nope")
+            await chat(system, model="nope")
             await system.until(lambda: len(read_spans(spans)) == 4)
             ours = {span.name: span for span in read_spans(spans) if span.trace_id == "a" * 32}
             root = ours["gateway.request"]
@@ -323,10 +285,10 @@ def test_a_request_leaves_one_trace_whose_parts_add_up(tmp_path: Path) -> None:
 def test_stopping_ends_every_request_with_a_typed_error(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(prefill_faults=deque(["hold"]))) as system:
-            asked = asyncio.create_task(_chat(system))
+            asked = asyncio.create_task(chat(system))
             await system.until(lambda: system.gateway.num_live_legs == 1)
             await system.gateway.drain(0.05)
-            refused = await _chat(system)
+            refused = await chat(system)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
             await system.gateway.stop()
             assert (await asked).json()["error"]["code"] == "shutting_down"

@@ -47,8 +47,9 @@ def test_thousands_leave_in_linear_time() -> None:
     assert len(line) == 0 and line.head() is None and time.monotonic() - started_s < 1.0
 
 
-def test_where_no_decode_replica_is_left_the_client_is_told_whether_one_had_served_it() -> None:
+def test_where_no_replica_is_left_the_client_is_told_whether_one_had_served_it() -> None:
     """Whoever sees the end of D first, prefill or the gateway, the answer is the same."""
-    assert _pending(Waiter()).without_decode().code == "no_decode_replica"
+    assert [_pending(Waiter()).without_replica(pool).code for pool in ("prefill", "decode")] == ["no_prefill_replica", "no_decode_replica"]
     again = PendingLeg(flight=Waiter(), choices=(), is_resume=False, cause="decode replica d0 is gone")
-    assert again.without_decode().code == "replica_lost" and "decode replica d0 is gone" in again.without_decode().detail
+    lost = again.without_replica("decode")
+    assert lost.code == "replica_lost" and "decode replica d0 is gone" in lost.detail

@@ -1,0 +1,118 @@
+"""Replicas that die or keep failing under a request: what its client sees, and who is asked next. Owns no other fault (test_gateway.py)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from duomo.wire.messages import Resume, StartDecode, StartPrefill
+from tests.services.router.stub_chat import chat, streamed, texts
+from tests.services.router.stub_replicas import Script
+from tests.services.router.stub_system import stub_system
+
+
+@pytest.mark.parametrize(("at", "stream"), [(0, False), (0, True), (10, False), (10, True)])
+def test_a_stream_survives_its_decode_replicas(tmp_path: Path, at: int, stream: bool) -> None:
+    async def scenario() -> None:
+        script = Script(decode_faults=deque([("die", at)] * 2))
+        async with stub_system(tmp_path, script, num_decodes=3) as system:
+            answer = await chat(system, stream=stream)
+            text, error = streamed(answer) if stream else (texts(answer)[0], None)
+            assert error is None and text == system.story.text(0, 24)
+            resumes = [message for decode in system.pools.of_role("decode") for message in decode.of_type(Resume)]
+            assert sorted(len(message.emitted_ids) for message in resumes) == [at + 1, 2 * at + 2]
+            assert b'duomo_resumes_total{cause="decode_lost"} 2.0' in system.gateway.metrics.render()
+
+    asyncio.run(scenario())
+
+
+def test_every_choice_survives_its_decode_replica(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(decode_faults=deque([("die", 7)])), num_decodes=2) as system:
+            assert texts(await chat(system, n=3)) == [system.story.text(choice, 24) for choice in range(3)]
+            resumes = [message for decode in system.pools.of_role("decode") for message in decode.of_type(Resume)]
+            assert sorted(message.choice for message in resumes) == [0, 1, 2]
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_replicas_keep_dying_under_is_not_given_to_all(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script(decode_faults=deque([("die", 2)] * 3))
+        overrides = {"gateway": {"max_lost_replicas": 2}}
+        async with stub_system(tmp_path, script, num_decodes=4, overrides=overrides) as system:
+            text, error = streamed(await chat(system, stream=True))
+            assert error is not None and error["code"] == "replica_lost" and "3 replicas died" in error["message"]
+            assert text == system.story.text(0, 9)
+            assert len(system.gateway.pools.decodes()) == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_waits_for_the_replica_that_comes_in_place_of_the_last(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(decode_faults=deque([("die", 5)]))) as system:
+            asked = asyncio.create_task(chat(system))
+            await system.until(lambda: not system.gateway.pools.decodes())
+            refused = await chat(system)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_decode_replica")
+            assert system.gateway.num_waiting == 1
+            await system.pools.add("decode", system.directory)
+            assert texts(await asked) == [system.story.text(0, 24)]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("role", "code"), [("decode", "replica_lost"), ("prefill", "replica_lost")])
+def test_nobody_waits_for_ever_for_a_pool_without_replicas(tmp_path: Path, role: str, code: str) -> None:
+    async def scenario() -> None:
+        is_decode = role == "decode"
+        script = Script(decode_faults=deque([("die", 5)])) if is_decode else Script(prefill_faults=deque(["die"]))
+        async with stub_system(tmp_path, script, overrides={"gateway": {"failover_wait_s": 0.2}}) as system:
+            answer = await chat(system)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (503, code) and f"no {role} replica has come" in error["message"]
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_keeps_failing_is_left_alone_while_there_is_another(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script()
+        async with stub_system(tmp_path, script, num_prefills=2, overrides={"gateway": {"breaker_failures": 2}}) as system:
+            failing = min(system.pools.of_role("prefill"), key=lambda prefill: prefill.boot_id)  # the first of equals
+            script.failing.add(failing.replica_id)
+            for _ in range(24):
+                assert texts(await chat(system)) == [system.story.text(0, 24)]
+            assert len(failing.of_type(StartPrefill)) == 2
+            rendered = system.gateway.metrics.render()
+            assert b'duomo_breakers_opened_total{kind="leg"} 1.0' in rendered and b'reason="avoid_barred"' in rendered
+
+    asyncio.run(scenario())
+
+
+def test_a_pair_whose_handoffs_fail_is_left_alone_and_both_replicas_are_not(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script(failing_phase="kv.handoff")
+        async with stub_system(tmp_path, script, num_decodes=2, overrides={"gateway": {"breaker_failures": 2}}) as system:
+            failing = min(system.pools.of_role("decode"), key=lambda decode: decode.boot_id)
+            script.failing.add(failing.replica_id)
+            for _ in range(24):
+                assert texts(await chat(system)) == [system.story.text(0, 24)]
+            assert len(failing.of_type(StartDecode)) == 2
+            assert b'duomo_breakers_opened_total{kind="pair"} 1.0' in system.gateway.metrics.render()
+
+    asyncio.run(scenario())
+
+
+def test_the_only_replica_is_taken_whatever_its_breaker_says(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script(prefill_faults=deque(["fail"] * 3))
+        async with stub_system(tmp_path, script, overrides={"gateway": {"breaker_failures": 1}}) as system:
+            assert texts(await chat(system)) == [system.story.text(0, 24)]
+            assert b'duomo_route_reasons_total{reason="only_barred_left"}' in system.gateway.metrics.render()
+
+    asyncio.run(scenario())
