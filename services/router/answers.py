@@ -81,7 +81,10 @@ _CLIENTS_FAULTS: Final = (RequestError.default_code, BAD_CONSTRAINT, UNSUPPORTED
 
 
 def error_status(error: DuomoError) -> int:
-    """The HTTP status of a fault: the client's own 4xx, 429/503 without room, 504 at the deadline, else 5xx by whether a retry helps."""
+    """The HTTP status of a fault: the client's own 4xx, 429/503 without room, 408 at the deadline, else 5xx by whether a retry helps.
+
+    408 and not 504: the client or the operator set the time, and no upstream is at fault (Envoy and Portkey answer a request's own time so).
+    """
     if isinstance(error, RequestError):
         return error.status
     if error.code in _CLIENTS_FAULTS:
@@ -89,7 +92,7 @@ def error_status(error: DuomoError) -> int:
     if isinstance(error, CapacityError):
         return 429 if error.code == "queue_full" else 503
     if isinstance(error, DeadlineError) or error.code == DeadlineError.default_code:
-        return 504
+        return 408
     if isinstance(error, RequestCancelled):
         return 499
     return 503 if error.retryable else 500
@@ -111,7 +114,7 @@ def error_event(error: DuomoError) -> bytes:
 
 
 def _error_type(status: int) -> str:
-    known = {429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
+    known = {408: "timeout_error", 429: "rate_limit_error", 503: "service_unavailable_error"}
     return known.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 

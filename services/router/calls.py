@@ -9,10 +9,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,6 +22,7 @@ from duomo.wire.values import Sampling
 from services.router.answers import AnswerHead, AnswerShape
 from services.router.cache_salt import cache_salt
 from services.router.common_fields import CommonFields
+from services.router.deadlines import TIMEOUT_HEADER, allowed_s, asked_timeout_s
 from services.router.flight import Flight
 from services.router.gateway import Gateway
 from services.router.generation import GenerationRequest
@@ -35,23 +37,26 @@ _NO_SAMPLING: Final = Sampling(max_tokens=1)
 class Call:
     """One HTTP call that generates: its id and flights. endpoint: OpenTelemetry's operation, "chat" or "text_completion".
 
-    headers: traceparent, authorization and x-api-key (where Anthropic's clients put their key) are read.
+    headers: traceparent, x-request-timeout, authorization and x-api-key (where Anthropic's clients put their key) are read.
     """
 
-    def __init__(self, gateway: Gateway, answer_id: str, endpoint: str, received_s: float, headers: Mapping[str, str]) -> None:
+    def __init__(self, gateway: Gateway, answer_id: str, endpoint: str, received_s: float, headers: Headers) -> None:
         self._gateway = gateway
         self._section = gateway.config.gateway
         self._answer_id = answer_id
         self._endpoint = endpoint
         self._received_s = received_s
         self._tokenized_s = received_s
+        self._asked_timeouts = headers.getlist(TIMEOUT_HEADER)
+        self._deadline_s = received_s + self._section.request_deadline_s
         self._traceparent = headers.get("traceparent", "")
         self._cache_salt = cache_salt(headers.get("authorization") or headers.get("x-api-key", ""))
         self._flights: list[Flight] = []
         self._watcher: asyncio.Task[None] | None = None
 
     def template(self, common: CommonFields) -> GenerationRequest:
-        """What all generation requests of this call share."""
+        """What all generation requests of this call share. Raises RequestError for a timeout that is none."""
+        self._deadline_s = self._received_s + allowed_s(asked_timeout_s(self._asked_timeouts), self._section.request_deadline_s)
         return GenerationRequest(
             request_id=self._answer_id,
             prompt_ids=(),
@@ -59,7 +64,7 @@ class Call:
             num_choices=common.answer.num_choices,
             stop=common.stop,
             received_s=self._received_s,
-            deadline_s=self._received_s + self._section.request_deadline_s,
+            deadline_s=self._deadline_s,
             traceparent=self._traceparent,
             cache_salt=self._cache_salt,
             endpoint=self._endpoint,
@@ -133,8 +138,11 @@ class Call:
                 self._close(sink)
 
     def _headers(self) -> dict[str, str]:
-        """The answer's id where OpenAI's and where Anthropic's clients look for it."""
-        return {"x-request-id": self._answer_id, "request-id": self._answer_id}
+        """The answer's id where OpenAI's and where Anthropic's clients look for it; to whom asked for a time, what it was given."""
+        headers = {"x-request-id": self._answer_id, "request-id": self._answer_id}
+        if self._asked_timeouts:
+            headers[TIMEOUT_HEADER] = f"{self._deadline_s - self._received_s:g}"
+        return headers
 
     def _submit(self, request: Request, requests: list[GenerationRequest], sink: WholeSink | StreamSink) -> None:
         tokenize_s = self._tokenized_s - self._received_s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Final
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -13,6 +14,9 @@ from starlette.responses import Response
 from duomo.errors import CapacityError, DuomoError, RequestError
 from services.router.answers import error_body, error_status
 from services.router.message_answers import message_error
+
+# By OpenAI's and Anthropic's, besides 429 and every 5xx, unless x-should-retry says otherwise.
+_RETRIED_BY_CLIENTS: Final = (408, 409)
 
 log = logging.getLogger(__name__)
 
@@ -24,15 +28,22 @@ def answer_refusals(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _answer_bug)
 
 
-async def _answer_fault(request: Request, error: Exception) -> Response:
-    assert isinstance(error, DuomoError)
-    headers = {}
+def refusal_of(request: Request, error: DuomoError) -> Response:
+    """The answer to what failed before the first byte. Clients retry some statuses by themselves: one that will fail again says so."""
+    status, headers = error_status(error), {}
     if isinstance(error, CapacityError):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     elif error.retryable:
         headers["retry-after"] = "1"
+    elif status in _RETRIED_BY_CLIENTS or status >= 500:
+        headers["x-should-retry"] = "false"
     param = error.param if isinstance(error, RequestError) else None
-    return _refusal(request, error_status(error), (error.detail, param, error.code), headers)
+    return _refusal(request, status, (error.detail, param, error.code), headers)
+
+
+async def _answer_fault(request: Request, error: Exception) -> Response:
+    assert isinstance(error, DuomoError)
+    return refusal_of(request, error)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
