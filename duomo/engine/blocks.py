@@ -147,6 +147,10 @@ class BlockManager:
         table[index] = grown[0]
         return True
 
+    def num_known(self, hashes: Sequence[PrefixHash]) -> int:
+        """How many blocks lookup() would find. Nobody becomes their reader."""
+        return next((place for place, prefix in enumerate(hashes) if prefix not in self._block_of), len(hashes))
+
     def lookup(self, hashes: Sequence[PrefixHash]) -> list[int]:
         """The longest known run of blocks for these hashes, with one more reader each; free them like any other."""
         blocks = []

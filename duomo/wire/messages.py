@@ -3,7 +3,7 @@
 WIRE_VERSION history:
     1 to 3  gone, and with them PrefillDone.expert_counts
     4  Sampling.{constraint, logit_bias}, RingOffered.{memory, device_idx, kv_dtype}
-    5  Sampling.prompt_logprobs, PromptScored
+    5  Sampling.prompt_logprobs, PromptScored, ReplicaReport.{num_work_tokens, num_promised_blocks, tokens_per_s, step_s}
 
 Versions N and N-1 are spoken. Fields newer than version N-1 are listed in SINCE and carry a default: the codec leaves them
 out for an older peer; of Sampling only those that ask for nothing. Unknown types and unknown fields are refused (WireError). Times are
@@ -34,6 +34,10 @@ Role = Literal["gateway", "prefill", "decode", "directory"]
 
 SINCE: dict[tuple[str, str], int] = {
     ("Sampling", "prompt_logprobs"): 5,
+    ("ReplicaReport", "num_work_tokens"): 5,
+    ("ReplicaReport", "num_promised_blocks"): 5,
+    ("ReplicaReport", "tokens_per_s"): 5,
+    ("ReplicaReport", "step_s"): 5,
 }
 
 
@@ -242,6 +246,10 @@ class ReplicaReport(_Message, frozen=True, kw_only=True):
     """Ten a second: what the router's policy and the invariants read. transport: what moves KV here, "nixl/UCX" or "loopback".
 
     experts: tokens that this replica routed since its start, in a report every few seconds; None in the others.
+    num_work_tokens, of prefill: prompt tokens yet to be computed, in waves or waiting, less what its prefix cache has of them.
+    num_promised_blocks, of decode: blocks that live legs have been promised or wait for, and have not taken. Both None from the other role.
+    tokens_per_s, of prefill: prompt tokens computed in a second, in waves of the best size measured. step_s: what a decode step, or
+    prefill's smallest wave, takes. Both 0 while not known.
     """
 
     replica_id: str
@@ -267,6 +275,10 @@ class ReplicaReport(_Message, frozen=True, kw_only=True):
     pid: int = 0
     transport: str = ""
     experts: ExpertHistogram | None = None
+    num_work_tokens: int | None = None
+    num_promised_blocks: int | None = None
+    tokens_per_s: float = 0.0
+    step_s: float = 0.0
 
 
 RequestMessage = (

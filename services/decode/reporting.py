@@ -39,6 +39,7 @@ class Reporter:
         """legs: all that are alive here."""
         slots, pool = self.arrivals.counts(), self.pool
         queued = [leg for leg in legs if leg.state is not LegState.RUNNING]
+        unpromised = [leg for leg in queued if leg.state is not LegState.GRANTED]
         return ReplicaReport(
             replica_id=self.card.replica_id,
             boot_id=self.card.boot_id,
@@ -63,4 +64,6 @@ class Reporter:
             pid=os.getpid(),
             transport=self.arrivals.way,
             experts=self.experts.report(time.monotonic()),
+            num_promised_blocks=pool.open_promise_blocks() + sum(leg.num_promised(pool.limits) for leg in unpromised),
+            step_s=self.pace.step_s,
         )

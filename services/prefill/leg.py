@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from duomo.engine.prefix_digest import PrefixHash
 from duomo.engine.sampler import RowSampling, ending_ids
 from duomo.grammar.state import Grammar
 from duomo.telemetry.tracing import Span, Tracing
@@ -51,7 +52,7 @@ class Leg:
     """One attempt. Allocated by PrefillService; everything in it is freed through it.
 
     token_ids: prompt and emitted tokens. blocks: this leg's block table in the KV cache. is_in_wave: the step thread may write them.
-    grammar: of a request with a constraint, before it may join a wave.
+    grammar: of a request with a constraint, before it may join a wave. prefix_hashes: of its blocks that the prefix cache may have.
     """
 
     request: StartPrefill
@@ -69,6 +70,7 @@ class Leg:
     handoff: Handoff | None = None
     blocks: tuple[int, ...] = ()
     cached_tokens: int = 0
+    prefix_hashes: tuple[PrefixHash, ...] = ()
     compute_span: Span | None = None
     started_s: float = 0.0
     computed_s: float = 0.0

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
+from duomo.engine.blocks import prefix_hashes
 from duomo.errors import CapacityError, DeadlineError, DuomoError, PeerError, RequestError, TransferError, WireError
 from duomo.grammar.cache import Grammars
 from duomo.grammar.state import Grammar
@@ -86,6 +87,14 @@ class LegBook:
     def num_live(self) -> int:
         """Legs that hold something or owe somebody an answer."""
         return len(self._legs)
+
+    def num_work_tokens(self) -> int:
+        """Prompt tokens yet to be computed: what waves have left, and of prompts that wait what the prefix cache has not."""
+        manager = self.blocks.manager
+        waiting = self.waves.waiting.values()
+        return self.waves.num_tokens_left + sum(
+            len(leg.token_ids) - manager.num_known(leg.prefix_hashes) * manager.block_tokens for leg in waiting
+        )
 
     # messages
 
@@ -252,6 +261,10 @@ class LegBook:
             self._queue(leg)
 
     def _queue(self, leg: Leg) -> None:
+        manager = self.blocks.manager
+        if manager.has_prefix_cache:
+            usable = leg.token_ids[: (len(leg.token_ids) - 1) // manager.block_tokens * manager.block_tokens]
+            leg.prefix_hashes = tuple(prefix_hashes(usable, manager.block_tokens, leg.request.cache_salt))
         self.waves.waiting[leg.key] = leg
         leg.look(is_reachable=self.peers.is_reachable(leg.request.decode.boot_id))
         self.waves.wake()

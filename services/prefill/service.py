@@ -159,7 +159,7 @@ class PrefillService:
     def report(self) -> ReplicaReport:
         """What the router's policy and the invariants read."""
         slots = self._means.counts()
-        waiting = self._book.waves.waiting.values()
+        waiting, costs = self._book.waves.waiting.values(), self._book.waves.costs
         blocks = self._book.blocks.manager
         return ReplicaReport(
             replica_id=self.card.replica_id,
@@ -190,6 +190,9 @@ class PrefillService:
             pid=os.getpid(),
             transport=self._means.transport_name,
             experts=self._book.experts.report(time.monotonic()),
+            num_work_tokens=self._book.num_work_tokens(),
+            tokens_per_s=costs.rows_per_s(self._worker.num_groups),
+            step_s=costs.least_s(self._worker.num_groups),
         )
 
 

@@ -20,9 +20,13 @@ def work_s(num_tokens: int, limits: Limits, costs: CostCurve) -> float:
 
 def left_s(wave: WaveView, limits: Limits, costs: CostCurve) -> float:
     """What is left of a wave to begin. Seconds."""
-    num_cells = wave.num_groups * wave.num_chunks
+    return work_s(wave.num_tokens, limits, costs) * share_left(wave)
+
+
+def share_left(wave: WaveView) -> float:
+    """How much of a wave is left to begin, 0 to 1."""
     num_left = (wave.num_groups - wave.next_group) * wave.num_chunks - wave.next_chunk * (wave.num_groups if wave.has_more else 0)
-    return work_s(wave.num_tokens, limits, costs) * num_left / num_cells
+    return num_left / (wave.num_groups * wave.num_chunks)
 
 
 def target_s(prompt: PromptView, limits: Limits, costs: CostCurve) -> float:

@@ -20,6 +20,14 @@ class CostCurve:
 
     points: tuple[tuple[float, float], ...] = ()
 
+    def rows_per_s(self, num_groups: int) -> float:
+        """The most rows a second that waves of any measured size went through num_groups layer groups at; 0: nothing is known."""
+        return max((tokens / (seconds * num_groups) for tokens, seconds in self.points if seconds > 0), default=0.0)
+
+    def least_s(self, num_groups: int) -> float:
+        """What the smallest waves measured take through num_groups layer groups; 0: nothing is known."""
+        return self.points[0][1] * num_groups if self.points else 0.0
+
     def at_most_s(self, num_tokens: int) -> float | None:
         """As group_s, but below the first point no less than there: weights are read for few rows too."""
         return self.group_s(max(num_tokens, self.points[0][0])) if self.points else None

@@ -21,8 +21,9 @@ from services.prefill.leg import Leg
 from services.prefill.pending import Over, Pending
 from services.prefill.pieces import Piece, advanced, finished_groups, next_piece, num_rows
 from services.prefill.policy import Failure, NewWave, NextPiece, Plan, new_wave, plan
+from services.prefill.slack import share_left
 from services.prefill.snapshot import Key, Limits, Snapshot, WaveView
-from services.prefill.wave_costs import GroupCosts
+from services.prefill.wave_costs import CostCurve, GroupCosts
 from services.prefill.worker import Computation, WaveOutput, WaveWorker
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,15 @@ class WaveLoop:
     @property
     def num_running(self) -> int:
         return sum(not leg.is_over for wave in self._waves.values() for leg in wave.legs)
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Of live waves: tokens times the share of their layers that has not begun."""
+        return sum(round(wave.view.num_tokens * share_left(wave.view)) for wave in self._waves.values() if wave.is_wanted)
+
+    @property
+    def costs(self) -> CostCurve:
+        return self._costs.curve
 
     def wake(self) -> None:
         """Something changed: plan again soon."""

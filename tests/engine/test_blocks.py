@@ -14,6 +14,18 @@ def no_copy(src: int, dst: int) -> None:
     raise AssertionError((src, dst))
 
 
+def test_what_is_known_is_told_without_a_reader() -> None:
+    manager = BlockManager(8, 16)
+    hashes = prefix_hashes(range(48), 16, "")
+    table = manager.allocate(3)
+    assert table is not None and manager.num_known(hashes) == 0
+    manager.commit(table, hashes)
+    manager.free(table)
+    assert manager.num_known(hashes) == 3 and manager.num_known(prefix_hashes([*range(32), 99, *range(15)], 16, "")) == 2
+    assert (manager.num_held, manager.num_cached) == (0, 3) and manager.num_known(prefix_hashes(range(48), 16, "s")) == 0
+    manager.check_integrity()
+
+
 def test_allocate_all_or_nothing() -> None:
     blocks = BlockManager(5, 16)
     first = blocks.allocate(3)

@@ -176,6 +176,10 @@ EXAMPLES: tuple[Message, ...] = (
         pid=4242,
         transport="nixl/UCX",
         experts=values.ExpertHistogram(num_layers=1, num_experts=2, counts=bytes((7, *[0] * 7, *[255] * 7, 127)), int_bytes=8),
+        num_work_tokens=300,
+        num_promised_blocks=70_000,
+        tokens_per_s=2048.5,
+        step_s=0.0625,
     ),
 )
 

@@ -45,6 +45,29 @@ def test_tokens_equal_the_monolith(tmp_path: Path) -> None:
     play(go())
 
 
+def test_a_report_tells_what_is_promised_and_how_long_steps_take(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            first = rig.service.report()
+            assert (first.num_promised_blocks, first.step_s) == (0, 0.0)
+            prompt = Prompt("r", 0, ids(40), with_max(GREEDY, 24))
+            rig.gateway.start(prompt, rig.prefill)
+            await until(lambda: rig.service.report().num_queued == 1)
+            assert rig.service.report().num_promised_blocks == 4, "64 tokens that it waits for"
+            rig.prefill.announce(prompt)
+            await rig.prefill.granted(prompt)
+            report = rig.service.report()
+            assert report.num_promised_blocks == 1 and report.num_free_blocks == 96 - 3, "the prompt's are taken"
+            rig.gateway.cancel("r")
+            await until(lambda: rig.service.num_live_requests() == 0)
+            assert rig.service.report().num_promised_blocks == 0
+            await serve(rig, Prompt("s", 0, ids(20), with_max(GREEDY, 30)))
+            last = rig.service.report()
+            assert last.num_promised_blocks == 0 and 0 < last.step_s < 5
+
+    play(go())
+
+
 def test_one_frame_a_step_serves_all_streams(tmp_path: Path) -> None:
     async def go() -> None:
         async with running(configuration(tmp_path)) as rig:

@@ -278,6 +278,29 @@ def test_a_prompt_without_logits_takes_what_it_found_out_of_the_cache(tmp_path: 
     run(scenario, tmp_path)
 
 
+def test_a_report_tells_what_is_left_to_compute_and_how_fast_it_goes(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            before, prompt = parts.service.report(), ids(100)
+            assert (before.num_work_tokens, before.tokens_per_s, before.step_s) == (0, 0.0, 0.0), "nothing was measured"
+            parts.gateway.start("known", prompt, parts.decode.address)
+            await parts.gateway.finished("known")
+            after = parts.service.report()
+            assert after.num_work_tokens == 0 and after.tokens_per_s > 0 < after.step_s
+            parts.decode.is_granting = False
+            parts.gateway.start("same", prompt, parts.decode.address)
+            parts.gateway.start("other", ids(70, seed=9), parts.decode.address)
+            await until(lambda: parts.service.report().num_queued == 2, "they do not wait")
+            assert parts.service.report().num_work_tokens == 4 + 70, "6 of the 7 blocks of the first are known"
+            assert parts.service.report().num_queued_tokens == 170
+            for name in ("same", "other"):
+                parts.gateway.cancel(name)
+            await until(lambda: parts.service.num_live_requests() == 0, "they live on")
+            assert parts.service.report().num_work_tokens == 0
+
+    run(scenario, tmp_path)
+
+
 def test_a_step_that_fails_fails_its_wave_alone(tmp_path: Path) -> None:
     async def scenario(run_dir: Path) -> None:
         async with rig(run_dir) as parts:
