@@ -13,10 +13,12 @@ from typing import Literal, Self
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from duomo.api_keys import hashed
 from duomo.config_gateway import GatewaySection, Section
 from duomo.errors import ConfigError
 
 KvDtype = Literal["model", "fp8_e4m3"]
+_KEY_VARIABLE = "DUOMO_API_KEY"
 
 
 class ModelSection(Section):
@@ -319,7 +321,11 @@ def _environment() -> dict[str, object]:
         "DUOMO_SECRET": "wire.secret",
         "OTEL_EXPORTER_OTLP_ENDPOINT": "tracing.otlp_endpoint",
     }
-    return {dotted: os.environ[name] for name, dotted in names.items() if os.environ.get(name)}
+    told: dict[str, object] = {dotted: os.environ[name] for name, dotted in names.items() if os.environ.get(name)}
+    if keys := os.environ.get(_KEY_VARIABLE):  # hashed here: no configuration holds a key itself
+        named = enumerate(keys.split(","), start=1)
+        told["gateway.api_keys"] = [hashed(key.strip(), f"{_KEY_VARIABLE}.{number}", ["inference"]).line() for number, key in named]
+    return told
 
 
 def _set(raw: dict[str, object], dotted: str, value: object) -> None:

@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 EMBEDDED_MODEL = Path("models/tiny-moe")
+DEFAULT_KEYS = Path("duomo-keys")
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="YAML configuration, such as deploy/local.yaml")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="any option of the configuration; repeatable")
@@ -38,6 +39,9 @@ Deterministic = Annotated[bool, typer.Option("--deterministic", help="bytes do n
 Layout = Annotated[Literal["auto", "split", "colocated"] | None, typer.Option(help="two pools, or one process; auto: by the device")]
 MaxModelTokens = Annotated[int | None, typer.Option(help="context limit below the model's own")]
 Url = Annotated[str, typer.Option("--url", help="base address of a running gateway")]
+KeyFile = Annotated[Path, typer.Option("--file", help="the file of hashed keys (gateway.api_keys_file)")]
+keys = typer.Typer(no_args_is_help=True, help="Make, list and remove API keys: a file of hashed keys, for `duomo serve --api-key-file`.")
+app.add_typer(keys, name="keys")
 
 
 def _show_version(is_asked: bool) -> None:
@@ -73,6 +77,12 @@ def serve(
     layout: Layout = None,
     max_model_tokens: MaxModelTokens = None,
     trace_dir: Annotated[Path | None, typer.Option(help="write spans into this folder (see duomo trace)")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="hashed API keys (see duomo keys); calls need one of them")] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="PEM chain: speak TLS")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="PEM key of --ssl-certfile")] = None,
+    ssl_ca_certs: Annotated[Path | None, typer.Option(help="PEM: ask clients for certificates of these authorities")] = None,
+    admin_host: Annotated[str | None, typer.Option(help="where the admin API listens")] = None,
+    admin_port: Annotated[int | None, typer.Option(help="where the admin API listens; without it nowhere")] = None,
     run_dir: RunDir = None,
     settings: Settings = None,
 ) -> None:
@@ -84,6 +94,12 @@ def serve(
         "prefill.replicas": prefill_replicas,
         "decode.replicas": decode_replicas,
         "tracing.directory": None if trace_dir is None else str(trace_dir.absolute()),
+        "gateway.api_keys_file": api_key_file,
+        "gateway.ssl_certfile": ssl_certfile,
+        "gateway.ssl_keyfile": ssl_keyfile,
+        "gateway.ssl_ca_certs": ssl_ca_certs,
+        "gateway.admin_host": admin_host,
+        "gateway.admin_port": admin_port,
         "run_dir": None if run_dir is None else str(run_dir.absolute()),
     }
     named |= _engine_options(device, quantize, random_weights, deterministic, layout, max_model_tokens)
@@ -169,6 +185,34 @@ def scale(
     raise typer.Exit(scale_pools({"prefill": prefill, "decode": decode}, port, run_dir, wait_s))
 
 
+@keys.command("add")
+def add_key(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="whose key it is: what the audit log names")],
+    scope: Annotated[list[str] | None, typer.Option(help="inference (unnamed), metrics or admin; repeatable")] = None,
+    file: KeyFile = DEFAULT_KEYS,
+) -> None:
+    """Print a new key, once, and add its hash to the file."""
+    from services.cli_keys import add_key as add
+
+    raise typer.Exit(add(file, name, scope or ["inference"]))
+
+
+@keys.command("list")
+def list_keys(file: KeyFile = DEFAULT_KEYS) -> None:
+    """Names and scopes of the file's keys."""
+    from services.cli_keys import list_keys as show
+
+    raise typer.Exit(show(file))
+
+
+@keys.command("remove")
+def remove_key(name: Annotated[str, typer.Argument(metavar="NAME")], file: KeyFile = DEFAULT_KEYS) -> None:
+    """Take a key out of the file; a running gateway refuses it a second later."""
+    from services.cli_keys import remove_key as remove
+
+    raise typer.Exit(remove(file, name))
+
+
 @app.command()
 def doctor(
     model_dir: Annotated[Path | None, typer.Argument(metavar="MODEL_DIR", help="whose kernels and memory are looked at")] = None,
@@ -223,8 +267,8 @@ def _load(file: Path | None, named: dict[str, object], settings: list[str] | Non
         what = "holds no config.json" if path.is_dir() else "is no folder"
         raise ConfigError(f"MODEL_DIR (model.path): {path} {what}; name a Hugging Face folder, such as models/tiny-moe")
     absolute: dict[str, object] = {"model": config.model.model_copy(update={"path": path.resolve(), "name": config.model.served_name})}
-    if (template := config.gateway.chat_template) is not None:
-        absolute["gateway"] = config.gateway.model_copy(update={"chat_template": template.resolve()})
+    files = {name: value.resolve() for name, value in config.gateway if isinstance(value, Path)}  # of another process, in another folder
+    absolute["gateway"] = config.gateway.model_copy(update=files)
     return config.model_copy(update=absolute)
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -76,6 +77,7 @@ def serve(config: DuomoConfig) -> int:
 
 def _serve(config: DuomoConfig) -> int:
     check_port(config)
+    warning = check_doors(config)
     note = check_model(config)
     settled = settle(config)
     config = settled.config
@@ -84,8 +86,9 @@ def _serve(config: DuomoConfig) -> int:
     say(settled.why)
     for line in settled.memory_lines():
         say(f"memory: {line}")
-    if note:
-        say(note)
+    for told in (note, warning):
+        if told:
+            say(told)
     with contextlib.ExitStack() as ends:
         try:
             run_dir = ends.enter_context(claimed_run_dir(config))
@@ -172,7 +175,7 @@ def _announce(config: DuomoConfig, say: Callable[[str], None]) -> None:
 
 def base_url(config: DuomoConfig) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.gateway.host, config.gateway.host)
-    return f"http://{host}:{config.gateway.port}"
+    return f"{'https' if config.gateway.ssl_certfile else 'http'}://{host}:{config.gateway.port}"
 
 
 def check_port(config: DuomoConfig) -> None:
@@ -187,6 +190,19 @@ def check_port(config: DuomoConfig) -> None:
         raise ConfigError(f"--port {port} (gateway.port): this user may not listen there; name one above 1023") from error
     except OSError as error:
         raise ConfigError(f"--port {port} (gateway.port) on --host {host} cannot be used: {error.strerror}; name another one") from error
+
+
+def check_doors(config: DuomoConfig) -> str:
+    """Raise ConfigError for keys or TLS files that the gateway could not use, before anything is started.
+
+    Returns what to warn of, "" for nothing: strangers who reach it and are asked for no key.
+    """
+    from services.router.keys import Keys, open_door
+    from services.router.tls import tls_context
+
+    Keys(config.gateway)
+    tls_context(config.gateway)
+    return open_door(config.gateway)
 
 
 def check_model(config: DuomoConfig) -> str:
@@ -204,9 +220,13 @@ def check_model(config: DuomoConfig) -> str:
 
 
 def wait_until_ready(config: DuomoConfig, timeout_s: float, check: Callable[[], None]) -> None:
-    """Wait for 200 on /health/ready: prefill and decode registered, connected and warm. `check` raises to end the wait."""
+    """Wait for 200 on /health/ready: prefill and decode registered, connected and warm. `check` raises to end the wait.
+
+    Where the gateway asks for a client's certificate, and so refuses us, its replicas are all registered by now; that it asks is enough.
+    """
     url = base_url(config) + "/health/ready"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    trusting = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())  # it is ourselves, and is told no secret
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), trusting)
     end_s = time.monotonic() + timeout_s
     answer = "no answer"
     while time.monotonic() < end_s:
@@ -218,6 +238,8 @@ def wait_until_ready(config: DuomoConfig, timeout_s: float, check: Callable[[], 
             answer = f"{error.code} {error.read(500).decode(errors='replace')}"
         except OSError as error:
             answer = str(error)
+            if config.gateway.ssl_ca_certs is not None and "CERTIFICATE_REQUIRED" in answer.upper():
+                return
         time.sleep(0.05)
     raise EngineError(f"{url} was not ready within ray.start_timeout_s ({timeout_s:.0f} s): {answer}", code="start_timeout", phase="start")
 

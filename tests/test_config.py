@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from duomo.api_keys import KeyRing, parse_entries
 from duomo.config import DuomoConfig, changed, load_config
 from duomo.config_gateway import Section
 from duomo.errors import ConfigError
 
-ENVIRONMENT = ("DUOMO_REDIS_URL", "DUOMO_SECRET", "OTEL_EXPORTER_OTLP_ENDPOINT")
+ENVIRONMENT = ("DUOMO_REDIS_URL", "DUOMO_SECRET", "DUOMO_API_KEY", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +41,29 @@ def test_options_lie_over_the_file_and_the_environment_over_both(tmp_path: Path,
     assert (config.wire.secret, config.tracing.otlp_endpoint) == ("hush", "http://collector:4318")
 
 
+def test_keys_of_the_environment_are_hashed_at_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DUOMO_API_KEY", "token-abc123, token-def456")
+    config = load_config(None, {"model.path": "models/tiny-moe"})
+    assert "token-" not in config.model_dump_json() and config.gateway.has_keys
+    ring = KeyRing(parse_entries("\n".join(config.gateway.api_keys)))
+    holders = [ring.holder(key) for key in ("token-abc123", "token-def456")]
+    assert [(holder.name, holder.scopes) for holder in holders if holder] == [
+        ("DUOMO_API_KEY.1", ("inference",)),
+        ("DUOMO_API_KEY.2", ("inference",)),
+    ]
+    monkeypatch.setenv("DUOMO_API_KEY", "two words")
+    with pytest.raises(ConfigError, match="DUOMO_API_KEY.1") as refusal:
+        load_config(None, {"model.path": "models/tiny-moe"})
+    assert "two words" not in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
+        ("gateway.read_timeout_s", 0),
+        ("gateway.max_headers", 7),
+        ("gateway.admin_port", 0),
+        ("gateway.max_prompt_tokens", 0),
         ("decode.replicas", 0),
         ("layout", "beside"),
         ("decode.max_batch", 257),

@@ -19,12 +19,14 @@ from starlette.responses import Response
 
 from duomo.errors import CapacityError, RequestError
 from duomo.telemetry.metrics import CONTENT_TYPE
+from services.router.auth import Guard
 from services.router.body import read_body
 from services.router.calls import Call
 from services.router.chat_answers import ChatShape
 from services.router.common_fields import CommonReader
 from services.router.completion_answers import CompletionShape
 from services.router.gateway import Gateway
+from services.router.keys import Keys
 from services.router.message_answers import MessageShape
 from services.router.message_requests import MessageParser
 from services.router.openai import RequestParser
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 _JSON: Final = "application/json"
 
 
-def build_app(gateway: Gateway) -> FastAPI:
+def build_app(gateway: Gateway, keys: Keys) -> FastAPI:
     """The application; whoever runs it starts the gateway before and stops it after."""
     app = FastAPI(title="Duomo", docs_url=None, redoc_url=None, openapi_url=None)
     edge = Edge(gateway)
@@ -59,6 +61,7 @@ def build_app(gateway: Gateway) -> FastAPI:
         app.add_route("/admin/pools", edge.pools, methods=["GET"])
         app.add_route("/admin/experts", edge.experts, methods=["GET"])
     answer_refusals(app)
+    app.add_middleware(Guard, keys=keys, metrics_need_key=gateway.config.gateway.metrics_need_key, count=gateway.count_refused)
     return app
 
 

@@ -1,4 +1,4 @@
-"""The gateway under uvicorn: its socket, protocol, signals left alone. The only file that knows uvicorn; knows no route.
+"""The gateway under uvicorn: its sockets, signals left alone. With client_protocol.py the only file that knows uvicorn; knows no route.
 
 The listening socket has a small send buffer, so that "behind" means what the client has not read and not what the kernel hoards.
 """
@@ -10,32 +10,22 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator
-from typing import Final, cast
+from collections.abc import AsyncIterator, Callable
+from typing import Final
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from duomo.config_gateway import GatewaySection
 from duomo.errors import ConfigError
-from services.router.streams import TRANSPORT_EXTENSION
+from services.router.client_protocol import ClientLimits, ClientProtocol, EdgeConfig
+from services.router.tls import tls_context
 
 _BACKLOG: Final = 1024
 _SEND_BUFFER_BYTES: Final = 64 * 1024  # the kernel doubles it
 _STOP_WAIT_S: Final = 5
 
 log = logging.getLogger(__name__)
-
-
-class ClientProtocol(HttpToolsProtocol):
-    """Puts the client's transport into the scope, where streams.py finds how far the client is behind."""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        extensions: dict[str, dict[object, object]] = {}
-        extensions[TRANSPORT_EXTENSION] = cast(dict[object, object], self.transport)  # no mapping, but ours alone
-        self.scope["extensions"] = extensions
 
 
 class EmbeddedServer(uvicorn.Server):
@@ -47,12 +37,23 @@ class EmbeddedServer(uvicorn.Server):
 
 
 def bind_port(section: GatewaySection) -> socket.socket:
-    """The listening socket. Raises ConfigError naming the option where the port is taken or the host is none of ours."""
+    """The gateway's listening socket. Raises ConfigError naming the option where the port is taken or the host is none of ours."""
+    return _bind(section.host, section.port, "")
+
+
+def bind_admin_port(section: GatewaySection) -> socket.socket | None:
+    """The admin API's; None where none is named."""
+    return None if section.admin_port is None else _bind(section.admin_host, section.admin_port, "admin_")
+
+
+def _bind(host: str, port: int, which: str) -> socket.socket:
+    """which: what the options' names begin with."""
+    flag = "--" + which.replace("_", "-")
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(section.host, section.port, type=socket.SOCK_STREAM)[0]
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, proto)
     except OSError as error:
-        raise ConfigError(f"gateway.host {section.host} (--host) cannot be used: {error}", code="bad_address") from error
+        raise ConfigError(f"gateway.{which}host {host} ({flag}host) cannot be used: {error}", code="bad_address") from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
@@ -62,17 +63,19 @@ def bind_port(section: GatewaySection) -> socket.socket:
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"port {section.port} is taken: choose another by --port (gateway.port) or stop what listens there", code="port_taken"
-            ) from error
-        raise ConfigError(f"cannot listen on {section.host}:{section.port} (--host, --port): {error}", code="bad_address") from error
+            option = f"{flag}port (gateway.{which}port)"
+            raise ConfigError(f"port {port} is taken: choose another by {option} or stop what listens there", code="port_taken") from error
+        raise ConfigError(f"cannot listen on {host}:{port} ({flag}host, {flag}port): {error}", code="bad_address") from error
     return bound
 
 
 @contextlib.asynccontextmanager
-async def serving(app: FastAPI, bound: socket.socket) -> AsyncIterator[None]:
-    """Serve `app` on the bound socket while the block runs; open answers get a few seconds to end. Closes the socket."""
-    settings = uvicorn.Config(
+async def serving(app: FastAPI, bound: socket.socket, section: GatewaySection, refused: Callable[[str], None]) -> AsyncIterator[None]:
+    """Serve `app` on the bound socket while the block runs; open answers get a few seconds to end. Closes the socket.
+
+    refused: see ClientLimits. Raises ConfigError for TLS files that cannot be used.
+    """
+    settings = EdgeConfig(
         app,
         http=ClientProtocol,
         ws="none",
@@ -81,8 +84,12 @@ async def serving(app: FastAPI, bound: socket.socket) -> AsyncIterator[None]:
         log_config=None,
         server_header=False,
         date_header=False,
+        timeout_keep_alive=section.keep_alive_timeout_s,  # type: ignore[arg-type]  # goes to call_later, which takes fractions
         timeout_graceful_shutdown=_STOP_WAIT_S,
     )
+    settings.limits = ClientLimits.of(section, refused)
+    settings.load()
+    settings.ssl = tls_context(section)
     server = EmbeddedServer(settings)
     running = asyncio.get_running_loop().create_task(server.serve(sockets=[bound]))
     try:

@@ -84,7 +84,7 @@ class PromptMaker:
 
     async def _encode(self, text: str, name: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         fewest = self._text.fewest_tokens(text)
-        if fewest >= self._card.context_tokens:
+        if fewest >= self._card.context_tokens or fewest > (self._section.max_prompt_tokens or fewest):
             raise self._too_long(name, f"at least {fewest}")
         if len(text) < THREAD_CHARS:
             return self._text.encode(text, add_special_tokens=add_special_tokens)
@@ -96,9 +96,16 @@ class PromptMaker:
         if not ids:
             raise RequestError(f"'{name}' must hold at least one token.", param=name)
         room = self._card.context_tokens - len(ids)
-        if room < 1:
+        if room < 1 or len(ids) > (self._section.max_prompt_tokens or len(ids)):
             raise self._too_long(name, str(len(ids)))
         max_tokens = common.max_tokens
+        longest = self._section.max_completion_tokens or room
+        if max_tokens is not None and max_tokens > longest and longest < room:
+            raise RequestError(
+                f"'{common.max_tokens_field}' asks for {max_tokens} tokens, this server generates at most {longest}.",
+                param=common.max_tokens_field,
+                code="max_tokens_exceeded",
+            )
         if max_tokens is not None and max_tokens > room:
             raise RequestError(
                 f"This model's context holds at most {self._card.context_tokens} tokens; the prompt has {len(ids)} and "
@@ -106,14 +113,17 @@ class PromptMaker:
                 param=common.max_tokens_field,
                 code="context_length_exceeded",
             )
-        length = max_tokens if max_tokens is not None else min(default_tokens, room)
+        length = max_tokens if max_tokens is not None else min(default_tokens, room, longest)
         if common.sampling.min_tokens > length:
             raise RequestError(f"'min_tokens' is {common.sampling.min_tokens}, above the {length} tokens asked for.", param="min_tokens")
         sampling = msgspec.structs.replace(common.sampling, max_tokens=length)
         return replace(template, prompt_ids=ids, sampling=sampling, priority=common.priority)
 
     def _too_long(self, name: str, num_tokens: str) -> RequestError:
-        limit = self._card.context_tokens
+        limit, own = self._card.context_tokens, self._section.max_prompt_tokens
+        if own is not None and own < limit:
+            detail = f"'{name}' has {num_tokens} tokens, but this server takes prompts of at most {own} tokens."
+            return RequestError(detail, param=name, code="context_length_exceeded")
         return RequestError(
             f"'{name}' has {num_tokens} tokens, but this model's context holds at most {limit} tokens, prompt and completion together.",
             param=name,

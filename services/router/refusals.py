@@ -61,7 +61,14 @@ async def _answer_bug(request: Request, error: Exception) -> Response:
 
 
 def _refusal(request: Request, status: int, told: tuple[str, str | None, str | None], headers: dict[str, str]) -> Response:
+    return refusal(request.url.path, status, told, headers)
+
+
+def refusal(path: str, status: int, told: tuple[str, str | None, str | None], headers: dict[str, str]) -> Response:
     """told: message, param and code; Anthropic's body has the message alone."""
-    is_anthropic = request.url.path.startswith("/v1/messages")
-    body = message_error(status, told[0]) if is_anthropic else error_body(status, *told)
-    return Response(body, status_code=status, media_type="application/json", headers=headers)
+    return Response(refusal_body(path, status, told), status_code=status, media_type="application/json", headers=headers)
+
+
+def refusal_body(path: str, status: int, told: tuple[str, str | None, str | None]) -> bytes:
+    """In the form of whose API the path is."""
+    return message_error(status, told[0]) if path.startswith("/v1/messages") else error_body(status, *told)

@@ -17,6 +17,7 @@ from services.kv_transfer.directory import Directory
 from services.router.app import build_app
 from services.router.edge import bind_port, serving
 from services.router.gateway import Gateway
+from services.router.keys import Keys, open_door
 from services.router.model_card import read_model_card
 from services.router.store import RouterPresence
 from services.router.text import ModelText
@@ -33,6 +34,7 @@ async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Even
     """
     if not config.redis.url:
         raise ConfigError("redis.url (DUOMO_REDIS_URL) is empty: the gateway finds its replicas there")
+    keys = Keys(config.gateway)
     bound = bind_port(config.gateway)
     try:
         card = read_model_card(config.model)
@@ -45,13 +47,16 @@ async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Even
             directory = Directory(config.redis.url, config.redis.lease_s)
             stack.push_async_callback(directory.close)
             gateway = Gateway(config, replica_id, card, text, directory, tracing=tracing, metrics=Metrics())
-            address = f"http://{config.gateway.host}:{config.gateway.port}"
+            scheme = "https" if config.gateway.ssl_certfile else "http"
+            address = f"{scheme}://{config.gateway.host}:{config.gateway.port}"
             presence = RouterPresence(config.redis, replica_id, gateway.boot_id, address)
             stack.push_async_callback(gateway.stop)
             await gateway.start()
             stack.push_async_callback(presence.stop)
             await presence.start()
-            async with serving(build_app(gateway), bound):
+            if warning := open_door(config.gateway):
+                log.warning("%s", warning)
+            async with serving(build_app(gateway, keys), bound, config.gateway, gateway.count_refused):
                 log.info("the gateway %s listens on %s", replica_id, address)
                 await stop.wait()
                 await gateway.drain(config.gateway.request_deadline_s)

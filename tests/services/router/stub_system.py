@@ -21,6 +21,7 @@ from services.kv_transfer.embedded_redis import EmbeddedRedis
 from services.router.app import build_app
 from services.router.edge import bind_port, serving
 from services.router.gateway import Gateway
+from services.router.keys import Keys
 from services.router.model_card import read_model_card
 from services.router.text import ModelText
 from tests.services.router.stub_replicas import MODEL, Script, Story, StubPools
@@ -86,7 +87,9 @@ async def stub_system(
         for _ in range(num_decodes):
             await pools.add("decode", directory)
         await gateway.start()
-        async with serving(build_app(gateway), bind_port(config.gateway)), httpx.AsyncClient(base_url=base_url, timeout=20) as client:
+        app, bound = build_app(gateway, Keys(config.gateway)), bind_port(config.gateway)
+        edge = serving(app, bound, config.gateway, gateway.count_refused)
+        async with edge, httpx.AsyncClient(base_url=base_url, timeout=20) as client:
             system = StubSystem(gateway, pools, directory, redis, client, base_url, story)
             if num_prefills and num_decodes:
                 await system.until(lambda: gateway.why_not_ready() is None)

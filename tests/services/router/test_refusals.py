@@ -135,6 +135,26 @@ BAD_REQUESTS: list[tuple[str, dict, int, str]] = [
 ]
 
 
+def test_limits_below_the_models_own_are_kept_and_named(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides={"gateway": {"max_prompt_tokens": 40, "max_completion_tokens": 9}}) as system:
+            for body, param, said in (
+                (TEXT | {"prompt": [5] * 41}, "prompt", "at most 40"),
+                (TEXT | {"prompt": "word " * 300_000}, "prompt", "at most 40"),
+                (TEXT | {"max_tokens": 10}, "max_tokens", "at most 9"),
+            ):
+                answer = await system.client.post("/v1/completions", json=body)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, param) and said in answer.text
+            chat = await system.client.post("/v1/chat/completions", json=CHAT | {"max_completion_tokens": 2000})
+            assert (chat.status_code, chat.json()["error"]["param"]) == (400, "max_completion_tokens")
+            assert not system.pools.of_role("prefill")[0].of_type(StartPrefill)
+            for body in (TEXT | {"prompt": [5] * 40}, TEXT | {"max_tokens": 9}):
+                fine = (await system.client.post("/v1/completions", json=body)).json()
+                assert fine["usage"]["completion_tokens"] == 9, "the default is within the limit too"
+
+    asyncio.run(scenario())
+
+
 def test_every_bad_input_is_refused_by_a_4xx_that_names_the_field(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path) as system:

@@ -1,0 +1,94 @@
+"""Who may call which path: keys and their scopes, and room for one more connection. Stands in front of every route; knows none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from duomo.api_keys import KeyEntry
+from duomo.api_keys import Scope as KeyScope
+from services.router.keys import Keys
+from services.router.refusals import refusal
+
+OVER_LIMIT_EXTENSION: Final = "duomo.over_limit"  # put into the ASGI scope by client_protocol.py: gateway.max_connections is reached
+HOLDER: Final = "duomo.key"  # and this by us: the KeyEntry of who calls, where keys are asked for
+
+_CHALLENGE: Final = {"www-authenticate": "Bearer"}
+
+
+def presented_key(headers: Headers) -> str:
+    """The key; "" for none, and for an Authorization of another scheme than Bearer. Authorization goes before x-api-key.
+
+    The same header salts the call's prefixes (calls.py): were the two chosen differently, a caller could prove itself by its own key and
+    look for prefixes under another's.
+    """
+    if headers.get("authorization"):
+        scheme, _, key = headers["authorization"].strip().partition(" ")
+        return key.strip() if scheme.lower() == "bearer" else ""
+    return headers.get("x-api-key", "").strip()
+
+
+def needed_scopes(path: str, *, metrics_need_key: bool) -> tuple[KeyScope, ...]:
+    """Any of these opens the path; none: everybody may. What no route has is as closed as inference, so that nobody learns of routes."""
+    if path == "/health" or path.startswith("/health/"):
+        return ()
+    if path == "/metrics":
+        return ("metrics", "admin") if metrics_need_key else ()
+    return ("admin",) if path.startswith("/admin/") else ("inference",)
+
+
+class Guard:
+    """ASGI middleware. count: hears the code of each call that is refused here."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, metrics_need_key: bool, count: Callable[[str], None]) -> None:
+        self._app = app
+        self._keys = keys
+        self._metrics_need_key = metrics_need_key
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        needed = needed_scopes(path, metrics_need_key=self._metrics_need_key)
+        if needed and (scope.get("extensions") or {}).get(OVER_LIMIT_EXTENSION):
+            told = ("The server has as many connections as it takes (gateway.max_connections).", None, "too_many_connections")
+            await self._refuse(503, told, {"retry-after": "1", "connection": "close"}, scope, receive, send)
+            return
+        if needed and self._keys.are_asked_for:
+            headers = Headers(scope=scope)
+            holder = self._keys.holder(presented_key(headers))
+            if holder is None:
+                await self._refuse(401, (_why_not_known(headers), None, "invalid_api_key"), _CHALLENGE, scope, receive, send)
+                return
+            scope[HOLDER] = holder
+            if not set(needed) & set(holder.scopes):
+                told = (f"This API key has no scope {' or '.join(needed)}.", None, "insufficient_scope")
+                await self._refuse(403, told, {}, scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _refuse(
+        self, status: int, told: tuple[str, None, str], headers: dict[str, str], scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self._count(told[2])
+        await refusal(scope["path"], status, told, headers)(scope, receive, send)
+
+
+def holder_of(scope: Scope) -> KeyEntry | None:
+    """Whose call it is; None where no keys are asked for."""
+    holder = scope.get(HOLDER)
+    return holder if isinstance(holder, KeyEntry) else None
+
+
+def _why_not_known(headers: Headers) -> str:
+    """Never with a part of the key: OpenAI shows its ends, and answers are logged by clients."""
+    if presented_key(headers):
+        return "Incorrect API key provided."
+    if headers.get("authorization"):
+        return "Incorrect API key provided: Authorization must be 'Bearer KEY'."
+    return "You didn't provide an API key: send it as 'Authorization: Bearer KEY', or as 'x-api-key: KEY'."
