@@ -66,6 +66,8 @@ class RequestParser:
         fields = Fields(json_object(body))
         if needs_model or fields.has("model"):
             self._reader.check_model(fields)
+        else:
+            fields.take("model")  # null is as not given
         return fields
 
     def conversation(self, fields: Fields) -> Conversation:

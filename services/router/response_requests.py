@@ -239,7 +239,7 @@ def _text_format(fields: Fields) -> Structure | None:
     text.refuse_unless({"verbosity": ("medium",)})
     raw = text.mapping("format")
     text.finish()
-    form = Fields(raw or {"type": "text"}, "text.format.")
+    form = Fields({"type": "text"} if raw is None else raw, "text.format.")
     kind = form.string("type")
     if kind == "json_schema":
         form.ignore("name", "description", "strict")  # every schema is kept strictly

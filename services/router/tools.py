@@ -30,7 +30,7 @@ def tool_use_of(tools: tuple[FunctionTool, ...], choice: object, named: str | No
         choice = "auto"
     if not isinstance(choice, str):
         raise wrong_type("tool_choice", "a string or an object", choice)
-    if choice not in ("auto", "none", "required", "named"):
+    if choice not in ("auto", "none", "required", "named") or (choice == "named" and named is None):
         detail = f"'tool_choice' must be auto, none, required or a function's name in an object, got '{choice}'."
         raise RequestError(detail, param="tool_choice")
     if choice in ("required", "named") and not tools:

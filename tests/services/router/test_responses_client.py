@@ -185,6 +185,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ({"text": {"format": {}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ({"text": {"format": {"type": "json_schema", "schema": {"type": "frog"}}}}, "text.format.schema"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
