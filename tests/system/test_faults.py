@@ -163,3 +163,21 @@ def test_prefill_killed_under_ray_is_replaced(one_system: Any) -> None:
     one_system.wait_for_pools(1, 1)
     assert _prefill_pid(one_system) != pid
     one_system.assert_quiet()
+
+
+@pytest.mark.slow
+def test_decode_killed_under_ray_is_waited_for(one_system: Any) -> None:
+    """The only decode replica: its stream stands still until Ray has put another in its place, and goes on."""
+    (report,) = one_system.reports("decode")
+
+    async def run() -> StreamResult:
+        request = asyncio.create_task(post(one_system.url, "/v1/completions", completion_body(PROMPT, 400), timeout_s=90))
+        await _until(lambda: any(now["num_steps"] >= report["num_steps"] + 10 for now in one_system.reports("decode")))
+        os.kill(report["pid"], signal.SIGKILL)
+        return await request
+
+    result = asyncio.run(run())
+    assert result.is_done and result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 400)[0]
+    one_system.wait_for_pools(1, 1)
+    assert one_system.reports("decode")[0]["pid"] != report["pid"]
+    one_system.assert_quiet()
