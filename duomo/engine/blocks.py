@@ -235,16 +235,17 @@ class PromptTable:
     hashes: tuple[PrefixHash, ...] = ()
 
 
-def allocate_prompt(manager: BlockManager, token_ids: Sequence[int], salt: str) -> PromptTable | None:
+def allocate_prompt(manager: BlockManager, token_ids: Sequence[int], salt: str, *, reads_cache: bool = True) -> PromptTable | None:
     """Blocks for the whole prompt, known prefix first; None where too few are available. At least one token is left to compute.
 
     So the last block is never a known one: a prompt of whole blocks that are all known has its last block computed (and sent) again.
+    Without reads_cache all of it is computed: nothing is looked up, and what it holds may be found by others as ever.
     """
     known: list[int] = []
     hashes: list[PrefixHash] = []
     if manager.has_prefix_cache:
         hashes = prefix_hashes(token_ids, manager.block_tokens, salt)
-        known = manager.lookup(hashes[: (len(token_ids) - 1) // manager.block_tokens])
+        known = manager.lookup(hashes[: (len(token_ids) - 1) // manager.block_tokens]) if reads_cache else []
     rest = manager.allocate(manager.num_blocks_for(len(token_ids)) - len(known))
     if rest is None:
         manager.free(known)

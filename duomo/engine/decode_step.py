@@ -106,5 +106,7 @@ def check_sampling(sampling: Sampling, num_endings: int) -> None:
         raise RequestError(f"min_tokens with {num_endings} ending ids: at most {MAX_ENDINGS} can be masked", param="stop_token_ids")
     if sampling.logprobs is not None and sampling.logprobs > MAX_LOGPROBS:
         raise RequestError(f"{sampling.logprobs} logprobs: at most {MAX_LOGPROBS}", param="logprobs")
+    if sampling.prompt_logprobs is not None and sampling.prompt_logprobs > MAX_LOGPROBS:
+        raise RequestError(f"{sampling.prompt_logprobs} prompt_logprobs: at most {MAX_LOGPROBS}", param="prompt_logprobs")
     if len(sampling.logit_bias) > MAX_BIASES:
         raise RequestError(f"{len(sampling.logit_bias)} biases: at most {MAX_BIASES}", param="logit_bias")

@@ -196,7 +196,13 @@ def _with_logprobs(logits_V: Tensor, row: RowSampling, token: int) -> SampledTok
     num_top = row.sampling.logprobs
     if num_top is None:
         return SampledToken(token_id=token)
-    logprobs_V = torch.log_softmax(logits_V.double(), -1)
-    values, ids = torch.topk(logprobs_V, min(num_top, logprobs_V.shape[0]))
+    logprobs_V, values, ids = likeliest(logits_V, num_top)
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return SampledToken(token_id=token, logprob=float(logprobs_V[token]), top=top)
+
+
+def likeliest(logits_V: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw log-probabilities, float64 [V]; those of the num_top likeliest tokens, best first, and their ids."""
+    logprobs_V = torch.log_softmax(logits_V.double(), -1)
+    values, ids = torch.topk(logprobs_V, min(num_top, logprobs_V.shape[0]))
+    return logprobs_V, values, ids

@@ -137,7 +137,8 @@ class Handoffs:
                     self._ends.fail(leg, self._never_fits(leg))
                 elif leg.leg_id in grants:
                     self._for_blocks.remove(leg)
-                    table = self._pool.take_prompt(leg.token_ids, leg.cache_salt)
+                    is_scored = leg.sampling.prompt_logprobs is not None
+                    table = self._pool.take_prompt(leg.token_ids, leg.cache_salt, is_scored=is_scored)
                     leg.blocks, leg.cached_tokens = list(table.blocks), table.cached_tokens
                     leg.num_cached_blocks = table.cached_tokens // self._pool.limits.block_tokens
                     leg.prefix_hashes = table.hashes

@@ -71,9 +71,11 @@ class Pool:
         assert blocks is not None, f"the policy promised {num_blocks} blocks, {self.num_free_blocks} are free"
         return blocks
 
-    def take_prompt(self, token_ids: Sequence[int], salt: str) -> PromptTable:
-        """The table of a prompt that the policy has granted, what is known of it first."""
-        table = allocate_prompt(self.manager, token_ids, salt)
+    def take_prompt(self, token_ids: Sequence[int], salt: str, *, is_scored: bool = False) -> PromptTable:
+        """The table of a prompt that the policy has granted, what is known of it first; of one whose own log-probabilities were asked for
+        nothing is, where prefill computes into these blocks."""
+        reads_cache = not is_scored or self._loans is None
+        table = allocate_prompt(self.manager, token_ids, salt, reads_cache=reads_cache)
         assert table is not None, f"the policy granted {len(token_ids)} tokens, {self.num_free_blocks} blocks are free"
         self._counters["granted_tokens_cached"] += table.cached_tokens
         self._counters["granted_tokens_missing"] += len(token_ids) - table.cached_tokens

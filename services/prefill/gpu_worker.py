@@ -23,10 +23,13 @@ from duomo.engine.gpu_engine import GpuEngine
 from duomo.engine.gpu_first_tokens import PendingTokens
 from duomo.engine.gpu_kv_messages import GpuKvPacker
 from duomo.engine.gpu_prefill import GpuBoundaryState
+from duomo.engine.gpu_prompt_scores import SCORE_ROWS, launch_scores
 from duomo.engine.gpu_wave import upload_rows
 from duomo.engine.kv_messages import message_block_bytes
+from duomo.engine.prompt_scores import RowsToScore
 from duomo.engine.sampler import RowSampling, SampledToken, ending_ids
 from duomo.errors import EngineError
+from duomo.wire.prompt_logprobs import PromptScores
 from duomo.wire.values import Sampling
 from duomo_kernels.kv_hash_pack import Seal
 from services.kv_transfer.layout import MessageSpan, trailer_start
@@ -42,6 +45,7 @@ class GpuPrefillWorker:
     """One rank over an engine that decode may share. delays: slept on purpose, for tests (config.DelaySection)."""
 
     seals_messages = True
+    score_rows = SCORE_ROWS
 
     def __init__(self, engine: GpuEngine, sizes: WorkerSizes, delays: DelaySection | None = None) -> None:
         self.config = engine.prefill.decoder.config
@@ -95,6 +99,10 @@ class GpuPrefillWorker:
         stopwatch.stop()
         mine.last_piece = stopwatch
         return stopwatch
+
+    def score(self, computation: Computation, asked: RowsToScore) -> Pending[PromptScores]:
+        state = _state(computation)[1]
+        return launch_scores(lambda rows: self._prefill.logits(state, rows), asked, self._device)
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Pending[tuple[WaveOutput, ...]]:
         mine, state = _state(computation)

@@ -110,6 +110,11 @@ class Leg:
         )
         return self.view
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the prompt's own log-probabilities were asked for."""
+        return self.request.sampling.prompt_logprobs is not None
+
     def wave_row(self) -> WaveRow:
         """What the step thread computes for this leg."""
         return WaveRow(token_ids=self.token_ids, start=self.cached_tokens, block_table=self.blocks)

@@ -14,13 +14,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 from duomo.engine.blocks import prefix_hashes
-from duomo.errors import CapacityError, DeadlineError, DuomoError, PeerError, RequestError, TransferError, WireError
+from duomo.errors import CapacityError, DeadlineError, DuomoError, EngineError, PeerError, RequestError, TransferError, WireError
 from duomo.grammar.cache import Grammars
 from duomo.grammar.state import Grammar
 from duomo.telemetry.expert_tokens import ExpertTokens
 from duomo.telemetry.tracing import Tracing
 from duomo.wire.connection import Connection
 from duomo.wire.messages import Cancel, HandleOffered, Message, PullKv, RequestFailed, StartPrefill, TokensEmitted
+from duomo.wire.prompt_logprobs import PromptScores
 from duomo.wire.values import EmittedToken
 from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.loans import BlockLoans
@@ -30,7 +31,7 @@ from services.prefill import first_tokens
 from services.prefill.decode_peers import DecodePeers
 from services.prefill.handoff import Handoffs
 from services.prefill.leg import Leg, Stage
-from services.prefill.leg_messages import announcement_of, cancel_of, done_of, failed_of, finished_of
+from services.prefill.leg_messages import announcement_of, cancel_of, done_of, failed_of, finished_of, scored_of
 from services.prefill.loan_handoffs import LoanHandoffs
 from services.prefill.prompt_blocks import LentTables, PromptBlocks, TableSource
 from services.prefill.ring_handoffs import RingHandoffs
@@ -181,7 +182,8 @@ class LegBook:
         """See WaveEvents."""
         assert leg.handoff is not None
         try:
-            table = self.blocks.allocate(leg.handoff.handle.handle_id, leg.token_ids, leg.request.cache_salt)
+            handle_id, salt = leg.handoff.handle.handle_id, leg.request.cache_salt
+            table = self.blocks.allocate(handle_id, leg.token_ids, salt, reads_cache=not leg.is_scored)
         except TransferError as error:
             self.fail(leg, error)
             return False
@@ -205,6 +207,15 @@ class LegBook:
         """See WaveEvents."""
         for leg in legs:
             self.handoffs.group_computed(leg, group)
+
+    def scored(self, leg: Leg, scores: PromptScores) -> None:
+        """See WaveEvents."""
+        if scores.has_nan:
+            detail = "the logits of a prompt token hold a NaN"
+            self.fail(leg, EngineError(detail, code="bad_logits", phase="prefill.compute", retryable=False))
+            return
+        self.counters["prompt_tokens_scored"] += scores.num_tokens
+        _post(leg.gateway, scored_of(leg, scores, time.monotonic()))
 
     def wave_computed(self, legs: Sequence[Leg], outputs: Sequence[WaveOutput]) -> None:
         """First tokens go out before anything else, in one frame for each gateway."""
@@ -262,7 +273,7 @@ class LegBook:
 
     def _queue(self, leg: Leg) -> None:
         manager = self.blocks.manager
-        if manager.has_prefix_cache:
+        if manager.has_prefix_cache and not leg.is_scored:
             usable = leg.token_ids[: (len(leg.token_ids) - 1) // manager.block_tokens * manager.block_tokens]
             leg.prefix_hashes = tuple(prefix_hashes(usable, manager.block_tokens, leg.request.cache_salt))
         self.waves.waiting[leg.key] = leg

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from duomo.errors import DuomoError
 from duomo.wire.histogram import packed
-from duomo.wire.messages import Cancel, PrefillDone, RequestFailed, RequestFinished, WaveAnnounced
+from duomo.wire.messages import Cancel, PrefillDone, PromptScored, RequestFailed, RequestFinished, WaveAnnounced
+from duomo.wire.prompt_logprobs import PromptScores
+from duomo.wire.prompt_logprobs import packed as packed_scores
 from services.prefill.first_tokens import FirstTokens
 from services.prefill.leg import Leg
 from services.prefill.worker import WaveOutput
@@ -37,6 +39,17 @@ def done_of(leg: Leg, output: WaveOutput, first: FirstTokens, now_s: float) -> P
         ended_choices=first.ended_choices,
         cached_tokens=leg.cached_tokens,
         expert_histogram=packed(output.expert_counts),
+    )
+
+
+def scored_of(leg: Leg, scores: PromptScores, now_s: float) -> PromptScored:
+    """To the gateway: the next of the prompt's own log-probabilities."""
+    return PromptScored(
+        request_id=leg.request.request_id,
+        attempt=leg.request.attempt,
+        traceparent=leg.request.traceparent,
+        remaining_s=leg.remaining_s(now_s),
+        scores=packed_scores(scores),
     )
 
 

@@ -23,8 +23,11 @@ class TableSource(Protocol):
     def num_available(self) -> int:
         """Blocks that granted prompts could get now."""
 
-    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
-        """The table of the prompt that was granted this handle; None where too few blocks are free. Raises TransferError."""
+    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str, *, reads_cache: bool = True) -> PromptTable | None:
+        """The table of the prompt that was granted this handle; None where too few blocks are free. Raises TransferError.
+
+        Without reads_cache none of it is computed already.
+        """
 
     def commit(self, blocks: tuple[int, ...]) -> None:
         """The KV of the prompt with this table is computed: its full blocks may be found by others."""
@@ -43,8 +46,8 @@ class PromptBlocks:
     def num_available(self) -> int:
         return self.manager.num_available
 
-    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
-        table = allocate_prompt(self.manager, token_ids, salt)
+    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str, *, reads_cache: bool = True) -> PromptTable | None:
+        table = allocate_prompt(self.manager, token_ids, salt, reads_cache=reads_cache)
         if table is not None:
             self._hashes[table.blocks] = table.hashes
         return table
@@ -73,8 +76,9 @@ class LentTables:
         """No wave waits for blocks. Prompts that share a prefix may count more of them together than there are: a wave of fewer, then."""
         return self.manager.num_blocks
 
-    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str) -> PromptTable | None:
+    def allocate(self, handle_id: int, token_ids: Sequence[int], salt: str, *, reads_cache: bool = True) -> PromptTable | None:
         table = self._loans.take(handle_id)
+        assert reads_cache or not table.cached_tokens, "decode was told of it as prefill was, and looked nothing up"
         self._hashes[table.blocks] = table.hashes
         return table
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from duomo.errors import DeadlineError, DuomoError, EngineError
+from duomo.wire.prompt_logprobs import PromptScores
 from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.leg import Leg
 from services.prefill.pending import Over, Pending
 from services.prefill.pieces import Piece, advanced, finished_groups, next_piece, num_rows
 from services.prefill.policy import Failure, NewWave, NextPiece, Plan, new_wave, plan
+from services.prefill.scoring import Scoring
 from services.prefill.slack import share_left
 from services.prefill.snapshot import Key, Limits, Snapshot, WaveView
 from services.prefill.wave_costs import CostCurve, GroupCosts
@@ -39,6 +41,9 @@ class WaveEvents(Protocol):
 
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
         """All rows of a layer group are computed. Of a piece with several groups one after the other, in order."""
+
+    def scored(self, leg: Leg, scores: PromptScores) -> None:
+        """The next of a prompt's own log-probabilities, in order, all of them before wave_computed."""
 
     def wave_computed(self, legs: Sequence[Leg], outputs: Sequence[WaveOutput]) -> None:
         """The last group is computed and first tokens are sampled; its group_computed follows."""
@@ -143,6 +148,7 @@ class WaveLoop:
         self._woken = asyncio.Event()
         self._thread = thread
         self._waiting_thread = StepThread("prefill-waits")
+        self._scoring = Scoring(worker, thread, self._waiting_thread, progress, events.scored)
 
     @property
     def num_running(self) -> int:
@@ -261,9 +267,24 @@ class WaveLoop:
 
     async def _piece(self, wave: Wave, piece: Piece, *, is_last: bool) -> PieceOutput | None:
         """Launched by the step thread, waited for by another: decode steps are launched behind it meanwhile. None: nothing was."""
+        if is_last and any(leg.is_scored for leg in wave.legs):
+            return await self._scored_piece(wave, piece)
         launched = await self._thread.run("group", self._compute, wave, piece, is_last=is_last)
+        return None if launched is None else await self._landed(launched)
+
+    async def _scored_piece(self, wave: Wave, piece: Piece) -> PieceOutput | None:
+        """A wave's last piece, with prompts to score between its layers and its first tokens."""
+        launched = await self._thread.run("group", self._compute, wave, piece, is_last=False)
         if launched is None:
             return None
+        computed = await self._landed(launched)
+        assert wave.computation is not None
+        await self._scoring.run(wave.computation, wave.legs)
+        sampled = await self._thread.run("group", self._sample, wave)
+        ended = await self._landed(LaunchedPiece(seconds=(), outputs=sampled))
+        return replace(ended, seconds=computed.seconds)
+
+    async def _landed(self, launched: LaunchedPiece) -> PieceOutput:
         moved = self._progress.moved
         return launched.wait(moved) if launched.is_over else await self._waiting_thread.run("group", launched.wait, moved)
 
@@ -276,9 +297,14 @@ class WaveLoop:
         seconds = tuple(self._run_chunks(wave.computation, piece))
         if not is_last:
             return LaunchedPiece(seconds=seconds, outputs=Over(()))
+        return LaunchedPiece(seconds=seconds, outputs=self._sample(wave))
+
+    def _sample(self, wave: Wave) -> Pending[tuple[WaveOutput, ...]]:
+        """In the step thread, after the last layer."""
+        assert wave.computation is not None
         eos_ids = self._worker.config.eos_ids
         rows = [[] if leg.is_over else leg.choice_rows(eos_ids) for leg in wave.legs]
-        return LaunchedPiece(seconds=seconds, outputs=self._worker.sample(wave.computation, rows))
+        return self._worker.sample(wave.computation, rows)
 
     def _run_chunks(self, computation: Computation, piece: Piece) -> Iterator[Pending[float]]:
         """One after the other: a long prompt's are many, and each that is over is a sign of life."""

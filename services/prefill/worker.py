@@ -20,11 +20,13 @@ from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.expert_counts import ExpertUse
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.engine.kv_messages import KvMessages
+from duomo.engine.prompt_scores import RowsToScore, prompt_scores
 from duomo.engine.runner import BoundaryState, ModelRunner
 from duomo.engine.sampler import RowSampling, SampledToken, Sampler, broken_rows
 from duomo.errors import ConfigError, EngineError
 from duomo.models.config import ModelConfig
 from duomo.models.qwen3_moe import Model
+from duomo.wire.prompt_logprobs import PromptScores
 from duomo.wire.values import Sampling
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.push_job import Filling
@@ -34,6 +36,7 @@ from services.prefill.pieces import Piece
 if TYPE_CHECKING:  # a CPU serves without Triton
     from duomo.engine.gpu_prefill import GpuBoundaryState
 
+SCORE_ROWS = 64  # four of the tiles that products are made in; of 150,000 tokens' logits 40 MB
 WARM_TOKENS = (1, 2, 16, 33)  # torch picks a kernel by the number of rows; fixed 16-row tiles make larger waves repeat these
 
 
@@ -102,11 +105,12 @@ class WaveWorker(Protocol):
     """One rank that prefills. All but config, group_bounds, num_groups, block_bytes, check, counters and pack is called in the
     step thread.
 
-    seals_messages: pack() writes whole messages, padding and trailer included, not the payload alone.
+    seals_messages: pack() writes whole messages, padding and trailer included, not the payload alone. score_rows: see score().
     """
 
     group_bounds: tuple[int, ...]
     seals_messages: bool
+    score_rows: int
 
     @property
     def config(self) -> ModelConfig: ...
@@ -136,6 +140,9 @@ class WaveWorker(Protocol):
         """Compute the groups of a piece for its chunks. A chunk's group needs that group of all earlier chunks, and the group before of
         itself. When waiting ends their KV is in the cache; it says the seconds that they took, without what ran before them."""
 
+    def score(self, computation: Computation, asked: RowsToScore) -> Pending[PromptScores]:
+        """Of at most score_rows rows, after the last layer and before sample()."""
+
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Pending[tuple[WaveOutput, ...]]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""
 
@@ -160,6 +167,7 @@ class PrefillWorker:
     """One rank. delays: slept on purpose, for tests (config.DelaySection). cache: shared with decode; None: one of sizes.num_blocks."""
 
     seals_messages = False
+    score_rows = SCORE_ROWS
 
     def __init__(self, model: Model, sizes: WorkerSizes, delays: DelaySection | None = None, cache: KvCache | None = None) -> None:
         self._group_delay_s = delays.prefill_group_s if delays is not None else 0.0
@@ -214,6 +222,10 @@ class PrefillWorker:
             time.sleep(self._group_delay_s * (hi - lo))
         self._runner.run_layers(self.group_bounds[lo], self.group_bounds[hi], _state(computation), piece.chunks)
         return Over(time.monotonic() - began_s)
+
+    def score(self, computation: Computation, asked: RowsToScore) -> Over[PromptScores]:
+        """Of rows of the wave, by their logits."""
+        return Over(prompt_scores(self._runner.logits(_state(computation), asked.rows), asked))
 
     def sample(self, computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Over[tuple[WaveOutput, ...]]:
         """The next token of every choice of every prompt; rows[i] lists the choices of prompt i (none: nobody wants it any more)."""

@@ -18,9 +18,12 @@ from duomo.engine.gpu_captured_layers import CapturedLimits
 from duomo.engine.gpu_engine import EngineStart, GpuEngine, start_engine
 from duomo.engine.gpu_first_tokens import GpuFirstTokens
 from duomo.engine.memory_plan import DeviceBytes, MemoryLimits
+from duomo.engine.prompt_scores import RowsToScore
 from duomo.engine.sampler import RowSampling
 from duomo.engine.startup import Startup
+from duomo.errors import RequestError
 from duomo.models.gpu_random import random_gpu_weights
+from duomo.wire.prompt_logprobs import PromptScores
 from duomo.wire.values import Sampling
 from services.prefill.gpu_worker import GpuPrefillWorker
 from services.prefill.pieces import Piece
@@ -192,3 +195,40 @@ def test_prompts_that_nobody_wants_and_several_choices(captured: GpuEngine) -> N
         assert_same(outputs, ends(captured, [(rows, samplings)]))
         assert [len(output.sampled) for output in outputs[0]] == [len(each) for each in samplings]
         assert all(output.expert_counts.any() for output in outputs[0]) and outputs[0][0].expert_bytes > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
+def test_prompts_are_scored_between_layers_and_first_tokens(captured: GpuEngine) -> None:
+    """From graphs as when launched, to the bit; the tokens sampled behind it are those of a wave that is not scored."""
+    sizes = WorkerSizes(num_blocks=captured.plan.num_blocks, block_tokens=16, units=2, units_per_group=1, torch_threads=1)
+    samplings = [[RowSampling(sampling=GREEDY, choice=0, prompt_ids=ids, output_ids=())] for ids in PROMPTS]
+    asked = [
+        RowsToScore(row_lo=0, next_ids=PROMPTS[0][1:], first=1, num_top=3),
+        RowsToScore(row_lo=len(PROMPTS[0]), next_ids=PROMPTS[1][1:], first=1, num_top=20),
+    ]
+
+    def ended() -> tuple[list[PromptScores], tuple[WaveOutput, ...]]:
+        worker = GpuPrefillWorker(captured, sizes)
+        computation = worker.begin(ROWS)
+        worker.run_piece(computation, Piece(groups=(0, 2), chunks=(0, 1))).wait()
+        pending = [worker.score(computation, one) for one in asked]
+        return [one.wait() for one in pending], worker.sample(computation, samplings).wait()
+
+    scores, sampled = ended()
+    captured.prefill.captured = None
+    launched, by_launches = ended()
+    assert_same([sampled], [by_launches])
+    unscored = outputs(captured, None, Piece(groups=(0, 2), chunks=(0, 1)))
+    assert [one.sampled for one in sampled] == [one.sampled for one in unscored]
+    for one, other, wanted in zip(scores, launched, asked, strict=True):
+        assert one.top_TK.shape == (len(wanted.next_ids), wanted.num_top) and not one.has_nan
+        for name in ("own_T", "rank_T", "top_TK", "top_ids_TK"):
+            assert np.array_equal(getattr(one, name), getattr(other, name)), name
+
+
+def test_more_than_a_kernel_lists_is_refused_by_name(engine: GpuEngine) -> None:
+    worker = GpuPrefillWorker(engine, WorkerSizes(num_blocks=8, block_tokens=16, units=2, units_per_group=1, torch_threads=1))
+    worker.check(Sampling(max_tokens=1, prompt_logprobs=20))
+    with pytest.raises(RequestError, match="21 prompt_logprobs: at most 20") as refusal:
+        worker.check(Sampling(max_tokens=1, prompt_logprobs=21))
+    assert refusal.value.param == "prompt_logprobs"

@@ -55,3 +55,19 @@ def test_too_few_blocks_take_nothing() -> None:
     blocks.free(table.blocks)
     assert blocks.num_available == 5
     blocks.manager.check_integrity()
+
+
+def test_who_reads_no_cache_computes_all_of_it_and_leaves_it_to_others() -> None:
+    blocks = PromptBlocks(8, 16, prefix_cache_blocks=8)
+    first = blocks.allocate(1, PROMPT, "", reads_cache=False)
+    assert first is not None
+    blocks.commit(first.blocks)
+    again = blocks.allocate(1, PROMPT, "", reads_cache=False)
+    assert again is not None and again.cached_tokens == 0 and not set(again.blocks) & set(first.blocks)
+    blocks.commit(again.blocks)
+    for table in (first, again):
+        blocks.free(table.blocks)
+    found = blocks.allocate(1, PROMPT, "")
+    assert found is not None and found.cached_tokens == 48 and found.blocks[:3] == first.blocks[:3]
+    blocks.free(found.blocks)
+    blocks.manager.check_integrity()
