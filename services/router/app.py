@@ -30,6 +30,7 @@ from services.router.keys import Keys
 from services.router.message_answers import MessageShape
 from services.router.message_requests import MessageParser
 from services.router.openai import RequestParser
+from services.router.openapi import openapi_document
 from services.router.prompts import PromptMaker
 from services.router.refusals import answer_refusals
 from services.router.response_answers import ResponseShape
@@ -57,6 +58,7 @@ def build_app(gateway: Gateway, keys: Keys) -> FastAPI:
     app.add_route("/health/live", edge.live, methods=["GET"])
     app.add_route("/health/ready", edge.ready, methods=["GET"])
     app.add_route("/metrics", edge.metrics, methods=["GET"])
+    app.add_route("/openapi.json", edge.openapi, methods=["GET"])
     if gateway.config.gateway.serves_pool_report:
         app.add_route("/admin/pools", edge.pools, methods=["GET"])
         app.add_route("/admin/experts", edge.experts, methods=["GET"])
@@ -79,6 +81,7 @@ class Edge:
         self._prompts = PromptMaker(section, gateway.card, gateway.text)
         self._tokenizing = Tokenizing(self._parser, gateway.card, gateway.text)
         self._model = _model_object(gateway)
+        self._document = openapi_document(section, gateway.card)
 
     async def chat(self, request: Request) -> Response:
         call = self._call(request, "chatcmpl-", "chat")
@@ -146,6 +149,9 @@ class Edge:
         metrics.desired_replicas.labels("prefill").set(desired.prefill)
         metrics.desired_replicas.labels("decode").set(desired.decode)
         return Response(metrics.render(), media_type=CONTENT_TYPE)
+
+    async def openapi(self, request: Request) -> Response:
+        return _json_response(200, self._document)
 
     async def pools(self, request: Request) -> Response:
         return _json_response(200, msgspec.json.encode(pool_report(self._gateway)))

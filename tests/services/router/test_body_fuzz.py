@@ -20,6 +20,7 @@ from services.router.message_requests import MessageParser
 from services.router.openai import ChatRequest, RequestParser
 from services.router.response_requests import ResponseParser
 from services.router.text import ModelText
+from tests.services.router.body_places import odd, places, with_value
 from tests.services.router.stub_replicas import MODEL
 from tests.services.router.stub_system import stub_system
 
@@ -77,34 +78,6 @@ ENDPOINTS: dict[str, tuple[Callable[[bytes], ChatRequest], dict[str, object]]] =
         },
     ),
 }
-odd = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.just(10**400)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=5)
-    | st.sampled_from(["\ud800", "object", "text", "f", "a", "required"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.sampled_from(["type", "text"]), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def _places(value: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Every place inside a body, and one that it lacks in each of its objects."""
-    found: list[tuple[str | int, ...]] = []
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, below in inner:
-        found += [(*path, key), *_places(below, (*path, key))]
-    return [*found, (*path, "mood")] if isinstance(value, dict) else found
-
-
-def _with(body: object, place: tuple[str | int, ...], value: object) -> object:
-    if not place:
-        return value
-    copy = dict(body) if isinstance(body, dict) else list(body) if isinstance(body, list) else body
-    copy[place[0]] = _with(copy.get(place[0]) if isinstance(copy, dict) else copy[place[0]], place[1:], value)
-    return copy
 
 
 def _use(endpoint: str, body: bytes) -> RequestError | None:
@@ -130,8 +103,8 @@ def test_the_whole_body_itself_is_taken(endpoint: str) -> None:
 @given(data=st.data())
 def test_any_value_in_any_place_is_taken_or_refused_by_a_name(endpoint: str, data: st.DataObject) -> None:
     body = ENDPOINTS[endpoint][1]
-    place = data.draw(st.sampled_from(_places(body)))
-    _use(endpoint, json.dumps(_with(body, place, data.draw(odd))).encode())
+    place = data.draw(st.sampled_from(places(body)))
+    _use(endpoint, json.dumps(with_value(body, place, data.draw(odd))).encode())
 
 
 @pytest.mark.parametrize("endpoint", list(ENDPOINTS))
@@ -142,8 +115,8 @@ def test_what_nests_deeply_or_is_very_long_is_refused_and_breaks_nothing(endpoin
     lists = "[" * 900 + "]" * 900
     big = '{"a": ' + "9" * 5000 + "}"
     for text in (schema, lists, big, json.dumps(big), json.dumps(lists), json.dumps('{"a": ' * 900 + "1" + "}" * 900)):
-        for place in _places(body):
-            _use(endpoint, json.dumps(_with(body, place, json.loads(marked))).replace(marked, text).encode())
+        for place in places(body):
+            _use(endpoint, json.dumps(with_value(body, place, json.loads(marked))).replace(marked, text).encode())
 
 
 def test_no_depth_is_a_fault_of_ours(tmp_path: Path) -> None:
