@@ -48,6 +48,7 @@ class BlockManager:
         self._hash_of: dict[int, PrefixHash] = {}
         self._block_of: dict[PrefixHash, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._flushed: set[int] = set()  # held blocks from before a flush: never to be found again
         self.num_evicted = 0
         self.digest = PrefixDigest()
 
@@ -104,6 +105,7 @@ class BlockManager:
                 self._readers[block] = readers - 1
                 continue
             del self._readers[block]
+            self._flushed.discard(block)
             if block in self._hash_of and self._max_cached > 0:
                 self._cached[block] = None
                 self._trim_cache()
@@ -143,6 +145,8 @@ class BlockManager:
         if grown is None:
             return False
         copy_block(block, grown[0])
+        if block in self._flushed:
+            self._flushed.add(grown[0])
         self._readers[block] -= 1
         table[index] = grown[0]
         return True
@@ -165,15 +169,32 @@ class BlockManager:
         return blocks
 
     def commit(self, table: Sequence[int], hashes: Sequence[PrefixHash]) -> None:
-        """Remember that table[i] holds the full block of hashes[i]. Their KV is written. The first holder of a hash stays."""
+        """Remember that table[i] holds the full block of hashes[i]. Their KV is written. The first holder of a hash stays.
+
+        Behind a block from before a flush nothing is remembered: it was computed from that.
+        """
         if not self.has_prefix_cache:
             return
+        num_known = 0
         for block, prefix in zip(table, hashes, strict=False):
             assert block in self._readers, f"block {block} is committed but nobody reads it"
+            if block in self._flushed:
+                break
             if prefix not in self._block_of and block not in self._hash_of:
                 self._block_of[prefix] = block
                 self._hash_of[block] = prefix
-        self.digest.used(hashes[: len(table)])
+            num_known += 1
+        self.digest.used(hashes[:num_known])
+
+    def flush(self) -> int:
+        """Forget every prefix; how many blocks held one. Held blocks stay their readers', and no later commit makes them known."""
+        num_forgotten = len(self._hash_of)
+        for block in list(self._hash_of):
+            self._forget(block)
+        self._free += reversed(self._cached)
+        self._cached.clear()
+        self._flushed = set(self._readers)
+        return num_forgotten
 
     def forget(self, blocks: Iterable[int]) -> None:
         """What these blocks hold is not to be trusted: nobody finds them any more. Readers keep them, and free them like any other."""
@@ -205,6 +226,8 @@ class BlockManager:
         assert cached <= set(self._hash_of), f"cached blocks without a prefix: {sorted(cached - set(self._hash_of))}"
         assert not free & set(self._hash_of), f"free blocks with a prefix: {sorted(free & set(self._hash_of))}"
         assert set(self.digest) <= set(self._block_of), "the digest tells of prefixes that are not known"
+        assert self._flushed <= held, f"blocks from before a flush that nobody reads: {sorted(self._flushed - held)}"
+        assert not self._flushed & set(self._hash_of), f"blocks from before a flush that are found: {self._flushed & set(self._hash_of)}"
 
     def _trim_cache(self) -> None:
         while len(self._cached) > self._max_cached:

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from duomo.errors import WireError
-from duomo.wire.messages import SINCE, WIRE_VERSION, Message
+from duomo.wire.messages import SINCE, WIRE_VERSION, Drain, Message
 from duomo.wire.values import Sampling
 
 UNKNOWN_MESSAGE: Final = "unknown_message"
@@ -108,7 +108,7 @@ class FrameReader:
 
 
 def _encode_older(message: Message, version: int) -> bytes:
-    """The payload without the fields that a peer of `version` does not know. Raises WireError where one says how to sample."""
+    """The payload without the fields that a peer of `version` does not know. Raises WireError where one may not be left out."""
     newer = _newer(type(message).__name__, version)
     sampling = getattr(message, "sampling", None)
     newer_sampling = _newer("Sampling", version) if isinstance(sampling, Sampling) else set()
@@ -116,6 +116,8 @@ def _encode_older(message: Message, version: int) -> bytes:
         return _ENCODER.encode(message)
     if isinstance(sampling, Sampling) and asks_of_peers(sampling) > version:
         raise WireError(f"a peer of wire version {version} knows none of Sampling's {', '.join(sorted(newer_sampling))}", code=PEER_TOO_OLD)
+    if isinstance(message, Drain) and not message.ends:
+        raise WireError(f"a peer of wire version {version} ends after every Drain", code=PEER_TOO_OLD)
     fields = msgspec.to_builtins(message, builtin_types=(bytes,))
     for field in newer:
         del fields[field]

@@ -3,7 +3,8 @@
 WIRE_VERSION history:
     1 to 3  gone, and with them PrefillDone.expert_counts
     4  Sampling.{constraint, logit_bias}, RingOffered.{memory, device_idx, kv_dtype}
-    5  Sampling.prompt_logprobs, PromptScored, ReplicaReport.{num_work_tokens, num_promised_blocks, tokens_per_s, step_s}
+    5  Sampling.prompt_logprobs, PromptScored, ReplicaReport.{num_work_tokens, num_promised_blocks, tokens_per_s, step_s}, Drain.ends,
+       Undrain, FlushCaches, CachesFlushed
 
 Versions N and N-1 are spoken. Fields newer than version N-1 are listed in SINCE and carry a default: the codec leaves them
 out for an older peer; of Sampling only those that ask for nothing. Unknown types and unknown fields are refused (WireError). Times are
@@ -15,8 +16,8 @@ Who sends what:
     P -> D          WaveAnnounced, PrefillDone, TransferFenced, Cancel
     D -> P          RingOffered, HandleOffered, GroupLanded, PullKv, RequestFailed, Cancel
     P -> gateway    PromptScored
-    P, D -> gateway TokensEmitted, Preempted, RequestFinished, RequestFailed, ReplicaReport
-    operator -> any Drain
+    P, D -> gateway TokensEmitted, Preempted, RequestFinished, RequestFailed, ReplicaReport, CachesFlushed
+    gateway -> P, D at an operator's word: Drain, Undrain, FlushCaches
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SINCE: dict[tuple[str, str], int] = {
     ("ReplicaReport", "num_promised_blocks"): 5,
     ("ReplicaReport", "tokens_per_s"): 5,
     ("ReplicaReport", "step_s"): 5,
+    ("Drain", "ends"): 5,
 }
 
 
@@ -237,9 +239,27 @@ class Cancel(_RequestMessage, frozen=True, kw_only=True):
 
 
 class Drain(_Message, frozen=True, kw_only=True):
-    """Take no new request, finish the live ones within deadline_s."""
+    """Take no new request and finish the live ones: to end within deadline_s or, where it does not end, to wait for an Undrain."""
 
     deadline_s: float
+    ends: bool = True
+
+
+class Undrain(_Message, frozen=True, kw_only=True):
+    """Take new requests again. Refused (ending) by a replica whose drain leads to its end."""
+
+
+class FlushCaches(_Message, frozen=True, kw_only=True):
+    """Forget every prefix: nothing computed so far is found again, though what is in use stays in use. flush_id: the asker's own number."""
+
+    flush_id: int
+
+
+class CachesFlushed(_Message, frozen=True, kw_only=True):
+    """The answer to FlushCaches. num_blocks: those whose prefix was forgotten, in use or not."""
+
+    flush_id: int
+    num_blocks: int
 
 
 class ReplicaReport(_Message, frozen=True, kw_only=True):
@@ -297,4 +317,5 @@ RequestMessage = (
     | RequestFailed
     | Cancel
 )
-Message = RequestMessage | Hello | Refused | Heartbeat | RingOffered | TokensEmitted | Drain | ReplicaReport
+OperatorMessage = Drain | Undrain | FlushCaches | CachesFlushed
+Message = RequestMessage | Hello | Refused | Heartbeat | RingOffered | TokensEmitted | ReplicaReport | OperatorMessage

@@ -180,6 +180,14 @@ class DecodeService:
     def begin_drain(self) -> None:
         self._intake.is_draining = True
 
+    def end_drain(self) -> None:
+        self._intake.is_draining = False
+
+    def flush_caches(self) -> int:
+        num_blocks = self.pool.manager.flush()
+        self.counters["prefix_blocks_flushed"] += num_blocks
+        return num_blocks
+
     def num_live_requests(self) -> int:
         return len(self._legs)
 

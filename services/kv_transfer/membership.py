@@ -31,7 +31,7 @@ from duomo.config import DuomoConfig, PoolSection
 from duomo.errors import ConfigError, DuomoError, EngineError, PeerError, WireError
 from duomo.wire.address import clear_stale
 from duomo.wire.connection import Connection, Identity, Listener, connect, new_boot_id
-from duomo.wire.messages import Drain, Message, Refused, ReplicaReport, Role
+from duomo.wire.messages import CachesFlushed, FlushCaches, Message, OperatorMessage, Refused, ReplicaReport, Role, Undrain
 from services.kv_transfer.directory import Directory, Member
 from services.kv_transfer.ending import end_tasks
 
@@ -117,6 +117,12 @@ class ReplicaLogic(Protocol):
     def begin_drain(self) -> None:
         """Refuse new requests from now on; the live ones finish."""
 
+    def end_drain(self) -> None:
+        """Take new requests again."""
+
+    def flush_caches(self) -> int:
+        """Forget every prefix (BlockManager.flush); of how many blocks."""
+
     def num_live_requests(self) -> int: ...
 
     def failure(self) -> DuomoError | None:
@@ -143,6 +149,7 @@ class Membership:
         self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
         self._drain_asked = asyncio.Event()
+        self._is_ending = False
         self._drain_deadline_s = card.config.gateway.request_deadline_s
         self._watchdog: Watchdog | None = None
         self.identity = Identity(
@@ -184,8 +191,8 @@ class Membership:
         return connection
 
     async def drain(self, deadline_s: float) -> bool:
-        """Take no new request and wait for the live ones; whether all finished in time."""
-        self.is_draining = True
+        """Take no new request, not ever again, and wait for the live ones; whether all finished in time."""
+        self.is_draining = self._is_ending = True
         self._logic.begin_drain()
         end_s = time.monotonic() + deadline_s
         while self._logic.num_live_requests() > 0 and time.monotonic() < end_s:
@@ -193,7 +200,7 @@ class Membership:
         return self._logic.num_live_requests() == 0
 
     async def serve(self, stop: asyncio.Event) -> None:
-        """Serve until `stop` is set or an operator sends Drain, then finish the live requests.
+        """Serve until `stop` is set or an operator sends a Drain that ends, then finish the live requests.
 
         A hang ends the process. Raises what logic.failure() says, after FAILED_DRAIN_S for what can still finish.
         """
@@ -272,14 +279,32 @@ class Membership:
             await connection.close()
 
     def _dispatch(self, connection: Connection, message: Message) -> None:
-        if isinstance(message, Drain):
-            self._drain_deadline_s = message.deadline_s
-            self._drain_asked.set()
-            return
         try:
-            self._logic.received(connection, message)
+            if isinstance(message, OperatorMessage):
+                self._obey(connection, message)
+            else:
+                self._logic.received(connection, message)
         except DuomoError as error:
             connection.post(Refused(code=error.code, detail=error.detail))
+
+    def _obey(self, connection: Connection, message: OperatorMessage) -> None:
+        """An operator's word, by way of a gateway. Raises WireError where it is none, or comes too late."""
+        if connection.peer.role != "gateway" or isinstance(message, CachesFlushed):
+            raise WireError(f"a {connection.peer.role} sends no {type(message).__name__}", code="unexpected_message")
+        log.info("%s of gateway %s", type(message).__name__, connection.peer.replica_id)
+        if isinstance(message, FlushCaches):
+            connection.post(CachesFlushed(flush_id=message.flush_id, num_blocks=self._logic.flush_caches()))
+        elif isinstance(message, Undrain):
+            if self._is_ending or self._drain_asked.is_set():
+                raise WireError("this replica ends when its live requests have", code="ending")
+            self.is_draining = False
+            self._logic.end_drain()
+        elif message.ends:
+            self._drain_deadline_s = message.deadline_s
+            self._drain_asked.set()
+        else:
+            self.is_draining = True
+            self._logic.begin_drain()
 
     async def _report_loop(self) -> None:
         while True:

@@ -146,6 +146,14 @@ class PrefillService:
     def begin_drain(self) -> None:
         self._book.is_draining = True
 
+    def end_drain(self) -> None:
+        self._book.is_draining = False
+
+    def flush_caches(self) -> int:
+        num_blocks = self._book.blocks.manager.flush()
+        self._book.counters["prefix_blocks_flushed"] += num_blocks
+        return num_blocks
+
     def num_live_requests(self) -> int:
         return self._book.num_live
 

@@ -121,9 +121,31 @@ def test_writing_a_remembered_block_forgets_it() -> None:
     blocks.check_integrity()
 
 
+def test_a_flush_forgets_what_is_cached_and_what_is_in_use() -> None:
+    blocks = BlockManager(8, 16)
+    hashes = prefix_hashes(list(range(64)), 16, "")
+    ended, running = blocks.allocate(2) or [], blocks.allocate(2) or []
+    blocks.commit(ended, hashes[:2])
+    blocks.free(ended)
+    running = blocks.lookup(hashes[:1]) + running
+    other = prefix_hashes(list(range(100, 132)), 16, "")
+    assert blocks.flush() == 2 and blocks.num_cached == 0 and blocks.num_free == 5
+    assert blocks.lookup(hashes) == [] and blocks.digest.told() == ()
+    blocks.check_integrity()
+    blocks.commit(running, hashes[:3])
+    blocks.free(running)
+    assert blocks.lookup(hashes) == [] and blocks.num_free == 8, "what was computed before is not found once its request has ended, either"
+    fresh = blocks.allocate(2) or []
+    blocks.commit(fresh, other)
+    blocks.free(fresh)
+    assert blocks.lookup(other) == fresh, "what is computed afterwards is"
+    blocks.check_integrity()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda blocks: blocks._flushed.add(blocks._free[0]),
         lambda blocks: blocks._free.append(blocks._free[0]),
         lambda blocks: blocks._free.pop(),
         lambda blocks: blocks._free.append(99),
@@ -161,7 +183,9 @@ class Losing(RuleBasedStateMachine):
         super().__init__()
         self.blocks = BlockManager(12, 4, max_cached_blocks=5)
         self.contents: dict[int, tuple[int, ...]] = {}
-        self.live: list[tuple[list[int], list[int]]] = []  # tokens, table
+        self.live: list[tuple[list[int], list[int], int]] = []  # tokens, table, how many flushes there had been
+        self.num_flushes = 0
+        self.since: dict[int, int] = {}  # of each block: how many flushes there had been when its sequence began
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=17))
     def start(self, tokens: list[int]) -> None:
@@ -169,6 +193,7 @@ class Losing(RuleBasedStateMachine):
         table = self.blocks.lookup(hashes)
         for place, block in enumerate(table):
             assert self.contents[block] == tuple(tokens[: place * 4 + 4]), "a prefix hit holds other tokens"
+            assert self.since[block] == self.num_flushes, "a prefix from before a flush was found"
         rest = self.blocks.allocate(self.blocks.num_blocks_for(len(tokens)) - len(table))
         if rest is None:
             self.blocks.free(table)
@@ -176,35 +201,43 @@ class Losing(RuleBasedStateMachine):
         table += rest
         for place, block in enumerate(table):
             self.contents[block] = tuple(tokens[: place * 4 + 4])
+            self.since[block] = self.num_flushes
         self.blocks.commit(table, hashes)
-        self.live.append((tokens, table))
+        self.live.append((tokens, table, self.num_flushes))
+
+    @rule()
+    def flush(self) -> None:
+        self.blocks.flush()
+        self.num_flushes += 1
+        assert self.blocks.num_cached == 0
 
     @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 99), token=st.integers(0, 1))
     def grow(self, pick: int, token: int) -> None:
-        tokens, table = self.live[pick % len(self.live)]
+        tokens, table, since = self.live[pick % len(self.live)]
         if self.blocks.append_slot(table, len(tokens), lambda src, dst: self.contents.update({dst: self.contents[src]})):
             tokens.append(token)
             self.contents[table[-1]] = tuple(tokens)
+            self.since[table[-1]] = since
 
     @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 99))
     def fork(self, pick: int) -> None:
-        tokens, table = self.live[pick % len(self.live)]
-        self.live.append((list(tokens), self.blocks.fork(table)))
+        tokens, table, since = self.live[pick % len(self.live)]
+        self.live.append((list(tokens), self.blocks.fork(table), since))
 
     @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 99))
     def end_known(self, pick: int) -> None:
         """What was generated may be found as well."""
-        tokens, table = self.live.pop(pick % len(self.live))
+        tokens, table, _ = self.live.pop(pick % len(self.live))
         self.blocks.commit(table, prefix_hashes(tokens, 4, ""))
         self.blocks.free(table)
 
     @precondition(lambda self: self.live)
     @rule(pick=st.integers(0, 99))
     def distrust(self, pick: int) -> None:
-        tokens, table = self.live.pop(pick % len(self.live))
+        tokens, table, _ = self.live.pop(pick % len(self.live))
         self.blocks.forget(table)
         found = self.blocks.lookup(prefix_hashes(tokens, 4, ""))
         assert not set(found) & set(table), "what is distrusted was found"
@@ -219,7 +252,7 @@ class Losing(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost(self) -> None:
         self.blocks.check_integrity()
-        for tokens, table in self.live:
+        for tokens, table, _ in self.live:
             for place, block in enumerate(table):
                 assert self.contents[block] == tuple(tokens[: place * 4 + 4]), "a block changed under its reader"
         if not self.live:

@@ -75,7 +75,7 @@ def test_an_older_peer_gets_no_newer_field(monkeypatch: pytest.MonkeyPatch) -> N
     older = encode(ring, version=MIN_WIRE_VERSION)
     assert b"device_idx" not in older and b"device_idx" in encode(ring)
     assert decode(older[4:]) == msgspec.structs.replace(ring, memory="host", device_idx=0)
-    assert encode(Drain(deadline_s=1.0), version=MIN_WIRE_VERSION) == encode(Drain(deadline_s=1.0))
+    assert encode(Heartbeat(seq=1), version=MIN_WIRE_VERSION) == encode(Heartbeat(seq=1))
 
 
 def test_an_older_peer_is_asked_to_sample_as_it_can() -> None:
@@ -94,6 +94,13 @@ def test_what_an_older_peer_would_leave_out_of_the_answer_is_never_sent_to_it(sa
     held = Sampling(max_tokens=3, seed=7, constraint=Constraint(kind="regex", text="a+"))
     assert asks_of_peers(sampling) == WIRE_VERSION and asks_of_peers(held) <= MIN_WIRE_VERSION
     assert decode(encode(prefill_of(sampling))[4:]) == prefill_of(sampling)
+
+
+def test_a_drain_that_an_older_peer_would_end_after_is_never_sent_to_it() -> None:
+    assert decode(encode(Drain(deadline_s=1.0), version=4)[4:]) == Drain(deadline_s=1.0)
+    with pytest.raises(WireError) as refusal:
+        encode(Drain(deadline_s=1.0, ends=False), version=4)
+    assert refusal.value.code == "peer_too_old"
 
 
 def test_a_message_over_the_limit_leaves_the_buffer_as_it_was() -> None:

@@ -151,7 +151,10 @@ EXAMPLES: tuple[Message, ...] = (
     page.RequestFinished(cached_tokens=16, timings=TIMINGS, **ABOUT),
     page.RequestFailed(code="kv_corrupt", phase="kv.handoff", retryable=True, detail="hash of message 3 differs", **ABOUT),
     page.Cancel(reason="client_gone", choice=1, **ABOUT),
-    page.Drain(deadline_s=30.0),
+    page.Drain(deadline_s=30.0, ends=False),
+    page.Undrain(),
+    page.FlushCaches(flush_id=2**40 + 7),
+    page.CachesFlushed(flush_id=2**40 + 7, num_blocks=257),
     page.ReplicaReport(
         replica_id="decode-1",
         boot_id="00000000000000d1",
@@ -198,6 +201,8 @@ def has_older_form(message: Message, version: int) -> bool:
 
 
 def as_spoken(message: Message, version: int) -> Message:
+    if isinstance(message, page.Drain) and version < WIRE_VERSION:
+        return msgspec.structs.replace(message, ends=True)  # an older peer ends after each, and is never sent another
     """The example that a peer of this version may be sent: a prompt's log-probabilities are never asked of it."""
     return message if version == WIRE_VERSION or not samples(message) else msgspec.structs.replace(message, sampling=PLAIN)
 

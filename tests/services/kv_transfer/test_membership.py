@@ -13,7 +13,7 @@ import pytest
 from duomo.config import DuomoConfig
 from duomo.errors import ConfigError, DuomoError, EngineError, PeerError, WireError
 from duomo.wire.connection import Connection, Identity, connect, new_boot_id
-from duomo.wire.messages import Cancel, Drain, Message, Refused, ReplicaReport
+from duomo.wire.messages import CachesFlushed, Cancel, Drain, FlushCaches, Message, Refused, ReplicaReport, Undrain
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.embedded_redis import EmbeddedRedis
 from services.kv_transfer.membership import HANG_EXIT_CODE, Membership, Progress, ReplicaCard
@@ -52,6 +52,13 @@ class Logic:
 
     def begin_drain(self) -> None:
         self.is_draining = True
+
+    def end_drain(self) -> None:
+        self.is_draining = False
+
+    def flush_caches(self) -> int:
+        self.events.append("flushed")
+        return 7
 
     def num_live_requests(self) -> int:
         return self.live
@@ -223,6 +230,62 @@ def test_serve_ends_when_the_last_request_has(tmp_path: Path, is_stopped: bool) 
         logic.live = 0
         async with asyncio.timeout(5):
             await serving
+        await connection.close()
+        await membership.stop()
+
+    asyncio.run(go())
+
+
+async def heard(connection: Connection) -> Message:
+    """The next message that is no report."""
+    while isinstance(message := await connection.receive(), ReplicaReport):
+        pass
+    return message
+
+
+def test_an_operator_drains_undrains_and_flushes_a_replica_that_stays(tmp_path: Path) -> None:
+    async def go() -> None:
+        membership, logic = made(configuration(tmp_path))
+        await membership.start()
+        serving = asyncio.create_task(membership.serve(asyncio.Event()))
+        connection = await gateway(membership)
+        async with asyncio.timeout(10):
+            for _ in range(2):
+                connection.post(Drain(deadline_s=0.0, ends=False))
+                connection.post(FlushCaches(flush_id=3))
+                assert await heard(connection) == CachesFlushed(flush_id=3, num_blocks=7)
+                assert logic.is_draining and membership.is_draining and not serving.done(), "nothing lives, and it stays"
+                connection.post(Undrain())
+                while logic.is_draining or membership.is_draining:
+                    await asyncio.sleep(0.01)
+            logic.live = 1
+            connection.post(Drain(deadline_s=20.0))
+            connection.post(Undrain())
+            refused = await heard(connection)
+            assert isinstance(refused, Refused) and refused.code == "ending"
+            logic.live = 0
+            await serving
+        assert logic.is_draining
+        await connection.close()
+        await membership.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("message", [Drain(deadline_s=1.0), Drain(deadline_s=1.0, ends=False), Undrain(), FlushCaches(flush_id=1)])
+def test_a_peer_that_is_no_gateway_brings_no_operators_word(tmp_path: Path, message: Message) -> None:
+    async def go() -> None:
+        membership, logic = made(configuration(tmp_path))
+        await membership.start()
+        serving = asyncio.create_task(membership.serve(asyncio.Event()))
+        identity = Identity(replica_id="p", boot_id=new_boot_id(), role="prefill", model_fingerprint=FINGERPRINT)
+        connection = await connect(membership.identity.address, identity, membership.card.config.wire)
+        connection.post(message)
+        async with asyncio.timeout(5):
+            refused = await heard(connection)
+        assert isinstance(refused, Refused) and refused.code == "unexpected_message"
+        assert not logic.is_draining and "flushed" not in logic.events and not serving.done()
+        serving.cancel()
         await connection.close()
         await membership.stop()
 

@@ -12,7 +12,18 @@ import pytest
 
 from duomo.engine.sampler import RowSampling
 from duomo.errors import EngineError, TransferError
-from duomo.wire.messages import Cancel, PrefillDone, Refused, RequestFailed, TransferFenced, WaveAnnounced
+from duomo.wire.messages import (
+    CachesFlushed,
+    Cancel,
+    Drain,
+    FlushCaches,
+    PrefillDone,
+    Refused,
+    RequestFailed,
+    TransferFenced,
+    Undrain,
+    WaveAnnounced,
+)
 from duomo.wire.values import Sampling
 from services.kv_transfer.transport import Span, Write
 from services.kv_transfer.transport_loopback import LoopbackTransport
@@ -221,6 +232,30 @@ def test_draining_finishes_the_live_and_refuses_the_new(tmp_path: Path) -> None:
             assert (failed.code, failed.retryable, failed.phase) == ("draining", True, "prefill.queue")
             await parts.gateway.finished("old")
             assert await draining
+
+    run(scenario, tmp_path)
+
+
+def test_a_drain_that_stays_is_taken_back_and_a_flush_forgets(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            cached = []
+            for number in range(3):
+                parts.gateway.start(f"before {number}", ids(70), parts.decode.address)
+                cached.append((await parts.gateway.finished(f"before {number}")).cached_tokens)
+                if number == 1:
+                    parts.gateway.connection.post(FlushCaches(flush_id=5))
+                    answer = CachesFlushed(flush_id=5, num_blocks=4)
+                    await parts.gateway.inbox.until(lambda answer=answer: answer in parts.gateway.inbox.messages)
+                    parts.service._book.blocks.manager.check_integrity()
+            assert cached == [0, 64, 0]
+            parts.gateway.connection.post(Drain(deadline_s=0.0, ends=False))
+            parts.gateway.start("refused", ids(20), parts.decode.address)
+            assert (await parts.gateway.failed("refused")).code == "draining"
+            parts.gateway.connection.post(Undrain())
+            parts.gateway.start("taken", ids(20), parts.decode.address)
+            await parts.gateway.finished("taken")
+            await parts.is_clean()
 
     run(scenario, tmp_path)
 
