@@ -136,6 +136,12 @@ class Metrics:
             "duomo_breakers_opened", "Circuit breakers that opened: a replica's (leg) or a pair's", ("kind",), registry=registry
         )
         self.resumes = Counter("duomo_resumes", "Attempts begun after the first token, by cause", ("cause",), registry=registry)
+        self.idempotency = Counter(
+            "duomo_idempotency", "What became of requests with an idempotency key, and of kept answers", ("event",), registry=registry
+        )
+        self.idempotency_bytes = Gauge(
+            "duomo_idempotency_bytes", "Kept answers of all gateways, when this one last kept one", registry=registry
+        )
         self.slow_clients = Counter("duomo_slow_clients", "Clients cut off for reading too slowly", registry=registry)
 
     def _make_pool_metrics(self, registry: CollectorRegistry) -> None:

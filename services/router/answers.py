@@ -83,7 +83,7 @@ _CLIENTS_FAULTS: Final = (RequestError.default_code, BAD_CONSTRAINT, UNSUPPORTED
 def error_status(error: DuomoError) -> int:
     """The HTTP status of a fault: the client's own 4xx, 429/503 without room, 408 at the deadline, else 5xx by whether a retry helps.
 
-    408 and not 504: the client or the operator set the time, and no upstream is at fault (Envoy and Portkey answer a request's own time so).
+    408 and not 504: the client or the operator set the time, and no upstream is at fault (Envoy and Portkey answer so).
     """
     if isinstance(error, RequestError):
         return error.status

@@ -26,6 +26,7 @@ from services.router.chat_answers import ChatShape
 from services.router.common_fields import CommonReader
 from services.router.completion_answers import CompletionShape
 from services.router.gateway import Gateway
+from services.router.idempotency import Idempotency
 from services.router.keys import Keys
 from services.router.message_answers import MessageShape
 from services.router.message_requests import MessageParser
@@ -42,10 +43,10 @@ log = logging.getLogger(__name__)
 _JSON: Final = "application/json"
 
 
-def build_app(gateway: Gateway, keys: Keys) -> FastAPI:
-    """The application; whoever runs it starts the gateway before and stops it after."""
+def build_app(gateway: Gateway, keys: Keys, idempotency: Idempotency | None = None) -> FastAPI:
+    """The application; whoever runs it starts the gateway before and stops it after. Without `idempotency` its keys are refused (503)."""
     app = FastAPI(title="Duomo", docs_url=None, redoc_url=None, openapi_url=None)
-    edge = Edge(gateway)
+    edge = Edge(gateway, idempotency)
     app.add_route("/v1/chat/completions", edge.chat, methods=["POST"])
     app.add_route("/v1/completions", edge.completion, methods=["POST"])
     app.add_route("/v1/responses", edge.response, methods=["POST"])
@@ -70,9 +71,10 @@ def build_app(gateway: Gateway, keys: Keys) -> FastAPI:
 class Edge:
     """One gateway's endpoints."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, idempotency: Idempotency | None) -> None:
         section = gateway.config.gateway
         self._gateway = gateway
+        self._idempotency = idempotency
         self._section = section
         reader = CommonReader(section, gateway.card.name, gateway.card.vocab_size)
         self._parser = RequestParser(section, reader)
@@ -86,14 +88,14 @@ class Edge:
     async def chat(self, request: Request) -> Response:
         call = self._call(request, "chatcmpl-", "chat")
         with call.refusing():
-            asked = self._parser.chat(await read_body(request, self._section.max_body_bytes))
+            asked = self._parser.chat(await call.body(request))
             chat = await self._prompts.chat(asked, call.template(asked.common))
         return await call.answer(request, chat.requests, chat.common, ChatShape(call.head(chat.common), chat.style))
 
     async def completion(self, request: Request) -> Response:
         call = self._call(request, "cmpl-", "text_completion")
         with call.refusing():
-            asked = self._parser.completion(await read_body(request, self._section.max_body_bytes))
+            asked = self._parser.completion(await call.body(request))
             requests = await self._prompts.completion(asked, call.template(asked.common))
         sampled, shown = asked.common.answer.num_choices, asked.num_shown
         shape = CompletionShape(call.head(asked.common), self._prompts.echoes(asked), num_sampled=sampled, num_shown=shown)
@@ -102,14 +104,14 @@ class Edge:
     async def response(self, request: Request) -> Response:
         call = self._call(request, "resp_", "chat")
         with call.refusing():
-            asked = self._response_parser.response(await read_body(request, self._section.max_body_bytes))
+            asked = self._response_parser.response(await call.body(request))
             chat = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
         return await call.answer(request, chat.requests, chat.common, ResponseShape(call.head(chat.common), chat.style, asked.echo))
 
     async def message(self, request: Request) -> Response:
         call = self._call(request, "msg_", "chat")
         with call.refusing():
-            asked = self._message_parser.message(await read_body(request, self._section.max_body_bytes))
+            asked = self._message_parser.message(await call.body(request))
             chat = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
             if asked.wants_thinking and chat.style.reasoning == "none":
                 raise RequestError("'thinking' cannot be turned on: this model marks no reasoning for such a request.", param="thinking")
@@ -162,7 +164,7 @@ class Edge:
 
     def _call(self, request: Request, prefix: str, endpoint: str) -> Call:
         received_s = time.monotonic()
-        return Call(self._gateway, prefix + secrets.token_hex(12), endpoint, received_s, request.headers)
+        return Call(self._gateway, prefix + secrets.token_hex(12), endpoint, received_s, request.headers, self._idempotency)
 
 
 def pool_report(gateway: Gateway) -> dict[str, object]:

@@ -1,6 +1,7 @@
 """One generating HTTP call from its checked requests to its answer, whole or streamed. Knows no route and no replica.
 
-Every flight that a call submits is closed, whatever happens: that is when it is cancelled if it still runs, and accounted for.
+Every flight that a call submits is closed, whatever happens: that is when it is cancelled if it still runs, and accounted for. So ends its
+claim on an idempotency key: the answer is kept before the client can see its end, or the key is free again.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from duomo.errors import DuomoError, RequestCancelled, RequestError
+from duomo.errors import CapacityError, DuomoError, RequestCancelled, RequestError
 from duomo.wire.values import Sampling
 from services.router.answers import AnswerHead, AnswerShape
+from services.router.body import read_body
 from services.router.cache_salt import cache_salt
 from services.router.common_fields import CommonFields
 from services.router.deadlines import TIMEOUT_HEADER, allowed_s, asked_timeout_s
 from services.router.flight import Flight
 from services.router.gateway import Gateway
 from services.router.generation import GenerationRequest
+from services.router.idempotency import KEY_HEADER, Claim, Idempotency, RecordedResponse, asked_key, claim_name, replay
+from services.router.refusals import refusal_of
+from services.router.store import ClaimName, StoredAnswer
 from services.router.streams import TRANSPORT_EXTENSION, ClientTransport, Sink, StreamResponse, StreamSink, WholeSink, watch_client
 from services.router.structured import check_structure
 
@@ -37,22 +42,38 @@ _NO_SAMPLING: Final = Sampling(max_tokens=1)
 class Call:
     """One HTTP call that generates: its id and flights. endpoint: OpenTelemetry's operation, "chat" or "text_completion".
 
-    headers: traceparent, x-request-timeout, authorization and x-api-key (where Anthropic's clients put their key) are read.
+    headers: traceparent, x-request-timeout, idempotency-key, authorization and x-api-key (Anthropic's clients' key) are read.
+    idempotency: None where this process keeps no answers; a call with a key is refused then.
     """
 
-    def __init__(self, gateway: Gateway, answer_id: str, endpoint: str, received_s: float, headers: Headers) -> None:
+    def __init__(
+        self, gateway: Gateway, answer_id: str, endpoint: str, received_s: float, headers: Headers, idempotency: Idempotency | None
+    ) -> None:
         self._gateway = gateway
+        self._idempotency = idempotency
         self._section = gateway.config.gateway
         self._answer_id = answer_id
         self._endpoint = endpoint
         self._received_s = received_s
         self._tokenized_s = received_s
+        self._asked_keys = headers.getlist(KEY_HEADER)
+        self._claim_name: ClaimName | None = None
+        self._claim: Claim | None = None
         self._asked_timeouts = headers.getlist(TIMEOUT_HEADER)
         self._deadline_s = received_s + self._section.request_deadline_s
         self._traceparent = headers.get("traceparent", "")
         self._cache_salt = cache_salt(headers.get("authorization") or headers.get("x-api-key", ""))
         self._flights: list[Flight] = []
         self._watcher: asyncio.Task[None] | None = None
+
+    async def body(self, request: Request) -> bytes:
+        """Raises RequestError for a body that is too large and for a header that is none."""
+        body = await read_body(request, self._section.max_body_bytes)
+        key = asked_key(self._asked_keys)
+        if key is not None:
+            owner = f"{self._gateway.boot_id}/{self._answer_id}"
+            self._claim_name = claim_name(self._cache_salt, request.url.path, key, body, owner)
+        return body
 
     def template(self, common: CommonFields) -> GenerationRequest:
         """What all generation requests of this call share. Raises RequestError for a timeout that is none."""
@@ -101,11 +122,25 @@ class Call:
             await asyncio.sleep(delays.gateway_tokenize_s)
         with self.refusing():
             await check_structure(common.structure)
-        self._tokenized_s = time.monotonic()
-        if delays.gateway_route_s:
-            await asyncio.sleep(delays.gateway_route_s)
-        if common.answer.stream:
-            return await self._stream(request, requests, common, shape)
+            self._tokenized_s = time.monotonic()
+            kept = await self._claim_key()
+        if kept is not None:
+            return self._replay(kept)
+        try:
+            if delays.gateway_route_s:
+                await asyncio.sleep(delays.gateway_route_s)
+            if common.answer.stream:
+                return self._recorded(await self._stream(request, requests, common, shape))
+            response = await self._whole(request, requests, common, shape)
+            if self._claim is not None:
+                await self._claim.keep_whole(response)
+            return response
+        except BaseException as error:
+            if self._claim is not None:
+                await self._claim.failed(error, lambda fault: refusal_of(request, fault))
+            raise
+
+    async def _whole(self, request: Request, requests: list[GenerationRequest], common: CommonFields, shape: AnswerShape) -> Response:
         sink = WholeSink(len(requests), _wants_pieces(common))
         try:
             self._submit(request, requests, sink)
@@ -114,7 +149,9 @@ class Call:
         finally:
             self._close(sink)
 
-    async def _stream(self, request: Request, requests: list[GenerationRequest], common: CommonFields, shape: AnswerShape) -> Response:
+    async def _stream(
+        self, request: Request, requests: list[GenerationRequest], common: CommonFields, shape: AnswerShape
+    ) -> StreamResponse:
         """Waits for the first token, so that a refusal can still be a status; the response sends the rest and closes."""
         extensions = request.scope.get("extensions") or {}
         transport: ClientTransport | None = extensions.get(TRANSPORT_EXTENSION)
@@ -136,6 +173,28 @@ class Call:
         finally:
             if not is_handed_over:
                 self._close(sink)
+
+    async def _claim_key(self) -> StoredAnswer | None:
+        """The call's idempotency key is ours, if it has one, or its answer is there. Raises the error of one that is in use, or misused."""
+        if self._claim_name is None:
+            return None
+        if self._idempotency is None:
+            raise CapacityError("This gateway keeps no answers for an 'Idempotency-Key'.", code="idempotency_unavailable", phase="gateway")
+        found = await self._idempotency.begin(self._claim_name, self._deadline_s)
+        if isinstance(found, StoredAnswer):
+            return found
+        self._claim = found
+        return None
+
+    def _recorded(self, response: StreamResponse) -> Response:
+        return response if self._claim is None else RecordedResponse(response, self._claim)
+
+    def _replay(self, kept: StoredAnswer) -> Response:
+        """Nothing is generated: a span of its own, and no request counted beside the first."""
+        span = self._gateway.accounting.start_span(self._traceparent, self._endpoint, self._received_s)
+        span.set({"duomo.replayed": True})
+        span.end()
+        return replay(kept)
 
     def _headers(self) -> dict[str, str]:
         """The answer's id where OpenAI's and where Anthropic's clients look for it; to whom asked for a time, what it was given."""

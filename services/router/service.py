@@ -17,9 +17,10 @@ from services.kv_transfer.directory import Directory
 from services.router.app import build_app
 from services.router.edge import bind_port, serving
 from services.router.gateway import Gateway
+from services.router.idempotency import Idempotency
 from services.router.keys import Keys, open_door
 from services.router.model_card import read_model_card
-from services.router.store import RouterPresence
+from services.router.store import AnswerStore, RouterPresence
 from services.router.text import ModelText
 
 __all__ = ["Gateway", "serve_gateway"]
@@ -50,13 +51,17 @@ async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Even
             scheme = "https" if config.gateway.ssl_certfile else "http"
             address = f"{scheme}://{config.gateway.host}:{config.gateway.port}"
             presence = RouterPresence(config.redis, replica_id, gateway.boot_id, address)
+            store = AnswerStore(config.redis, life_s=config.gateway.idempotency_ttl_s, max_bytes=config.gateway.idempotency_total_bytes)
+            idempotency = Idempotency(store, config.gateway, gateway.metrics)
+            stack.push_async_callback(idempotency.stop)
+            await idempotency.start()
             stack.push_async_callback(gateway.stop)
             await gateway.start()
             stack.push_async_callback(presence.stop)
             await presence.start()
             if warning := open_door(config.gateway):
                 log.warning("%s", warning)
-            async with serving(build_app(gateway, keys), bound, config.gateway, gateway.count_refused):
+            async with serving(build_app(gateway, keys, idempotency), bound, config.gateway, gateway.count_refused):
                 log.info("the gateway %s listens on %s", replica_id, address)
                 await stop.wait()
                 await gateway.drain(config.gateway.request_deadline_s)

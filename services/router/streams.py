@@ -192,6 +192,11 @@ class StreamResponse(Response):
         self._delay_s = delay_s
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
+    @property
+    def error(self) -> DuomoError | None:
+        """What ended the stream before its answer was whole, if anything did."""
+        return self._sink.error
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sink = self._sink
         try:

@@ -21,8 +21,10 @@ from services.kv_transfer.embedded_redis import EmbeddedRedis
 from services.router.app import build_app
 from services.router.edge import bind_port, serving
 from services.router.gateway import Gateway
+from services.router.idempotency import Idempotency
 from services.router.keys import Keys
 from services.router.model_card import read_model_card
+from services.router.store import AnswerStore
 from services.router.text import ModelText
 from tests.services.router.stub_replicas import MODEL, Script, Story, StubPools
 
@@ -80,6 +82,10 @@ async def stub_system(
     story = Story(text, told)
     pools = StubPools(script or Script(), story, card.fingerprint, folder, num_blocks)
     gateway = Gateway(config, "gateway-0", card, text, directory, tracing=tracing, metrics=Metrics())
+    kept_at = config.redis.model_copy(update={"url": redis.url})
+    limits = config.gateway
+    store = AnswerStore(kept_at, life_s=limits.idempotency_ttl_s, max_bytes=limits.idempotency_total_bytes)
+    idempotency = Idempotency(store, limits, gateway.metrics)
     base_url = f"http://127.0.0.1:{config.gateway.port}"
     try:
         for _ in range(num_prefills):
@@ -87,7 +93,8 @@ async def stub_system(
         for _ in range(num_decodes):
             await pools.add("decode", directory)
         await gateway.start()
-        app, bound = build_app(gateway, Keys(config.gateway)), bind_port(config.gateway)
+        await idempotency.start()
+        app, bound = build_app(gateway, Keys(config.gateway), idempotency), bind_port(config.gateway)
         edge = serving(app, bound, config.gateway, gateway.count_refused)
         async with edge, httpx.AsyncClient(base_url=base_url, timeout=20) as client:
             system = StubSystem(gateway, pools, directory, redis, client, base_url, story)
@@ -99,6 +106,7 @@ async def stub_system(
             system.check_nothing_is_held()
     finally:
         await gateway.stop()
+        await idempotency.stop()
         await pools.close()
         await directory.close()
         redis.stop()
