@@ -54,8 +54,8 @@ def test_it_reads_whole_answers_logprobs_models_and_completions(tmp_path: Path) 
 
 def test_it_raises_its_own_errors(tmp_path: Path) -> None:
     async def scenario() -> None:
-        script = Script(decode_faults=deque([("die", 2)]))
-        async with stub_system(tmp_path, script) as system, _client(system.base_url) as client:
+        script, overrides = Script(decode_faults=deque([("die", 2)])), {"gateway": {"failover_wait_s": 0.2}}
+        async with stub_system(tmp_path, script, overrides=overrides) as system, _client(system.base_url) as client:
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.chat.completions.create(model="tiny-moe", messages=[], max_tokens=3)
             assert refused.value.param == "messages"
