@@ -26,10 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duomo_kernels._launch import check, is_interpreted, num_sms, pdl_options, start_next, wait_for_previous
+from duomo_kernels._launch import check, num_sms, pdl_options, start_next, wait_for_previous
 from duomo_kernels.kv_hash_pack import START_BYTES, Seal, add_and_seal, chunk_key, kv_hash_pack_reference, mix, trailer_word, word_key
 from duomo_kernels.kv_rows_fp8 import kv_rows_fp8_reference, packed_bytes
-from duomo_kernels.quantise_rows_fp8 import to_e4m3
 
 _TRAILER_WORDS = 8
 _CHUNK = 8192
@@ -44,6 +43,18 @@ def kv_fp8_pack_reference(pool_LBRD: Tensor, layers: range, ids_n: Tensor, seal:
     rows_ND = torch.cat([pool_LBRD[layer, block] for layer in layers for block in ids_n.tolist()])
     words_M = kv_rows_fp8_reference(rows_ND).view(torch.int64)
     return kv_hash_pack_reference(words_M.view(1, 1, -1), range(1), torch.zeros(1, dtype=torch.int32), seal)
+
+
+@triton.jit
+def _e4m3_codes(x):
+    """float32 of at most 448 to e4m3's bytes (uint8), to nearest even, by integers: 3 bits of significand, or multiples of 2^-9 below the
+    smallest normal, 2^-6. The card's own conversion wrote bytes 2 and 3 of every 8 wrong here (bench/results/kv_fp8_pack_h100.txt)."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960  # exponent and significand, less 8 * (127 - 7)
+    subnormal = ((tl.abs(x) + 16384.0).to(tl.int32, bitcast=True)) - 0x46800000  # 2^14: its last place is worth 2^-9
+    codes = tl.where(magnitude < 0x3C800000, subnormal, normal)
+    return (codes | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit
@@ -112,7 +123,6 @@ def _move_rows(
     LANES: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     PACK: tl.constexpr,
-    IS_INTERPRETED: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     PARTS: tl.constexpr = (R + ROWS - 1) // ROWS
@@ -149,7 +159,7 @@ def _move_rows(
             # 0x1FFFFF carries into the exponent where the significand is above 1.75
             exponent_R = tl.where(is_number_R, tl.maximum(((top_R + 0x1FFFFF) >> 23) - 8, 10), 255)
             scaled_RD = x_RD * ((254 - exponent_R) << 23).to(tl.float32, bitcast=True)[:, None]
-            codes_RD = to_e4m3(tl.where(is_number_R[:, None], scaled_RD, 0.0), IS_INTERPRETED).to(tl.uint8, bitcast=True)
+            codes_RD = _e4m3_codes(tl.where(is_number_R[:, None], scaled_RD, 0.0))
             # as bytes: stored as words, they would cross shared memory into another layout first
             tl.store(codes_ptrs, codes_RD, mask=mask)
             tl.store(exponents_ptrs, exponent_R.to(tl.uint8), mask=row_mask)
@@ -239,7 +249,6 @@ def _launch(
         LANES=max(tile_rows // 8, 32 * num_warps),
         IS_WHOLE=is_whole,
         PACK=is_pack,
-        IS_INTERPRETED=is_interpreted(),
         num_warps=num_warps,
         **pdl_options(device),
     )

@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from duomo_kernels._bounds import bound, error
-from duomo_kernels.kv_fp8_pack import kv_fp8_land, kv_fp8_pack, kv_fp8_pack_reference
+from duomo_kernels.kv_fp8_pack import _e4m3_codes, kv_fp8_land, kv_fp8_pack, kv_fp8_pack_reference
 from duomo_kernels.kv_hash_pack import CORRUPT, GOOD, Seal, hash_scratch
 from duomo_kernels.kv_rows_fp8 import kv_rows_fp8, kv_rows_of_fp8, packed_bytes
 from services.kv_transfer import layout
@@ -158,6 +160,25 @@ def test_zeros_and_subnormal_numbers(device: torch.device) -> None:
     assert torch.equal(sent.message_M, _of_cpu(sent).message_M)
     flag, pool_LBRD = _land(sent)
     assert flag == GOOD and torch.equal(sent.rows(pool_LBRD)[4:6], row_8D[4:6]) and not sent.rows(pool_LBRD)[:4].any()
+
+
+@triton.jit
+def _codes_of(x_ptr, codes_ptr, N: tl.constexpr):
+    i_N = tl.arange(0, N)
+    tl.store(codes_ptr + i_N, _e4m3_codes(tl.load(x_ptr + i_N)))
+
+
+def test_codes_are_torchs_for_every_bf16_number_and_on_both_sides_of_every_tie(device: torch.device) -> None:
+    bf16 = torch.arange(0, 65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    held = torch.arange(0, 256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    held = held[~held.isnan()].sort().values
+    ties = (held[1:] + held[:-1]) / 2
+    x_N = torch.zeros(1 << 17)
+    told = torch.cat([bf16[bf16.abs() <= 448], held, ties, ties.nextafter(torch.tensor(1e9)), ties.nextafter(torch.tensor(-1e9))])
+    x_N[: len(told)] = told
+    codes_N = torch.empty(len(x_N), dtype=torch.uint8, device=device)
+    _codes_of[(1,)](x_N.to(device), codes_N, len(x_N))
+    assert torch.equal(codes_N.cpu(), x_N.to(torch.float8_e4m3fn).view(torch.uint8))
 
 
 def test_ties_and_the_last_number_below_a_scale(device: torch.device) -> None:
