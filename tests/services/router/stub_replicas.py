@@ -67,9 +67,13 @@ class Story:
     """The tokens that every stub emits: one without end, told by each choice from another place, or what it is told to say, and EOS."""
 
     def __init__(self, text: ModelText, told: str | None = None) -> None:
-        self.ids = text.encode(told or STORY, add_special_tokens=False)
-        self.end = None if told is None else len(self.ids)
         self._text = text
+        self.tell(told)
+
+    def tell(self, told: str | None) -> None:
+        """From now on; None: the story without end."""
+        self.ids = self._text.encode(told or STORY, add_special_tokens=False)
+        self.end = None if told is None else len(self.ids)
 
     def token(self, choice: int, index: int) -> int:
         return self.ids[(index + (7 * choice if self.end is None else 0)) % len(self.ids)]
