@@ -34,6 +34,8 @@ class GatewaySection(Section):
     max_stop_strings: int = Field(default=16, ge=1)
     default_max_tokens: int = Field(default=512, ge=1, description="completion length where a chat request names none")
     max_queued_requests: int = Field(default=1024, ge=0)
+    queue_ttl_s: float = Field(default=60.0, gt=0, description="a request that has waited for room so long is answered 429")
+    max_ttft_s: float | None = Field(default=None, gt=0, description="requests whose first token would come later are answered 429")
     request_deadline_s: float = Field(default=300.0, gt=0)
     slow_client_bytes: int = Field(default=256 * 1024, ge=1024, description="a client this far behind is cut off")
     max_prefill_retries: int = Field(default=8, ge=0)

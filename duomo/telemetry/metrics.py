@@ -128,7 +128,7 @@ class Metrics:
         self.live_requests = Gauge("duomo_live_requests", "Requests admitted and not ended", registry=registry)
         self.queued_requests = Gauge("duomo_queued_requests", "Requests waiting for admission", registry=registry)
         self.tokens = Counter("duomo_tokens", "Tokens: prompt, cached (of the prompt), completion", ("kind",), registry=registry)
-        self.route_reasons = Counter("duomo_route_reasons", "Pairs chosen, by reason", ("reason",), registry=registry)
+        self.route_reasons = Counter("duomo_route_reasons", "Replicas chosen, by reason", ("pool", "reason"), registry=registry)
         self.retries = Counter(
             "duomo_retries", "Attempts begun before the first token, by the failure's code", ("code",), registry=registry
         )

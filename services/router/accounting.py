@@ -10,7 +10,7 @@ from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.parts import GatewayTimes, Parts, second_token_parts, ttft_parts
 from duomo.telemetry.tracing import Span, Tracing
 from duomo.telemetry.waterfall import part_attributes
-from services.router.flight import Flight
+from services.router.flight import Flight, Milestones
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Accounting:
                 "gen_ai.usage.input_tokens": len(request.prompt_ids),
                 "gen_ai.usage.output_tokens": num_tokens,
                 "duomo.cached_tokens": flight.cached_tokens or 0,
-                "duomo.route_reason": milestones.reason,
+                **_route(milestones),
                 "duomo.retries": milestones.num_retries,
                 "duomo.resumes": milestones.num_resumes,
             }
@@ -71,8 +71,7 @@ class Accounting:
         tokenized_s = request.received_s + request.tokenize_s
         self.tracing.record_span("gateway.tokenize", parent, request.received_s, tokenized_s)
         if milestones.sent_s:
-            attributes = {"duomo.route_reason": milestones.reason}
-            self.tracing.record_span("gateway.route", parent, tokenized_s, milestones.sent_s, attributes)
+            self.tracing.record_span("gateway.route", parent, tokenized_s, milestones.sent_s, _route(milestones))
         if milestones.prefill_timings is None or not first_s:
             return
         is_coalesced = milestones.second_delivered_s <= first_s
@@ -94,6 +93,15 @@ class Accounting:
         self.metrics.observe_parts(interval, parts)
         if span.is_recording:
             span.set(part_attributes(interval, parts))
+
+
+def _route(milestones: Milestones) -> dict[str, str | int]:
+    """Why the pair of the last attempt was chosen, and what prefill was thought to know of the prompt."""
+    return {
+        "duomo.route_reason": milestones.reason,
+        "duomo.route_decode_reason": milestones.decode_reason,
+        "duomo.route_known_tokens": milestones.known_tokens,
+    }
 
 
 def _outcome(error: DuomoError | None, otherwise: str) -> str:

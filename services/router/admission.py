@@ -1,14 +1,34 @@
-"""Admits, queues or refuses a new request. Pure: the pools' views and the line's length in, one decision out."""
+"""Admits, queues or refuses a new request, and places whoever waits. Pure: the pools' views and the line in, one decision out.
+
+A request is refused where it cannot be served in time, as early as that is known, and told when to come back: by then what is too much now
+will be done. 429: there is too much to do. 503: something is missing. 400: it would never fit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-from services.router.policy import DecodeView, Need, PrefillView, Route, blocks_for, decode_blocks, pick_route
+from services.router.policy import (
+    Barred,
+    DecodeView,
+    Need,
+    PrefillView,
+    Route,
+    blocks_for,
+    decode_blocks,
+    has_decode_room,
+    known_tokens,
+    pick_route,
+)
 
-RefusalCode = Literal["no_prefill_replica", "no_decode_replica", "queue_full", "never_fits"]
+RefusalCode = Literal["no_prefill_replica", "no_decode_replica", "queue_full", "never_fits", "too_late", "queue_timeout"]
+
+MIN_RETRY_S: Final = 1.0
+MAX_RETRY_S: Final = 60.0
+# Restarting a replica takes a few seconds (facts.md: a killed one is replaced in 2.4 to 4.3 s).
+_RESTART_S: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,49 +40,130 @@ class Admit:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Wait for room, behind those that already wait."""
+    """Wait for room, at the place that its rank gives it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """No. status: 400 where it can never fit, 429 where too many wait, 503 where a pool has no replica.."""
+    """No, as an HTTP status says it. retry_after_s: when there will be room, as far as can be told."""
 
     status: int
     code: RefusalCode
     detail: str
-    retry_after_s: float = 1.0
+    retry_after_s: float = MIN_RETRY_S
 
 
 Decision = Admit | Queue | Refuse
 
-# Restarting a replica takes a few seconds (facts.md: a killed one is replaced in 2.4 to 4.3 s).
-_RESTART_S = 3.0
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolsView:
+    """Both pools now. barred: breakers that are open. answer_tokens: how long answers are; 0: not known."""
+
+    prefills: Sequence[PrefillView]
+    decodes: Sequence[DecodeView]
+    barred: Barred = frozenset()
+    answer_tokens: float = 0.0
 
 
-def decide(
-    need: Need,
-    prefills: Sequence[PrefillView],
-    decodes: Sequence[DecodeView],
-    *,
-    num_waiting: int,
-    max_waiting: int,
-    barred: frozenset[tuple[str, ...]] = frozenset(),
-) -> Decision:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LineView:
+    """Who waits already, and what all of them need. may_displace: the request goes before the last of them, who leaves where it is full."""
+
+    num_waiting: int = 0
+    max_waiting: int = 0
+    work_tokens: int = 0
+    num_blocks: int = 0
+    num_choices: int = 0
+    may_displace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """Until when. left_s: until the first token would come too late: the deadline, or gateway.max_ttft_s, whichever is sooner."""
+
+    left_s: float
+    limit: str = "its deadline"
+
+
+def decide(need: Need, pools: PoolsView, line: LineView, terms: Terms, draw: int = 0) -> Decision:
     """What to do with a new request: those that wait go first, so a line means queueing even where there is room."""
-    if not any(view.is_open for view in prefills):
+    if not any(view.is_open for view in pools.prefills):
         return Refuse(503, "no_prefill_replica", "No prefill replica is connected.", _RESTART_S)
-    if not any(view.is_open for view in decodes):
+    if not any(view.is_open for view in pools.decodes):
         return Refuse(503, "no_decode_replica", "No decode replica is connected.", _RESTART_S)
-    limit = never_fits(need, prefills, decodes)
+    limit = never_fits(need, pools.prefills, pools.decodes)
     if limit is not None:
         return Refuse(400, "never_fits", limit)
-    route = pick_route(prefills, decodes, need, barred=barred) if num_waiting == 0 else None
+    route = pick_route(pools.prefills, pools.decodes, need, barred=pools.barred, draw=draw) if not line.num_waiting else None
+    wait_s = first_token_s(need, pools, line)
+    if wait_s > terms.left_s:
+        return _too_late(wait_s, terms)
     if route is not None:
         return Admit(route)
-    if num_waiting >= max_waiting:
-        detail = f"{num_waiting} requests already wait for room in the pools, the limit is {max_waiting}."
-        return Refuse(429, "queue_full", detail, 1.0)
+    if line.num_waiting >= line.max_waiting and not line.may_displace:
+        return Refuse(429, "queue_full", told_full(line.num_waiting, line.max_waiting), retry_s(wait_s))
     return Queue()
+
+
+def place(need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | None, draw: int = 0) -> Route | Refuse | None:
+    """What to do with whoever leads the line: its route, None where it waits on, or why it can wait no more. Both pools are open.
+
+    terms: None of a leg that was running before: what has begun is not given up for being late.
+    """
+    limit = never_fits(need, pools.prefills, pools.decodes)
+    if limit is not None:
+        return Refuse(503, "never_fits", limit)
+    if terms is not None:
+        wait_s = first_token_s(need, pools, LineView())
+        if wait_s > terms.left_s:
+            return _too_late(wait_s, terms)
+    return pick_route(pools.prefills, pools.decodes, need, avoid, pools.barred, draw)
+
+
+def first_token_s(need: Need, pools: PoolsView, line: LineView) -> float:
+    """Predicted seconds until the first token of a request behind all that wait. What is not known counts as nothing."""
+    prefills = [view for view in pools.prefills if view.is_open and view.tokens_per_s > 0]
+    alone_s, queue_s = 0.0, 0.0
+    if prefills:
+        pairs = [(view, max((need.num_tokens - known_tokens(view, need)) / view.tokens_per_s, view.wave_s)) for view in prefills]
+        queue_s, alone_s = min(((view.queued_tokens / view.tokens_per_s, own_s) for view, own_s in pairs), key=sum)
+        if line.work_tokens:
+            total = sum(view.queued_tokens for view in prefills) + line.work_tokens
+            queue_s = max(queue_s, total / sum(view.tokens_per_s for view in prefills))
+    return max(queue_s, _decode_room_s(need, pools, line)) + alone_s
+
+
+def _decode_room_s(need: Need, pools: PoolsView, line: LineView) -> float:
+    """Until decode has room for all that wait and this one: so many choices have to end, at the rate of full batches."""
+    decodes = [view for view in pools.decodes if view.is_open]
+    if not line.num_choices and any(has_decode_room(view, need) for view in decodes):
+        return 0.0
+    own_blocks = min((decode_blocks(need, view.block_tokens) for view in decodes), default=0)
+    num_free = sum(max(view.free_blocks - view.watermark_blocks, 0) for view in decodes)
+    num_places = sum(max(view.max_choices - view.num_choices, 0) for view in decodes)
+    lacking_blocks = max(line.num_blocks + own_blocks - num_free, 0)
+    lacking = max(lacking_blocks * need.num_choices / max(own_blocks, 1), line.num_choices + need.num_choices - num_places, 0)
+    ends_per_s = sum(
+        min(max(view.num_choices, 1), view.max_choices) / (pools.answer_tokens * view.step_s)
+        for view in decodes
+        if pools.answer_tokens * view.step_s > 0
+    )
+    return lacking / ends_per_s if ends_per_s else 0.0
+
+
+def retry_s(wait_s: float) -> float:
+    """What Retry-After says where something is over in wait_s: neither at once nor never."""
+    return min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
+
+
+def told_full(num_waiting: int, max_waiting: int) -> str:
+    return f"{num_waiting} requests already wait for room in the pools, the limit is {max_waiting}."
+
+
+def _too_late(wait_s: float, terms: Terms) -> Refuse:
+    left = f"{max(terms.left_s, 0.0):.1f} s are left until {terms.limit}"
+    return Refuse(429, "too_late", f"The first token would come in about {wait_s:.1f} s, and {left}.", retry_s(wait_s - terms.left_s))
 
 
 def never_fits(need: Need, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView]) -> str | None:

@@ -77,6 +77,7 @@ def error_body(status: int, message: str, param: str | None, code: str | None) -
 
 
 # What a replica found wrong with the request itself, which the gateway could not see.
+_TOO_MUCH: Final = ("queue_full", "queue_timeout", "too_late")  # 503 is for what is missing or broken
 _CLIENTS_FAULTS: Final = (RequestError.default_code, BAD_CONSTRAINT, UNSUPPORTED, NOT_KEPT)
 
 
@@ -90,7 +91,7 @@ def error_status(error: DuomoError) -> int:
     if error.code in _CLIENTS_FAULTS:
         return 400
     if isinstance(error, CapacityError):
-        return 429 if error.code == "queue_full" else 503
+        return 429 if error.code in _TOO_MUCH else 503
     if isinstance(error, DeadlineError) or error.code == DeadlineError.default_code:
         return 408
     if isinstance(error, RequestCancelled):

@@ -177,10 +177,10 @@ def pool_report(gateway: Gateway) -> dict[str, object]:
             "role": link.role,
             "address": link.member.address,
             "rtt_s": link.connection.rtt_s,
-            "report_age_s": now_s - link.report_received_s if link.report is not None else None,
+            "report_age_s": now_s - link.book.received_s if link.report is not None else None,
             "gateway_legs": len(link.legs),
-            "gateway_queued_tokens": link.queued_tokens,
-            "gateway_reserved_blocks": link.reserved_blocks,
+            "gateway_queued_tokens": link.book.queued_tokens,
+            "gateway_reserved_blocks": link.book.reserved_blocks,
             "num_prefixes": len(link.report.prefix_digests) if link.report is not None else 0,
             # Experts: /admin/experts. Prefixes: their number alone, since JSON's readers round integers of 64 bits.
             "report": None if link.report is None else msgspec.structs.replace(link.report, experts=None, prefix_digests=()),

@@ -26,6 +26,7 @@ from services.router.generation import (
     Usage,
 )
 from services.router.pools import ReplicaLink
+from services.router.sent_since import Sent
 from services.router.text import Detokenizer, StopScanner
 
 _NO_PIECES: Final[tuple[EmittedPiece, ...]] = ()
@@ -52,8 +53,8 @@ class Choice:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Leg:
-    """One attempt. num_tokens are queued on P (room_tokens of them count against its room), num_blocks reserved and num_booked_choices
-    placed on D. has_first_token: P answered; has_landed: D emitted, so P's death no longer matters; *_is_over: that side said so."""
+    """One attempt. on_prefill, on_decode: what it takes there, in the books of both. has_first_token: P answered; has_landed: D emitted,
+    so P's death no longer matters; *_is_over: that side said so."""
 
     flight: Flight
     wire_id: str
@@ -61,10 +62,8 @@ class Leg:
     choices: tuple[Choice, ...]
     prefill: ReplicaLink
     decode: ReplicaLink
-    num_tokens: int
-    room_tokens: int
-    num_blocks: int
-    num_booked_choices: int
+    on_prefill: Sent
+    on_decode: Sent
     has_first_token: bool = False
     has_landed: bool = False
     prefill_is_over: bool = False
@@ -84,6 +83,8 @@ class Milestones:
     prefill_timings: Timings | None = None
     decode_timings: Timings | None = None
     reason: str = ""
+    decode_reason: str = ""
+    known_tokens: int = 0
     num_retries: int = 0
     num_resumes: int = 0
     rtts: Rtts = Rtts()
@@ -93,7 +94,8 @@ class Milestones:
 class Flight:
     """One request from submit to its end. The service owns it; `on_over` is called exactly once when it ends, however it ends.
 
-    num_pending: its entries in the waiting line. num_failed: attempts that failed before any token. num_lost: replicas that died under it.
+    digests: of the prompt's blocks, once it is to be placed. num_failed: attempts that failed before any token. num_lost: replicas that
+    died under it.
     """
 
     request: GenerationRequest
@@ -105,7 +107,7 @@ class Flight:
     milestones: Milestones = field(default_factory=Milestones)
     cached_tokens: int | None = None
     next_attempt: int = 0
-    num_pending: int = 0
+    digests: tuple[int, ...] | None = None
     num_failed: int = 0
     num_lost: int = 0
     is_over: bool = False

@@ -29,14 +29,13 @@ from services.router.demand import DesiredReplicas
 from services.router.flight import Choice, Flight, Leg
 from services.router.generation import EventSink, GenerationRequest
 from services.router.legs import (
-    mark_first_token,
     post_cancel,
 )
 from services.router.model_card import ModelCard
+from services.router.pending import PendingLeg
 from services.router.placing import Placing
 from services.router.pools import MemberSource, Pools, ReplicaLink
 from services.router.text import ModelText
-from services.router.waiting import PendingLeg
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +257,7 @@ class Gateway:
     def _note_arrival(self, link: ReplicaLink, leg: Leg, token: EmittedToken, received_s: float) -> None:
         milestones = leg.flight.milestones
         if not leg.has_first_token:
-            mark_first_token(leg)
+            self._placing.first_token(leg)
             if not milestones.first_received_s:
                 milestones.first_received_s = received_s
                 milestones.rtts = Rtts(prefill_s=leg.prefill.connection.rtt_s or 0.0, decode_s=leg.decode.connection.rtt_s or 0.0)

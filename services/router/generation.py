@@ -16,7 +16,7 @@ class GenerationRequest:
     received_s, deadline_s: on the gateway's monotonic clock. tokenize_s: seconds spent rendering and tokenising.
     first_choice: number of choice 0 in the client's answer (several prompts of one call count on).
     traceparent: the client's W3C context, "" without one. cache_salt: only requests of the same one find each other's prompts.
-    priority: higher goes first.
+    priority: higher goes first. session: requests of the same one go to the same replicas where nothing speaks against it; "": none.
     """
 
     request_id: str
@@ -31,6 +31,7 @@ class GenerationRequest:
     traceparent: str = ""
     cache_salt: str = ""
     priority: int = 0
+    session: str = ""
     endpoint: str = "chat"
 
 

@@ -6,87 +6,74 @@ import contextlib
 import time
 from collections.abc import Iterable
 
+import msgspec
+
 from duomo.config import DuomoConfig
 from duomo.errors import CapacityError, PeerError
 from duomo.wire.codec import PEER_TOO_OLD, asks_of_peers
 from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
+from duomo.wire.values import Sampling
+from services.router.books import BookLimits
 from services.router.flight import Flight, Leg
+from services.router.pending import PendingLeg
 from services.router.policy import DecodeView, Need, PrefillView, Route
 from services.router.pools import ReplicaLink
-from services.router.waiting import PendingLeg
+from services.router.prefix_index import block_digests
+from services.router.sent_since import Sent
 
 # A prefill replica's queue is kept this many waves deep; what is beyond waits here, where it can still go to another replica.
 _WAVES_AHEAD = 8
 
 
-def need_of(pending: PendingLeg, config: DuomoConfig) -> Need:
-    request = pending.flight.request
+def need_of(pending: PendingLeg, config: DuomoConfig, block_tokens: int) -> Need:
+    """block_tokens: of the replicas that report; 0 where none does."""
+    flight, request = pending.flight, pending.flight.request
     num_emitted = len(pending.choices[0].emitted) if pending.is_resume else 0
     new_tokens = request.sampling.max_tokens - num_emitted
     # D protects a leg from this attempt on, and promises it everything it may ever need.
-    is_protected = pending.is_resume and pending.flight.next_attempt >= config.decode.max_preemptions
+    is_protected = pending.is_resume and flight.next_attempt >= config.decode.max_preemptions
+    if flight.digests is None and block_tokens:
+        flight.digests = block_digests(request.prompt_ids, block_tokens, request.cache_salt)
     return Need(
         num_tokens=len(request.prompt_ids) + num_emitted,
         new_tokens=new_tokens,
         num_choices=len(pending.choices),
         ahead_tokens=new_tokens if is_protected else config.decode.admit_ahead_tokens,
+        digests=flight.digests or (),
+        session=request.session,
     )
 
 
-def prefill_views(links: Iterable[ReplicaLink], config: DuomoConfig) -> list[PrefillView]:
-    views = []
-    for link in links:
-        report = link.report
-        if report is None:
-            continue
-        wave_tokens = config.prefill.max_wave_tokens
-        others_tokens = report.num_queued_tokens if not link.legs else 0
-        views.append(
-            PrefillView(
-                key=link.key,
-                queued_tokens=max(link.queued_tokens, others_tokens),
-                room_tokens=max(link.room_tokens, min(others_tokens, report.num_queued * wave_tokens)),
-                num_blocks=report.num_blocks,
-                block_tokens=report.block_tokens,
-                wave_tokens=wave_tokens,
-                max_queued_tokens=_WAVES_AHEAD * wave_tokens,
-                is_open=link.is_usable,
-            )
-        )
-    return views
+def book_limits(config: DuomoConfig) -> BookLimits:
+    wave_tokens = config.prefill.max_wave_tokens
+    return BookLimits(
+        wave_tokens=wave_tokens,
+        max_queued_tokens=_WAVES_AHEAD * wave_tokens,
+        watermark_blocks=config.decode.watermark_blocks,
+        max_choices=config.decode.max_batch,
+    )
 
 
-def decode_views(links: Iterable[ReplicaLink], config: DuomoConfig) -> list[DecodeView]:
-    views = []
-    for link in links:
-        report = link.report
-        if report is None:
-            continue
-        reported = report.num_free_blocks + report.num_cached_blocks - link.unlanded_blocks
-        views.append(
-            DecodeView(
-                key=link.key,
-                free_blocks=min(report.num_blocks - link.reserved_blocks, reported),
-                num_blocks=report.num_blocks,
-                block_tokens=report.block_tokens,
-                watermark_blocks=config.decode.watermark_blocks,
-                num_choices=link.num_choices,
-                max_choices=config.decode.max_batch,
-                is_open=link.is_usable,
-            )
-        )
-    return views
+def prefill_views(links: Iterable[ReplicaLink], limits: BookLimits, now_s: float) -> list[PrefillView]:
+    views = (link.book.prefill_view(limits, now_s, is_open=link.is_usable) for link in links)
+    return [view for view in views if view is not None]
 
 
-def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink]) -> Leg:
+def decode_views(links: Iterable[ReplicaLink], limits: BookLimits) -> list[DecodeView]:
+    views = (link.book.decode_view(limits, is_open=link.is_usable) for link in links)
+    return [view for view in views if view is not None]
+
+
+def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink], now_s: float) -> Leg:
     """The leg, entered in the books of both replicas; `post_start` sends it, `end_leg` takes it out again.
 
     A leg of all choices goes by the request's id. One that serves fewer (beside others that live on) gets an id of its own, so that
     voiding one never touches another.
     """
     flight = pending.flight
-    need_tokens = len(flight.request.prompt_ids) + (len(pending.choices[0].emitted) if pending.is_resume else 0)
+    num_tokens = len(flight.request.prompt_ids) + (len(pending.choices[0].emitted) if pending.is_resume else 0)
     is_whole = len(pending.choices) == len(flight.choices)
+    work_tokens = num_tokens - route.known_tokens
     leg = Leg(
         flight=flight,
         wire_id=flight.request.request_id if is_whole else f"{flight.request.request_id}/{pending.choices[0].number}",
@@ -94,22 +81,17 @@ def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink]) 
         choices=pending.choices,
         prefill=links[route.prefill],
         decode=links[route.decode],
-        num_tokens=need_tokens,
-        room_tokens=route.room_tokens,
-        num_blocks=route.num_blocks,
-        num_booked_choices=len(pending.choices),
+        on_prefill=Sent(at_s=now_s, num_tokens=num_tokens, work_tokens=work_tokens, room_tokens=route.room_tokens),
+        on_decode=Sent(at_s=now_s, num_blocks=route.num_blocks, num_choices=len(pending.choices)),
     )
     flight.next_attempt += 1
     flight.legs.add(leg)
     for choice in pending.choices:
         choice.leg = leg
-    leg.prefill.legs.add(leg)
-    leg.prefill.queued_tokens += leg.num_tokens
-    leg.prefill.room_tokens += leg.room_tokens
-    leg.decode.legs.add(leg)
-    leg.decode.reserved_blocks += leg.num_blocks
-    leg.decode.unlanded_blocks += leg.num_blocks
-    leg.decode.num_choices += len(leg.choices)
+    for link, sent in ((leg.prefill, leg.on_prefill), (leg.decode, leg.on_decode)):
+        link.legs.add(leg)
+        link.book.enter(sent)
+        link.book.prefixes.sent(flight.digests or ())
     return leg
 
 
@@ -119,9 +101,9 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
     A replica too old to sample as the request asks ends it: it would answer something else.
     """
     flight = leg.flight
-    request = flight.request
-    if _is_beyond(leg):
-        flight.fail(CapacityError("A replica is of a version without structured output and 'logit_bias'.", code=PEER_TOO_OLD))
+    request, sampling = flight.request, _sampling_of(flight)
+    if asks_of_peers(sampling) > min(leg.prefill.connection.version, leg.decode.connection.version):
+        flight.fail(CapacityError("A replica is of a version that does not know all that was asked.", code=PEER_TOO_OLD))
         return time.monotonic()
     remaining_s, choices = _remaining_s(flight), tuple(choice.number for choice in leg.choices)
     emitted = tuple(leg.choices[0].emitted) if is_resume else ()
@@ -131,7 +113,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
         traceparent=flight.span.traceparent,
         remaining_s=remaining_s,
         prompt_ids=request.prompt_ids,
-        sampling=request.sampling,
+        sampling=sampling,
         cache_salt=request.cache_salt,
         priority=request.priority,
         choices=choices,
@@ -147,7 +129,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
             remaining_s=remaining_s,
             prompt_ids=request.prompt_ids,
             emitted_ids=emitted,
-            sampling=request.sampling,
+            sampling=sampling,
             cache_salt=request.cache_salt,
             priority=request.priority,
             choice=choices[0],
@@ -160,7 +142,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
             traceparent=flight.span.traceparent,
             remaining_s=remaining_s,
             prompt_ids=request.prompt_ids,
-            sampling=request.sampling,
+            sampling=sampling,
             cache_salt=request.cache_salt,
             priority=request.priority,
             choices=choices,
@@ -174,18 +156,20 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
     return sent_s
 
 
-def _is_beyond(leg: Leg) -> bool:
-    """Whether a replica is too old to sample as asked."""
-    return asks_of_peers(leg.flight.request.sampling) > min(leg.prefill.connection.version, leg.decode.connection.version)
+def _sampling_of(flight: Flight) -> Sampling:
+    """What this attempt is asked: log-probabilities of a prompt that were told whole are not asked again."""
+    sampling, scored = flight.request.sampling, flight.request.scored
+    if scored is None or not scored.is_whole:
+        return sampling
+    return msgspec.structs.replace(sampling, prompt_logprobs=None)
 
 
 def mark_first_token(leg: Leg) -> None:
     """P answered: the prompt waits there no more, and D's reports show its blocks."""
     if not leg.has_first_token:
         leg.has_first_token = True
-        leg.prefill.queued_tokens -= leg.num_tokens
-        leg.prefill.room_tokens -= leg.room_tokens
-        leg.decode.unlanded_blocks -= leg.num_blocks
+        leg.prefill.book.answered(leg.on_prefill)
+        leg.decode.book.answered(leg.on_decode)
 
 
 def end_leg(leg: Leg, cancel_reason: str | None) -> None:
@@ -194,8 +178,8 @@ def end_leg(leg: Leg, cancel_reason: str | None) -> None:
     leg.flight.legs.discard(leg)
     leg.prefill.legs.discard(leg)
     leg.decode.legs.discard(leg)
-    leg.decode.reserved_blocks -= leg.num_blocks
-    leg.decode.num_choices -= leg.num_booked_choices
+    leg.prefill.book.left(leg.on_prefill)
+    leg.decode.book.left(leg.on_decode)
     if cancel_reason is not None:
         if not leg.prefill_is_over:
             post_cancel(leg, leg.prefill, cancel_reason)

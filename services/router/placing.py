@@ -1,26 +1,32 @@
 """The legs of one gateway: those that run, by their wire id, and those that wait for room, in their line. Knows no message of a replica.
 
-A new request is admitted, put in line or refused (admission.py); whoever leads the line is placed (policy.py) as soon as a report or an
-ending says that there may be room. Everything runs on the gateway's loop.
+A new request is admitted, put in line or refused, and whoever leads the line is placed (admission.py, policy.py), as soon as a report, a
+first token or an ending says that there may be room. Everything runs on the gateway's loop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import Sequence
+from typing import Final
 
 from duomo.config import DuomoConfig
 from duomo.errors import CapacityError, PeerError
 from duomo.telemetry.metrics import Metrics
-from services.router.admission import Admit, Refuse, decide, never_fits
+from services.router.admission import Admit, LineView, PoolsView, Refuse, Terms, decide, first_token_s, place, retry_s, told_full
+from services.router.answer_lengths import AnswerLengths
 from services.router.breakers import BreakerLimits, Breakers
 from services.router.demand import DesiredReplicas, desired_replicas
 from services.router.flight import Flight, Leg
-from services.router.legs import begin_leg, decode_views, end_leg, need_of, post_start, prefill_views
-from services.router.policy import DecodeView, PrefillView, Route, pick_route
+from services.router.legs import begin_leg, book_limits, decode_views, end_leg, mark_first_token, need_of, post_start, prefill_views
+from services.router.pending import PendingLeg
+from services.router.policy import DecodeView, Need, PrefillView, Route, decode_blocks, known_tokens
 from services.router.pools import Pools
-from services.router.waiting import PendingLeg, WaitingLine
+from services.router.waiting import WaitingLine, Weight
+
+_DRAW_BITS: Final = 32
 
 
 class Placing:
@@ -31,7 +37,10 @@ class Placing:
         self._pools = pools
         self._metrics = metrics
         self._legs: dict[str, Leg] = {}
-        self._line = WaitingLine()
+        self._line: WaitingLine[PendingLeg] = WaitingLine()
+        self._limits = book_limits(config)
+        self._answers = AnswerLengths()
+        self._random = random.Random()
         self._is_pump_due = False
         self._shut_since_s: float | None = None  # since when a pool has had no open replica while somebody waits
         limits = config.gateway
@@ -57,28 +66,27 @@ class Placing:
         return leg if leg is not None and leg.attempt == attempt else None
 
     def desired_replicas(self) -> DesiredReplicas:
-        needs = [need_of(pending, self._config) for pending in self._line]
-        return desired_replicas(*self._views(), needs, self._config.prefill.max_wave_tokens)
+        pools = self._view()
+        needs = [pending.need or self._need(pending, pools) for pending in self._line]
+        return desired_replicas(pools.prefills, pools.decodes, needs, self._config.prefill.max_wave_tokens)
 
     def admit(self, pending: PendingLeg) -> Admit | Refuse | None:
         """What is to be done with a new request: begin() it, refuse it, or (None) let it wait()."""
-        decision = decide(
-            need_of(pending, self._config),
-            *self._views(),
-            barred=self.breakers.open_keys(time.monotonic()),
-            num_waiting=len(self._line),
-            max_waiting=self._config.gateway.max_queued_requests,
-        )
+        pools = self._view()
+        need = pending.need = self._need(pending, pools)
+        decision = decide(need, pools, self._line_view(pending), self._terms(pending), self._draw())
         return decision if isinstance(decision, Admit | Refuse) else None
 
     def begin(self, pending: PendingLeg, route: Route) -> None:
-        leg = begin_leg(pending, route, self._pools.links)
+        leg = begin_leg(pending, route, self._pools.links, time.monotonic())
         for key in ((route.prefill,), (route.decode,), (route.prefill, route.decode)):
             self.breakers.tried(key, time.monotonic())
         self._legs[leg.wire_id] = leg
         milestones = pending.flight.milestones
-        milestones.reason = route.reason
-        self._metrics.route_reasons.labels(route.reason).inc()
+        milestones.reason, milestones.decode_reason = route.reason, route.decode_reason
+        milestones.known_tokens = route.known_tokens
+        self._metrics.route_reasons.labels("prefill", route.reason).inc()
+        self._metrics.route_reasons.labels("decode", route.decode_reason).inc()
         try:
             sent_s = post_start(leg, is_resume=pending.is_resume)
             if not milestones.first_received_s:
@@ -86,16 +94,28 @@ class Placing:
         except PeerError:
             # The socket just ended: its reading task is about to say so. This leg never began; it looks for another pair.
             self.end_leg(leg, "peer_gone")
-            self._line.push_front(pending)
+            self.begin_again(pending)
+
+    def first_token(self, leg: Leg) -> None:
+        """P has answered: there is more room there."""
+        mark_first_token(leg)
+        self.pump_soon()
 
     def wait(self, pending: PendingLeg) -> None:
-        """Behind all that wait already."""
-        self._line.append(pending)
-        self._metrics.queued_requests.set(len(self._line))
+        """For room, gateway.queue_ttl_s and gateway.max_ttft_s at most. Where the line is full the last of it has to go."""
+        if len(self._line) >= self._config.gateway.max_queued_requests and (last := self._line.last()) is not None:
+            detail = told_full(len(self._line), self._config.gateway.max_queued_requests) + " One of a higher priority came."
+            last.flight.fail(CapacityError(detail, code="queue_full", retry_after_s=self._retry_s(last)))
+        pools = self._view()
+        self._join(pending, pools)
+        left_s = min(self._config.gateway.queue_ttl_s, self._terms(pending).left_s)
+        pending.timer = asyncio.get_running_loop().call_later(max(left_s, 0.0), self._waited_enough, pending)
+        self.pump_soon()
 
     def begin_again(self, pending: PendingLeg) -> None:
-        """A leg that was running goes before those that never did."""
-        self._line.push_front(pending)
+        """A leg that was running goes before those that never did, and waits until its request's deadline."""
+        pending.was_running = True
+        self._join(pending, self._view())
         self.pump_soon()
 
     def end_leg(self, leg: Leg, cancel_reason: str | None) -> None:
@@ -107,8 +127,12 @@ class Placing:
 
     def forget(self, flight: Flight) -> None:
         """The flight is over: none of its legs waits any more."""
-        self._line.forget(flight)
+        for pending in self._line.forget(flight):
+            _stop_timer(pending)
         self._metrics.queued_requests.set(len(self._line))
+        for choice in flight.choices:
+            if choice.has_ended:
+                self._answers.ended(len(choice.emitted))
 
     def pump_soon(self) -> None:
         """There may be room: look at the line before the loop sleeps."""
@@ -120,23 +144,66 @@ class Placing:
         """Place the head of the line, and the next, while there is room."""
         self._is_pump_due = False
         while (head := self._line.head()) is not None:
-            prefills, decodes = self._views()
-            if self._is_shut(prefills, decodes):
+            pools = self._view()
+            if self._is_shut(pools.prefills, pools.decodes):
                 if self._waits_for_a_replica():
                     return
-                head.flight.fail(head.without_replica("decode" if _has_open(prefills) else "prefill"))
+                head.flight.fail(head.without_replica("decode" if _has_open(pools.prefills) else "prefill"))
                 continue
-            need = need_of(head, self._config)
-            route = pick_route(prefills, decodes, need, head.avoid, self.breakers.open_keys(time.monotonic()))
-            if route is None:
-                limit = never_fits(need, prefills, decodes) if prefills else None
-                if limit is None:
-                    return
-                head.flight.fail(CapacityError(limit, code="never_fits"))
+            terms = None if head.was_running else self._terms(head)
+            placed = place(head.need or self._need(head, pools), pools, head.avoid, terms, self._draw())
+            if placed is None:
+                return
+            if isinstance(placed, Refuse):
+                head.flight.fail(CapacityError(placed.detail, code=placed.code, retry_after_s=placed.retry_after_s))
                 continue
             self._line.pop_head()
-            self.begin(head, route)
+            _stop_timer(head)
+            self.begin(head, placed)
         self._metrics.queued_requests.set(len(self._line))
+
+    def _waited_enough(self, pending: PendingLeg) -> None:
+        """It is told to come back, and when."""
+        waited_s = time.monotonic() - pending.flight.request.received_s
+        detail = f"There was no room for {waited_s:.1f} s."
+        pending.flight.fail(CapacityError(detail, code="queue_timeout", retry_after_s=self._retry_s(pending)))
+
+    def _retry_s(self, pending: PendingLeg) -> float:
+        pools = self._view()
+        return retry_s(first_token_s(pending.need or self._need(pending, pools), pools, self._line_view(pending)))
+
+    def _join(self, pending: PendingLeg, pools: PoolsView) -> None:
+        need = pending.need = self._need(pending, pools)
+        known = max((known_tokens(view, need) for view in pools.prefills), default=0)
+        blocks = min((decode_blocks(need, view.block_tokens) for view in pools.decodes), default=0)
+        pending.weight = Weight(work_tokens=need.num_tokens - known, num_blocks=blocks, num_choices=need.num_choices)
+        self._line.join(pending)
+        self._metrics.queued_requests.set(len(self._line))
+
+    def _need(self, pending: PendingLeg, pools: PoolsView) -> Need:
+        return need_of(pending, self._config, next((view.block_tokens for view in pools.prefills), 0))
+
+    def _terms(self, pending: PendingLeg) -> Terms:
+        """Until when its first token is of use."""
+        request, max_ttft_s, now_s = pending.flight.request, self._config.gateway.max_ttft_s, time.monotonic()
+        if max_ttft_s is not None and request.received_s + max_ttft_s < request.deadline_s:
+            return Terms(left_s=request.received_s + max_ttft_s - now_s, limit="the limit of this server (gateway.max_ttft_s)")
+        return Terms(left_s=request.deadline_s - now_s)
+
+    def _line_view(self, pending: PendingLeg) -> LineView:
+        line, max_waiting = self._line, self._config.gateway.max_queued_requests
+        last = line.last() if line and len(line) >= max_waiting else None
+        return LineView(
+            num_waiting=len(line),
+            max_waiting=max_waiting,
+            work_tokens=line.work_tokens,
+            num_blocks=line.num_blocks,
+            num_choices=line.num_choices,
+            may_displace=last is not None and not last.was_running and pending.rank < last.rank,
+        )
+
+    def _draw(self) -> int:
+        return self._random.getrandbits(_DRAW_BITS)
 
     def _is_shut(self, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView]) -> bool:
         if _has_open(prefills) and _has_open(decodes):
@@ -153,8 +220,20 @@ class Placing:
             asyncio.get_running_loop().call_later(left_s, self.pump_soon)
         return left_s > 0
 
-    def _views(self) -> tuple[list[PrefillView], list[DecodeView]]:
-        return prefill_views(self._pools.prefills(), self._config), decode_views(self._pools.decodes(), self._config)
+    def _view(self) -> PoolsView:
+        now_s = time.monotonic()
+        return PoolsView(
+            prefills=prefill_views(self._pools.prefills(), self._limits, now_s),
+            decodes=decode_views(self._pools.decodes(), self._limits),
+            barred=self.breakers.open_keys(now_s),
+            answer_tokens=self._answers.mean_tokens,
+        )
+
+
+def _stop_timer(pending: PendingLeg) -> None:
+    if pending.timer is not None:
+        pending.timer.cancel()
+        pending.timer = None
 
 
 def _has_open(views: Sequence[PrefillView] | Sequence[DecodeView]) -> bool:

@@ -1,18 +1,36 @@
-"""Picks the pair (P, D) of one leg, with the reason. Pure: views in, a route out; knows no socket, clock or request state."""
+"""Picks the pair (P, D) of one leg, with the reasons. Pure: views in, a route out; knows no socket, clock or request state.
+
+P: where the first token comes first: what waits there to be computed, and of this prompt what is not known there (Dynamo's and llm-d's
+rule: a known prefix is worth the work it saves, so that a queue elsewhere is left for it and no hot prefix ties everybody to one replica).
+D: the emptier by the fuller of its memory and its batch, what it knows of the prompt counting in its favour: that is not sent again.
+Who of several about as good: preference.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Final
+
+from services.router.preference import Offer, Slack, choose
+from services.router.prefix_index import PrefixIndex
+
+Barred = frozenset[tuple[str, ...]]
+
+NEAR_SHARE: Final = 0.1  # prefill replicas within a tenth, and two blocks, of the least work are about as good: reports are no better
+SESSION_SHARE: Final = 0.25  # of a wave: so much more work a session's own place may have
+NEAR_FILL: Final = 0.05  # of a decode replica
+SESSION_FILL: Final = 0.15
+PREFIX_FILL: Final = 0.25  # a prompt that is all known to a decode replica makes up for so much of its fill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillView:
-    """A prefill replica as the gateway knows it now. queued_tokens: prompt tokens sent and not answered by a first token.
+    """A prefill replica as the gateway knows it now. queued_tokens: prompt tokens there yet to be computed, whoever sent them.
 
-    room_tokens: the same, but of each prompt wave_tokens at most: shorter prompts overtake what is longer than a wave, so that it keeps
-    nobody here.
+    room_tokens: prompts that wait there, but of each a wave at most: shorter prompts overtake what is longer than a wave, so that it keeps
+    nobody here. tokens_per_s, wave_s: how fast it computes, and what its smallest wave takes; 0: not known.
     """
 
     key: str
@@ -23,11 +41,17 @@ class PrefillView:
     wave_tokens: int
     max_queued_tokens: int
     is_open: bool = True
+    prefixes: PrefixIndex | None = None
+    tokens_per_s: float = 0.0
+    wave_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeView:
-    """A decode replica. free_blocks: after every reservation of this gateway; num_choices: those this gateway has there."""
+    """A decode replica. free_blocks: neither held nor promised to anybody; num_choices: those that run or wait there.
+
+    step_s: what a step takes; 0: not known.
+    """
 
     key: str
     free_blocks: int
@@ -37,30 +61,37 @@ class DecodeView:
     num_choices: int
     max_choices: int
     is_open: bool = True
+    prefixes: PrefixIndex | None = None
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
     """What one leg takes. num_tokens: prompt and emitted tokens; new_tokens: still to be generated, at most, for each choice.
 
-    ahead_tokens: how much of new_tokens is reserved at the start (decode.admit_ahead_tokens).
+    ahead_tokens: how much of new_tokens is reserved at the start (decode.admit_ahead_tokens). digests: of the prompt's blocks
+    (prefix_index.py). session: legs of the same one go to the same place where nothing speaks against it; "": none.
     """
 
     num_tokens: int
     new_tokens: int
     num_choices: int
     ahead_tokens: int
+    digests: tuple[int, ...] = ()
+    session: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The chosen pair, why, how many of D's blocks it reserves, and what it counts against P's room."""
+    """The chosen pair, why each of them, how many of D's blocks it reserves, what it counts against P's room, what P seems to know."""
 
     prefill: str
     decode: str
     reason: str
     num_blocks: int
     room_tokens: int
+    decode_reason: str = ""
+    known_tokens: int = 0
 
 
 def blocks_for(num_tokens: int, block_tokens: int) -> int:
@@ -93,48 +124,98 @@ def _room_tokens(view: PrefillView, need: Need) -> int:
     return min(need.num_tokens, view.wave_tokens)
 
 
+def known_tokens(view: PrefillView | DecodeView, need: Need) -> int:
+    """How many of the prompt's first tokens this replica seems to have the KV of."""
+    return 0 if view.prefixes is None else view.prefixes.num_known(need.digests) * view.block_tokens
+
+
 def pick_route(
     prefills: Sequence[PrefillView],
     decodes: Sequence[DecodeView],
     need: Need,
     avoid: frozenset[str] = frozenset(),
-    barred: frozenset[tuple[str, ...]] = frozenset(),
+    barred: Barred = frozenset(),
+    draw: int = 0,
 ) -> Route | None:
     """The pair for this leg, or None where no replica of one pool has room now.
 
-    P: fewest queued tokens. D: most free blocks. Replicas in `avoid` (they just failed this request), and replicas (key,) and pairs
-    (P, D) in `barred` (their breaker is open), are taken only where no other has room. Ties go to the smallest key, so that the choice can
-    be repeated.
+    Replicas in `avoid` (they just failed this request), and replicas (key,) and pairs (P, D) in `barred` (their breaker is open), are taken
+    only where no other has room. draw: a number drawn anew for each choice, so that several gateways do not all take the same replica.
     """
     open_prefills = [view for view in prefills if view.is_open and has_prefill_room(view, need)]
     open_decodes = [view for view in decodes if view.is_open and has_decode_room(view, need)]
     if not open_prefills or not open_decodes:
         return None
+    pairs, tier = _least_bad(list(product(open_prefills, open_decodes)), avoid, barred)
+    prefill, reason = _pick_prefill(list({one.key: one for one, _ in pairs}.values()), need, draw)
+    decode, decode_reason = _pick_decode([other for one, other in pairs if one is prefill], need, draw // 65_536)
+    return Route(
+        prefill.key,
+        decode.key,
+        tier or reason,
+        decode_blocks(need, decode.block_tokens),
+        _room_tokens(prefill, need),
+        tier or decode_reason,
+        known_tokens(prefill, need),
+    )
 
-    def rank(pair: tuple[PrefillView, DecodeView]) -> tuple[object, ...]:
-        prefill, decode = pair
-        num_failed = (prefill.key in avoid) + (decode.key in avoid)
-        return (_is_barred(pair, barred), num_failed, prefill.queued_tokens, prefill.key, -decode.free_blocks, decode.key)
 
-    prefill, decode = pair = min(product(open_prefills, open_decodes), key=rank)
-    reason = _reason((len(open_prefills), len(open_decodes)), pair, avoid, barred)
-    return Route(prefill.key, decode.key, reason, decode_blocks(need, decode.block_tokens), _room_tokens(prefill, need))
+Pair = tuple[PrefillView, DecodeView]
 
 
-def _is_barred(pair: tuple[PrefillView, DecodeView], barred: frozenset[tuple[str, ...]]) -> bool:
+def _least_bad(pairs: list[Pair], avoid: frozenset[str], barred: Barred) -> tuple[list[Pair], str]:
+    """Pairs that failed least, and what that says of the choice: "" where nothing failed."""
+    if not avoid and not barred:
+        return pairs, ""
+
+    def badness(pair: Pair) -> tuple[bool, int]:
+        return _is_barred(pair, barred), (pair[0].key in avoid) + (pair[1].key in avoid)
+
+    least = min(map(badness, pairs))
+    if least[0]:
+        why = "only_barred_left"
+    elif least[1]:
+        why = "only_failed_left"
+    else:
+        why = "avoid_failed" if avoid else "avoid_barred"
+    return [pair for pair in pairs if badness(pair) == least], why
+
+
+def _is_barred(pair: Pair, barred: Barred) -> bool:
     prefill, decode = pair[0].key, pair[1].key
     return (prefill,) in barred or (decode,) in barred or (prefill, decode) in barred
 
 
-def _reason(
-    num_open: tuple[int, int], pair: tuple[PrefillView, DecodeView], avoid: frozenset[str], barred: frozenset[tuple[str, ...]]
-) -> str:
-    if _is_barred(pair, barred):
-        return "only_barred_left"
-    if pair[0].key in avoid or pair[1].key in avoid:
-        return "only_failed_left"
-    if avoid:
-        return "avoid_failed"
-    if barred:
-        return "avoid_barred"
-    return "only_pair" if num_open == (1, 1) else "least_loaded"
+def _pick_prefill(views: Sequence[PrefillView], need: Need, draw: int) -> tuple[PrefillView, str]:
+    """Costs are tokens of the fastest one: what a slower one has to do takes as long as more of them."""
+    fastest = max(view.tokens_per_s for view in views)
+    offers = {}
+    for view in views:
+        known = known_tokens(view, need)
+        slowness = fastest / view.tokens_per_s if view.tokens_per_s else 1.0
+        offers[view.key] = Offer(key=view.key, cost=(view.queued_tokens + need.num_tokens - known) * slowness, worth=known)
+    least = min(offer.cost for offer in offers.values())
+    any_view = views[0]
+    slack = Slack(draw=NEAR_SHARE * least + 2 * any_view.block_tokens, session=NEAR_SHARE * least + SESSION_SHARE * any_view.wave_tokens)
+    chosen, why = choose(list(offers.values()), slack, need.session, draw)
+    view = next(view for view in views if view.key == chosen.key)
+    if why in ("cheapest", "drawn") and chosen.worth > min(offer.worth for offer in offers.values()):
+        return view, "prefix"
+    return view, _REASONS[why]
+
+
+def _pick_decode(views: Sequence[DecodeView], need: Need, draw: int) -> tuple[DecodeView, str]:
+    offers = {}
+    for view in views:
+        known = known_tokens(view, need)
+        blocks = view.num_blocks - view.free_blocks + decode_blocks(need, view.block_tokens)
+        fill = max(blocks / view.num_blocks, (view.num_choices + need.num_choices) / view.max_choices)
+        offers[view.key] = Offer(key=view.key, cost=fill - PREFIX_FILL * known / need.num_tokens, worth=known)
+    chosen, why = choose(list(offers.values()), Slack(draw=NEAR_FILL, session=SESSION_FILL), need.session, draw)
+    view = next(view for view in views if view.key == chosen.key)
+    if why in ("cheapest", "drawn") and chosen.worth > min(offer.worth for offer in offers.values()):
+        return view, "prefix"
+    return view, _REASONS[why]
+
+
+_REASONS: Final = {"only_one": "only_one", "session": "session", "cheapest": "least_loaded", "drawn": "drawn"}

@@ -19,6 +19,7 @@ from duomo.wire.connection import Connection, Identity, connect
 from duomo.wire.messages import Message, Preempted, Refused, ReplicaReport, RequestFailed, RequestFinished, TokensEmitted
 from duomo.wire.values import PeerAddress
 from services.kv_transfer.ending import end_tasks
+from services.router.books import ReplicaBook
 
 if TYPE_CHECKING:
     from services.kv_transfer.directory import Member
@@ -37,11 +38,7 @@ class MemberSource(Protocol):
 
 
 class ReplicaLink:
-    """A live connection to one start of one replica. The counters are this gateway's own share of the replica's load.
-
-    queued_tokens: prompt tokens sent to P and unanswered; room_tokens: what of them counts against its room. reserved_blocks: promised on
-    D; unlanded_blocks: the part of them whose prompt has not arrived there, so that D's report does not show it. num_choices: on D.
-    """
+    """A live connection to one start of one replica, the legs of this gateway there, and the book of its load."""
 
     def __init__(self, member: Member, connection: Connection, role: Literal["prefill", "decode"]) -> None:
         self.member = member
@@ -49,15 +46,14 @@ class ReplicaLink:
         self.role = role
         self.key = member.boot_id
         self.address = PeerAddress(replica_id=member.replica_id, boot_id=member.boot_id, address=member.address)
-        self.report: ReplicaReport | None = None
-        self.report_received_s = 0.0
+        self.book = ReplicaBook(self.key)
         self.legs: set[Leg] = set()
-        self.queued_tokens = 0
-        self.room_tokens = 0
-        self.reserved_blocks = 0
-        self.unlanded_blocks = 0
-        self.num_choices = 0
         self.has_refused_drain = False
+
+    @property
+    def report(self) -> ReplicaReport | None:
+        """Its last one."""
+        return self.book.report
 
     @property
     def is_usable(self) -> bool:
@@ -179,8 +175,7 @@ class Pools:
         if type(message) is TokensEmitted:
             self._listener.tokens_emitted(link, message, received_s)
         elif type(message) is ReplicaReport:
-            link.report = message
-            link.report_received_s = received_s
+            link.book.reported(message, received_s)
             self._listener.reported(link)
         elif type(message) is RequestFinished:
             self._listener.request_finished(link, message)

@@ -1,73 +1,120 @@
-"""The line of legs that wait for room, in order. Knows no pool: whoever has room asks for the head. Every step of a request costs O(1)."""
+"""The line of legs that wait for room: who is next, who is last, and what waits in all. Knows no pool: whoever has room asks for the head.
+
+Legs that were running before (retries, resumes) go first. The others go by when they came, each level of priority counting as
+PRIORITY_AGE_S of waiting: first come, first served within a level; and nobody is passed by a leg that came more than that long after it for
+each level between them, so that no level starves. (It is the rule of prefill's queue, where the same requests wait on.)
+
+As time passes all age alike, so that a leg's place never changes: a heap holds them. A step costs O(log n); those that gave up are dropped
+when they would be next, or when they are most of what is kept.
+"""
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+import heapq
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Final, Generic, Protocol, TypeVar
 
-from duomo.errors import PeerError
-from services.router.flight import Choice, Flight
+PRIORITY_AGE_S: Final = 2.0
+_MIN_GONE: Final = 64
 
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class PendingLeg:
-    """Choices of a flight that need a pair. is_resume: one choice that has already emitted tokens. avoid: replicas that just failed it.
-
-    cause: where it begins again, what ended it before.
-    """
-
-    flight: Flight
-    choices: tuple[Choice, ...]
-    is_resume: bool
-    avoid: frozenset[str] = frozenset()
-    since_s: float = field(default_factory=time.monotonic)
-    cause: str = ""
-
-    def without_replica(self, pool: Literal["prefill", "decode"]) -> PeerError:
-        """What its client is told where a pool has had no replica for too long: whether it had been served, or never was."""
-        if self.cause:
-            detail = f"A replica that served this request is gone ({self.cause}), and no {pool} replica has come in its place."
-            return PeerError(detail, code="replica_lost", phase="route")
-        return PeerError(f"No {pool} replica is connected.", code=f"no_{pool}_replica", phase="route")
+Rank = tuple[bool, float]
 
 
-class WaitingLine:
-    """New requests join at the end; those that were running before (retries, resumes) at the front."""
+def rank(*, received_s: float, priority: int, was_running: bool) -> Rank:
+    """The lower goes first. priority: higher goes first."""
+    return (not was_running, received_s - PRIORITY_AGE_S * priority)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """What a leg that waits will take: prompt tokens to compute, decode's blocks and choices."""
+
+    work_tokens: int
+    num_blocks: int
+    num_choices: int
+
+
+class Waiter(Protocol):
+    """What waits. owner: of one or more entries, which are forgotten together."""
+
+    @property
+    def owner(self) -> Hashable: ...
+    @property
+    def rank(self) -> Rank: ...
+    @property
+    def weight(self) -> Weight: ...
+
+
+W = TypeVar("W", bound=Waiter)
+
+
+class WaitingLine(Generic[W]):
+    """work_tokens, num_blocks, num_choices: of all that wait."""
 
     def __init__(self) -> None:
-        self._line: deque[PendingLeg] = deque()
-        self._num_gone = 0
+        self._heap: list[tuple[Rank, int, W]] = []
+        self._waiting: dict[int, W] = {}  # by place in the order of joining
+        self._places: dict[Hashable, set[int]] = {}
+        self._num_joined = 0
+        self.work_tokens = 0
+        self.num_blocks = 0
+        self.num_choices = 0
 
     def __len__(self) -> int:
-        return len(self._line) - self._num_gone
+        return len(self._waiting)
 
-    def __iter__(self) -> Iterator[PendingLeg]:
-        """Those that still want to run, in order; the one step that is not O(1)."""
-        return (pending for pending in self._line if not pending.flight.is_over)
+    def __iter__(self) -> Iterator[W]:
+        """In order; the one step that is not cheap."""
+        return (waiter for _, place, waiter in sorted(self._heap, key=lambda one: one[:2]) if place in self._waiting)
 
-    def append(self, pending: PendingLeg) -> None:
-        pending.flight.num_pending += 1
-        self._line.append(pending)
+    def join(self, waiter: W) -> None:
+        """At its place. The same leg may join again once it was taken out."""
+        place = self._num_joined
+        self._num_joined += 1
+        self._waiting[place] = waiter
+        self._places.setdefault(waiter.owner, set()).add(place)
+        heapq.heappush(self._heap, (waiter.rank, place, waiter))
+        self._weigh(waiter, 1)
 
-    def push_front(self, pending: PendingLeg) -> None:
-        pending.flight.num_pending += 1
-        self._line.appendleft(pending)
-
-    def head(self) -> PendingLeg | None:
-        """The first that still wants to run."""
-        while self._line and self._line[0].flight.is_over:
-            self._line.popleft()
-            self._num_gone -= 1
-        return self._line[0] if self._line else None
+    def head(self) -> W | None:
+        """Who is next."""
+        while self._heap and self._heap[0][1] not in self._waiting:
+            heapq.heappop(self._heap)
+        return self._heap[0][2] if self._heap else None
 
     def pop_head(self) -> None:
         """The head has its pair."""
-        self._line.popleft().flight.num_pending -= 1
+        waiter = self.head()
+        assert waiter is not None
+        self._drop(heapq.heappop(self._heap)[1], waiter)
 
-    def forget(self, flight: Flight) -> None:
-        """The flight ended: its entries count no more, and leave when they reach the head."""
-        self._num_gone += flight.num_pending
-        flight.num_pending = 0
+    def last(self) -> W | None:
+        """Who would be served last of all. Looks at everybody."""
+        live = [one for one in self._heap if one[1] in self._waiting]
+        return max(live, key=lambda one: one[:2])[2] if live else None
+
+    def forget(self, owner: Hashable) -> list[W]:
+        """None of its entries waits any more; those that did."""
+        gone = []
+        for place in list(self._places.get(owner, ())):
+            gone.append(self._waiting[place])
+            self._drop(place, self._waiting[place])
+        if len(self._heap) > _MIN_GONE + 2 * len(self._waiting):
+            self._heap = [one for one in self._heap if one[1] in self._waiting]
+            heapq.heapify(self._heap)
+        return gone
+
+    def _drop(self, place: int, waiter: W) -> None:
+        del self._waiting[place]
+        places = self._places[waiter.owner]
+        places.discard(place)
+        if not places:
+            del self._places[waiter.owner]
+        self._weigh(waiter, -1)
+
+    def _weigh(self, waiter: W, sign: int) -> None:
+        weight = waiter.weight
+        self.work_tokens += sign * weight.work_tokens
+        self.num_blocks += sign * weight.num_blocks
+        self.num_choices += sign * weight.num_choices

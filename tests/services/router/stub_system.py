@@ -54,7 +54,7 @@ class StubSystem:
         assert gateway.tracing.num_open_spans() == 0
         for link in gateway.pools.links.values():
             assert not link.legs
-            assert (link.queued_tokens, link.room_tokens, link.reserved_blocks, link.unlanded_blocks, link.num_choices) == (0, 0, 0, 0, 0)
+            assert link.book.is_empty
 
 
 @asynccontextmanager

@@ -1,41 +1,61 @@
-"""The pure decision to admit, queue or refuse."""
+"""The pure decisions: admit, queue or refuse a new request; place, keep or give up whoever leads the line."""
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from services.router.admission import Admit, Queue, Refuse, decide, never_fits
-from services.router.policy import DecodeView, Need, PrefillView
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.router.admission import (
+    MAX_RETRY_S,
+    MIN_RETRY_S,
+    Admit,
+    LineView,
+    PoolsView,
+    Queue,
+    Refuse,
+    Terms,
+    decide,
+    first_token_s,
+    never_fits,
+    place,
+    retry_s,
+)
+from services.router.policy import DecodeView, Need, PrefillView, Route
+from services.router.prefix_index import PrefixIndex
 
 P = PrefillView(key="p", queued_tokens=0, room_tokens=0, num_blocks=64, block_tokens=16, wave_tokens=512, max_queued_tokens=4096)
 D = DecodeView(key="d", free_blocks=32, num_blocks=32, block_tokens=16, watermark_blocks=4, num_choices=0, max_choices=16)
+FULL = replace(D, free_blocks=5, num_choices=3)
 NEED = Need(num_tokens=60, new_tokens=60, num_choices=1, ahead_tokens=256)
+TERMS = Terms(left_s=300.0)
+LINE = LineView(max_waiting=3)
 
 
-def _with(view: object, **fields: object) -> object:
-    return type(view)(**({name: getattr(view, name) for name in view.__slots__} | fields))
-
-
-def _decide(need: Need = NEED, prefills: tuple = (P,), decodes: tuple = (D,), waiting: int = 0, most: int = 3) -> object:
-    return decide(need, prefills, decodes, num_waiting=waiting, max_waiting=most)
+def _pools(prefills: tuple = (P,), decodes: tuple = (D,), answer_tokens: float = 0.0) -> PoolsView:
+    return PoolsView(prefills=prefills, decodes=decodes, answer_tokens=answer_tokens)
 
 
 def test_room_admits_and_a_line_or_no_room_queues() -> None:
-    decision = _decide()
+    decision = decide(NEED, _pools(), LINE, TERMS)
     assert isinstance(decision, Admit) and (decision.route.decode, decision.route.num_blocks) == ("d", 8)
-    assert isinstance(_decide(waiting=1), Queue), "those that wait go first"
-    assert isinstance(_decide(decodes=(_with(D, free_blocks=5, num_choices=3),)), Queue)
+    assert isinstance(decide(NEED, _pools(), replace(LINE, num_waiting=1), TERMS), Queue), "those that wait go first"
+    assert isinstance(decide(NEED, _pools(decodes=(FULL,)), LINE, TERMS), Queue)
 
 
-def test_a_full_line_is_429_with_retry_after() -> None:
-    decision = _decide(waiting=3)
+def test_a_full_line_is_429_with_retry_after_unless_the_last_goes() -> None:
+    full = replace(LINE, num_waiting=3)
+    decision = decide(NEED, _pools(), full, TERMS)
     assert isinstance(decision, Refuse) and (decision.status, decision.code) == (429, "queue_full") and decision.retry_after_s > 0
+    assert isinstance(decide(NEED, _pools(), replace(full, may_displace=True), TERMS), Queue)
 
 
 def test_a_missing_pool_is_503_and_says_which() -> None:
-    assert _decide(prefills=()).code == "no_prefill_replica"
-    assert _decide(decodes=(_with(D, is_open=False),)).code == "no_decode_replica"
-    assert _decide(decodes=()).status == 503
+    assert decide(NEED, _pools(prefills=()), LINE, TERMS).code == "no_prefill_replica"
+    assert decide(NEED, _pools(decodes=(replace(D, is_open=False),)), LINE, TERMS).code == "no_decode_replica"
+    assert decide(NEED, _pools(decodes=()), LINE, TERMS).status == 503
 
 
 @pytest.mark.parametrize(
@@ -49,12 +69,80 @@ def test_a_missing_pool_is_503_and_says_which() -> None:
     ],
 )
 def test_what_never_fits_an_empty_pool_is_400_with_the_limit(need: Need, fits: bool) -> None:
-    decision = _decide(need)
+    decision = decide(need, _pools(), LINE, TERMS)
     assert isinstance(decision, Admit) == fits
     if not fits:
         assert (decision.status, decision.code) == (400, "never_fits") and "512 tokens" in decision.detail
+        assert (place(need, _pools(), frozenset(), None).status) == 503, "in line it fitted: the pool has changed"
 
 
 def test_a_prompt_beyond_the_prefill_pool_never_fits() -> None:
     need = Need(num_tokens=1025, new_tokens=1, num_choices=1, ahead_tokens=1)
-    assert "1024" in (never_fits(need, (P,), (_with(D, num_blocks=500),)) or "")
+    assert "1024" in (never_fits(need, (P,), (replace(D, num_blocks=500),)) or "")
+
+
+def test_the_first_token_is_predicted_from_what_prefill_has_to_do() -> None:
+    fast, slow = replace(P, tokens_per_s=1000.0, queued_tokens=500), replace(P, key="q", tokens_per_s=100.0, queued_tokens=20)
+    assert first_token_s(NEED, _pools(prefills=(fast,)), LINE) == pytest.approx(0.56)
+    assert first_token_s(NEED, _pools(prefills=(fast, slow)), LINE) == pytest.approx(0.56), "80 tokens at 100 a second are longer"
+    assert first_token_s(NEED, _pools(prefills=(replace(fast, wave_s=0.2),)), LINE) == pytest.approx(0.7), "no wave is quicker"
+    index = PrefixIndex(64)
+    index.told((2,))
+    known = replace(NEED, digests=(1, 2, 3))
+    assert first_token_s(known, _pools(prefills=(replace(fast, prefixes=index),)), LINE) == pytest.approx(0.528), "32 tokens are known"
+    line = replace(LINE, num_waiting=2, work_tokens=1680)
+    assert first_token_s(NEED, _pools(prefills=(fast, slow)), line) == pytest.approx(2200 / 1100 + 0.06), "all of it, by all of them"
+    assert first_token_s(NEED, _pools(), line) == 0.0, "nothing was measured: nothing is said"
+
+
+def test_the_first_token_is_predicted_from_when_decode_has_room() -> None:
+    running = replace(D, free_blocks=4, num_choices=4, step_s=0.01)
+    pools = _pools(decodes=(running,), answer_tokens=100.0)
+    assert first_token_s(NEED, pools, LINE) == pytest.approx(1 / 4), "8 blocks are one choice's; 4 choices end a second"
+    line = replace(LINE, num_waiting=2, num_choices=2, num_blocks=16)
+    assert first_token_s(NEED, pools, line) == pytest.approx(3 / 4)
+    crowded = replace(running, free_blocks=32, num_choices=16)
+    assert first_token_s(NEED, _pools(decodes=(crowded,), answer_tokens=100.0), LINE) == pytest.approx(1 / 16), "the batch is full"
+    assert first_token_s(NEED, _pools(decodes=(D,), answer_tokens=100.0), LINE) == 0.0
+    assert first_token_s(NEED, _pools(decodes=(running,)), LINE) == 0.0, "how long answers are is not known"
+
+
+def test_what_would_come_too_late_is_refused_at_once_and_told_when_to_come_back() -> None:
+    busy = replace(P, tokens_per_s=100.0, queued_tokens=1000)
+    decision = decide(NEED, _pools(prefills=(busy,)), LINE, Terms(left_s=4.0, limit="the limit"))
+    assert isinstance(decision, Refuse) and (decision.status, decision.code) == (429, "too_late")
+    assert decision.retry_after_s == pytest.approx(6.6) and "10.6 s" in decision.detail and "the limit" in decision.detail
+    assert isinstance(decide(NEED, _pools(prefills=(busy,)), LINE, Terms(left_s=11.0)), Admit)
+    late = place(NEED, _pools(prefills=(busy,)), frozenset(), Terms(left_s=4.0))
+    assert isinstance(late, Refuse) and late.status == 429
+    assert isinstance(place(NEED, _pools(prefills=(busy,)), frozenset(), None), Route), "what was running goes on, late or not"
+    assert place(NEED, _pools(decodes=(FULL,)), frozenset(), TERMS) is None
+
+
+@given(
+    queued=st.integers(0, 10**6),
+    tokens_per_s=st.floats(0, 10**6, allow_nan=False),
+    step_s=st.floats(0, 1, allow_nan=False),
+    waiting=st.integers(0, 5),
+    free=st.integers(0, 32),
+    left_s=st.floats(-10, 1000, allow_nan=False),
+    answer_tokens=st.floats(0, 1000, allow_nan=False),
+)
+def test_every_refusal_says_when_and_nothing_else_is_kept_waiting_past_its_time(
+    queued: int, tokens_per_s: float, step_s: float, waiting: int, free: int, left_s: float, answer_tokens: float
+) -> None:
+    prefill = replace(P, queued_tokens=queued, tokens_per_s=tokens_per_s)
+    decode = replace(D, free_blocks=free, num_choices=1, step_s=step_s)
+    pools = _pools((prefill,), (decode,), answer_tokens)
+    line = LineView(num_waiting=waiting, max_waiting=3, work_tokens=60 * waiting, num_blocks=8 * waiting, num_choices=waiting)
+    decision = decide(NEED, pools, line, Terms(left_s=left_s))
+    if isinstance(decision, Refuse):
+        assert decision.status == 429 and MIN_RETRY_S <= decision.retry_after_s <= MAX_RETRY_S
+        assert decision.code == ("too_late" if first_token_s(NEED, pools, line) > left_s else "queue_full")
+    else:
+        assert first_token_s(NEED, pools, line) <= left_s
+        assert isinstance(decision, Queue) or waiting == 0
+
+
+def test_retry_after_is_bounded() -> None:
+    assert (retry_s(-3.0), retry_s(5.0), retry_s(1e9)) == (MIN_RETRY_S, 5.0, MAX_RETRY_S)

@@ -113,6 +113,6 @@ def test_the_only_replica_is_taken_whatever_its_breaker_says(tmp_path: Path) -> 
         script = Script(prefill_faults=deque(["fail"] * 3))
         async with stub_system(tmp_path, script, overrides={"gateway": {"breaker_failures": 1}}) as system:
             assert texts(await chat(system)) == [system.story.text(0, 24)]
-            assert b'duomo_route_reasons_total{reason="only_barred_left"}' in system.gateway.metrics.render()
+            assert b'duomo_route_reasons_total{pool="prefill",reason="only_barred_left"}' in system.gateway.metrics.render()
 
     asyncio.run(scenario())

@@ -139,7 +139,7 @@ def test_p_dies_after_the_first_token_before_d_has_the_prompt(tmp_path: Path) ->
         script = Script(prefill_finishes=False, decode_faults=deque([("hold", 0)]))
         async with stub_system(tmp_path, script, num_prefills=2) as system:
             asked = asyncio.create_task(chat(system))
-            await system.until(lambda: any(link.legs and not link.queued_tokens for link in system.gateway.pools.prefills()))
+            await system.until(lambda: any(link.legs and not link.book.queued_tokens for link in system.gateway.pools.prefills()))
             script.prefill_finishes = True
             (used,) = [prefill for prefill in system.pools.of_role("prefill") if prefill.of_type(StartPrefill)]
             await used.die()
@@ -169,7 +169,7 @@ def test_64_requests_wait_in_order_for_a_pool_sized_for_16(tmp_path: Path) -> No
             answers = await asyncio.gather(*(chat(system) for _ in range(64)))
             assert all(texts(answer) == [system.story.text(0, 24)] for answer in answers)
             assert 8 <= system.pools.of_role("decode")[0].max_running <= 16
-            assert b'duomo_route_reasons_total{reason="only_pair"} 64.0' in system.gateway.metrics.render()
+            assert b'duomo_route_reasons_total{pool="decode",reason="only_one"} 64.0' in system.gateway.metrics.render()
 
     asyncio.run(scenario())
 
@@ -254,7 +254,7 @@ def test_requests_spread_over_both_pools(tmp_path: Path) -> None:
             answers = await asyncio.gather(*(chat(system, stream=True) for _ in range(16)))
             assert all(streamed(answer) == (system.story.text(0, 24), None) for answer in answers)
             for replica in system.pools.replicas:
-                assert len(replica.of_type(StartPrefill)) + len(replica.of_type(StartDecode)) == 8
+                assert len(replica.of_type(StartPrefill)) + len(replica.of_type(StartDecode)) >= 3, "not all take the same one"
 
     asyncio.run(scenario())
 
@@ -274,7 +274,7 @@ def test_a_request_leaves_one_trace_whose_parts_add_up(tmp_path: Path) -> None:
             assert root.parent_id == "b" * 16 and ours["gateway.tokenize"].parent_id == ours["gateway.route"].parent_id == root.span_id
             sent = system.pools.of_role("prefill")[0].of_type(StartPrefill)[0].traceparent
             assert root.span_id in sent and root.trace_id in sent, "both legs hang below the root"
-            assert root.attributes["duomo.route_reason"] == "only_pair"
+            assert root.attributes["duomo.route_reason"] == root.attributes["duomo.route_decode_reason"] == "only_one"
             assert abs(float(root.attributes["duomo.ttft.prefill.compute_s"]) - 0.05) < 0.02
             refused = [span for span in read_spans(spans) if span.trace_id != "a" * 32]
             assert [span.error for span in refused] == ["model_not_found"]
