@@ -33,6 +33,15 @@ _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 
+def _newer_defaults(struct: type[msgspec.Struct]) -> tuple[tuple[str, int, object], ...]:
+    """(field, version, default) of what SINCE lists of it. Found once: msgspec reads a class's annotations anew each time."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(struct)}
+    return tuple((field, since, defaults[field]) for (name, field), since in SINCE.items() if name == struct.__name__)
+
+
+_NEWER_SAMPLING: Final = _newer_defaults(Sampling)
+
+
 def append_frame(out: bytearray, message: Message, *, version: int = WIRE_VERSION, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
     """Append the frame of `message` as a peer of `version` reads it. `out` is unchanged when WireError is raised."""
     start = len(out)
@@ -128,9 +137,7 @@ def _encode_older(message: Message, version: int) -> bytes:
 
 def asks_of_peers(sampling: Sampling) -> int:
     """The least version of a peer that samples so."""
-    defaults = {field.name: field.default for field in msgspec.structs.fields(sampling)}
-    asked = (since for (name, field), since in SINCE.items() if name == "Sampling" and getattr(sampling, field) != defaults[field])
-    return max(asked, default=0)
+    return max((since for field, since, default in _NEWER_SAMPLING if getattr(sampling, field) != default), default=0)
 
 
 def _newer(name: str, version: int) -> set[str]:

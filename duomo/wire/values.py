@@ -131,8 +131,11 @@ class Timings(_Value, frozen=True, kw_only=True):
     peer_rtt_s: float = 0.0
 
 
-class EmittedToken(_Value, frozen=True, kw_only=True):
-    """Token `index` (0-based, over all attempts) of one choice. timings come with a leg's first token."""
+class EmittedToken(_Value, frozen=True, kw_only=True, gc=False):
+    """Token `index` (0-based, over all attempts) of one choice. timings come with a leg's first token.
+
+    gc=False: it holds nothing that could hold it, and a gateway makes tens of thousands a second.
+    """
 
     request_id: str
     choice: int

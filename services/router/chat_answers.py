@@ -38,6 +38,9 @@ class ChatShape:
         self._readers: dict[int, OutputReader] = {}
         self._chunk_head = object_head(head, "chat.completion.chunk")
         self._tail = b',"usage":null}\n\n' if head.includes_usage else b"}\n\n"
+        self._is_plain = self._style is None and not head.shows_logprobs and not head.shows_token_ids
+        self._before_text: dict[int, bytes] = {}  # of a choice's plain chunks: all but the text is the same in each
+        self._behind_text = b'},"logprobs":null,"finish_reason":null}]' + self._tail
 
     def opening(self, choice: int) -> bytes:
         """The first chunk of a choice: its role."""
@@ -47,6 +50,8 @@ class ChatShape:
     def chunk(self, event: TextEmitted) -> bytes:
         """Nothing where all of a token's text is held back and nothing else is shown of it."""
         finish: str | None = event.finish_reason
+        if self._is_plain and finish is None:
+            return self._plain_head(event.choice) + _json(event.text) + self._behind_text
         if self._style is None:
             delta = b'{"content":%s}' % _json(event.text) if event.text or finish is None else b"{}"
         else:
@@ -65,6 +70,13 @@ class ChatShape:
             token_ids_of(self._head, event.pieces),
             self._tail,
         )
+
+    def _plain_head(self, choice: int) -> bytes:
+        before = self._before_text.get(choice)
+        if before is None:
+            before = b'data: %s,"choices":[{"index":%d,"delta":{"content":' % (self._chunk_head, choice)
+            self._before_text[choice] = before
+        return before
 
     def ending(self, usage: Usage) -> bytes:
         return usage_end(self._chunk_head, self._head.includes_usage, usage)

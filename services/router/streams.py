@@ -23,8 +23,10 @@ TRANSPORT_EXTENSION = "duomo.transport"
 
 
 class ClientTransport(Protocol):
-    """What a slow client's cutting needs of the server's transport."""
+    """What streaming and a slow client's cutting need of the server's transport."""
 
+    def write(self, data: bytes) -> None: ...
+    def is_closing(self) -> bool: ...
     def get_write_buffer_size(self) -> int: ...
     def abort(self) -> None: ...
 
@@ -118,9 +120,12 @@ class StreamSink(Sink):
         self._max_behind_bytes = max_behind_bytes
         self._transport = transport
         self._on_behind = on_behind
+        self._loop = asyncio.get_running_loop()
         self._buffer = bytearray()
         self._opened: set[int] = set()
         self._num_sent = 0
+        self._is_passing = False  # whoever sends sleeps until the end; bytes go to the transport from here
+        self._is_write_due = False
 
     def deliver(self, event: GenerationEvent) -> None:
         if self.error is not None:
@@ -144,7 +149,15 @@ class StreamSink(Sink):
                     self._buffer += self._shape.failure(event.error)
             elif self._num_left == 0:
                 self._buffer += self._shape.ending(self.usage)
-        self._wake()
+        if not self._is_passing or self.is_over:
+            self._wake()
+        elif not self._is_write_due:
+            self._is_write_due = True
+            self._loop.call_soon(self._pass_on)
+
+    @property
+    def has_transport(self) -> bool:
+        return self._transport is not None
 
     async def first(self) -> None:
         """Wait for the first bytes. Raises the error of a request that failed before it, so that it can be an HTTP status."""
@@ -161,8 +174,28 @@ class StreamSink(Sink):
             await self._sleep()
         if isinstance(self.error, RequestCancelled):
             return None
-        chunk, self._buffer = bytes(self._buffer), bytearray()
-        return chunk
+        return self._taken()
+
+    async def pass_through(self) -> bytes | None:
+        """What `next` would give until the end goes straight to the transport, as chunks of a chunked body: a write for each tick in which
+        tokens came, and nobody is woken for it. Returns the last bytes (none are written yet), or None when the client is gone."""
+        self._is_passing = True
+        while not self.is_over:
+            await self._sleep()
+        self._is_passing = False
+        return None if isinstance(self.error, RequestCancelled) else self._taken()
+
+    def _pass_on(self) -> None:
+        self._is_write_due = False
+        transport = self._transport
+        if self._is_passing and self._buffer and not self.is_over and transport is not None and not transport.is_closing():
+            taken = self._taken()
+            transport.write(b"%x\r\n%b\r\n" % (len(taken), taken))
+            self.sent()
+
+    def _taken(self) -> bytes:
+        taken, self._buffer = bytes(self._buffer), bytearray()
+        return taken
 
     def sent(self) -> None:
         """The bytes of the last `next` are with the client's socket."""
@@ -177,9 +210,11 @@ class StreamSink(Sink):
 
 
 class StreamResponse(Response):
-    """Sends a StreamSink's bytes, one write for each wake-up, until it ends or its client is gone; then calls on_end once.
+    """Sends a StreamSink's bytes until it ends or its client is gone; then calls on_end once.
 
-    delay_s: slept before each write (config.DelaySection).
+    The first bytes and the last go the server's way; those between go past it, to the transport that it writes to itself, where there is
+    one: a task woken for every token, through all layers of an application, costs more than the token. delay_s: slept before each write
+    (config.DelaySection), for which every write goes the server's way.
     """
 
     media_type = "text/event-stream"
@@ -201,13 +236,19 @@ class StreamResponse(Response):
         sink = self._sink
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            last: bytes | None = b""
             while (chunk := await sink.next()) is not None:
                 if self._delay_s:
                     await asyncio.sleep(self._delay_s)
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 sink.sent()
-            if not isinstance(sink.error, RequestCancelled):
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                if sink.has_transport and not self._delay_s:
+                    last = await sink.pass_through()
+                    break
+            if last is not None and not isinstance(sink.error, RequestCancelled):
+                await send({"type": "http.response.body", "body": last, "more_body": False})
+                if last:
+                    sink.sent()
         finally:
             self._on_end()
 

@@ -45,6 +45,7 @@ class ModelText:
         added = tokenizer.get_added_tokens_decoder().items()
         skipped = {idx for idx, token in added if token.special and token.content not in MARKERS}
         self._visible = [b"" if idx in skipped else piece for idx, piece in enumerate(self._pieces)]
+        self._whole = [_whole_text(piece) for piece in self._visible]
         self._longest_bytes = max(map(len, self._pieces), default=1)
 
     @classmethod
@@ -110,28 +111,39 @@ class ModelText:
         return self._pieces[token_id] if token_id < len(self._pieces) else b""
 
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self._visible, strips_space=self._strips_space)
+        return Detokenizer(self._visible, self._whole, strips_space=self._strips_space)
 
     def _name_ids_up_to(self, vocab_size: int) -> None:
         """While it is loaded: ids that the tokenizer does not know read as their numbers. Nothing encodes to them."""
         names = [f"<{token_id}>".encode() for token_id in range(self.vocab_size, vocab_size)]
         self._pieces += names
         self._visible += names
+        self._whole += [_whole_text(name) for name in names]
 
 
 class Detokenizer:
-    """The text of one growing choice, special tokens left out. Bytes that do not yet end a character are held back."""
+    """The text of one growing choice, special tokens left out. Bytes that do not yet end a character are held back.
 
-    __slots__ = ("_decode", "_strips_space", "_visible")
+    Nearly every token is whole characters by itself: between characters its text is looked up (whole; None where it is not).
+    """
 
-    def __init__(self, visible: list[bytes], *, strips_space: bool = False) -> None:
+    __slots__ = ("_decoder", "_is_between", "_strips_space", "_visible", "_whole")
+
+    def __init__(self, visible: list[bytes], whole: list[str | None], *, strips_space: bool = False) -> None:
         self._visible = visible
+        self._whole = whole
+        self._is_between = True  # nothing is held back
         self._strips_space = strips_space  # until the first character is out
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes, possibly none."""
-        text = self._decode(self._visible[token_id]) if token_id < len(self._visible) else ""
+        if token_id >= len(self._visible):
+            return ""
+        text = self._whole[token_id] if self._is_between else None
+        if text is None:
+            text = self._decoder.decode(self._visible[token_id])
+            self._is_between = not self._decoder.getstate()[0]
         if self._strips_space and text:
             self._strips_space = False
             return text.removeprefix(" ")
@@ -139,7 +151,8 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What the held-back bytes read as, now that nothing follows: U+FFFD."""
-        return self._decode(b"", True)
+        self._is_between = True
+        return self._decoder.decode(b"", True)
 
 
 class StopScanner:
@@ -182,6 +195,14 @@ class StopScanner:
             if any(stop.startswith(tail) for stop in self._stops):
                 return size
         return 0
+
+
+def _whole_text(piece: bytes) -> str | None:
+    """None where it begins or ends within a character."""
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
 
 
 def _embedded_folder(for_folder: Path) -> Path:
