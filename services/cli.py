@@ -40,6 +40,11 @@ Layout = Annotated[Literal["auto", "split", "colocated"] | None, typer.Option(he
 MaxModelTokens = Annotated[int | None, typer.Option(help="context limit below the model's own")]
 Url = Annotated[str, typer.Option("--url", help="base address of a running gateway")]
 KeyFile = Annotated[Path, typer.Option("--file", help="the file of hashed keys (gateway.api_keys_file)")]
+AdminUrl = Annotated[str, typer.Option("--url", help="base address of a running gateway's admin API (--admin-port)")]
+AdminKey = Annotated[str, typer.Option("--api-key", envvar="DUOMO_ADMIN_KEY", help="a key of scope admin, where keys are asked for")]
+ADMIN_URL = "http://127.0.0.1:8001"
+admin = typer.Typer(no_args_is_help=True, help="List, drain, undrain and scale a running system, and flush its prefix caches.")
+app.add_typer(admin, name="admin")
 keys = typer.Typer(no_args_is_help=True, help="Make, list and remove API keys: a file of hashed keys, for `duomo serve --api-key-file`.")
 app.add_typer(keys, name="keys")
 
@@ -183,6 +188,56 @@ def scale(
     from services.cli_scale import scale_pools
 
     raise typer.Exit(scale_pools({"prefill": prefill, "decode": decode}, port, run_dir, wait_s))
+
+
+@admin.command("list")
+def list_replicas(url: AdminUrl = ADMIN_URL, key: AdminKey = "") -> None:
+    """The replicas that a gateway is connected to."""
+    from services.cli_admin import list_replicas as show
+
+    raise typer.Exit(show(url, key))
+
+
+@admin.command()
+def drain(replica: Annotated[str, typer.Argument(metavar="REPLICA")], url: AdminUrl = ADMIN_URL, key: AdminKey = "") -> None:
+    """Let a replica take no new request and finish its live ones; it stays, for `duomo admin undrain`."""
+    from services.cli_admin import ask_of_replica
+
+    raise typer.Exit(ask_of_replica(url, key, replica, "drain"))
+
+
+@admin.command()
+def undrain(replica: Annotated[str, typer.Argument(metavar="REPLICA")], url: AdminUrl = ADMIN_URL, key: AdminKey = "") -> None:
+    """Let a drained replica take requests again."""
+    from services.cli_admin import ask_of_replica
+
+    raise typer.Exit(ask_of_replica(url, key, replica, "undrain"))
+
+
+@admin.command()
+def flush(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="a replica, or a pool: prefill, decode or all")],
+    url: AdminUrl = ADMIN_URL,
+    key: AdminKey = "",
+) -> None:
+    """Forget every prefix computed so far; what is in use stays in use."""
+    from services.cli_admin import ask_of_pool, ask_of_replica
+
+    ask = ask_of_pool if name in ("prefill", "decode", "all") else ask_of_replica
+    raise typer.Exit(ask(url, key, name, "flush"))
+
+
+@admin.command("scale")
+def scale_pool(
+    pool: Annotated[Literal["prefill", "decode"], typer.Argument()],
+    replicas: Annotated[int, typer.Argument(min=1, max=256)],
+    url: AdminUrl = ADMIN_URL,
+    key: AdminKey = "",
+) -> None:
+    """As `duomo scale`, by way of the gateway; does not wait."""
+    from services.cli_admin import ask_of_pool
+
+    raise typer.Exit(ask_of_pool(url, key, pool, "scale", {"replicas": replicas}))
 
 
 @keys.command("add")

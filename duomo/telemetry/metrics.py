@@ -143,6 +143,9 @@ class Metrics:
             "duomo_idempotency_bytes", "Kept answers of all gateways, when this one last kept one", registry=registry
         )
         self.slow_clients = Counter("duomo_slow_clients", "Clients cut off for reading too slowly", registry=registry)
+        self.admin_actions = Counter(
+            "duomo_admin_actions", "Calls of the admin API that would change something", ("action", "result"), registry=registry
+        )
 
     def _make_pool_metrics(self, registry: CollectorRegistry) -> None:
         self.replica_blocks = Gauge("duomo_replica_blocks", "KV blocks: total, free, cached", (*_REPLICA, "state"), registry=registry)

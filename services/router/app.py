@@ -5,6 +5,7 @@ A refusal before the first token is an HTTP status; after it an error event ends
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import secrets
@@ -19,7 +20,7 @@ from starlette.responses import Response
 
 from duomo.errors import CapacityError, RequestError
 from duomo.telemetry.metrics import CONTENT_TYPE
-from services.router.auth import Guard
+from services.router.auth import Guard, needed_scopes
 from services.router.body import read_body
 from services.router.calls import Call
 from services.router.chat_answers import ChatShape
@@ -64,7 +65,8 @@ def build_app(gateway: Gateway, keys: Keys, idempotency: Idempotency | None = No
         app.add_route("/admin/pools", edge.pools, methods=["GET"])
         app.add_route("/admin/experts", edge.experts, methods=["GET"])
     answer_refusals(app)
-    app.add_middleware(Guard, keys=keys, metrics_need_key=gateway.config.gateway.metrics_need_key, count=gateway.count_refused)
+    needed = functools.partial(needed_scopes, metrics_need_key=gateway.config.gateway.metrics_need_key)
+    app.add_middleware(Guard, keys=keys, needed=needed, refused=lambda code, _: gateway.count_refused(code))
     return app
 
 
@@ -159,12 +161,16 @@ class Edge:
         return _json_response(200, msgspec.json.encode(pool_report(self._gateway)))
 
     async def experts(self, request: Request) -> Response:
-        pools = {role: loads.as_json() for role, loads in self._gateway.metrics.experts.pools().items()}
-        return _json_response(200, msgspec.json.encode({"pools": pools}))
+        return _json_response(200, msgspec.json.encode(expert_report(self._gateway)))
 
     def _call(self, request: Request, prefix: str, endpoint: str) -> Call:
         received_s = time.monotonic()
         return Call(self._gateway, prefix + secrets.token_hex(12), endpoint, received_s, request.headers, self._idempotency)
+
+
+def expert_report(gateway: Gateway) -> dict[str, object]:
+    """All experts of all layers, by pool."""
+    return {"pools": {role: loads.as_json() for role, loads in gateway.metrics.experts.pools().items()}}
 
 
 def pool_report(gateway: Gateway) -> dict[str, object]:

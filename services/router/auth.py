@@ -41,20 +41,21 @@ def needed_scopes(path: str, *, metrics_need_key: bool) -> tuple[KeyScope, ...]:
 
 
 class Guard:
-    """ASGI middleware. count: hears the code of each call that is refused here."""
+    """ASGI middleware. needed: which scopes open a path, any of them. refused: hears the code and the call of each refusal."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics_need_key: bool, count: Callable[[str], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Keys, needed: Callable[[str], tuple[KeyScope, ...]], refused: Callable[[str, Scope], None]
+    ) -> None:
         self._app = app
         self._keys = keys
-        self._metrics_need_key = metrics_need_key
-        self._count = count
+        self._needed = needed
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"]
-        needed = needed_scopes(path, metrics_need_key=self._metrics_need_key)
+        needed = self._needed(scope["path"])
         if needed and (scope.get("extensions") or {}).get(OVER_LIMIT_EXTENSION):
             told = ("The server has as many connections as it takes (gateway.max_connections).", None, "too_many_connections")
             await self._refuse(503, told, {"retry-after": "1", "connection": "close"}, scope, receive, send)
@@ -75,7 +76,7 @@ class Guard:
     async def _refuse(
         self, status: int, told: tuple[str, None, str], headers: dict[str, str], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        self._count(told[2])
+        self._refused(told[2], scope)
         await refusal(scope["path"], status, told, headers)(scope, receive, send)
 
 

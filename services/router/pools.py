@@ -20,6 +20,7 @@ from duomo.wire.messages import Message, Preempted, Refused, ReplicaReport, Requ
 from duomo.wire.values import PeerAddress
 from services.kv_transfer.ending import end_tasks
 from services.router.books import ReplicaBook
+from services.router.operator import Heard
 
 if TYPE_CHECKING:
     from services.kv_transfer.directory import Member
@@ -49,6 +50,7 @@ class ReplicaLink:
         self.book = ReplicaBook(self.key)
         self.legs: set[Leg] = set()
         self.has_refused_drain = False
+        self.heard = Heard()
 
     @property
     def report(self) -> ReplicaReport | None:
@@ -57,7 +59,7 @@ class ReplicaLink:
 
     @property
     def is_usable(self) -> bool:
-        """Connected, reporting, and taking new requests. A drain is not taken back: a refusal says it before the next report does."""
+        """Connected, reporting, and taking new requests. A refusal says that it drains before the next report does."""
         if self.connection.closed or self.report is None:
             return False
         return not self.report.is_draining and not self.has_refused_drain
@@ -176,6 +178,8 @@ class Pools:
             self._listener.tokens_emitted(link, message, received_s)
         elif type(message) is ReplicaReport:
             link.book.reported(message, received_s)
+            link.has_refused_drain &= message.is_draining  # reports come behind the refusal: one that does not drain is an Undrain's
+            link.heard.reported(message)
             self._listener.reported(link)
         elif type(message) is RequestFinished:
             self._listener.request_finished(link, message)
@@ -184,8 +188,9 @@ class Pools:
         elif type(message) is Preempted:
             self._listener.preempted(link, message)
         elif type(message) is Refused:
+            link.heard.refused = message
             log.warning("%s refused a message: %s %s", link.member.replica_id, message.code, message.detail)
-        else:
+        elif not link.heard.answered(message):
             log.warning("%s sent %s, which no gateway expects", link.member.replica_id, type(message).__name__)
 
     def _spawn(self, work: object) -> None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import AsyncIterator
 
 from duomo.config import DuomoConfig
 from duomo.errors import ConfigError
 from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.tracing import configure
 from services.kv_transfer.directory import Directory
+from services.router.admin_api import build_admin_app
 from services.router.app import build_app
-from services.router.edge import bind_port, serving
+from services.router.audit import Audit
+from services.router.edge import bind_admin_port, bind_port, serving
 from services.router.gateway import Gateway
 from services.router.idempotency import Idempotency
 from services.router.keys import Keys, open_door
@@ -26,6 +29,24 @@ from services.router.text import ModelText
 __all__ = ["Gateway", "serve_gateway"]
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.asynccontextmanager
+async def serving_admin(gateway: Gateway, keys: Keys) -> AsyncIterator[None]:
+    """Serve the admin API, where it has a port, while the block runs. Raises ConfigError for a port or an audit file it cannot have."""
+    section = gateway.config.gateway
+    bound = bind_admin_port(section)
+    if bound is None:
+        yield
+        return
+    audit = Audit(section.audit_file, gateway.metrics)
+    try:
+        async with serving(build_admin_app(gateway, keys, audit), bound, section, gateway.count_refused):
+            log.info("the admin API listens on %s:%s", section.admin_host, section.admin_port)
+            yield
+    finally:
+        audit.close()
+        bound.close()
 
 
 async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
@@ -59,6 +80,7 @@ async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Even
             await gateway.start()
             stack.push_async_callback(presence.stop)
             await presence.start()
+            await stack.enter_async_context(serving_admin(gateway, keys))
             if warning := open_door(config.gateway):
                 log.warning("%s", warning)
             async with serving(build_app(gateway, keys, idempotency), bound, config.gateway, gateway.count_refused):

@@ -48,6 +48,7 @@ def duomo(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess
         (("serve", str(MODEL), "--ssl-certfile", "/no/cert.pem"), "gateway.ssl_keyfile"),
         (("serve", str(MODEL), "--ssl-certfile", "/no/cert.pem", "--ssl-keyfile", "/no/key.pem"), "/no/cert.pem"),
         (("serve", str(MODEL), "--port", "8000", "--admin-port", "8000"), "gateway.admin_port"),
+        (("admin", "list", "--url", "http://127.0.0.1:9"), "--url"),
         (("keys", "remove", "nobody", "--file", "/no/such/keys"), "--file"),
         (("replica", "decode", "--set", f"model.path={MODEL}"), "redis.url"),
         (("chat", "hello", "--url", "http://127.0.0.1:9"), "--url"),

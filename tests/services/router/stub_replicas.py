@@ -20,7 +20,10 @@ from duomo.errors import PeerError
 from duomo.wire.connection import Connection, Identity, Listener, new_boot_id
 from duomo.wire.histogram import packed
 from duomo.wire.messages import (
+    CachesFlushed,
     Cancel,
+    Drain,
+    FlushCaches,
     Message,
     Preempted,
     ReplicaReport,
@@ -30,6 +33,7 @@ from duomo.wire.messages import (
     StartDecode,
     StartPrefill,
     TokensEmitted,
+    Undrain,
 )
 from duomo.wire.values import EmittedToken, Timings, TokenLogprob
 from services.kv_transfer.directory import Directory, Member
@@ -171,6 +175,10 @@ class StubReplica:
                     self._begin(message, self._decode(connection, message))
                 elif isinstance(message, Cancel):
                     self._cancel(message)
+                elif isinstance(message, Drain | Undrain):
+                    self.is_draining = isinstance(message, Drain)
+                elif isinstance(message, FlushCaches):
+                    connection.post(CachesFlushed(flush_id=message.flush_id, num_blocks=9))
         finally:
             reporter.cancel()
             for leg in self._legs.values():
@@ -233,6 +241,7 @@ class StubReplica:
             self._tasks.add(asyncio.create_task(self.die()))
             return
         if fault is not None:
+            self.is_draining |= fault == "draining"
             connection.post(_failed(start, fault))
             return
         index = len(start.emitted_ids)
