@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from duomo.api_keys import hashed
-from duomo.config_gateway import GatewaySection, Section
+from duomo.config_gateway import GatewaySection, Section, is_loopback
 from duomo.errors import ConfigError
 
 KvDtype = Literal["model", "fp8_e4m3"]
@@ -212,6 +212,7 @@ class DuomoConfig(Section):
                 f"prefill.chunk_tokens ({self.prefill.chunk_tokens}) must be at most prefill.max_wave_tokens "
                 f"({self.prefill.max_wave_tokens}) where prefill.mode is chunked"
             )
+        self._check_secret()
         self._check_device()
         if self.deterministic and self.kv_transfer.kv_dtype != "model":
             raise ValueError(
@@ -221,6 +222,15 @@ class DuomoConfig(Section):
         if self.layout == "colocated":
             self._check_colocated()
         return self
+
+    def _check_secret(self) -> None:
+        """Sockets that other machines reach carry prompts, and take whoever holds the secret for a gateway: an empty one is everybody's."""
+        for name, pool in (("prefill", self.prefill), ("decode", self.decode)):
+            if pool.listen == "tcp" and not is_loopback(pool.host) and not self.wire.secret:
+                raise ValueError(
+                    f"{name}.listen is tcp and {name}.host {pool.host}, but wire.secret (DUOMO_SECRET) is empty: whoever reaches it could "
+                    "send requests and read prompts; give every process the same secret (openssl rand -hex 32), or listen on 127.0.0.1"
+                )
 
     def _check_device(self) -> None:
         model = self.model

@@ -41,6 +41,29 @@ def test_options_lie_over_the_file_and_the_environment_over_both(tmp_path: Path,
     assert (config.wire.secret, config.tracing.otlp_endpoint) == ("hush", "http://collector:4318")
 
 
+@pytest.mark.parametrize(
+    ("host", "secret", "is_taken"),
+    [
+        ("0.0.0.0", "", False),
+        ("10.0.0.7", "", False),
+        ("::", "", False),
+        ("replica.local", "", False),
+        ("0.0.0.0", "shared", True),
+        ("127.0.0.1", "", True),
+        ("::1", "", True),
+    ],
+)
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_a_socket_that_strangers_reach_needs_a_secret(pool: str, host: str, secret: str, is_taken: bool) -> None:
+    told = {"model.path": "models/tiny-moe", f"{pool}.listen": "tcp", f"{pool}.host": host, "wire.secret": secret}
+    if is_taken:
+        load_config(None, told)
+    else:
+        with pytest.raises(ConfigError, match=rf"{pool}.host {host}.*DUOMO_SECRET"):
+            load_config(None, told)
+    load_config(None, told | {f"{pool}.listen": "unix"})
+
+
 def test_keys_of_the_environment_are_hashed_at_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DUOMO_API_KEY", "token-abc123, token-def456")
     config = load_config(None, {"model.path": "models/tiny-moe"})

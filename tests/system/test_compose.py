@@ -37,8 +37,12 @@ def test_it_validates_and_holds_the_four_services(compose: dict[str, Any]) -> No
     if docker_compose is None:
         assert not os.environ.get("CI"), "CI installs docker-compose: .ci/run"
         pytest.skip("docker-compose is not installed")
-    done = subprocess.run([docker_compose, "-f", str(COMPOSE), "config", "-q"], capture_output=True, text=True, timeout=60)
+    command = [docker_compose, "-f", str(COMPOSE), "config", "-q"]
+    bare = {key: value for key, value in os.environ.items() if key != "DUOMO_SECRET"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=bare | {"DUOMO_SECRET": "a shared secret"})
     assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=bare)
+    assert done.returncode != 0 and "DUOMO_SECRET" in done.stderr, "replicas listen on every interface"
 
 
 def test_the_image_runs_what_the_services_name(compose: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -310,6 +311,34 @@ def test_tcp_addresses_are_resolved(tmp_path: Path) -> None:
         assert membership.identity.address.startswith("tcp:127.0.0.1:") and not membership.identity.address.endswith(":0")
         connection = await gateway(membership)
         assert connection.peer.address == membership.identity.address
+        await connection.close()
+        await membership.stop()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("listen", ["unix", "tcp"])
+@pytest.mark.parametrize("role", ["gateway", "prefill"])
+def test_nobody_pairs_without_the_secret(tmp_path: Path, listen: str, role: Literal["gateway", "prefill"]) -> None:
+    """Whichever socket a replica listens on, and whoever dials: a gateway, or a prefill replica that has KV to hand over."""
+
+    async def go() -> None:
+        membership, logic = made(configuration(tmp_path, decode={"listen": listen}, wire={"secret": "shared"}))
+        await membership.start()
+        wire = membership.card.config.wire
+        for secret in ("", "Shared", "shared "):
+            identity = Identity(replica_id="x", boot_id=new_boot_id(), role=role, model_fingerprint=FINGERPRINT, secret=secret)
+            with pytest.raises(PeerError) as refusal:
+                await connect(membership.identity.address, identity, wire)
+            assert refusal.value.code == "bad_secret" and not refusal.value.retryable
+        assert not logic.events, "no service hears of them"
+        identity = Identity(replica_id="x", boot_id=new_boot_id(), role=role, model_fingerprint=FINGERPRINT, secret="shared")
+        connection = await connect(membership.identity.address, identity, wire)
+        while f"joined {role}" not in logic.events:
+            await asyncio.sleep(0.01)
+        with pytest.raises(PeerError, match="bad_secret"):  # what it dials itself, P to D
+            other, _ = made(configuration(tmp_path, decode={"listen": listen}, wire={"secret": "other"}))
+            await other.connect(membership.identity.address)
         await connection.close()
         await membership.stop()
 
