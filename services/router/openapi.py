@@ -50,8 +50,8 @@ _HEADERS: Final = (
     {
         "name": "X-Request-Timeout",
         "in": "header",
-        "schema": {"type": "number", "exclusiveMinimum": 0},
-        "description": "Seconds that the whole answer may take; never more than gateway.request_deadline_s.",
+        "schema": {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"},
+        "description": "Seconds above 0 that the whole answer may take; never more than gateway.request_deadline_s.",
     },
     {
         "name": "Idempotency-Key",
@@ -191,7 +191,7 @@ def _operation(endpoint: Endpoint, security: list[dict[str, list[str]]]) -> dict
     refusals = endpoint.refusals if {} in security else (*_KEYED, *endpoint.refusals)
     content: dict[str, object] = {endpoint.media: {"schema": ref(endpoint.answer) if endpoint.answer else {"type": "string"}}}
     if endpoint.event:
-        content["text/event-stream"] = {"schema": ref(endpoint.event)}
+        content["text/event-stream"] = {"schema": _event(endpoint.event)}
     answered: dict[str, object] = {"description": endpoint.about, "content": content}
     if endpoint.event:
         answered["headers"] = {name: {"schema": {"type": "string"}} for name in ("x-request-id", "request-id")}
@@ -209,6 +209,13 @@ def _operation(endpoint: Endpoint, security: list[dict[str, list[str]]]) -> dict
     if parameters:
         operation["parameters"] = parameters
     return operation
+
+
+def _event(name: str) -> Schema:
+    """One event of a stream, as WHATWG has them; its data is JSON, but for the mark at the end of OpenAI's older streams."""
+    data: Schema = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(name)}
+    fields: Schema = {"event": {"type": "string"}, "data": data}
+    return {"type": "object", "properties": fields, "required": ["data"], "description": "Each event of the stream."}
 
 
 def _refusal(path: str, status: int) -> dict[str, object]:

@@ -91,8 +91,10 @@ class Served:
         self._components = _closed(document["components"])
 
     def judge(self, path: str, method: str, status: int, media: str, value: object) -> None:
-        content = self.document["paths"][path][method]["responses"][str(status)]["content"]
-        errors = list(Draft202012Validator({**content[media]["schema"], "components": self._components}).iter_errors(value))
+        schema = self.document["paths"][path][method]["responses"][str(status)]["content"][media]["schema"]
+        if media == "text/event-stream":
+            schema = schema["properties"]["data"]["contentSchema"]
+        errors = list(Draft202012Validator({**schema, "components": self._components}).iter_errors(value))
         assert not errors, (path, status, value, errors)
 
 
