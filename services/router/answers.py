@@ -21,7 +21,6 @@ from services.router.text import ModelText
 
 _json: Final = msgspec.json.Encoder().encode
 DONE: Final = b"data: [DONE]\n\n"
-_LOWEST_LOGPROB: Final = -9999.0  # JSON has no minus infinity; OpenAI's own floor
 
 
 class AnswerShape(Protocol):
@@ -126,7 +125,3 @@ def object_head(head: AnswerHead, kind: str) -> bytes:
 
 def token_ids_of(head: AnswerHead, pieces: Sequence[EmittedPiece]) -> bytes:
     return b',"token_ids":%s' % _json([piece.token_id for piece in pieces]) if head.shows_token_ids else b""
-
-
-def finite(logprob: float) -> float:
-    return max(logprob, _LOWEST_LOGPROB)

@@ -92,7 +92,8 @@ class Edge:
         with call.refusing():
             asked = self._parser.chat(await call.body(request))
             chat = await self._prompts.chat(asked, call.template(asked.common))
-        return await call.answer(request, chat.requests, chat.common, ChatShape(call.head(chat.common), chat.style))
+        shape = ChatShape(call.head(chat.common), chat.style, chat.requests[0].scored)
+        return await call.answer(request, chat.requests, chat.common, shape)
 
     async def completion(self, request: Request) -> Response:
         call = self._call(request, "cmpl-", "text_completion")
@@ -100,7 +101,9 @@ class Edge:
             asked = self._parser.completion(await call.body(request))
             requests = await self._prompts.completion(asked, call.template(asked.common))
         sampled, shown = asked.common.answer.num_choices, asked.num_shown
-        shape = CompletionShape(call.head(asked.common), self._prompts.echoes(asked), num_sampled=sampled, num_shown=shown)
+        scored = [one.scored for one in requests if one.scored is not None]
+        echoes = self._prompts.echoes(asked)
+        shape = CompletionShape(call.head(asked.common), echoes, scored=scored, num_sampled=sampled, num_shown=shown)
         return await call.answer(request, requests, asked.common, shape)
 
     async def response(self, request: Request) -> Response:

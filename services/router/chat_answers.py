@@ -11,8 +11,9 @@ from typing import Final, cast
 import msgspec
 
 from duomo.errors import DuomoError
-from services.router.answers import AnswerHead, FinishedChoice, error_event, finite, object_head, token_ids_of, usage_end, usage_object
+from services.router.answers import AnswerHead, FinishedChoice, error_event, object_head, token_ids_of, usage_end, usage_object
 from services.router.generation import EmittedPiece, TextEmitted, Usage
+from services.router.logprobs import finite
 from services.router.markup import OutputReader, OutputStyle
 from services.router.output_parts import (
     CallBlock,
@@ -25,15 +26,20 @@ from services.router.output_parts import (
     TextPart,
     blocks_of,
 )
+from services.router.scored_prompt import ScoredPrompt
 
 _json: Final = msgspec.json.Encoder().encode
 
 
 class ChatShape:
-    """chat.completion and chat.completion.chunk. style: the markup that is read out of the text, if the model writes any."""
+    """chat.completion and chat.completion.chunk. style: the markup that is read out of the text, if the model writes any.
 
-    def __init__(self, head: AnswerHead, style: OutputStyle | None = None) -> None:
+    scored: the prompt, where its own log-probabilities are shown: in whole answers.
+    """
+
+    def __init__(self, head: AnswerHead, style: OutputStyle | None = None, scored: ScoredPrompt | None = None) -> None:
         self._head = head
+        self._scored = scored
         self._style = style if style is not None and style.has_markup else None
         self._readers: dict[int, OutputReader] = {}
         self._chunk_head = object_head(head, "chat.completion.chunk")
@@ -90,7 +96,9 @@ class ChatShape:
             % (choice.number, self._message(choice), self._logprobs(choice.pieces), token_ids_of(self._head, choice.pieces))
             for choice in choices
         )
-        return b'%s,"choices":[%s],"usage":%s}' % (object_head(self._head, "chat.completion"), shown, _json(usage_object(usage)))
+        listed = b"" if self._scored is None else b',"prompt_logprobs":%s' % self._scored.listed
+        head, usage_json = object_head(self._head, "chat.completion"), _json(usage_object(usage))
+        return b'%s,"choices":[%s],"usage":%s%s}' % (head, shown, usage_json, listed)
 
     def _message(self, choice: FinishedChoice) -> bytes:
         """The choice's message and its finish reason."""

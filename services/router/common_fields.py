@@ -16,6 +16,7 @@ from duomo.config_gateway import GatewaySection
 from duomo.errors import RequestError
 from duomo.wire.values import Sampling
 from services.router.fields import Fields, kind_of, wrong_type
+from services.router.scored_prompt import NOT_SHOWN, PromptForms
 from services.router.structured import Structure, read_logit_bias, read_structure
 
 _MASK_64: Final = (1 << 64) - 1
@@ -54,7 +55,7 @@ class CommonFields:
     """What all endpoints share. max_tokens is None where the request names none; sampling.max_tokens is set after tokenising.
 
     priority: higher goes first (the field's own sign is the other one, as in vLLM). structure: sampling's constraint and the field
-    that named it; check_structure() compiles it.
+    that named it; check_structure() compiles it. prompt: what is shown of the prompt's own log-probabilities; sampling asks for it.
     """
 
     sampling: Sampling
@@ -64,6 +65,7 @@ class CommonFields:
     answer: AnswerOptions
     priority: int = 0
     structure: Structure | None = None
+    prompt: PromptForms = NOT_SHOWN
 
 
 def constrained(common: CommonFields, structure: Structure | None) -> CommonFields:
@@ -93,14 +95,15 @@ class CommonReader:
                 code="model_not_found",
             )
 
-    def read(self, fields: Fields, names: CommonNames, logprobs: int | None) -> CommonFields:
+    def read(self, fields: Fields, names: CommonNames, logprobs: int | None, prompt: PromptForms = NOT_SHOWN) -> CommonFields:
         """Takes what is common and refuses whatever is left then: an endpoint takes its own fields before."""
         max_tokens, max_tokens_field = _max_tokens(fields, names.lengths)
         num_choices = fields.integer("n", low=1, high=self._section.max_choices) if names.has_choices else None
         stream = fields.boolean("stream")
         include_usage = _stream_options(fields, stream)
         stop = self._stop(fields, names.stop)
-        sampling = self._sampling(fields, logprobs)
+        prompt = _shown_prompt(prompt, stream)
+        sampling = self._sampling(fields, logprobs, prompt)
         structure = read_structure(fields) if names.has_structure else None
         if names.has_structure:
             biases = read_logit_bias(fields, self._vocab_size)
@@ -124,6 +127,7 @@ class CommonReader:
             ),
             priority=-priority,
             structure=structure,
+            prompt=prompt,
         )
 
     def token_ids(self, name: str, values: list[object]) -> tuple[int, ...]:
@@ -138,7 +142,7 @@ class CommonReader:
                 raise RequestError(f"'{name}[{idx}]' is {value}, token ids go from 0 to {self._vocab_size - 1}.", param=name)
         raise AssertionError("one of them is wrong")
 
-    def _sampling(self, fields: Fields, logprobs: int | None) -> Sampling:
+    def _sampling(self, fields: Fields, logprobs: int | None, prompt: PromptForms) -> Sampling:
         seed = fields.integer("seed", low=-(1 << 63), high=_MASK_64)
         top_k = fields.integer("top_k", low=-1, high=_MAX_TOKENS_BOUND)
         return Sampling(
@@ -155,6 +159,7 @@ class CommonReader:
             ignore_eos=fields.boolean("ignore_eos"),
             stop_token_ids=self.token_ids("stop_token_ids", fields.array("stop_token_ids") or []),
             logprobs=logprobs,
+            prompt_logprobs=prompt.num_top,
         )
 
     def _stop(self, fields: Fields, name: str) -> tuple[str, ...]:
@@ -199,6 +204,17 @@ def _max_tokens(fields: Fields, names: tuple[str, ...]) -> tuple[int | None, str
     if len({value for value, _ in given}) > 1:
         raise RequestError(f"'{given[0][1]}' and '{given[1][1]}' contradict each other.", param=given[0][1])
     return given[-1] if given else (None, names[0])
+
+
+def _shown_prompt(prompt: PromptForms, stream: bool) -> PromptForms:
+    """As vLLM has it: a stream shows no `prompt_logprobs`, and only 0 of them may be asked of one."""
+    if not stream or prompt.listed is None:
+        return prompt
+    if prompt.listed:
+        raise RequestError(
+            "'prompt_logprobs' above 0 cannot be streamed: leave out 'stream'.", param="prompt_logprobs", code="unsupported_parameter"
+        )
+    return replace(prompt, listed=None)
 
 
 def _stream_options(fields: Fields, stream: bool) -> bool:

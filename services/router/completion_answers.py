@@ -8,8 +8,10 @@ from typing import Final
 import msgspec
 
 from duomo.errors import DuomoError
-from services.router.answers import AnswerHead, FinishedChoice, error_event, finite, object_head, token_ids_of, usage_end, usage_object
+from services.router.answers import AnswerHead, FinishedChoice, error_event, object_head, token_ids_of, usage_end, usage_object
 from services.router.generation import EmittedPiece, TextEmitted, Usage
+from services.router.logprobs import finite, token_name
+from services.router.scored_prompt import EchoedLogprobs, ScoredPrompt
 
 _json: Final = msgspec.json.Encoder().encode
 
@@ -18,12 +20,21 @@ class CompletionShape:
     """text_completion, streamed or whole. Offsets of logprobs count the characters shown, for each choice.
 
     echoes: each prompt's text where choices begin with it, else empty. Of each prompt's num_sampled choices the num_shown with the highest
-    log-probability per token are shown, best first, in whole answers.
+    log-probability per token are shown, best first, in whole answers. scored: the prompts, where their own log-probabilities are shown.
     """
 
-    def __init__(self, head: AnswerHead, echoes: Sequence[str] = (), *, num_sampled: int = 1, num_shown: int = 1) -> None:
+    def __init__(
+        self,
+        head: AnswerHead,
+        echoes: Sequence[str] = (),
+        *,
+        scored: Sequence[ScoredPrompt] = (),
+        num_sampled: int = 1,
+        num_shown: int = 1,
+    ) -> None:
         self._head = head
         self._echoes = echoes
+        self._scored = scored
         self._num_sampled = num_sampled
         self._num_shown = num_shown
         self._object_head = object_head(head, "text_completion")
@@ -32,15 +43,19 @@ class CompletionShape:
 
     def opening(self, choice: int) -> bytes:
         """Nothing but the prompt, where it is echoed."""
-        return self.chunk(TextEmitted(choice, echo, ())) if (echo := self._echo(choice)) else b""
+        echo, echoed = self._echo(choice), self._echoed(choice)
+        return self._chunk(TextEmitted(choice, echo, ()), echoed) if echo or echoed is not None else b""
 
     def chunk(self, event: TextEmitted) -> bytes:
+        return self._chunk(event, None)
+
+    def _chunk(self, event: TextEmitted, echoed: EchoedLogprobs | None) -> bytes:
         finish = b"null" if event.finish_reason is None else b'"%s"' % event.finish_reason.encode()
         return b'data: %s,"choices":[{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}]%s' % (
             self._object_head,
             event.choice,
             _json(event.text),
-            self._logprobs(event.choice, event.pieces),
+            self._logprobs(event.choice, event.pieces, echoed),
             finish,
             token_ids_of(self._head, event.pieces),
             self._tail,
@@ -54,13 +69,14 @@ class CompletionShape:
 
     def whole(self, choices: Sequence[FinishedChoice], usage: Usage) -> bytes:
         shown = b",".join(
-            b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s}'
+            b'{"index":%d,"text":%s,"logprobs":%s,"finish_reason":%s%s%s}'
             % (
                 index,
                 _json(self._echo(choice.number) + "".join(choice.texts)),
-                self._logprobs(choice.number, choice.pieces),
+                self._logprobs(choice.number, choice.pieces, self._echoed(choice.number)),
                 _json(choice.finish_reason),
                 token_ids_of(self._head, choice.pieces),
+                self._listed(choice.number),
             )
             for index, choice in enumerate(self._best(choices))
         )
@@ -69,6 +85,13 @@ class CompletionShape:
     def _echo(self, choice: int) -> str:
         return self._echoes[choice // self._num_sampled] if self._echoes else ""
 
+    def _echoed(self, choice: int) -> EchoedLogprobs | None:
+        return self._scored[choice // self._num_sampled].echoed if self._scored else None
+
+    def _listed(self, choice: int) -> bytes:
+        listed = self._scored[choice // self._num_sampled].listed if self._scored else b""
+        return b',"prompt_logprobs":%s' % listed if listed else b""
+
     def _best(self, choices: Sequence[FinishedChoice]) -> list[FinishedChoice]:
         """Prompt after prompt; ties go to the choice that was numbered first."""
         if self._num_sampled == self._num_shown:
@@ -76,9 +99,12 @@ class CompletionShape:
         ranked = sorted(choices, key=lambda choice: (choice.number // self._num_sampled, -_logprob_per_token(choice), choice.number))
         return [choice for rank, choice in enumerate(ranked) if rank % self._num_sampled < self._num_shown]
 
-    def _logprobs(self, choice: int, pieces: Sequence[EmittedPiece]) -> bytes:
+    def _logprobs(self, choice: int, pieces: Sequence[EmittedPiece], echoed: EchoedLogprobs | None) -> bytes:
+        """echoed: the prompt's, where it stands before them."""
         if not self._head.shows_logprobs:
             return b"null"
+        if echoed is not None:
+            self._offsets[choice] = echoed.end
         offset = self._offsets.get(choice, 0)
         tokens, values, tops, offsets = [], [], [], []
         for piece in pieces:
@@ -92,15 +118,23 @@ class CompletionShape:
             offsets.append(offset)
             offset += len(self._head.text.token_bytes(piece.token_id).decode("utf-8", "replace"))
         self._offsets[choice] = offset
-        return _json({"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets})
+        if echoed is None:
+            return _json({"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets})
+        lists = (
+            _joined(echoed.tokens, tokens),
+            _joined(echoed.values, values),
+            _joined(echoed.tops, tops),
+            _joined(echoed.offsets, offsets),
+        )
+        return b'{"tokens":%s,"token_logprobs":%s,"top_logprobs":%s,"text_offset":%s}' % lists
 
     def _name(self, token_id: int) -> str:
-        """The token's text; one that is no whole UTF-8 is spelled in bytes, as OpenAI does."""
-        raw = self._head.text.token_bytes(token_id)
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return token_name(self._head.text.token_bytes(token_id))
+
+
+def _joined(before: bytes, values: Sequence[object]) -> bytes:
+    """A JSON list of what was written already (at least one), and these."""
+    return b"[%s%s]" % (before, b"".join(b"," + _json(value) for value in values))
 
 
 def _logprob_per_token(choice: FinishedChoice) -> float:

@@ -12,16 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from duomo.errors import DuomoError
+from duomo.errors import DuomoError, PeerError
 from duomo.telemetry.parts import Rtts
 from duomo.telemetry.tracing import Span
-from duomo.wire.values import EmittedToken, FinishReason, Timings
+from duomo.wire.values import EmittedToken, FinishReason, PromptLogprobs, Timings
 from services.router.generation import (
     EmittedPiece,
     EventSink,
     GenerationEnded,
     GenerationFailed,
     GenerationRequest,
+    PromptScoresKnown,
     TextEmitted,
     Usage,
 )
@@ -129,6 +130,14 @@ class Flight:
             self._accept(choice, following)
         return "taken"
 
+    def take_scores(self, attempt: int, scores: PromptLogprobs) -> None:
+        """The prompt's own next log-probabilities. What was told whole is not told again. Raises WireError for what is not the next."""
+        scored = self.request.scored
+        if scored is not None and not scored.is_whole and not self.is_over:
+            scored.take(attempt, scores)
+            if scored.is_whole:
+                self.sink.deliver(PromptScoresKnown(scored))
+
     def fail(self, error: DuomoError) -> None:
         """End without (the rest of) an answer."""
         if not self.is_over:
@@ -146,6 +155,10 @@ class Flight:
         return "repeated" if choice.emitted[token.index] == token.token_id else "contradicted"
 
     def _accept(self, choice: Choice, token: EmittedToken) -> None:
+        if self.request.scored is not None and not self.request.scored.is_whole:
+            detail = "A first token came before all of the prompt's log-probabilities."
+            self.fail(PeerError(detail, code="scores_lost", phase="prefill.compute", retryable=False))
+            return
         choice.emitted.append(token.token_id)
         finish = token.finish_reason
         # The token that ends a choice with "stop" (EOS or a stop id) is no part of the text.

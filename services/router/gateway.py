@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Final
 
 from duomo.config import DuomoConfig
-from duomo.errors import CapacityError, DeadlineError, DuomoError, PeerError, RequestCancelled, RequestError
+from duomo.errors import CapacityError, DeadlineError, DuomoError, PeerError, RequestCancelled, RequestError, WireError
 from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.parts import Rtts
 from duomo.telemetry.tracing import Span, Tracing
 from duomo.wire.connection import Identity, new_boot_id
-from duomo.wire.messages import Preempted, RequestFailed, RequestFinished, TokensEmitted
+from duomo.wire.messages import Preempted, PromptScored, RequestFailed, RequestFinished, TokensEmitted
 from duomo.wire.values import EmittedToken
 from services.router.accounting import Accounting
 from services.router.admission import Refuse
@@ -186,6 +186,15 @@ class Gateway:
                 self.dropped_tokens[taken] += 1
             elif choice.has_ended and not leg.flight.is_over:
                 self._choice_ended(leg, choice)
+
+    def prompt_scored(self, link: ReplicaLink, message: PromptScored) -> None:
+        leg = self._placing.leg_of(message.request_id, message.attempt)
+        if leg is None or link is not leg.prefill:
+            return
+        try:
+            leg.flight.take_scores(message.attempt, message.scores)
+        except WireError as error:
+            self._leg_failed(leg, error, frozenset({link.key}))
 
     def request_finished(self, link: ReplicaLink, message: RequestFinished) -> None:
         leg = self._placing.leg_of(message.request_id, message.attempt)

@@ -9,6 +9,7 @@ import msgspec
 
 from duomo.errors import DuomoError
 from duomo.wire.values import FinishReason, Sampling, TokenLogprob
+from services.router.scored_prompt import ScoredPrompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class GenerationRequest:
     priority: int = 0
     session: str = ""
     endpoint: str = "chat"
+    scored: ScoredPrompt | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,13 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptScoresKnown:
+    """All of the prompt's own log-probabilities are there, before any TextEmitted of it: whoever takes the event has them written."""
+
+    scored: ScoredPrompt
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationEnded:
     """Every choice has ended."""
 
@@ -82,7 +91,7 @@ class GenerationFailed:
     error: DuomoError
 
 
-GenerationEvent = TextEmitted | GenerationEnded | GenerationFailed
+GenerationEvent = PromptScoresKnown | TextEmitted | GenerationEnded | GenerationFailed
 
 
 class EventSink(Protocol):

@@ -6,10 +6,13 @@ import contextlib
 import time
 from collections.abc import Iterable
 
+import msgspec
+
 from duomo.config import DuomoConfig
 from duomo.errors import CapacityError, PeerError
 from duomo.wire.codec import PEER_TOO_OLD, asks_of_peers
 from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
+from duomo.wire.values import Sampling
 from services.router.books import BookLimits
 from services.router.flight import Flight, Leg
 from services.router.pending import PendingLeg
@@ -29,7 +32,7 @@ def need_of(pending: PendingLeg, config: DuomoConfig, block_tokens: int) -> Need
     new_tokens = request.sampling.max_tokens - num_emitted
     # D protects a leg from this attempt on, and promises it everything it may ever need.
     is_protected = pending.is_resume and flight.next_attempt >= config.decode.max_preemptions
-    if flight.digests is None and block_tokens:
+    if flight.digests is None and block_tokens and request.scored is None:  # a scored prompt reads no cache
         flight.digests = block_digests(request.prompt_ids, block_tokens, request.cache_salt)
     return Need(
         num_tokens=len(request.prompt_ids) + num_emitted,
@@ -98,9 +101,9 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
     A replica too old to sample as the request asks ends it: it would answer something else.
     """
     flight = leg.flight
-    request = flight.request
-    if _is_beyond(leg):
-        flight.fail(CapacityError("A replica is of a version without structured output and 'logit_bias'.", code=PEER_TOO_OLD))
+    request, sampling = flight.request, _sampling_of(flight)
+    if asks_of_peers(sampling) > min(leg.prefill.connection.version, leg.decode.connection.version):
+        flight.fail(CapacityError("A replica is of a version that does not know all that was asked.", code=PEER_TOO_OLD))
         return time.monotonic()
     remaining_s, choices = _remaining_s(flight), tuple(choice.number for choice in leg.choices)
     emitted = tuple(leg.choices[0].emitted) if is_resume else ()
@@ -110,7 +113,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
         traceparent=flight.span.traceparent,
         remaining_s=remaining_s,
         prompt_ids=request.prompt_ids,
-        sampling=request.sampling,
+        sampling=sampling,
         cache_salt=request.cache_salt,
         priority=request.priority,
         choices=choices,
@@ -126,7 +129,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
             remaining_s=remaining_s,
             prompt_ids=request.prompt_ids,
             emitted_ids=emitted,
-            sampling=request.sampling,
+            sampling=sampling,
             cache_salt=request.cache_salt,
             priority=request.priority,
             choice=choices[0],
@@ -139,7 +142,7 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
             traceparent=flight.span.traceparent,
             remaining_s=remaining_s,
             prompt_ids=request.prompt_ids,
-            sampling=request.sampling,
+            sampling=sampling,
             cache_salt=request.cache_salt,
             priority=request.priority,
             choices=choices,
@@ -153,9 +156,12 @@ def post_start(leg: Leg, *, is_resume: bool) -> float:
     return sent_s
 
 
-def _is_beyond(leg: Leg) -> bool:
-    """Whether a replica is too old to sample as asked."""
-    return asks_of_peers(leg.flight.request.sampling) > min(leg.prefill.connection.version, leg.decode.connection.version)
+def _sampling_of(flight: Flight) -> Sampling:
+    """What this attempt is asked: log-probabilities of a prompt that were told whole are not asked again."""
+    sampling, scored = flight.request.sampling, flight.request.scored
+    if scored is None or not scored.is_whole:
+        return sampling
+    return msgspec.structs.replace(sampling, prompt_logprobs=None)
 
 
 def mark_first_token(leg: Leg) -> None:

@@ -17,6 +17,7 @@ from services.router.chat_messages import read_messages
 from services.router.common_fields import CommonFields, CommonNames, CommonReader, json_object
 from services.router.conversation import Conversation
 from services.router.fields import Fields, wrong_type
+from services.router.scored_prompt import PromptForms
 from services.router.tools import read_tool_use
 
 _IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
@@ -86,7 +87,8 @@ class RequestParser:
         top = fields.integer("top_logprobs", low=0, high=self._section.max_logprobs)
         if top is not None and not has_logprobs:
             raise RequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
-        common = self._reader.read(fields, _CHAT_NAMES, (top or 0) if has_logprobs else None)
+        prompt = PromptForms(listed=self._prompt_logprobs(fields))
+        common = self._reader.read(fields, _CHAT_NAMES, (top or 0) if has_logprobs else None, prompt)
         return ChatRequest(conversation, common)
 
     def completion(self, body: bytes) -> CompletionRequest:
@@ -96,10 +98,8 @@ class RequestParser:
         logprobs = fields.integer("logprobs", low=0, high=self._section.max_logprobs)
         best_of = fields.integer("best_of", low=1, high=self._section.max_choices)
         has_echo = fields.boolean("echo")
-        if has_echo and logprobs is not None:
-            detail = "'logprobs' with 'echo' needs the prompt's own log-probabilities, which this server does not compute."
-            raise RequestError(detail, param="logprobs", code="unsupported_parameter")
-        common = self._reader.read(fields, _COMPLETION_NAMES, logprobs)
+        prompt = PromptForms(listed=self._prompt_logprobs(fields), echoed=logprobs if has_echo else None)
+        common = self._reader.read(fields, _COMPLETION_NAMES, logprobs, prompt)
         num_shown = common.answer.num_choices
         if best_of is not None:
             common = _best_of(common, best_of)
@@ -110,6 +110,10 @@ class RequestParser:
                 param="prompt",
             )
         return CompletionRequest(prompts, common, num_shown, has_echo)
+
+    def _prompt_logprobs(self, fields: Fields) -> int | None:
+        """Not vLLM's -1, which asks for the whole vocabulary at every token."""
+        return fields.integer("prompt_logprobs", low=0, high=self._section.max_logprobs)
 
     def _prompts(self, value: object) -> tuple[str | tuple[int, ...], ...]:
         if value is None:

@@ -6,6 +6,9 @@ holds their answers to it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from services.router.openapi_words import Schema, array, boolean, either, free, given, integer, nullable, number, ref, text, words
 
 
@@ -14,12 +17,13 @@ def answer_schemas() -> dict[str, Schema]:
     return {
         "Error": given({"error": given({"message": text(), "type": text(), "param": nullable(text()), "code": nullable(text())})}),
         "Usage": _usage(),
-        "ChatCompletion": _whole("chat.completion", _chat_choice()),
+        "ChatCompletion": _whole("chat.completion", _chat_choice(), _prompt_logprobs()),
         "ChatCompletionChunk": _chunk("chat.completion.chunk", _chat_delta()),
         "Completion": _whole("text_completion", _completion_choice(ended=True)),
         "CompletionChunk": _chunk("text_completion", _completion_choice(ended=False)),
         "ChatLogprobs": _chat_logprobs(),
         "CompletionLogprobs": _completion_logprobs(),
+        "PromptLogprobs": _scored_prompt(),
         "ToolCall": given({"id": text(), "type": words("function"), "function": given({"name": text(), "arguments": text()})}),
         "Model": _model(),
         "ModelList": given({"object": words("list"), "data": array(ref("Model"))}),
@@ -40,8 +44,8 @@ def _head(kind: str) -> dict[str, Schema]:
     return {"id": text(), "object": words(kind), "created": integer(about="Seconds since 1970."), "model": text()}
 
 
-def _whole(kind: str, choice: Schema) -> Schema:
-    return given({**_head(kind), "choices": array(choice, 1), "usage": ref("Usage")})
+def _whole(kind: str, choice: Schema, optional: Mapping[str, Schema] = MappingProxyType({})) -> Schema:
+    return given({**_head(kind), "choices": array(choice, 1), "usage": ref("Usage")}, optional)
 
 
 def _chunk(kind: str, choice: Schema) -> Schema:
@@ -77,7 +81,7 @@ def _chat_delta() -> Schema:
 def _completion_choice(*, ended: bool) -> Schema:
     finish = _finish() if ended else nullable(_finish())
     fields = {"index": integer(0), "text": text(), "finish_reason": finish}
-    return given({**fields, "logprobs": nullable(ref("CompletionLogprobs"))}, _token_ids())
+    return given({**fields, "logprobs": nullable(ref("CompletionLogprobs"))}, _token_ids() | (_prompt_logprobs() if ended else {}))
 
 
 def _chat_logprobs() -> Schema:
@@ -87,10 +91,21 @@ def _chat_logprobs() -> Schema:
 
 
 def _completion_logprobs() -> Schema:
-    """One of each list for a token. text_offset counts characters of the choice."""
+    """One of each list for a token. text_offset counts characters of the choice. null: of an echoed prompt's first token."""
     ranked: Schema = {"type": "object", "additionalProperties": number(high=0)}
-    offsets = array(integer(0))
-    return given({"tokens": array(text()), "token_logprobs": array(number(high=0)), "top_logprobs": array(ranked), "text_offset": offsets})
+    values, tops = array(nullable(number(high=0))), array(nullable(ranked))
+    return given({"tokens": array(text()), "token_logprobs": values, "top_logprobs": tops, "text_offset": array(integer(0))})
+
+
+def _prompt_logprobs() -> dict[str, Schema]:
+    """With prompt_logprobs."""
+    return {"prompt_logprobs": ref("PromptLogprobs")}
+
+
+def _scored_prompt() -> Schema:
+    """By token ids: the token itself, then the likeliest. null: of the first token."""
+    shown = given({"logprob": number(high=0), "rank": integer(1), "decoded_token": text()})
+    return array(nullable({"type": "object", "additionalProperties": shown}), 1)
 
 
 def _model() -> Schema:

@@ -77,6 +77,12 @@ def stop(limits: Limits) -> Schema:
     return either(text(minLength=1), strings, about="Where the answer ends; not shown.")
 
 
+def prompt_logprobs(limits: Limits) -> Schema:
+    """Of chat completions and completions."""
+    about = "So many of the likeliest beside each prompt token's own log-probability; 0 alone with `stream`, which shows none."
+    return integer(0, limits.max_logprobs, about)
+
+
 def choices(limits: Limits) -> dict[str, Schema]:
     """Of chat completions and completions: several choices, structured output, biases."""
     return {

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 from duomo.config import WireSection
 from duomo.errors import DuomoError, PeerError, WireError
 from duomo.wire.connection import Connection, Identity, connect
-from duomo.wire.messages import Message, Preempted, Refused, ReplicaReport, RequestFailed, RequestFinished, TokensEmitted
+from duomo.wire.messages import Message, Preempted, PromptScored, Refused, ReplicaReport, RequestFailed, RequestFinished, TokensEmitted
 from duomo.wire.values import PeerAddress
 from services.kv_transfer.ending import end_tasks
 from services.router.books import ReplicaBook
@@ -69,6 +69,7 @@ class PoolListener(Protocol):
     """Who hears the replicas. Called on the loop; must not block."""
 
     def tokens_emitted(self, link: ReplicaLink, frame: TokensEmitted, received_s: float) -> None: ...
+    def prompt_scored(self, link: ReplicaLink, message: PromptScored) -> None: ...
     def request_finished(self, link: ReplicaLink, message: RequestFinished) -> None: ...
     def request_failed(self, link: ReplicaLink, message: RequestFailed) -> None: ...
     def preempted(self, link: ReplicaLink, message: Preempted) -> None: ...
@@ -181,6 +182,8 @@ class Pools:
             link.has_refused_drain &= message.is_draining  # reports come behind the refusal: one that does not drain is an Undrain's
             link.heard.reported(message)
             self._listener.reported(link)
+        elif type(message) is PromptScored:
+            self._listener.prompt_scored(link, message)
         elif type(message) is RequestFinished:
             self._listener.request_finished(link, message)
         elif type(message) is RequestFailed:

@@ -20,6 +20,7 @@ from services.router.generation import GenerationRequest
 from services.router.markup import OutputStyle
 from services.router.model_card import ModelCard
 from services.router.openai import ChatRequest, CompletionRequest
+from services.router.scored_prompt import ScoredPrompt
 from services.router.text import THREAD_CHARS, ModelText
 
 # OpenAI's default length of a text completion that names none.
@@ -54,7 +55,7 @@ class PromptMaker:
             style = replace(style, reasoning="none")  # what the answer must be leaves no room for it
         ids = await self._encode(rendered.text, request.prompt_field, add_special_tokens=False)
         fitted = self._fit(ids, request.prompt_field, common, self._section.default_max_tokens, template)
-        return PreparedChat([fitted], style, common)
+        return PreparedChat([self._scored(fitted, common)], style, common)
 
     def _render(self, conversation: Conversation, field: str) -> Rendered:
         """A refusal that names `messages` names the field of the body that holds them."""
@@ -71,6 +72,7 @@ class PromptMaker:
             name = "prompt" if len(request.prompts) == 1 else f"prompt[{number}]"
             ids = await self._encode(prompt, name, add_special_tokens=True) if isinstance(prompt, str) else prompt
             made = self._fit(ids, name, request.common, _COMPLETION_DEFAULT_TOKENS, template)
+            made = self._scored(made, request.common, self._echo(prompt) if request.has_echo else "")
             if number:
                 made = replace(made, request_id=f"{made.request_id}.{number}", first_choice=number * made.num_choices)
             requests.append(made)
@@ -80,7 +82,16 @@ class PromptMaker:
         """What each prompt's choices begin with; nothing where the client asked for no echo."""
         if not request.has_echo:
             return ()
-        return tuple(prompt if isinstance(prompt, str) else self._text.decode(prompt) for prompt in request.prompts)
+        return tuple(map(self._echo, request.prompts))
+
+    def _echo(self, prompt: str | tuple[int, ...]) -> str:
+        return prompt if isinstance(prompt, str) else self._text.decode(prompt)
+
+    def _scored(self, made: GenerationRequest, common: CommonFields, echo: str = "") -> GenerationRequest:
+        """With a place for the prompt's own log-probabilities, where they were asked for."""
+        if common.prompt.num_top is None:
+            return made
+        return replace(made, scored=ScoredPrompt(made.prompt_ids, common.prompt, self._text, echo))
 
     async def _encode(self, text: str, name: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         fewest = self._text.fewest_tokens(text)

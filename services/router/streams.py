@@ -7,6 +7,7 @@ is behind is known in bytes. Knows no replica and no policy.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -16,10 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from duomo.errors import DuomoError, RequestCancelled
 from services.router.answers import AnswerShape, FinishedChoice
-from services.router.generation import GenerationEnded, GenerationEvent, GenerationFailed, TextEmitted, Usage
+from services.router.generation import GenerationEnded, GenerationEvent, GenerationFailed, PromptScoresKnown, TextEmitted, Usage
+from services.router.scored_prompt import FEW_ENTRIES, ScoredPrompt
 
 # uvicorn's transport, put into the ASGI scope by edge.py: tells how much a client is behind, and can be cut.
 TRANSPORT_EXTENSION = "duomo.transport"
+
+log = logging.getLogger(__name__)
 
 
 class ClientTransport(Protocol):
@@ -45,15 +49,48 @@ class Sink:
         self.second_sent_s = 0.0
         self._num_left = num_requests
         self._waiter: asyncio.Future[None] | None = None
+        self._num_writing = 0
+        self._held: list[GenerationEvent] = []  # what came while a prompt is written
 
     @property
     def is_over(self) -> bool:
         return self._num_left == 0 or self.error is not None
 
+    def deliver(self, event: GenerationEvent) -> None:
+        """A prompt that is shown is written first, a long one in a thread: nothing that stands behind it goes out before."""
+        if isinstance(event, PromptScoresKnown):
+            self._write(event.scored)
+        elif self._num_writing:
+            self._held.append(event)
+        else:
+            self._take(event)
+
     def leave(self, why: str) -> None:
         """The client is gone: whoever sends stops."""
         if not self.is_over:
             self.error = RequestCancelled(why)
+        self._wake()
+
+    def _take(self, event: GenerationEvent) -> None:
+        raise NotImplementedError
+
+    def _write(self, scored: ScoredPrompt) -> None:
+        if scored.num_entries <= FEW_ENTRIES:
+            scored.write()
+            return
+        self._num_writing += 1
+        asyncio.get_running_loop().run_in_executor(None, scored.write).add_done_callback(self._written)
+
+    def _written(self, done: asyncio.Future[None]) -> None:
+        self._num_writing -= 1
+        fault = None if done.cancelled() else done.exception()
+        if fault is not None:
+            log.error("a prompt's log-probabilities cannot be written", exc_info=fault)
+            self.error = self.error or DuomoError("The server made a mistake.", phase="gateway")
+        if not self._num_writing:
+            held, self._held = self._held, []
+            for event in held:
+                self._take(event)
         self._wake()
 
     def _count(self, event: GenerationEnded | GenerationFailed) -> None:
@@ -82,13 +119,13 @@ class WholeSink(Sink):
         super().__init__(num_requests, wants_pieces)
         self._choices: dict[int, FinishedChoice] = {}
 
-    def deliver(self, event: GenerationEvent) -> None:
+    def _take(self, event: GenerationEvent) -> None:
         if isinstance(event, TextEmitted):
             choice = self._choices.setdefault(event.choice, FinishedChoice(event.choice))
             choice.texts.append(event.text)
             choice.pieces += event.pieces
             choice.finish_reason, choice.stop_string = event.finish_reason, event.stop_string
-        else:
+        elif not isinstance(event, PromptScoresKnown):
             self._count(event)
             if self.is_over:
                 self._wake()
@@ -127,7 +164,7 @@ class StreamSink(Sink):
         self._is_passing = False  # whoever sends sleeps until the end; bytes go to the transport from here
         self._is_write_due = False
 
-    def deliver(self, event: GenerationEvent) -> None:
+    def _take(self, event: GenerationEvent) -> None:
         if self.error is not None:
             return
         if isinstance(event, TextEmitted):
@@ -135,6 +172,7 @@ class StreamSink(Sink):
             if event.choice not in self._opened:
                 self._opened.add(event.choice)
                 written = self._shape.opening(event.choice)
+                self._max_behind_bytes += len(written)  # a prompt that is echoed comes all at once: no client could keep up with it
             written += self._shape.chunk(event)
             self._buffer += written
             if not written:
@@ -142,7 +180,7 @@ class StreamSink(Sink):
             if len(self._buffer) > self._max_behind_bytes - self._unsent_bytes():
                 self.error = RequestCancelled("the client reads too slowly", code="slow_client")
                 self._on_behind()
-        else:
+        elif not isinstance(event, PromptScoresKnown):
             self._count(event)
             if isinstance(event, GenerationFailed):
                 if self._opened:

@@ -38,6 +38,7 @@ from duomo.wire.messages import (
 from duomo.wire.values import EmittedToken, Timings, TokenLogprob
 from services.kv_transfer.directory import Directory, Member
 from services.router.text import ModelText
+from tests.services.router.stub_scores import scored_frames
 
 MODEL = Path(__file__).parents[3] / "models" / "tiny-moe"
 STORY = "Once upon a time there was a naïve fox 🦊 who liked tea. The fox said: “Hello, little bird!” and they were friends. "
@@ -65,6 +66,8 @@ class Script:
     failing: set[str] = field(default_factory=set)
     failing_phase: str = "prefill.compute"
     choice_logprobs: tuple[float, ...] = ()  # of every token of each choice; else -0.5
+    score_frames: int | None = None  # so many frames of a prompt's log-probabilities are sent; None: all
+    fails_scored: int = 0  # so many legs fail behind them
 
 
 class Story:
@@ -243,6 +246,12 @@ class StubReplica:
         if fault is not None:
             self.is_draining |= fault == "draining"
             connection.post(_failed(start, fault))
+            return
+        for frame in list(scored_frames(start))[: script.score_frames]:
+            connection.post(frame)
+        if script.fails_scored:
+            script.fails_scored -= 1
+            connection.post(_failed(start, "fail"))
             return
         index = len(start.emitted_ids)
         timings = Timings(total_s=script.prefill_s, queue_s=0.0, compute_s=script.prefill_s)

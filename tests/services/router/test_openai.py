@@ -70,7 +70,7 @@ json_values = st.recursive(
 FIELDS = (
     "messages model max_tokens max_completion_tokens n stream stream_options stop temperature top_p top_k min_p seed logprobs top_logprobs "
     "presence_penalty frequency_penalty repetition_penalty ignore_eos min_tokens stop_token_ids tools logit_bias prompt best_of echo "
-    "priority"
+    "priority prompt_logprobs"
 ).split()
 
 

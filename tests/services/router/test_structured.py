@@ -11,7 +11,7 @@ import pytest
 
 from duomo.config_gateway import GatewaySection
 from duomo.errors import CapacityError, RequestError
-from duomo.wire.messages import MIN_WIRE_VERSION, SINCE, WIRE_VERSION, StartDecode, StartPrefill
+from duomo.wire.messages import StartDecode, StartPrefill
 from duomo.wire.values import Constraint, Sampling
 from services.router import structured
 from services.router.common_fields import CommonFields, CommonReader
@@ -116,11 +116,7 @@ def test_nothing_of_it_costs_a_request_that_asks_for_none() -> None:
     assert chat(seed=1).sampling == Sampling(max_tokens=1, seed=1)
 
 
-SINCE_THE_NEWEST = (("Sampling", "constraint"), ("Sampling", "logit_bias"))
-
-
-def test_what_is_asked_reaches_both_replicas_and_never_one_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the newest version had brought it."""
+def test_what_is_asked_reaches_both_replicas(tmp_path: Path) -> None:
     body = {"model": "tiny-moe", "prompt": "hi", "max_tokens": 4, "guided_regex": "[ab]+", "logit_bias": {"5": 2}}
 
     async def scenario() -> None:
@@ -130,16 +126,6 @@ def test_what_is_asked_reaches_both_replicas_and_never_one_that_is_too_old(tmp_p
             (expected,) = system.pools.of_role("decode")[0].of_type(StartDecode)
             assert start.sampling == expected.sampling
             assert start.sampling.constraint == Constraint(kind="regex", text="[ab]+") and start.sampling.logit_bias == ((5, 2.0),)
-            for link in system.gateway.pools.links.values():
-                link.connection.version = MIN_WIRE_VERSION
-            for since in SINCE_THE_NEWEST:
-                monkeypatch.setitem(SINCE, since, WIRE_VERSION)
-            for streams in (False, True):
-                answer = await system.client.post("/v1/completions", json=body | {"stream": streams})
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "peer_too_old") and "retry-after" in answer.headers
-            plain = {"model": "tiny-moe", "prompt": "hi", "max_tokens": 4}
-            assert (await system.client.post("/v1/completions", json=plain)).status_code == 200
-            assert len(system.pools.of_role("prefill")[0].of_type(StartPrefill)) == 2, "what it cannot keep it is not sent"
             await system.until(lambda: not system.gateway.num_live_legs)
             system.check_nothing_is_held()
 
