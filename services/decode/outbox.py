@@ -35,8 +35,13 @@ class Outbox:
     def __init__(self) -> None:
         self._gateways: dict[str, Connection] = {}
 
-    def joined(self, connection: Connection) -> None:
+    def joined(self, connection: Connection) -> bool:
+        """Whether the gateway came back by another socket, having given the first one up before we saw its end. That one is ended."""
+        before = self._gateways.get(connection.peer.boot_id)
         self._gateways[connection.peer.boot_id] = connection
+        if before is not None:
+            before.end("replaced", "its gateway has another socket")
+        return before is not None
 
     def left(self, connection: Connection) -> bool:
         """Whether it was the socket in use."""

@@ -142,8 +142,8 @@ class DecodeService:
         if peer.peer.role == "prefill":
             self._producers.joined(peer)
             self._arrivals.joined(peer)
-        elif peer.peer.role == "gateway":
-            self._outbox.joined(peer)
+        elif peer.peer.role == "gateway" and self._outbox.joined(peer):
+            self._gateway_gone(peer.peer.boot_id)
 
     def received(self, peer: Connection, message: Message) -> None:
         now_s = peer.received_s
@@ -168,8 +168,7 @@ class DecodeService:
     def left(self, peer: Connection) -> None:
         boot_id = peer.peer.boot_id
         if peer.peer.role == "gateway" and self._outbox.left(peer):
-            for leg in [leg for leg in self._legs.values() if leg.gateway == boot_id]:
-                self._abandon(leg, "gateway_gone")
+            self._gateway_gone(boot_id)
         elif peer.peer.role == "prefill" and self._producers.left(peer):
             self._arrivals.left(peer)
             self._handoffs.producer_gone(boot_id)
@@ -342,6 +341,10 @@ class DecodeService:
         self._outbox.post(leg.gateway, failure)
         if was_announced:
             self._producers.post(leg.prefill.boot_id, failure)
+
+    def _gateway_gone(self, boot_id: str) -> None:
+        for leg in [leg for leg in self._legs.values() if leg.gateway == boot_id]:
+            self._abandon(leg, "gateway_gone")
 
     def _abandon(self, leg: Leg, reason: str) -> None:
         """End a leg that nobody waits for; a producer that is still sending is told to stop, so that it fences its handle."""
