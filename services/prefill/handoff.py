@@ -13,7 +13,9 @@ from services.prefill.leg import Leg
 
 
 class Handoffs(Protocol):
-    """The producer side of all handles of this replica. All on the event loop."""
+    """The producer side of all handles of this replica. All on the event loop. sends: whether KV goes anywhere, a group at a time."""
+
+    sends: bool
 
     @property
     def num_open(self) -> int: ...

@@ -203,6 +203,11 @@ class LegBook:
         announcement = announcement_of(leg, self.waves.num_waves_formed + 1, self._worker.group_bounds, now_s)
         self.peers.post(leg.request.decode.boot_id, announcement)
 
+    @property
+    def hears_groups(self) -> bool:
+        """See WaveEvents."""
+        return self.handoffs.sends
+
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
         """See WaveEvents."""
         for leg in legs:

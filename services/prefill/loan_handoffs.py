@@ -12,6 +12,8 @@ from services.prefill.leg import Handoff, Leg
 class LoanHandoffs:
     """The KV is where it has to be as soon as it is computed: a handoff is terminal with its leg. The loan itself is the wave's to take."""
 
+    sends = False
+
     def __init__(self, loans: BlockLoans) -> None:
         self._loans = loans
         self._open: set[int] = set()

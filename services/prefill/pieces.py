@@ -60,6 +60,18 @@ def finished_groups(wave: WaveView, piece: Piece) -> range:
     return range(*piece.groups) if piece.chunks[1] == wave.num_chunks else range(0)
 
 
+def parts_of(piece: Piece, *, by_group: bool) -> list[tuple[Piece, int | None]]:
+    """What is launched one by one: its chunks, each through all of its groups; by_group: the last chunk group by group, so that their ends
+    can be told while what is behind them is computed. Beside each part the group that it ends, but for the piece's last: that ends with it.
+    """
+    parts = [replace(piece, chunks=(chunk, chunk + 1)) for chunk in range(*piece.chunks)]
+    if not by_group:
+        return [(part, None) for part in parts]
+    last, (lo, hi) = parts.pop(), piece.groups
+    ends = [(replace(last, groups=(group, group + 1)), group if group + 1 < hi else None) for group in range(lo, hi)]
+    return [(part, None) for part in parts] + ends
+
+
 def num_rows(wave: WaveView, piece: Piece, limits: Limits) -> int:
     """Rows that the piece computes in each of its layers."""
     chunk_tokens = limits.chunk_tokens_of(wave.num_tokens)

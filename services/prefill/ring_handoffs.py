@@ -33,6 +33,8 @@ class RingHandoffs:
     a message landed, it became terminal). on_failed: a push failed for good. counters: the replica's, which its report carries.
     """
 
+    sends = True
+
     def __init__(
         self,
         agent: TransferAgent,

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol
 
 from duomo.errors import DeadlineError, DuomoError, EngineError
@@ -20,11 +20,12 @@ from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 from services.prefill.leg import Leg
 from services.prefill.pending import Over, Pending
-from services.prefill.pieces import Piece, advanced, finished_groups, next_piece, num_rows
+from services.prefill.pieces import Piece, advanced, finished_groups, next_piece, num_rows, parts_of
 from services.prefill.policy import Failure, NewWave, NextPiece, Plan, new_wave, plan
+from services.prefill.running_piece import LaunchedPiece, PieceOutput, RunningPiece, Wave
 from services.prefill.scoring import Scoring
 from services.prefill.slack import share_left
-from services.prefill.snapshot import Key, Limits, Snapshot, WaveView
+from services.prefill.snapshot import Key, Limits, Snapshot
 from services.prefill.wave_costs import CostCurve, GroupCosts
 from services.prefill.worker import Computation, WaveOutput, WaveWorker
 
@@ -39,8 +40,13 @@ class WaveEvents(Protocol):
 
     def announce(self, leg: Leg) -> None: ...
 
+    @property
+    def hears_groups(self) -> bool:
+        """Whether group_computed has anything to do before its piece is over."""
+
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
-        """All rows of a layer group are computed. Of a piece with several groups one after the other, in order."""
+        """All rows of a layer group are computed. Of a piece with several groups one after the other, in order; the last one of a wave
+        after wave_computed, the others as soon as that is known."""
 
     def scored(self, leg: Leg, scores: PromptScores) -> None:
         """The next of a prompt's own log-probabilities, in order, all of them before wave_computed."""
@@ -52,66 +58,6 @@ class WaveEvents(Protocol):
         """The step thread will not touch the leg's blocks again."""
 
     def fail(self, leg: Leg, error: DuomoError) -> None: ...
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Wave:
-    """Prompts crossing the layers together. computation: the step thread's own state, None before the first piece."""
-
-    view: WaveView
-    legs: tuple[Leg, ...]
-    computation: Computation | None = None
-
-    @property
-    def is_wanted(self) -> bool:
-        """Whether anybody of it still is. From any thread."""
-        return not all(leg.is_over for leg in self.legs)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PieceOutput:
-    """What is known of a piece that is over: how long it took, and after a wave's last one the outputs of its legs."""
-
-    seconds: float
-    outputs: tuple[WaveOutput, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchedPiece:
-    """What the step thread says of a piece. seconds: of each of its chunks. outputs: after a wave's last one alone."""
-
-    seconds: tuple[Pending[float], ...]
-    outputs: Pending[tuple[WaveOutput, ...]]
-
-    @property
-    def is_over(self) -> bool:
-        return all(isinstance(each, Over) for each in (*self.seconds, self.outputs))
-
-    def wait(self, moved: Callable[[], None]) -> PieceOutput:
-        """Until it is; in any thread. moved: called behind each chunk."""
-        seconds = 0.0
-        for chunk in self.seconds:
-            seconds += chunk.wait()
-            moved()
-        return PieceOutput(seconds=seconds, outputs=self.outputs.wait())
-
-
-@dataclass(slots=True, kw_only=True)
-class RunningPiece:
-    """A piece in the step thread, next in it, or launched by it. before: its wave as it stood."""
-
-    wave: Wave
-    before: WaveView
-    piece: Piece
-    done: asyncio.Future[PieceOutput | None]
-    started_s: float = field(default_factory=time.monotonic)
-
-    @property
-    def attributes(self) -> dict[str, int]:
-        """Of the piece's events in spans."""
-        lo, hi = self.piece.groups
-        chunk = {"duomo.chunk": self.piece.chunks[0]} if self.before.num_chunks > 1 else {}
-        return {"duomo.group": lo, "duomo.groups": hi - lo} | chunk
 
 
 class WaveLoop:
@@ -281,12 +227,27 @@ class WaveLoop:
         assert wave.computation is not None
         await self._scoring.run(wave.computation, wave.legs)
         sampled = await self._thread.run("group", self._sample, wave)
-        ended = await self._landed(LaunchedPiece(seconds=(), outputs=sampled))
+        ended = await self._landed(LaunchedPiece(seconds=(), ends=(), outputs=sampled))
         return replace(ended, seconds=computed.seconds)
 
     async def _landed(self, launched: LaunchedPiece) -> PieceOutput:
-        moved = self._progress.moved
-        return launched.wait(moved) if launched.is_over else await self._waiting_thread.run("group", launched.wait, moved)
+        """Groups that end before the piece does are told as they do; all of a piece that is over are by its end."""
+        if launched.is_over:
+            return launched.wait(lambda _: self._progress.moved())
+        loop, running = asyncio.get_running_loop(), self._running
+
+        def moved(group: int | None) -> None:
+            self._progress.moved()
+            if group is not None and running is not None:
+                loop.call_soon_threadsafe(self._group_over, running, group)
+
+        return await self._waiting_thread.run("group", launched.wait, moved)
+
+    def _group_over(self, running: RunningPiece, group: int) -> None:
+        """A group of the piece under way is computed, the device is at the next."""
+        if self._running is running:
+            running.told.add(group)
+            self._events.group_computed([leg for leg in running.wave.legs if not leg.is_over], group)
 
     def _compute(self, wave: Wave, piece: Piece, *, is_last: bool) -> LaunchedPiece | None:
         """In the step thread: one piece; after the last one the first tokens of every leg that is still wanted. None: nobody of it is."""
@@ -294,10 +255,10 @@ class WaveLoop:
             return None
         if wave.computation is None:
             wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs], self._limits.chunk_tokens_of(wave.view.num_tokens))
-        seconds = tuple(self._run_chunks(wave.computation, piece))
-        if not is_last:
-            return LaunchedPiece(seconds=seconds, outputs=Over(()))
-        return LaunchedPiece(seconds=seconds, outputs=self._sample(wave))
+        parts = parts_of(piece, by_group=self._events.hears_groups)
+        seconds = tuple(self._run_parts(wave.computation, [part for part, _ in parts]))
+        ends = tuple(end for _, end in parts)
+        return LaunchedPiece(seconds=seconds, ends=ends, outputs=self._sample(wave) if is_last else Over(()))
 
     def _sample(self, wave: Wave) -> Pending[tuple[WaveOutput, ...]]:
         """In the step thread, after the last layer."""
@@ -306,10 +267,10 @@ class WaveLoop:
         rows = [[] if leg.is_over else leg.choice_rows(eos_ids) for leg in wave.legs]
         return self._worker.sample(wave.computation, rows)
 
-    def _run_chunks(self, computation: Computation, piece: Piece) -> Iterator[Pending[float]]:
+    def _run_parts(self, computation: Computation, parts: Sequence[Piece]) -> Iterator[Pending[float]]:
         """One after the other: a long prompt's are many, and each that is over is a sign of life."""
-        for chunk in range(*piece.chunks):
-            seconds = self._worker.run_piece(computation, replace(piece, chunks=(chunk, chunk + 1)))
+        for part in parts:
+            seconds = self._worker.run_piece(computation, part)
             if isinstance(seconds, Over):
                 self._progress.moved()
             yield seconds
@@ -344,6 +305,8 @@ class WaveLoop:
             chosen = [(leg, output) for leg, output in zip(wave.legs, result.outputs, strict=True) if not leg.is_over]
             self._events.wave_computed([leg for leg, _ in chosen], [output for _, output in chosen])
         for group in finished_groups(running.before, piece):
+            if group in running.told:
+                continue
             self._events.group_computed([leg for leg in live if not leg.is_over], group)
         if result.outputs:
             self._leave(wave)

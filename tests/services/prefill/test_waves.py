@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from duomo.errors import TransferError
-from duomo.wire.messages import RequestFailed
+from duomo.wire.messages import RequestFailed, TokensEmitted
 from services.prefill.leg import Leg
 from services.prefill.pending import Over
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation, PrefillWorker, WaveRow, WorkerSizes
-from tests.services.prefill.prefill_rig import Rig, config_for, ids, model, rig, run
+from tests.services.prefill.prefill_rig import Rig, config_for, expected_kv, ids, model, rig, run
 from tests.services.prefill.scripted_peers import until
 
 NEVER_TWO_S = 1e-9  # no two groups fit a piece
@@ -131,6 +131,56 @@ class LateSeconds:
     def wait(self) -> float:
         self.wait_for()
         return self.result
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_groups_of_one_piece_leave_while_those_behind_them_are_computed(tmp_path: Path, is_cancelled: bool) -> None:
+    """Launched at once, each over when a device says so: its KV is with decode before the next group is."""
+
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir, piece_target_s=10.0) as parts:
+            parts.gateway.start("first", ids(40), parts.decode.address)  # measured: the next one is a piece alone
+            await parts.gateway.finished("first")
+            gates, pieces, run_piece = [threading.Event() for _ in range(NUM_GROUPS)], [], parts.worker.run_piece
+
+            def late(computation: Computation, piece: Piece) -> LateSeconds:
+                pieces.append(piece)
+                gate = gates[piece.groups[0]]
+                return LateSeconds(run_piece(computation, piece).result, lambda: _opened(gate))
+
+            parts.worker.run_piece = late  # type: ignore[method-assign,assignment]  # a device's
+            parts.gateway.start("told", PROMPT, parts.decode.address)
+            for group in range(NUM_GROUPS - 1):
+                assert groups_landed(parts, "told") == set(range(group))
+                gates[group].set()
+                await until(lambda group=group: group in groups_landed(parts, "told"), f"group {group} did not land")
+            assert [piece.groups for piece in pieces] == [(group, group + 1) for group in range(NUM_GROUPS)]
+            assert not parts.gateway.inbox.of(TokensEmitted)[1:], "a first token before the last group"
+            if is_cancelled:
+                parts.gateway.cancel("told")
+                parts.decode.abort("told")
+            gates[-1].set()
+            if not is_cancelled:
+                await parts.gateway.finished("told")
+                assert parts.decode.kv("told", len(PROMPT)) == expected_kv(PROMPT)
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+def _opened(gate: threading.Event) -> None:
+    assert gate.wait(10), "nobody opened it"
+
+
+def groups_landed(parts: Rig, request_id: str) -> set[int]:
+    """Whole groups of an open handle that are with decode."""
+    decode = parts.decode
+    handle = next((handle for handle, name in decode.open.items() if name == request_id), None)
+    if handle is None:
+        return set()
+    landed = set(decode.landed[handle])
+    groups = {span.group for span in decode.spans[handle]}
+    return {group for group in groups if all(span.message_idx in landed for span in decode.spans[handle] if span.group == group)}
 
 
 @pytest.mark.parametrize("is_launched", [False, True])
