@@ -39,6 +39,9 @@ class CompletionShape:
         self._num_shown = num_shown
         self._object_head = object_head(head, "text_completion")
         self._tail = b',"usage":null}\n\n' if head.includes_usage else b"}\n\n"
+        self._is_plain = not head.shows_logprobs and not head.shows_token_ids
+        self._before_text: dict[int, bytes] = {}  # of a choice's plain chunks: all but the text is the same in each
+        self._behind_text = b',"logprobs":null,"finish_reason":null}]' + self._tail
         self._offsets: dict[int, int] = {}
 
     def opening(self, choice: int) -> bytes:
@@ -47,7 +50,13 @@ class CompletionShape:
         return self._chunk(TextEmitted(choice, echo, ()), echoed) if echo or echoed is not None else b""
 
     def chunk(self, event: TextEmitted) -> bytes:
-        return self._chunk(event, None)
+        if not self._is_plain or event.finish_reason is not None:
+            return self._chunk(event, None)
+        before = self._before_text.get(event.choice)
+        if before is None:
+            before = b'data: %s,"choices":[{"index":%d,"text":' % (self._object_head, event.choice)
+            self._before_text[event.choice] = before
+        return before + _json(event.text) + self._behind_text
 
     def _chunk(self, event: TextEmitted, echoed: EchoedLogprobs | None) -> bytes:
         finish = b"null" if event.finish_reason is None else b'"%s"' % event.finish_reason.encode()

@@ -170,8 +170,9 @@ class Gateway:
     # PoolListener
 
     def tokens_emitted(self, link: ReplicaLink, frame: TokensEmitted, received_s: float) -> None:
+        running = self._placing.running
         for token in frame.tokens:
-            leg = self._placing.running(token.request_id)
+            leg = running(token.request_id)
             if leg is None or leg.attempt != token.attempt:
                 self.dropped_tokens["void"] += 1
                 continue
@@ -180,7 +181,8 @@ class Gateway:
             if choice is None or choice.leg is not leg:
                 self.dropped_tokens["void"] += 1
                 continue
-            self._note_arrival(link, leg, token, received_s)
+            if token.index <= 1 or token.timings is not None or not leg.has_landed:  # later ones tell nothing new
+                self._note_arrival(link, leg, token, received_s)
             taken = leg.flight.take(choice, token)
             if taken != "taken":
                 self.dropped_tokens[taken] += 1

@@ -15,6 +15,7 @@ from duomo.errors import ConfigError
 from duomo.telemetry.metrics import Metrics
 from duomo.telemetry.tracing import configure
 from services.kv_transfer.directory import Directory
+from services.kv_transfer.started_heap import freeze_started
 from services.router.admin_api import build_admin_app
 from services.router.app import build_app
 from services.router.audit import Audit
@@ -84,6 +85,7 @@ async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Even
             if warning := open_door(config.gateway):
                 log.warning("%s", warning)
             async with serving(build_app(gateway, keys, idempotency), bound, config.gateway, gateway.count_refused):
+                freeze_started()
                 log.info("the gateway %s listens on %s", replica_id, address)
                 await stop.wait()
                 await gateway.drain(config.gateway.request_deadline_s)
