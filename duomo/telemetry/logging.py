@@ -3,7 +3,8 @@
     2026-11-22T01:02:03.456Z INFO role=decode replica=decode-0 logger=services.decode.service msg="joined" request_id=a1 attempt=0
 
 Values come from `log.info("...", extra={"request_id": ..., ...})`; only the names in FIELDS are written. An exception of ours or of the
-system is written with its text; a stranger's only with its type and place, since its text may quote what a user sent.
+system is written with its text; a stranger's only with its type and place, since its text may quote what a user sent, and a RequestError,
+which does, with its code. Of a library's own warnings the first words are written: the rest shows the values that it stumbled over.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 import traceback
 from typing import Final, TextIO
 
-from duomo.errors import DuomoError
+from duomo.errors import DuomoError, RequestError
 
 FIELDS: Final = (
     "request_id",
@@ -33,7 +34,9 @@ FIELDS: Final = (
     "num_bytes",
     "elapsed_s",
 )
-_ROOTS: Final = ("duomo", "duomo_kernels", "services")
+ROOTS: Final = ("duomo", "duomo_kernels", "services")
+LIBRARIES: Final = ("asyncio", "uvicorn", "opentelemetry")  # else Python writes their tracebacks whole, to standard error
+_MAX_LIBRARY_WORDS: Final = 5
 _MAX_MESSAGE_CHARS: Final = 1000
 _MAX_FRAMES: Final = 8
 
@@ -47,9 +50,12 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        message = record.getMessage()[:_MAX_MESSAGE_CHARS]
+        if record.name.split(".")[0] in LIBRARIES:
+            message = " ".join(str(record.msg).split()[:_MAX_LIBRARY_WORDS])
         parts = [
             f"{at}.{int(record.msecs):03d}Z {record.levelname} {self._who} logger={record.name}",
-            f"msg={json.dumps(record.getMessage()[:_MAX_MESSAGE_CHARS], ensure_ascii=False)}",
+            f"msg={json.dumps(message, ensure_ascii=False)}",
         ]
         parts += [f"{name}={_value(getattr(record, name))}" for name in FIELDS if hasattr(record, name)]
         if record.exc_info is not None and record.exc_info[1] is not None:
@@ -58,13 +64,13 @@ class LineFormatter(logging.Formatter):
 
 
 def configure(role: str, replica_id: str = "", *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Send Duomo's loggers to `stream` (standard error) as lines; called again, it replaces what it set. Other loggers are left alone."""
+    """Send Duomo's loggers, and warnings of LIBRARIES, to `stream` (standard error) as lines; called again, it replaces what it set."""
     handler = logging.StreamHandler(stream if stream is not None else sys.stderr)
     handler.setFormatter(LineFormatter(role, replica_id))
-    for name in _ROOTS:
+    for name in (*ROOTS, *LIBRARIES):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
-        logger.setLevel(level)
+        logger.setLevel(level if name in ROOTS else logging.WARNING)
         logger.propagate = False
 
 
@@ -76,5 +82,7 @@ def _value(value: object) -> str:
 def _describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)[-_MAX_FRAMES:]
     place = " > ".join(f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} {frame.name}" for frame in frames)
+    if isinstance(error, RequestError):
+        return f"RequestError: {error.code} at {place or '?'}"
     is_safe = isinstance(error, DuomoError | OSError | AssertionError)
     return f"{type(error).__name__}{f': {error}' if is_safe and str(error) else ''} at {place or '?'}"

@@ -64,10 +64,10 @@ class Span:
             self._otel.add_event(name, attributes, self._wall_ns(at_s))
 
     def fail(self, error: DuomoError) -> None:
-        """Mark the span as failed with an error's code and phase (its detail too: details are safe to show)."""
+        """Mark the span as failed with an error's code and phase. Not its detail: a refusal's quotes what the client sent."""
         if self._otel is not None:
             self._otel.set_attributes({"error.type": error.code, "duomo.phase": error.phase, "duomo.retryable": error.retryable})
-            self._otel.set_status(Status(StatusCode.ERROR, error.detail))
+            self._otel.set_status(Status(StatusCode.ERROR, error.code))
 
     def end(self, *, at_s: float | None = None) -> None:
         """End now or at the monotonic time at_s; a second end does nothing."""

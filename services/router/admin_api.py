@@ -107,7 +107,8 @@ class AdminApi:
             result, detail = "ok", msgspec.json.encode(done).decode()
             return _answer(done)
         except DuomoError as error:
-            result, detail = error.code, error.detail
+            is_quote = isinstance(error, RequestError) and error.status == 400  # of the body, which may hold anything
+            result, detail = error.code, "" if is_quote else error.detail
             raise
         finally:
             holder = holder_of(request.scope)

@@ -82,6 +82,7 @@ async def serving(app: FastAPI, bound: socket.socket, section: GatewaySection, r
         lifespan="off",
         access_log=False,
         log_config=None,
+        proxy_headers=False,  # a client may write whatever it likes there, and the audit names who called
         server_header=False,
         date_header=False,
         timeout_keep_alive=section.keep_alive_timeout_s,  # type: ignore[arg-type]  # goes to call_later, which takes fractions

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from duomo.errors import TransferError
-from duomo.telemetry.logging import configure
+from duomo.errors import RequestError, TransferError
+from duomo.telemetry.logging import LIBRARIES, ROOTS, configure
 
 log = logging.getLogger("services.decode.service")
 
 
 @pytest.fixture
 def stream() -> Iterator[io.StringIO]:
-    roots = [logging.getLogger(name) for name in ("duomo", "duomo_kernels", "services")]
+    roots = [logging.getLogger(name) for name in (*ROOTS, *LIBRARIES)]
     before = [(root.handlers[:], root.level, root.propagate) for root in roots]
     stream = io.StringIO()
     configure("decode", "decode-0", stream=stream)
@@ -53,6 +53,21 @@ def test_our_errors_keep_their_text_and_strangers_only_type_and_place(stream: io
     assert "hash of message 3 differs" in ours and "test_logging.py" in ours
     assert "No space left" in system
     assert "ValueError at test_logging.py" in stranger and "secret" not in stranger
+
+
+def test_refusals_and_what_libraries_stumble_over_are_not_quoted(stream: io.StringIO) -> None:
+    try:
+        raise RequestError("'my secret story' is no role", code="bad_role")
+    except RequestError:
+        log.exception("refused")
+    logging.getLogger("asyncio").error("Task exception was never retrieved\nfuture: <Task exception=ValueError('my secret story')>")
+    logging.getLogger("asyncio").error("Exception in callback %s", "f('my secret story')")
+    logging.getLogger("uvicorn.error").error("Exception in ASGI application\n", exc_info=ValueError("my secret story"))
+    logging.getLogger("uvicorn.error").info("Started")
+    refused, task, callback, answer = stream.getvalue().splitlines()
+    assert "RequestError: bad_role" in refused and 'msg="Task exception was never retrieved"' in task and "ValueError" in answer
+    assert 'msg="Exception in callback %s"' in callback
+    assert "secret" not in stream.getvalue()
 
 
 def test_configuring_again_replaces(stream: io.StringIO) -> None:
