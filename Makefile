@@ -104,5 +104,5 @@ $(DEV_STAMP): $(SERVE_STAMP)
 $(PY312_STAMP): pyproject.toml constraints.txt Makefile
 	@test -n "$(PYTHON312)" || { echo "make: no Python 3.12 found; name one: make test-py312 PYTHON312=/path/to/python3.12" >&2; exit 1; }
 	$(call make_venv,$(PYTHON312),.venv312,)
-	$(EDITABLE) .venv312/bin/python -m pip install -q -c constraints.txt -e ".[gateway]" anthropic httpx hypothesis import-linter msgpack openai pytest pytest-timeout trustme
+	$(EDITABLE) .venv312/bin/python -m pip install -q -c constraints.txt -e ".[gateway]" anthropic httpx hypothesis import-linter jsonschema msgpack openai pytest pytest-timeout schemathesis trustme
 	touch $@

@@ -42,6 +42,7 @@ _KEYED: Final = (401, 403)
 _PARSED: Final = (400, 404, 408, 413, 500)
 _GENERATED: Final = (400, 404, 408, 409, 413, 422, 429, 500, 503)
 _RETRIED: Final = (409, 429, 503)
+_MARKED: Final = ("ChatCompletionChunk", "CompletionChunk")
 _SCHEMES: Final = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "`Authorization: Bearer KEY`, as OpenAI's clients send it."},
     "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "As Anthropic's clients send it."},
@@ -191,7 +192,7 @@ def _operation(endpoint: Endpoint, security: list[dict[str, list[str]]]) -> dict
     refusals = endpoint.refusals if {} in security else (*_KEYED, *endpoint.refusals)
     content: dict[str, object] = {endpoint.media: {"schema": ref(endpoint.answer) if endpoint.answer else {"type": "string"}}}
     if endpoint.event:
-        content["text/event-stream"] = {"schema": _event(endpoint.event)}
+        content["text/event-stream"] = {"schema": _event(endpoint.event, has_mark=endpoint.event in _MARKED)}
     answered: dict[str, object] = {"description": endpoint.about, "content": content}
     if endpoint.event:
         answered["headers"] = {name: {"schema": {"type": "string"}} for name in ("x-request-id", "request-id")}
@@ -211,10 +212,10 @@ def _operation(endpoint: Endpoint, security: list[dict[str, list[str]]]) -> dict
     return operation
 
 
-def _event(name: str) -> Schema:
-    """One event of a stream, as WHATWG has them; its data is JSON, but for the mark at the end of OpenAI's older streams."""
+def _event(name: str, *, has_mark: bool) -> Schema:
+    """One event of a stream, as WHATWG has them; its data is JSON, or the mark at the end of OpenAI's older streams."""
     data: Schema = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(name)}
-    fields: Schema = {"event": {"type": "string"}, "data": data}
+    fields: Schema = {"event": {"type": "string"}, "data": {"anyOf": [data, {"const": "[DONE]"}]} if has_mark else data}
     return {"type": "object", "properties": fields, "required": ["data"], "description": "Each event of the stream."}
 
 
