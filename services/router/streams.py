@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Protocol
 
@@ -35,7 +36,7 @@ class ClientTransport(Protocol):
     def abort(self) -> None: ...
 
 
-class Sink:
+class Sink(ABC):
     """What both kinds of answer share: waiting, usage, the first failure. num_requests must end before the answer is complete.
 
     first_sent_s, second_sent_s: when the first and second token's bytes were handed to the client's socket.
@@ -71,8 +72,9 @@ class Sink:
             self.error = RequestCancelled(why)
         self._wake()
 
+    @abstractmethod
     def _take(self, event: GenerationEvent) -> None:
-        raise NotImplementedError
+        """The event's turn has come."""
 
     def _write(self, scored: ScoredPrompt) -> None:
         if scored.num_entries <= FEW_ENTRIES:
@@ -163,6 +165,7 @@ class StreamSink(Sink):
         self._num_sent = 0
         self._is_passing = False  # whoever sends sleeps until the end; bytes go to the transport from here
         self._is_write_due = False
+        self.recorder: Callable[[bytes], None] | None = None  # told of all bytes on their way out
 
     def _take(self, event: GenerationEvent) -> None:
         if self.error is not None:
@@ -233,6 +236,8 @@ class StreamSink(Sink):
 
     def _taken(self) -> bytes:
         taken, self._buffer = bytes(self._buffer), bytearray()
+        if self.recorder is not None:
+            self.recorder(taken)
         return taken
 
     def sent(self) -> None:
@@ -266,9 +271,9 @@ class StreamResponse(Response):
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     @property
-    def error(self) -> DuomoError | None:
-        """What ended the stream before its answer was whole, if anything did."""
-        return self._sink.error
+    def sink(self) -> StreamSink:
+        """Whose bytes these are."""
+        return self._sink
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sink = self._sink
