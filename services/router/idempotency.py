@@ -130,7 +130,7 @@ class Claim:
 
 
 class RecordedResponse(Response):
-    """A stream whose body its claim writes down as it goes out, and keeps before the end is sent: a client that saw no end can ask again.
+    """A stream whose body its claim writes down as it goes out, and keeps before its last bytes are sent: who saw no end can ask again.
 
     A stream that its client left has no last piece; its key is free again.
     """
@@ -141,13 +141,12 @@ class RecordedResponse(Response):
         self.raw_headers = response.raw_headers
         self._response = response
         self._claim = claim
+        response.sink.recorder = claim.write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def written(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                self._claim.write(message["body"])
-                if not message["more_body"]:
-                    await self._ended()
+            if message["type"] == "http.response.body" and not message["more_body"]:
+                await self._ended()
             await send(message)
 
         try:
@@ -156,7 +155,7 @@ class RecordedResponse(Response):
             self._claim.free()
 
     async def _ended(self) -> None:
-        error = self._response.error
+        error = self._response.sink.error
         if error is None or says_the_same_again(error):
             await self._claim.keep(self._response)
 
