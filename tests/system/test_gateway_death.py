@@ -1,0 +1,204 @@
+"""Gateways killed, stopped and drained under load, two before one pair of pools. Owns the moments; what is left is read from outside.
+
+The second gateway's /admin/pools shows what the replicas still hold once the first is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import yaml
+
+from bench.reference.monolith import monolithic_tokens
+from bench.serve.rest_client import StreamResult, completion_body, post
+from tests.system.conftest import MODEL, System, free_port, launch
+
+# Slow enough for a kill to find its moment: four groups of a prompt, each in a message of its own, and long answers.
+SLOW: dict[str, object] = {"delays.prefill_group_s": 0.25, "delays.kv_handoff_s": 0.15, "delays.decode_step_s": 0.02}
+# Design: one second. A report comes ten times a second, and the machine that tests has other things to do.
+FREED_WITHIN_S = 5.0
+NUM_STREAMS = 12
+
+
+class SecondGateway(System):
+    """Another gateway process before the same pools, with a port of its own."""
+
+    def __init__(self, system: Any) -> None:
+        super().__init__(system.run_dir, free_port())
+        self.redis_url = system.redis_url
+        self.check_alive = system.check_alive
+        config = yaml.safe_load(system.config.read_text())
+        config["gateway"]["port"] = self.port
+        file = system.run_dir / "second.yaml"
+        file.write_text(yaml.safe_dump(config))
+        arguments = ["replica", "router", "--config", str(file), "--id", "router-1"]
+        system.processes["router-1"] = launch(arguments, system.run_dir / "router-1.log")
+        self.wait_for_pools(len(system.reports("prefill")), len(system.reports("decode")))
+
+
+def _prompt(row: int) -> list[int]:
+    return [10 + (37 * column + 131 * row) % 8000 for column in range(40)]
+
+
+def _ask(system: Any, row: int, num_tokens: int, **headers: str) -> asyncio.Task[StreamResult]:
+    body = completion_body(_prompt(row), num_tokens)
+    return asyncio.create_task(post(system.url, "/v1/completions", body, timeout_s=90, headers=headers))
+
+
+async def _until(fact: Callable[[], bool], timeout_s: float = 30.0) -> float:
+    """Seconds that it took."""
+    started_s = time.monotonic()
+    while not await asyncio.to_thread(fact):
+        assert time.monotonic() - started_s < timeout_s, "the moment never came"
+        await asyncio.sleep(0.01)
+    return time.monotonic() - started_s
+
+
+async def _severed(requests: list[asyncio.Task[StreamResult]]) -> None:
+    """Their clients see a closed connection."""
+    for request in requests:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, IndexError, ValueError):
+            result = await request
+            assert not result.is_done
+
+
+def _sum(system: Any, role: str, *names: str) -> int:
+    """Of all replicas of a role: a field of the report, or a counter in it."""
+    return sum(report.get(name, report["counters"].get(name, 0)) for report in system.reports(role) for name in names)
+
+
+def _mid_prefill(system: Any, landed: int) -> bool:
+    held = any(report["num_free_blocks"] + report["num_cached_blocks"] < report["num_blocks"] for report in system.reports("prefill"))
+    return held and _sum(system, "decode", "messages_landed") == landed
+
+
+def _mid_handoff(system: Any, landed: int) -> bool:
+    return _sum(system, "decode", "messages_landed") > landed and _sum(system, "decode", "num_open_handles") > 0
+
+
+def _mid_decode(system: Any, landed: int) -> bool:
+    return _sum(system, "decode", "num_running") == NUM_STREAMS
+
+
+MOMENTS: dict[str, Callable[[Any, int], bool]] = {"prefill": _mid_prefill, "handoff": _mid_handoff, "decode": _mid_decode}
+
+
+def test_a_killed_gateway_s_requests_are_freed_at_every_moment(replica_system: Any) -> None:
+    """Blocks, slots, handles and spans of both pools, each time, and the gateway comes back under its name."""
+    system = replica_system(num_prefill=1, num_decode=1, **SLOW)
+    second = SecondGateway(system)
+
+    async def kill_at(moment: str) -> float:
+        landed = _sum(second, "decode", "messages_landed")
+        requests = [_ask(system, row, 900) for row in range(NUM_STREAMS)]
+        await _until(lambda: MOMENTS[moment](second, landed))
+        system.kill("router-0")
+        await _severed(requests)
+        return await _until(lambda: not second.disquiet())
+
+    for moment in MOMENTS:
+        took_s = asyncio.run(kill_at(moment))
+        print(f"killed mid-{moment}: all freed {took_s:.2f} s after the sockets' end")
+        assert took_s < FREED_WITHIN_S, (moment, took_s, second.disquiet())
+        system.processes["router-0"].wait(10)
+        system.start("router", "router-0")
+        system.wait_for_pools(1, 1)
+    result = asyncio.run(_answer_of(system, 0, 16))
+    assert result.token_ids[0] == monolithic_tokens(MODEL, [_prompt(0)], 16)[0]
+    system.assert_quiet()
+    assert second.pool_report()["gateway"]["num_live_requests"] == 0
+
+
+async def _answer_of(system: Any, row: int, num_tokens: int, **headers: str) -> StreamResult:
+    return await _ask(system, row, num_tokens, **headers)
+
+
+def test_one_gateway_s_death_leaves_the_other_s_streams_alone_and_frees_its_keys(replica_system: Any) -> None:
+    system = replica_system(num_prefill=1, num_decode=1, **{"delays.decode_step_s": 0.02})
+    second = SecondGateway(system)
+    key = {"idempotency-key": "one answer"}
+
+    async def run() -> tuple[list[StreamResult], StreamResult]:
+        doomed = [_ask(system, row, 150, **(key if row == 0 else {})) for row in range(4)]
+        others = [_ask(second, row, 100) for row in range(4, 8)]
+        await _until(lambda: _sum(second, "decode", "num_running") == 8)
+        in_use = await _answer_of(second, 0, 150, **key)
+        assert in_use.status == 409, in_use.body
+        system.kill("router-0")
+        await _severed(doomed)
+        return await asyncio.gather(*others), await _once_free(second, key)
+
+    told, again = asyncio.run(run())
+    assert [result.token_ids[0] for result in told] == monolithic_tokens(MODEL, [_prompt(row) for row in range(4, 8)], 100)
+    assert all(result.is_done and result.error is None for result in told)
+    assert again.token_ids[0] == monolithic_tokens(MODEL, [_prompt(0)], 150)[0]
+    repeated = asyncio.run(_answer_of(second, 0, 150, **key))
+    assert repeated.token_ids == again.token_ids and repeated.request_id == again.request_id
+    second.assert_quiet()
+
+
+async def _once_free(system: Any, key: dict[str, str]) -> StreamResult:
+    """The lease of whoever had the key ends (redis.lease_s is 2 s here)."""
+    started_s = time.monotonic()
+    while (result := await _answer_of(system, 0, 150, **key)).status == 409:
+        assert time.monotonic() - started_s < 2.0 + FREED_WITHIN_S
+        await asyncio.sleep(0.1)
+    return result
+
+
+@pytest.mark.slow
+def test_a_gateway_that_stands_still_is_found_by_its_silence_and_serves_again(replica_system: Any) -> None:
+    """Its sockets are open, and nobody reads them: heartbeats end them on both pools."""
+    system = replica_system(num_prefill=1, num_decode=1, **SLOW, **{"wire.silence_timeout_s": 2.0, "wire.heartbeat_s": 0.5})
+    second = SecondGateway(system)
+
+    async def run() -> list[StreamResult]:
+        requests = [_ask(system, row, 150) for row in range(NUM_STREAMS)]
+        await _until(lambda: _mid_decode(second, 0))
+        system.kill("router-0", signal.SIGSTOP)
+        took_s = await _until(lambda: not second.disquiet())
+        print(f"stopped: all freed after {took_s:.2f} s of silence, which may last 2 s")
+        assert took_s < 2.0 + 0.5 + FREED_WITHIN_S
+        beside = await _answer_of(second, 0, 16)
+        assert beside.token_ids[0] == monolithic_tokens(MODEL, [_prompt(0)], 16)[0]
+        system.kill("router-0", signal.SIGCONT)
+        return await asyncio.gather(*requests)
+
+    results = asyncio.run(run())
+    expected = monolithic_tokens(MODEL, [_prompt(row) for row in range(NUM_STREAMS)], 150)
+    for result, tokens in zip(results, expected, strict=True):  # carried on by the same pair, or ended with a type
+        assert result.token_ids[0] == tokens[: result.num_tokens]
+        assert (result.error is None and result.num_tokens == len(tokens)) or (result.error or {}).get("code") == "replica_lost", (
+            result.error
+        )
+    system.wait_for_pools(1, 1)
+    system.assert_quiet()
+
+
+@pytest.mark.slow
+def test_two_gateways_share_pools_and_each_drains_alone(replica_system: Any) -> None:
+    system = replica_system(num_prefill=1, num_decode=2, **{"delays.decode_step_s": 0.02})
+    second = SecondGateway(system)
+
+    async def run() -> list[StreamResult]:
+        requests = [_ask(system if row % 2 else second, row, 120) for row in range(8)]
+        await _until(lambda: _sum(second, "decode", "num_running") == 8)
+        system.kill("router-0", signal.SIGINT)
+        system.kill("decode-1", signal.SIGINT)
+        late = await _answer_of(second, 99, 24)
+        assert late.token_ids[0] == monolithic_tokens(MODEL, [_prompt(99)], 24)[0]
+        return await asyncio.gather(*requests)
+
+    results = asyncio.run(run())
+    assert [result.token_ids[0] for result in results] == monolithic_tokens(MODEL, [_prompt(row) for row in range(8)], 120)
+    assert all(result.is_done and result.error is None for result in results)
+    for name in ("router-0", "decode-1"):
+        assert system.processes[name].wait(30) == 0, name
+    second.wait_for_pools(1, 1)
+    second.assert_quiet()
