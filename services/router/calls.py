@@ -28,7 +28,7 @@ from services.router.deadlines import TIMEOUT_HEADER, allowed_s, asked_timeout_s
 from services.router.flight import Flight
 from services.router.gateway import Gateway
 from services.router.generation import GenerationRequest
-from services.router.idempotency import KEY_HEADER, Claim, Idempotency, RecordedResponse, asked_key, claim_name, replay
+from services.router.idempotency import KEY_HEADER, Claim, Idempotency, RecordedResponse, ReplayedResponse, asked_key, claim_name
 from services.router.refusals import refusal_of
 from services.router.store import ClaimName, StoredAnswer
 from services.router.streams import TRANSPORT_EXTENSION, ClientTransport, Sink, StreamResponse, StreamSink, WholeSink, watch_client
@@ -125,7 +125,7 @@ class Call:
             self._tokenized_s = time.monotonic()
             kept = await self._claim_key()
         if kept is not None:
-            return self._replay(kept)
+            return self._replay(kept, request)
         try:
             if delays.gateway_route_s:
                 await asyncio.sleep(delays.gateway_route_s)
@@ -153,8 +153,7 @@ class Call:
         self, request: Request, requests: list[GenerationRequest], common: CommonFields, shape: AnswerShape
     ) -> StreamResponse:
         """Waits for the first token, so that a refusal can still be a status; the response sends the rest and closes."""
-        extensions = request.scope.get("extensions") or {}
-        transport: ClientTransport | None = extensions.get(TRANSPORT_EXTENSION)
+        transport = _transport_of(request)
         sink = StreamSink(
             len(requests),
             _wants_pieces(common),
@@ -189,12 +188,12 @@ class Call:
     def _recorded(self, response: StreamResponse) -> Response:
         return response if self._claim is None else RecordedResponse(response, self._claim)
 
-    def _replay(self, kept: StoredAnswer) -> Response:
+    def _replay(self, kept: StoredAnswer, request: Request) -> Response:
         """Nothing is generated: a span of its own, and no request counted beside the first."""
         span = self._gateway.accounting.start_span(self._traceparent, self._endpoint, self._received_s)
         span.set({"duomo.replayed": True})
         span.end()
-        return replay(kept)
+        return ReplayedResponse(kept, self._deadline_s, _transport_of(request))
 
     def _headers(self) -> dict[str, str]:
         """The answer's id where OpenAI's and where Anthropic's clients look for it; to whom asked for a time, what it was given."""
@@ -235,6 +234,12 @@ class Call:
     def _refuse(self, error: DuomoError) -> None:
         accounting = self._gateway.accounting
         accounting.refuse(accounting.start_span(self._traceparent, self._endpoint, self._received_s), error)
+
+
+def _transport_of(request: Request) -> ClientTransport | None:
+    extensions = request.scope.get("extensions") or {}
+    transport: ClientTransport | None = extensions.get(TRANSPORT_EXTENSION)
+    return transport
 
 
 def _wants_pieces(common: CommonFields) -> bool:

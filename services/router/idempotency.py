@@ -13,10 +13,10 @@ import hashlib
 import logging
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from duomo.config_gateway import GatewaySection
@@ -24,7 +24,7 @@ from duomo.errors import CapacityError, DeadlineError, DuomoError, RequestCancel
 from duomo.telemetry.metrics import Metrics
 from services.kv_transfer.ending import end_tasks
 from services.router.store import AnswerStore, ClaimName, StoredAnswer
-from services.router.streams import StreamResponse
+from services.router.streams import ClientTransport, StreamResponse
 
 KEY_HEADER: Final = "idempotency-key"
 REPLAYED_HEADER: Final = "idempotent-replayed"  # Stripe's
@@ -263,15 +263,35 @@ class Idempotency:
                     self.count("lost")
 
 
-def replay(answer: StoredAnswer) -> Response:
-    """The answer as it was given, marked. Unpacked piece by piece: its client may read slowly."""
-    headers = dict(answer.headers) | {REPLAYED_HEADER: "true"}
-    if "text/event-stream" not in headers.get("content-type", ""):
-        headers["content-length"] = str(answer.num_bytes)
-    return StreamingResponse(_unpacked(answer.packed), answer.status, headers)
+class ReplayedResponse(Response):
+    """The answer as it was given, marked. Unpacked piece by piece as its client reads; who has not read all by until_s is cut off."""
+
+    def __init__(self, answer: StoredAnswer, until_s: float, transport: ClientTransport | None) -> None:
+        """until_s: monotonic; transport: the client's, None where it is not known and cannot be cut."""
+        self.status_code = answer.status
+        self.background = None
+        headers = dict(answer.headers) | {REPLAYED_HEADER: "true"}
+        if "text/event-stream" not in headers.get("content-type", ""):
+            headers["content-length"] = str(answer.num_bytes)
+        self.raw_headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        self._packed = answer.packed
+        self._until_s = until_s
+        self._transport = transport
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._until_s - time.monotonic()):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                for piece in _unpacked(self._packed):
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log.info("the client of a kept answer did not read it in time and is cut off")
+            if self._transport is not None:
+                self._transport.abort()
 
 
-async def _unpacked(packed: bytes) -> AsyncIterator[bytes]:
+def _unpacked(packed: bytes) -> Iterator[bytes]:
     unpacker = zlib.decompressobj()
     while packed and (piece := unpacker.decompress(packed, _PIECE_BYTES)):
         packed = unpacker.unconsumed_tail

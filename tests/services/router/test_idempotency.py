@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import socket
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -208,6 +211,33 @@ def test_a_long_stream_is_replayed_piece_by_piece(tmp_path: Path) -> None:
             assert len(first.content) > 3 * 64 * 1024 and again.content == first.content and _num_run(system) == 1
 
     asyncio.run(scenario())
+
+
+def test_a_client_that_does_not_read_its_replay_is_cut_off_at_its_deadline(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            first = await _ask(system, stream=True, max_tokens=1500)
+            body = json.dumps(CHAT | {"stream": True, "max_tokens": 1500}, separators=(",", ":"), ensure_ascii=False).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\nx-request-timeout: 0.5\r\n"
+            with socket.socket() as lazy:
+                lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                lazy.connect(("127.0.0.1", system.gateway.config.gateway.port))
+                lazy.sendall(f"{head}idempotency-key: {KEY['idempotency-key']}\r\n\r\n".encode() + body)
+                await asyncio.sleep(1.0)
+                lazy.settimeout(5.0)
+                told = await asyncio.to_thread(_all_of, lazy)
+            assert b"idempotent-replayed: true" in told and len(told) < len(first.content) and not told.endswith(b"0\r\n\r\n")
+            assert _num_run(system) == 1
+
+    asyncio.run(scenario())
+
+
+def _all_of(connection: socket.socket) -> bytes:
+    parts = []
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
 
 
 def test_without_redis_a_keyed_request_is_refused_and_others_go_on(tmp_path: Path) -> None:
