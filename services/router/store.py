@@ -37,6 +37,8 @@ _OPERATION_TIMEOUT_S: Final = 1.0
 _MAX_CONNECTIONS: Final = 8
 _KEYS_A_SCRIPT: Final = 256  # a script holds Redis up while it runs
 
+# KEYS presence; ARGV its value. Deletes what is still our own: a gateway may have been started anew under its name.
+_LEAVE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 # KEYS answer; ARGV fingerprint, owner, lease in ms. Claims what nobody has; its owner may ask twice (a reply can get lost).
 _CLAIM: Final = """
 local found = redis.call('HMGET', KEYS[1], 'fingerprint', 'owner', 'answer')
@@ -102,10 +104,11 @@ log = logging.getLogger(__name__)
 
 
 class RouterPresence:
-    """Owns a connection to Redis and the task that renews the key; stop() ends both and deletes the key."""
+    """Owns a connection to Redis and the task that renews the key; stop() ends both and deletes the key, if it is still its own."""
 
     def __init__(self, section: RedisSection, replica_id: str, boot_id: str, address: str) -> None:
         self.key = f"{PREFIX}{replica_id}"
+        self.boot_id = boot_id
         self._value = msgspec.json.encode({"boot_id": boot_id, "address": address, "started_at": int(time.time())})
         self._lease_s = section.lease_s
         self._client = redis.asyncio.Redis.from_url(
@@ -120,7 +123,7 @@ class RouterPresence:
         if self._task is not None:
             await end_tasks([self._task])
         with contextlib.suppress(RedisError, OSError):  # it expires by itself
-            await self._client.delete(self.key)
+            await cast(Awaitable[object], self._client.eval(_LEAVE, 1, self.key, self._value))
         await self._client.aclose()
 
     async def _renew(self) -> None:

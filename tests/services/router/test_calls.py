@@ -20,9 +20,10 @@ Ask = Callable[[StubSystem], Awaitable[object]]
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
 
 
-def _asks(status: int, **fields: object) -> Ask:
+def _asks(status: int, key: str = "", **fields: object) -> Ask:
     async def ask(system: StubSystem) -> None:
-        answer = await system.client.post("/v1/chat/completions", json=CHAT | fields)
+        headers = {"idempotency-key": key} if key else {}
+        answer = await system.client.post("/v1/chat/completions", json=CHAT | fields, headers=headers)
         assert answer.status_code == status, answer.text
 
     return ask
@@ -69,6 +70,9 @@ def _alive() -> Counter[str]:
         pytest.param(Script(decode_faults=deque([("hold", 3)])), _leaves(stream=True), id="left_in_the_middle"),
         pytest.param(Script(decode_faults=deque([("hold", 3)])), _leaves(), id="left_whole"),
         pytest.param(Script(), _asks(400, max_tokens=1_000_000), id="refused"),
+        pytest.param(Script(), _asks(200, key="k"), id="kept_whole"),
+        pytest.param(Script(), _asks(200, key="k", stream=True), id="kept_stream"),
+        pytest.param(Script(prefill_faults=deque(["fail_for_good"])), _asks(500, key="k", stream=True), id="kept_failure"),
     ],
 )
 def test_a_call_that_is_over_leaves_nothing_to_the_cycle_collector(tmp_path: Path, script: Script, ask: Ask) -> None:

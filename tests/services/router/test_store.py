@@ -12,7 +12,7 @@ import redis
 from duomo.config import RedisSection
 from duomo.errors import CapacityError
 from services.kv_transfer.embedded_redis import EmbeddedRedis
-from services.router.store import AnswerStore, ClaimName, StoredAnswer
+from services.router.store import AnswerStore, ClaimName, RouterPresence, StoredAnswer
 
 
 @pytest.fixture
@@ -141,6 +141,22 @@ def test_answers_that_ran_out_count_no_more(server: EmbeddedRedis) -> None:
         assert client.pttl("{duomo}:idempotency:sizes") > 50_000  # not cut by a gateway that keeps answers for less long
         await store.close()
         await longer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_gateway_that_leaves_takes_its_own_presence_and_not_its_successors(server: EmbeddedRedis) -> None:
+    async def scenario() -> None:
+        section, client = RedisSection(url=server.url, lease_s=30.0), redis.Redis.from_url(server.url)
+        old, new = (RouterPresence(section, "router-0", boot_id, "http://x") for boot_id in ("old", "new"))
+        for presence in (old, new):
+            await presence.start()
+            while f'"{presence.boot_id}"'.encode() not in (client.get(presence.key) or b""):
+                await asyncio.sleep(0.01)
+        await old.stop()
+        assert b'"new"' in client.get(new.key)
+        await new.stop()
+        assert client.get(new.key) is None
 
     asyncio.run(scenario())
 
