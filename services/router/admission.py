@@ -25,6 +25,8 @@ from services.router.policy import (
 
 RefusalCode = Literal["no_prefill_replica", "no_decode_replica", "queue_full", "never_fits", "too_late", "queue_timeout"]
 
+# Other gateways admit too until the next report. A queue that is shorter by as much is still one: what it serves is the same.
+CAUTION: Final = 1.15
 MIN_RETRY_S: Final = 1.0
 MAX_RETRY_S: Final = 60.0
 # Restarting a replica takes a few seconds (facts.md: a killed one is replaced in 2.4 to 4.3 s).
@@ -97,7 +99,7 @@ def decide(need: Need, pools: PoolsView, line: LineView, terms: Terms, draw: int
         return Refuse(400, "never_fits", limit)
     route = pick_route(pools.prefills, pools.decodes, need, barred=pools.barred, draw=draw) if not line.num_waiting else None
     wait_s = first_token_s(need, pools, line)
-    if wait_s > terms.left_s:
+    if wait_s * CAUTION > terms.left_s:
         return _too_late(wait_s, terms)
     if route is not None:
         return Admit(route)
@@ -116,22 +118,31 @@ def place(need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | No
         return Refuse(503, "never_fits", limit)
     if terms is not None:
         wait_s = first_token_s(need, pools, LineView())
-        if wait_s > terms.left_s:
+        if wait_s * CAUTION > terms.left_s:
             return _too_late(wait_s, terms)
     return pick_route(pools.prefills, pools.decodes, need, avoid, pools.barred, draw)
 
 
 def first_token_s(need: Need, pools: PoolsView, line: LineView) -> float:
-    """Predicted seconds until the first token of a request behind all that wait. What is not known counts as nothing."""
+    """Predicted seconds until the first token of a request behind all that wait. What is not known counts as nothing.
+
+    Where others wait, as many come behind it into its wave: its first token is there when the wave's are.
+    """
     prefills = [view for view in pools.prefills if view.is_open and view.tokens_per_s > 0]
     alone_s, queue_s = 0.0, 0.0
     if prefills:
-        pairs = [(view, max((need.num_tokens - known_tokens(view, need)) / view.tokens_per_s, view.wave_s)) for view in prefills]
-        queue_s, alone_s = min(((view.queued_tokens / view.tokens_per_s, own_s) for view, own_s in pairs), key=sum)
+        queue_s, alone_s = min((_prefill_s(view, need, line) for view in prefills), key=sum)
         if line.work_tokens:
             total = sum(view.queued_tokens for view in prefills) + line.work_tokens
             queue_s = max(queue_s, total / sum(view.tokens_per_s for view in prefills))
     return max(queue_s, _decode_room_s(need, pools, line)) + alone_s
+
+
+def _prefill_s(view: PrefillView, need: Need, line: LineView) -> tuple[float, float]:
+    """Until the prompt's wave begins there, and from then until it ends."""
+    own = need.num_tokens - known_tokens(view, need)
+    company = min(view.queued_tokens + line.work_tokens, max(view.wave_tokens - own, 0))
+    return view.queued_tokens / view.tokens_per_s, max((own + company) / view.tokens_per_s, view.wave_s)
 
 
 def _decode_room_s(need: Need, pools: PoolsView, line: LineView) -> float:
@@ -162,8 +173,9 @@ def told_full(num_waiting: int, max_waiting: int) -> str:
 
 
 def _too_late(wait_s: float, terms: Terms) -> Refuse:
-    left = f"{max(terms.left_s, 0.0):.1f} s are left until {terms.limit}"
-    return Refuse(429, "too_late", f"The first token would come in about {wait_s:.1f} s, and {left}.", retry_s(wait_s - terms.left_s))
+    left_s = max(terms.left_s, 0.0)
+    detail = f"The first token would come in about {wait_s:.1f} s, and {left_s:.1f} s are left until {terms.limit}."
+    return Refuse(429, "too_late", detail, retry_s(wait_s * CAUTION - terms.left_s))
 
 
 def never_fits(need: Need, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView]) -> str | None:

@@ -1,7 +1,8 @@
 """Picks the pair (P, D) of one leg, with the reasons. Pure: views in, a route out; knows no socket, clock or request state.
 
-P: where the first token comes first: what waits there to be computed, and of this prompt what is not known there (Dynamo's and llm-d's
-rule: a known prefix is worth the work it saves, so that a queue elsewhere is left for it and no hot prefix ties everybody to one replica).
+P: where the least is to be done: what waits there to be computed, and of this prompt what is not known there. A known prefix counts more
+than the work it saves this prompt: computed elsewhere it takes time from others there, and the place of what they know. But no prefix ties
+everybody to one replica: a queue that is longer than it is worth is left for another, which then knows it too.
 D: the emptier by the fuller of its memory and its batch, what it knows of the prompt counting in its favour: that is not sent again.
 Who of several about as good: preference.py.
 """
@@ -18,6 +19,7 @@ from services.router.prefix_index import PrefixIndex
 
 Barred = frozenset[tuple[str, ...]]
 
+PREFIX_WORTH: Final = 3  # times the tokens that are known: bench/results/routing_sim.json has it beside 1 and others
 NEAR_SHARE: Final = 0.1  # prefill replicas within a tenth, and two blocks, of the least work are about as good: reports are no better
 SESSION_SHARE: Final = 0.25  # of a wave: so much more work a session's own place may have
 NEAR_FILL: Final = 0.05  # of a decode replica
@@ -193,8 +195,9 @@ def _pick_prefill(views: Sequence[PrefillView], need: Need, draw: int) -> tuple[
     for view in views:
         known = known_tokens(view, need)
         slowness = fastest / view.tokens_per_s if view.tokens_per_s else 1.0
-        offers[view.key] = Offer(key=view.key, cost=(view.queued_tokens + need.num_tokens - known) * slowness, worth=known)
-    least = min(offer.cost for offer in offers.values())
+        saved = known + min((PREFIX_WORTH - 1) * known, view.wave_tokens)
+        offers[view.key] = Offer(key=view.key, cost=(view.queued_tokens + need.num_tokens - saved) * slowness, worth=known)
+    least = max(min(offer.cost for offer in offers.values()), 0.0)
     any_view = views[0]
     slack = Slack(draw=NEAR_SHARE * least + 2 * any_view.block_tokens, session=NEAR_SHARE * least + SESSION_SHARE * any_view.wave_tokens)
     chosen, why = choose(list(offers.values()), slack, need.session, draw)

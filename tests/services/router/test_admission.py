@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.router.admission import (
+    CAUTION,
     MAX_RETRY_S,
     MIN_RETRY_S,
     Admit,
@@ -82,16 +83,18 @@ def test_a_prompt_beyond_the_prefill_pool_never_fits() -> None:
 
 
 def test_the_first_token_is_predicted_from_what_prefill_has_to_do() -> None:
-    fast, slow = replace(P, tokens_per_s=1000.0, queued_tokens=500), replace(P, key="q", tokens_per_s=100.0, queued_tokens=20)
-    assert first_token_s(NEED, _pools(prefills=(fast,)), LINE) == pytest.approx(0.56)
-    assert first_token_s(NEED, _pools(prefills=(fast, slow)), LINE) == pytest.approx(0.56), "80 tokens at 100 a second are longer"
-    assert first_token_s(NEED, _pools(prefills=(replace(fast, wave_s=0.2),)), LINE) == pytest.approx(0.7), "no wave is quicker"
+    idle = replace(P, tokens_per_s=1000.0)
+    assert first_token_s(NEED, _pools(prefills=(idle,)), LINE) == pytest.approx(0.06)
+    assert first_token_s(NEED, _pools(prefills=(replace(idle, wave_s=0.2),)), LINE) == pytest.approx(0.2), "no wave is quicker"
     index = PrefixIndex(64)
     index.told((2,))
     known = replace(NEED, digests=(1, 2, 3))
-    assert first_token_s(known, _pools(prefills=(replace(fast, prefixes=index),)), LINE) == pytest.approx(0.528), "32 tokens are known"
+    assert first_token_s(known, _pools(prefills=(replace(idle, prefixes=index),)), LINE) == pytest.approx(0.028), "32 tokens are known"
+    fast, slow = replace(idle, queued_tokens=500), replace(P, key="q", tokens_per_s=100.0, queued_tokens=20)
+    assert first_token_s(NEED, _pools(prefills=(fast,)), LINE) == pytest.approx(0.5 + 0.512), "others come into its wave"
+    assert first_token_s(NEED, _pools(prefills=(fast, slow)), LINE) == pytest.approx(0.2 + 0.8)
     line = replace(LINE, num_waiting=2, work_tokens=1680)
-    assert first_token_s(NEED, _pools(prefills=(fast, slow)), line) == pytest.approx(2200 / 1100 + 0.06), "all of it, by all of them"
+    assert first_token_s(NEED, _pools(prefills=(fast, slow)), line) == pytest.approx(2200 / 1100 + 0.512), "all of it, by all of them"
     assert first_token_s(NEED, _pools(), line) == 0.0, "nothing was measured: nothing is said"
 
 
@@ -111,8 +114,8 @@ def test_what_would_come_too_late_is_refused_at_once_and_told_when_to_come_back(
     busy = replace(P, tokens_per_s=100.0, queued_tokens=1000)
     decision = decide(NEED, _pools(prefills=(busy,)), LINE, Terms(left_s=4.0, limit="the limit"))
     assert isinstance(decision, Refuse) and (decision.status, decision.code) == (429, "too_late")
-    assert decision.retry_after_s == pytest.approx(6.6) and "10.6 s" in decision.detail and "the limit" in decision.detail
-    assert isinstance(decide(NEED, _pools(prefills=(busy,)), LINE, Terms(left_s=11.0)), Admit)
+    assert decision.retry_after_s == pytest.approx(15.12 * CAUTION - 4.0) and "15.1 s" in decision.detail and "the limit" in decision.detail
+    assert isinstance(decide(NEED, _pools(prefills=(busy,)), LINE, Terms(left_s=18.0)), Admit)
     late = place(NEED, _pools(prefills=(busy,)), frozenset(), Terms(left_s=4.0))
     assert isinstance(late, Refuse) and late.status == 429
     assert isinstance(place(NEED, _pools(prefills=(busy,)), frozenset(), None), Route), "what was running goes on, late or not"
@@ -138,9 +141,9 @@ def test_every_refusal_says_when_and_nothing_else_is_kept_waiting_past_its_time(
     decision = decide(NEED, pools, line, Terms(left_s=left_s))
     if isinstance(decision, Refuse):
         assert decision.status == 429 and MIN_RETRY_S <= decision.retry_after_s <= MAX_RETRY_S
-        assert decision.code == ("too_late" if first_token_s(NEED, pools, line) > left_s else "queue_full")
+        assert decision.code == ("too_late" if CAUTION * first_token_s(NEED, pools, line) > left_s else "queue_full")
     else:
-        assert first_token_s(NEED, pools, line) <= left_s
+        assert CAUTION * first_token_s(NEED, pools, line) <= left_s
         assert isinstance(decision, Queue) or waiting == 0
 
 
