@@ -25,6 +25,8 @@ from services.router.text import THREAD_CHARS, ModelText
 
 # OpenAI's default length of a text completion that names none.
 _COMPLETION_DEFAULT_TOKENS = 16
+# Log-probabilities of prompts in one answer, each of some 65 bytes: every choice repeats its prompt's, and that may be more than memory.
+_MOST_SCORES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class PromptMaker:
             if number:
                 made = replace(made, request_id=f"{made.request_id}.{number}", first_choice=number * made.num_choices)
             requests.append(made)
+        _refuse_too_many(sum(made.scored.num_entries for made in requests if made.scored is not None) * request.num_shown)
         return requests
 
     def echoes(self, request: CompletionRequest) -> tuple[str, ...]:
@@ -139,4 +142,13 @@ class PromptMaker:
             f"'{name}' has {num_tokens} tokens, but this model's context holds at most {limit} tokens, prompt and completion together.",
             param=name,
             code="context_length_exceeded",
+        )
+
+
+def _refuse_too_many(num_scores: int) -> None:
+    if num_scores > _MOST_SCORES:
+        raise RequestError(
+            f"The answer would show {num_scores} log-probabilities of prompt tokens, at most {_MOST_SCORES} fit one: ask for fewer "
+            "choices, prompts or likeliest tokens.",
+            param="prompt_logprobs",
         )

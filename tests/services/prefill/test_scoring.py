@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,36 @@ def test_of_one_token_nothing_is_scored_and_of_a_resume_the_prompt_alone(tmp_pat
             await parts.gateway.finished("resume")
             assert not scores_of(parts, "one") and parts.gateway.tokens("one")[0].token_id == first_token(ids(1))
             assert list(told(scores_of(parts, "resume"))) == list(range(1, 20))
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
+@dataclass
+class LateScores:
+    """A device's: there when somebody has waited for them, in another thread than the step's."""
+
+    scores: PromptScores
+    waited_in: list[str]
+
+    def wait(self) -> PromptScores:
+        self.waited_in.append(threading.current_thread().name)
+        return self.scores
+
+
+def test_a_devices_scores_are_waited_for_aside(tmp_path: Path) -> None:
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir) as parts:
+            score, waited_in = parts.worker.score, list[str]()
+
+            def launched(computation: Computation, asked: RowsToScore) -> LateScores:
+                return LateScores(score(computation, asked).result, waited_in)
+
+            parts.worker.score = launched  # type: ignore[method-assign,assignment]  # as a GPU's worker answers
+            parts.gateway.start("scored", ids(100), parts.decode.address, sampling=SCORED)
+            await parts.gateway.finished("scored")
+            assert list(told(scores_of(parts, "scored"))) == list(range(1, 100)) and waited_in == ["prefill-waits"] * 2
+            assert parts.gateway.tokens("scored")[0].token_id == first_token(ids(100))
             await parts.is_clean()
 
     run(scenario, tmp_path)

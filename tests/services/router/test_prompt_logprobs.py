@@ -90,7 +90,7 @@ def test_echo_with_logprobs_has_the_prompts_whole_and_streamed(tmp_path: Path) -
                 streamed: dict[int, dict[str, Any]] = {}
                 async for chunk in await client.completions.create(**asked, stream=True):  # type: ignore[call-overload]  # a dict's values have no types
                     for part in chunk.choices:
-                        lists = {field: [] for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+                        lists: dict[str, list[Any]] = {field: [] for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
                         choice = streamed.setdefault(part.index, {"text": "", "logprobs": lists})
                         choice["text"] += part.text
                         for field, values in choice["logprobs"].items():
@@ -132,6 +132,24 @@ def test_nothing_and_null_ask_for_nothing_and_a_stream_may_name_none_of_them() -
     assert lower.chat(json.dumps(CHAT | {"prompt_logprobs": 3}).encode()).common.sampling.prompt_logprobs == 3
     with pytest.raises(RequestError, match="between 0 and 3"):
         lower.chat(json.dumps(CHAT | {"prompt_logprobs": 4}).encode())
+
+
+def test_an_answer_that_no_memory_holds_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    """Every choice of a completion repeats its prompt's; a chat shows them once."""
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            prompt = [10 + at % 500 for at in range(1900)]
+            asked = {"model": "tiny-moe", "prompt": prompt, "max_tokens": 1, "n": 128}
+            for body in ({"prompt_logprobs": 20}, {"echo": True, "logprobs": 20}):
+                answer = await system.client.post("/v1/completions", json=asked | body)
+                told = answer.json()["error"]
+                assert (answer.status_code, told["param"]) == (400, "prompt_logprobs") and "at most 4194304" in told["message"]
+            assert not starts(system)
+            shown = await system.client.post("/v1/completions", json=asked | {"prompt_logprobs": 0, "n": 2})
+            assert shown.status_code == 200
+
+    asyncio.run(scenario())
 
 
 def test_the_other_endpoints_know_no_such_field(tmp_path: Path) -> None:
