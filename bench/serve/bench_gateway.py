@@ -37,6 +37,7 @@ from bench.serve.gateway_figures import (
     delays_s,
     quantiles_ms,
     tokens_between,
+    without_silent,
 )
 from bench.serve.gateway_sides import MODEL, Side, bare_side, duomo_side, free_port, litellm_side
 from bench.serve.host_facts import commit, cpu_name
@@ -94,7 +95,7 @@ class Bench:
         self._prompt = self._story.prompt(PROMPT_TOKENS)
         self._next_seed = 1
 
-    def repeat(self, side: Side, *, counts_prompt: bool) -> Repeat:
+    def repeat(self, side: Side, *, is_ours: bool) -> Repeat:
         asked = self._asked
         with self._client(side, new_tokens=(TTFT_TOKENS,), num_streams=1, num_requests=asked.ttft_requests, pause_s=TTFT_PAUSE_S) as light:
             one_by_one = light()
@@ -106,9 +107,12 @@ class Bench:
             rss_bytes = side.rss_bytes()
             together = heavy()
         records = side.stub.take_records()
-        for streams in (one_by_one, together):
-            check_streams(streams, self._story, PROMPT_TOKENS if counts_prompt else None)
-            check_counts(streams, records)
+        check_streams([*one_by_one, *together], self._story, PROMPT_TOKENS if is_ours else None)
+        if not is_ours:
+            records_of = [without_silent(streams, records, self._story) for streams in (one_by_one, together)]
+            one_by_one, together = records_of[0][0], records_of[1][0]
+            records = records_of[0][1] | records_of[1][1]
+        check_counts([*one_by_one, *together], records)
         cost = Cost(window_s=end_s - start_s, cpu_s=end_cpu_s - start_cpu_s, num_tokens=tokens_between(together, start_s, end_s))
         return Repeat(
             added_ttft_ms=quantiles_ms(added_ttft_s(one_by_one, records)),
@@ -201,7 +205,7 @@ def run(asked: Asked) -> dict[str, Any]:
     for number in range(asked.repeats):
         for name, start in sides(asked).items():
             with start() as side:
-                repeats[name].append(bench.repeat(side, counts_prompt=name == "duomo"))
+                repeats[name].append(bench.repeat(side, is_ours=name == "duomo"))
             print(line_of_repeat(name, number, repeats[name][-1]), flush=True)
     if asked.memory_minutes:
         with duomo_side(asked.step_s, free_port()) as side:

@@ -6,8 +6,9 @@ after its read: the two processes' own waking is in the figures (the bare side s
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,22 @@ def check_counts(streams: Iterable[SeenStream], records: Mapping[int, StubRecord
         if not len(stream.times_s) == sent == stream.num_completion_tokens:
             told = f"{len(stream.times_s)} events and {stream.num_completion_tokens} tokens"
             raise WrongBytes(f"seed {stream.seed}: {told} of the {sent} that the stub sent")
+
+
+def without_silent(
+    streams: Iterable[SeenStream], records: Mapping[int, StubRecord], story: StubStory
+) -> tuple[list[SeenStream], dict[int, StubRecord]]:
+    """Both without the tokens and events that show no text: a peer may send more or fewer of these than came to it."""
+    heard, shown = [], {}
+    for stream in streams:
+        pieces = story.pieces(stream.seed, stream.num_completion_tokens)
+        told = [(text, time_s) for text, time_s in zip(stream.texts, stream.times_s, strict=True) if text]
+        record = records[stream.seed]
+        sent_s = [sent_s for piece, sent_s in zip(pieces, record.sent_s, strict=True) if piece]
+        shown[stream.seed] = StubRecord(record.received_s, record.num_prompt_tokens, array("d", sent_s))
+        times_s = array("d", [time_s for _, time_s in told])
+        heard.append(replace(stream, texts=[text for text, _ in told], num_completion_tokens=len(sent_s), times_s=times_s))
+    return heard, shown
 
 
 def added_ttft_s(streams: Sequence[SeenStream], records: Mapping[int, StubRecord]) -> Floats:

@@ -71,14 +71,18 @@ class RawStream:
 
 @dataclass(frozen=True)
 class SeenStream:
-    """One answer as it reads. times_s: when each event that brings text or nothing new (a token's) was complete."""
+    """One answer as it reads. texts: of each event but the opening and the usage; times_s: when its last byte came."""
 
     seed: int
     asked_s: float
-    text: str
+    texts: list[str]
     num_prompt_tokens: int
     num_completion_tokens: int
     times_s: array[float]
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
 
 class BadAnswer(ValueError):
@@ -192,7 +196,7 @@ def read_stream(stream: RawStream, *, keeps_times: bool = True) -> SeenStream:
     return SeenStream(
         seed=stream.seed,
         asked_s=stream.asked_s,
-        text="".join(texts),
+        texts=texts if keeps_times else ["".join(texts)],
         num_prompt_tokens=usage.get("prompt_tokens", 0),
         num_completion_tokens=usage.get("completion_tokens", 0),
         times_s=token_times_s if keeps_times else array("d"),

@@ -21,6 +21,8 @@ from bench.serve.stub_story import StubStory
 
 _HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
+_NO_MODELS: Final = b'{"object": "list", "data":[]}'
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenAIStubOptions:
@@ -107,6 +109,11 @@ class _Connection(asyncio.Protocol):
         self._came += data
         head, blank, body = self._came.partition(b"\r\n\r\n")
         if not blank:
+            return
+        if head.startswith(b"GET "):  # a peer that looks for its models
+            assert self.transport is not None
+            self._came = body
+            self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 29\r\n\r\n" + _NO_MODELS)
             return
         lengths = [line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
         assert lengths, f"a request without Content-Length: {head!r}"

@@ -21,6 +21,7 @@ from bench.serve.gateway_figures import (
     check_streams,
     delays_s,
     tokens_between,
+    without_silent,
 )
 from bench.serve.host_facts import ROOT
 from bench.serve.sse_load import BadAnswer, RawStream, SeenStream, read_stream
@@ -35,7 +36,7 @@ def _seen(seed: int, num_tokens: int, times_s: list[float]) -> SeenStream:
     return SeenStream(
         seed=seed,
         asked_s=10.0,
-        text=STORY.text(seed, num_tokens),
+        texts=STORY.pieces(seed, num_tokens),
         num_prompt_tokens=128,
         num_completion_tokens=num_tokens,
         times_s=array("d", times_s),
@@ -57,9 +58,9 @@ def test_wrong_bytes_a_wrong_prompt_and_a_wrong_number_of_events_are_found_out()
     check_streams([right], STORY, 128)
     check_counts([right], records)
     for wrong in (
-        replace(right, text=STORY.text(4, 3)),
+        replace(right, texts=STORY.pieces(4, 3)),
         replace(right, num_completion_tokens=2),
-        replace(right, text="", num_completion_tokens=0),
+        replace(right, texts=[], num_completion_tokens=0),
     ):
         with pytest.raises(WrongBytes, match="seed 3"):
             check_streams([wrong], STORY, 128)
@@ -68,6 +69,21 @@ def test_wrong_bytes_a_wrong_prompt_and_a_wrong_number_of_events_are_found_out()
     for wrong in (replace(right, times_s=right.times_s[:2]), replace(right, seed=4)):
         with pytest.raises(WrongBytes, match="seed"):
             check_counts([wrong], records)
+
+
+def test_events_without_text_are_left_out_of_a_peers_on_both_sides() -> None:
+    seed = next(seed for seed in range(50) if "" in STORY.pieces(seed, 9)[1:-1])  # a character of several tokens
+    pieces = STORY.pieces(seed, 9)
+    sent_s = [10.0 + 0.02 * index for index in range(9)]
+    records = {seed: StubRecord(9.99, 128, array("d", sent_s))}
+    told = [(piece, sent + 0.001) for piece, sent in zip(pieces, sent_s, strict=True) if piece]
+    peers = replace(_seen(seed, 9, []), texts=[text for text, _ in told] + [""], times_s=array("d", [at for _, at in told] + [99.0]))
+    heard, shown = without_silent([peers], records, STORY)
+    check_counts(heard, shown)
+    assert delays_s(heard, shown) == pytest.approx([0.001] * len(told)) and len(told) < 9
+    merged = replace(peers, texts=["".join(peers.texts)], times_s=array("d", [11.0]))
+    with pytest.raises(WrongBytes):
+        check_counts(*without_silent([merged], records, STORY))
 
 
 def test_a_stream_is_read_from_its_pieces_however_they_were_cut() -> None:
