@@ -135,13 +135,14 @@ def chat(
     message: Annotated[str | None, typer.Argument(help="one question; without it, a conversation")] = None,
     url: Url = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="default: the first that the gateway offers")] = "",
+    key: Annotated[str, typer.Option("--api-key", envvar="DUOMO_API_KEY", help="where the gateway asks for keys")] = "",
     max_tokens: Annotated[int, typer.Option()] = 256,
     temperature: Annotated[float, typer.Option()] = 0.7,
 ) -> None:
     """Talk to a running system; the answer streams."""
-    from services.cli_chat import converse
+    from services.cli_chat import Gateway, converse
 
-    raise typer.Exit(converse(url, model, message, {"max_tokens": max_tokens, "temperature": temperature}))
+    raise typer.Exit(converse(Gateway(url, key), model, message, {"max_tokens": max_tokens, "temperature": temperature}))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

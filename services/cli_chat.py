@@ -7,6 +7,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from duomo.errors import ConfigError, PeerError
 
@@ -14,19 +15,35 @@ TIMEOUT_S = 300.0
 Chat = list[dict[str, str]]
 
 
-def converse(url: str, model: str, message: str | None, sampling: dict[str, float]) -> int:
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """Where it answers, and the key that it asks for ("": none)."""
+
+    url: str
+    key: str = ""
+
+    def request(self, path: str, body: dict[str, object] | None = None) -> urllib.request.Request:
+        """Raises ConfigError for what is no URL."""
+        url = self.url.rstrip("/").removesuffix("/v1") + path
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        try:
+            return urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+        except ValueError as error:
+            raise ConfigError(f"--url {url}: {error}") from error
+
+
+def converse(gateway: Gateway, model: str, message: str | None, sampling: dict[str, float]) -> int:
     """One question, or questions from stdin until it ends; answers on stdout, reasoning on stderr and not said again.
 
     Raises ConfigError (--url) and PeerError (a refusal).
     """
-    url = url.rstrip("/").removesuffix("/v1")
-    name = model or _first_model(url)
+    name = model or _first_model(gateway)
     chat: Chat = []
     for question in [message] if message is not None else _questions(name):
         chat.append({"role": "user", "content": question})
         answer = ""
         is_thinking = False
-        for thought, piece in _stream(url, {"model": name, "messages": chat, "stream": True} | sampling):
+        for thought, piece in _stream(gateway, {"model": name, "messages": chat, "stream": True} | sampling):
             if thought:
                 print(thought, end="", file=sys.stderr, flush=True)
             elif piece and is_thinking:
@@ -64,19 +81,14 @@ def _open(request: urllib.request.Request) -> Iterator[bytes]:
         raise ConfigError(f"--url {request.full_url}: {error}") from error
 
 
-def _first_model(url: str) -> str:
-    try:
-        request = urllib.request.Request(url + "/v1/models")
-    except ValueError as error:
-        raise ConfigError(f"--url {url}: {error}") from error
-    models = json.loads(b"".join(_open(request)))["data"]
+def _first_model(gateway: Gateway) -> str:
+    models = json.loads(b"".join(_open(gateway.request("/v1/models"))))["data"]
     return str(models[0]["id"])
 
 
-def _stream(url: str, body: dict[str, object]) -> Iterator[tuple[str, str]]:
+def _stream(gateway: Gateway, body: dict[str, object]) -> Iterator[tuple[str, str]]:
     """(reasoning, answer) of each chunk."""
-    request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    for line in _open(request):
+    for line in _open(gateway.request("/v1/chat/completions", body)):
         data = line.decode().strip()
         if not data.startswith("data:") or data == "data: [DONE]":
             continue

@@ -222,7 +222,7 @@ def check_model(config: DuomoConfig) -> str:
 def wait_until_ready(config: DuomoConfig, timeout_s: float, check: Callable[[], None]) -> None:
     """Wait for 200 on /health/ready: prefill and decode registered, connected and warm. `check` raises to end the wait.
 
-    Where the gateway asks for a client's certificate, and so refuses us, its replicas are all registered by now; that it asks is enough.
+    Where the gateway asks for a client's certificate it hangs up on us, who bring none: that, once all replicas are registered, is enough.
     """
     url = base_url(config) + "/health/ready"
     trusting = urllib.request.HTTPSHandler(context=ssl._create_unverified_context())  # it is ourselves, and is told no secret
@@ -238,7 +238,8 @@ def wait_until_ready(config: DuomoConfig, timeout_s: float, check: Callable[[], 
             answer = f"{error.code} {error.read(500).decode(errors='replace')}"
         except OSError as error:
             answer = str(error)
-            if config.gateway.ssl_ca_certs is not None and "CERTIFICATE_REQUIRED" in answer.upper():
+            reason = getattr(error, "reason", error)
+            if config.gateway.ssl_ca_certs is not None and isinstance(reason, ConnectionResetError | ssl.SSLError):
                 return
         time.sleep(0.05)
     raise EngineError(f"{url} was not ready within ray.start_timeout_s ({timeout_s:.0f} s): {answer}", code="start_timeout", phase="start")
