@@ -4,6 +4,7 @@
 #   make test         the short lane: a quarter of an hour on 2 cores (TESTS=tests/wire narrows it)
 #   make test-slow    the rest that needs no GPU
 #   make check        format, lint, types, contracts, house
+#   make audit        whether what is installed fits together and has known vulnerabilities (ARGS=--strict: fail where nobody could say)
 #   make test-py312   the torch-free tests on Python 3.12, in .venv312
 #   make clean        remove what make made, environments included
 #
@@ -35,7 +36,7 @@ CHECKED := duomo services kernels/duomo_kernels bench tests/house
 TORCH_FREE_TESTS = $(wildcard tests/wire tests/grammar tests/telemetry tests/house tests/test_config.py tests/test_errors.py tests/services/router \
 	tests/services/*/test_policy.py tests/services/kv_transfer/test_layout.py tests/services/kv_transfer/test_lifetime.py)
 
-.PHONY: serve test test-slow check test-py312 print-python312 venv clean
+.PHONY: serve test test-slow check audit test-py312 print-python312 venv clean
 
 serve: $(SERVE_STAMP)
 	@exec $(BIN)/duomo serve $(MODEL) $(ARGS)
@@ -58,6 +59,9 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy $(wildcard $(CHECKED))
 	PYTHONPATH=.:kernels $(BIN)/lint-imports
 	$(BIN)/python -m pytest tests/house
+
+audit: $(DEV_STAMP)
+	$(BIN)/python .ci/audit $(ARGS)
 
 test-py312: $(PY312_STAMP)
 	.venv312/bin/python -m pytest -m "not slow and not gpu" $(TORCH_FREE_TESTS)

@@ -21,7 +21,7 @@ DISTRIBUTIONS = {
     "click": "typer",
     "pydantic_core": "pydantic",
 }
-TARGETS = ("serve", "test", "test-slow", "check", "test-py312", "clean")
+TARGETS = ("serve", "test", "test-slow", "check", "audit", "test-py312", "clean")
 
 
 def test_the_gateway_installs_no_torch() -> None:
@@ -62,7 +62,7 @@ def test_ci_runs_the_checks_and_the_short_lane() -> None:
     assert script.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=10)
     lines = {line.split(" <")[0].strip() for line in script.read_text().splitlines()}
-    assert {"set -euo pipefail", "make check", "make test"} <= lines
+    assert {"set -euo pipefail", "make check", "make audit", "make test"} <= lines
 
 
 def test_pre_commit_fetches_nothing() -> None:
