@@ -12,7 +12,7 @@ import pytest
 from openai.types.chat import ChatCompletionChunk
 
 from duomo.wire.messages import StartPrefill
-from services.cli_chat import converse
+from services.cli_chat import Gateway, converse
 from tests.services.router.stub_system import StubSystem, stub_system
 
 TEMPLATE = Path(__file__).parents[3] / "deploy" / "chat_templates" / "chatml_tools.jinja"
@@ -149,7 +149,7 @@ def test_a_result_goes_back_to_the_model(tmp_path: Path) -> None:
 def test_duomo_chat_shows_reasoning_apart_from_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, overrides=OPTIONS, told="<think>\nA greeting.\n</think>\n\nHello.") as system:
-            await asyncio.to_thread(converse, system.base_url, "", "hi", {})
+            await asyncio.to_thread(converse, Gateway(system.base_url), "", "hi", {})
 
     asyncio.run(scenario())
     shown = capsys.readouterr()
