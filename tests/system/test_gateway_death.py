@@ -155,11 +155,12 @@ async def _once_free(system: Any, key: dict[str, str]) -> StreamResult:
 @pytest.mark.slow
 def test_a_gateway_that_stands_still_is_found_by_its_silence_and_serves_again(replica_system: Any) -> None:
     """Its sockets are open, and nobody reads them: heartbeats end them on both pools."""
-    system = replica_system(num_prefill=1, num_decode=1, **SLOW, **{"wire.silence_timeout_s": 2.0, "wire.heartbeat_s": 0.5})
+    settings = {"delays.decode_step_s": 0.04, "wire.silence_timeout_s": 2.0, "wire.heartbeat_s": 0.5}
+    system = replica_system(num_prefill=1, num_decode=1, **settings)
     second = SecondGateway(system)
 
     async def run() -> list[StreamResult]:
-        requests = [_ask(system, row, 150) for row in range(NUM_STREAMS)]
+        requests = [_ask(system, row, 100) for row in range(NUM_STREAMS)]
         await _until(lambda: _mid_decode(second, 0))
         system.kill("router-0", signal.SIGSTOP)
         took_s = await _until(lambda: not second.disquiet())
@@ -171,7 +172,7 @@ def test_a_gateway_that_stands_still_is_found_by_its_silence_and_serves_again(re
         return await asyncio.gather(*requests)
 
     results = asyncio.run(run())
-    expected = monolithic_tokens(MODEL, [_prompt(row) for row in range(NUM_STREAMS)], 150)
+    expected = monolithic_tokens(MODEL, [_prompt(row) for row in range(NUM_STREAMS)], 100)
     for result, tokens in zip(results, expected, strict=True):  # carried on by the same pair, or ended with a type
         assert result.token_ids[0] == tokens[: result.num_tokens]
         assert (result.error is None and result.num_tokens == len(tokens)) or (result.error or {}).get("code") == "replica_lost", (
