@@ -191,9 +191,14 @@ class ClientProtocol(HttpToolsProtocol):
         self._is_cut = True
         self._clear_timer()
         self._limits.refused(code)
-        is_answering = self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete
-        if not is_answering:
+        if self._may_answer():
             body = refusal_body(self.url.decode("latin-1"), status, (detail, None, code))
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
             self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+    def _may_answer(self) -> bool:
+        """Whether an answer of ours would be the first to what is being read, and stand behind those of what came before."""
+        if self._reading == "head":
+            return self.cycle is None or self.cycle.response_complete
+        return not self.pipeline and not self.cycle.response_started

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from duomo.api_keys import hashed
 from services.router import client_protocol
 from tests.services.router.stub_system import StubSystem, stub_system
 
@@ -126,6 +127,28 @@ def test_slow_heads_and_bodies_are_not_waited_for(tmp_path: Path) -> None:
                 assert await to_the_end(reader) == b""
             await system.until(lambda: not system.gateway.num_open_answers)
             system.check_nothing_is_held()
+
+    asyncio.run(scenario())
+
+
+def test_what_was_answered_is_not_answered_again(tmp_path: Path) -> None:
+    """A refusal before the body has come, and a request behind one that is being answered."""
+
+    async def scenario() -> None:
+        overrides = {
+            "gateway": {"read_timeout_s": 0.4, "max_header_bytes": 4096, "api_keys": [hashed("sesame", "a", ["inference"]).line()]}
+        }
+        async with stub_system(tmp_path, overrides=overrides) as system:
+            async with dialled(system) as (reader, writer):
+                writer.write(LINE + b"content-length: 100\r\n\r\n{")
+                said = await to_the_end(reader)
+                assert said.startswith(b"HTTP/1.1 401") and said.count(b"HTTP/1.1") == 1
+            system.pools.script.step_s = 0.2
+            async with dialled(system) as (reader, writer):
+                writer.write(WHOLE.replace(b"host: x", b"authorization: Bearer sesame") + LINE + b"x-long: " + b"a" * 5000)
+                said = await to_the_end(reader)
+                assert b"431" not in said, "it would be taken for the first one's answer"
+            await system.until(lambda: not system.gateway.num_open_answers)
 
     asyncio.run(scenario())
 
