@@ -192,11 +192,11 @@ def _times(found: Found) -> dict[str, float]:
 def _prefix_worth(worth: float) -> Iterator[None]:
     """What it would be like."""
     usual = policy.PREFIX_WORTH
-    setattr(policy, "PREFIX_WORTH", worth)  # noqa: B010  # mypy knows it as final
+    setattr(policy, "PREFIX_WORTH", worth)  # noqa: B010 - mypy knows it as final
     try:
         yield
     finally:
-        setattr(policy, "PREFIX_WORTH", usual)  # noqa: B010
+        setattr(policy, "PREFIX_WORTH", usual)  # noqa: B010 - as above
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from services.router.gateway import Gateway
 from services.router.generation import GenerationRequest
 from services.router.idempotency import KEY_HEADER, Claim, Idempotency, RecordedResponse, ReplayedResponse, asked_key, claim_name
 from services.router.refusals import refusal_of
+from services.router.session import SESSION_HEADER, asked_session, session_of
 from services.router.store import ClaimName, StoredAnswer
 from services.router.streams import TRANSPORT_EXTENSION, ClientTransport, Sink, StreamResponse, StreamSink, WholeSink, watch_client
 from services.router.structured import check_structure
@@ -42,7 +43,7 @@ _NO_SAMPLING: Final = Sampling(max_tokens=1)
 class Call:
     """One HTTP call that generates: its id and flights. endpoint: OpenTelemetry's operation, "chat" or "text_completion".
 
-    headers: traceparent, x-request-timeout, idempotency-key, authorization and x-api-key (Anthropic's clients' key) are read.
+    headers: traceparent, x-session-id, x-request-timeout, idempotency-key, authorization and x-api-key (Anthropic's clients' key) are read.
     idempotency: None where this process keeps no answers; a call with a key is refused then.
     """
 
@@ -61,6 +62,7 @@ class Call:
         self._claim: Claim | None = None
         self._asked_timeouts = headers.getlist(TIMEOUT_HEADER)
         self._deadline_s = received_s + self._section.request_deadline_s
+        self._asked_sessions = headers.getlist(SESSION_HEADER)
         self._traceparent = headers.get("traceparent", "")
         self._cache_salt = cache_salt(headers.get("authorization") or headers.get("x-api-key", ""))
         self._flights: list[Flight] = []
@@ -88,6 +90,7 @@ class Call:
             deadline_s=self._deadline_s,
             traceparent=self._traceparent,
             cache_salt=self._cache_salt,
+            session=session_of(asked_session(self._asked_sessions), common.cache_key, self._cache_salt),
             endpoint=self._endpoint,
         )
 

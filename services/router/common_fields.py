@@ -17,6 +17,7 @@ from duomo.errors import RequestError
 from duomo.wire.values import Sampling
 from services.router.fields import Fields, kind_of, wrong_type
 from services.router.scored_prompt import NOT_SHOWN, PromptForms
+from services.router.session import checked_session
 from services.router.structured import Structure, read_logit_bias, read_structure
 
 _MASK_64: Final = (1 << 64) - 1
@@ -56,6 +57,7 @@ class CommonFields:
 
     priority: higher goes first (the field's own sign is the other one, as in vLLM). structure: sampling's constraint and the field
     that named it; check_structure() compiles it. prompt: what is shown of the prompt's own log-probabilities; sampling asks for it.
+    cache_key: prompt_cache_key, "" for none.
     """
 
     sampling: Sampling
@@ -64,6 +66,7 @@ class CommonFields:
     stop: tuple[str, ...]
     answer: AnswerOptions
     priority: int = 0
+    cache_key: str = ""
     structure: Structure | None = None
     prompt: PromptForms = NOT_SHOWN
 
@@ -111,6 +114,7 @@ class CommonReader:
             sampling = msgspec.structs.replace(sampling, constraint=constraint, logit_bias=biases)
         return_token_ids = fields.boolean("return_token_ids") if names.has_choices else False
         priority = fields.integer("priority", low=-_PRIORITY_BOUND, high=_PRIORITY_BOUND) or 0
+        cache_key = checked_session(fields.string("prompt_cache_key") or "", fields.name("prompt_cache_key"))
         fields.ignore(*names.ignored)
         fields.finish()
         return CommonFields(
@@ -126,6 +130,7 @@ class CommonReader:
                 shows_logprobs=logprobs is not None,
             ),
             priority=-priority,
+            cache_key=cache_key,
             structure=structure,
             prompt=prompt,
         )

@@ -20,7 +20,7 @@ from services.router.fields import Fields, wrong_type
 from services.router.scored_prompt import PromptForms
 from services.router.tools import read_tool_use
 
-_IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+_IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_retention")
 _CHAT_NAMES: Final = CommonNames(lengths=("max_tokens", "max_completion_tokens"), ignored=_IGNORED, has_structure=True)
 _COMPLETION_NAMES: Final = CommonNames(lengths=("max_tokens",), ignored=_IGNORED, has_structure=True)
 _CHAT_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {

@@ -30,17 +30,23 @@ _REFUSALS: Final = {
     401: "No API key, or none that is known, where keys are asked for.",
     403: "The API key has not the scope of this endpoint.",
     404: "No such model.",
-    408: "The request's time was over before its first token, or its body came too slowly.",
+    408: "The request's time was over before its first token, or its headers or body came too slowly.",
     409: "The first request with this Idempotency-Key still runs; Retry-After says when to come again.",
     413: "The body is larger than gateway.max_body_bytes.",
     422: "This Idempotency-Key came with another body before.",
     429: "Too many requests wait; Retry-After says when to come again.",
+    431: "More or larger headers than gateway.max_headers and gateway.max_header_bytes.",
     500: "A fault of the server's.",
-    503: "No replica has room, or none is there; Retry-After says when to come again.",
+    503: "No replica has room, none is there, or gateway.max_connections is reached; Retry-After says when to come again.",
 }
+_ANSWER_HEADERS: Final = {
+    "x-request-timeout": {"schema": {"type": "string"}, "description": "The seconds that the request was given, where it asked for some."},
+    "idempotent-replayed": {"schema": {"type": "string"}, "description": "This answer was given before, under the same Idempotency-Key."},
+}
+_ANY: Final = (408, 431, 500)
 _KEYED: Final = (401, 403)
-_PARSED: Final = (400, 404, 408, 413, 500)
-_GENERATED: Final = (400, 404, 408, 409, 413, 422, 429, 500, 503)
+_PARSED: Final = (400, 404, 413)
+_GENERATED: Final = (400, 404, 409, 413, 422, 429, 503)
 _RETRIED: Final = (409, 429, 503)
 _MARKED: Final = ("ChatCompletionChunk", "CompletionChunk")
 _SCHEMES: Final = {
@@ -53,6 +59,12 @@ _HEADERS: Final = (
         "in": "header",
         "schema": {"type": "string", "pattern": r"^[0-9]{1,9}(\.[0-9]{1,9})?$"},
         "description": "Seconds above 0 that the whole answer may take; never more than gateway.request_deadline_s.",
+    },
+    {
+        "name": "X-Session-Id",
+        "in": "header",
+        "schema": {"type": "string", "maxLength": 256},
+        "description": "As prompt_cache_key, before which it goes.",
     },
     {
         "name": "Idempotency-Key",
@@ -158,7 +170,7 @@ def openapi_document(section: GatewaySection, card: ModelCard) -> bytes:
     endpoints = _ENDPOINTS + (_REPORTS if section.serves_pool_report else ())
     paths: dict[str, dict[str, object]] = {}
     for endpoint in endpoints:
-        paths.setdefault(endpoint.path, {})[endpoint.method] = _operation(endpoint, _security(endpoint.path, section))
+        paths.setdefault(endpoint.path, {})[endpoint.method] = _operation(endpoint, section)
     about = "MoE language models served by two pools, behind the APIs that client apps already speak. Refusals name the field."
     document = {
         "openapi": "3.1.0",
@@ -182,28 +194,25 @@ def _schemas(limits: Limits, *, has_reports: bool) -> dict[str, Schema]:
     return {**written, **reports, **wire} if has_reports else {**written, "Health": reports["Health"]}
 
 
-def _security(path: str, section: GatewaySection) -> list[dict[str, list[str]]]:
-    """Any of these opens the path: {} is no key at all."""
-    is_open = not section.has_keys or not needed_scopes(path, metrics_need_key=section.metrics_need_key)
-    return [{}] if is_open else [{name: []} for name in _SCHEMES]
-
-
-def _operation(endpoint: Endpoint, security: list[dict[str, list[str]]]) -> dict[str, object]:
-    refusals = endpoint.refusals if {} in security else (*_KEYED, *endpoint.refusals)
+def _operation(endpoint: Endpoint, section: GatewaySection) -> dict[str, object]:
+    is_guarded = bool(needed_scopes(endpoint.path, metrics_need_key=section.metrics_need_key))
+    asks_for_key = is_guarded and section.has_keys
+    refusals = {*_ANY, *endpoint.refusals, *((503,) if is_guarded else ()), *(_KEYED if asks_for_key else ())}
     content: dict[str, object] = {endpoint.media: {"schema": ref(endpoint.answer) if endpoint.answer else {"type": "string"}}}
     if endpoint.event:
         content["text/event-stream"] = {"schema": _event(endpoint.event, has_mark=endpoint.event in _MARKED)}
     answered: dict[str, object] = {"description": endpoint.about, "content": content}
     if endpoint.event:
-        answered["headers"] = {name: {"schema": {"type": "string"}} for name in ("x-request-id", "request-id")}
+        named = {name: {"required": True, "schema": {"type": "string"}} for name in ("x-request-id", "request-id")}
+        answered["headers"] = {**named, **_ANSWER_HEADERS}
     parameters: list[object] = list(_HEADERS) if endpoint.event else []
     if "{name}" in endpoint.path:
         parameters.append({"name": "name", "in": "path", "required": True, "schema": {"type": "string"}})
     operation: dict[str, object] = {
         "operationId": endpoint.method + endpoint.path.translate(str.maketrans("/.", "__", "{}")),
         "summary": endpoint.about,
-        "responses": {"200": answered} | {str(status): _refusal(endpoint.path, status) for status in refusals},
-        "security": security,
+        "responses": {"200": answered} | {str(status): _refusal(endpoint.path, status) for status in sorted(refusals)},
+        "security": [{name: []} for name in _SCHEMES] if asks_for_key else [{}],
     }
     if endpoint.body:
         operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": ref(endpoint.body)}}}
@@ -222,6 +231,8 @@ def _event(name: str, *, has_mark: bool) -> Schema:
 def _refusal(path: str, status: int) -> dict[str, object]:
     error = "MessageError" if path.startswith("/v1/messages") else "Error"
     refusal: dict[str, object] = {"description": _REFUSALS[status], "content": {_JSON: {"schema": ref(error)}}}
+    if status == 401:
+        refusal["headers"] = {"WWW-Authenticate": {"required": True, "schema": {"type": "string"}}}
     if status in _RETRIED:
         refusal["headers"] = {"Retry-After": {"schema": {"type": "integer", "minimum": 1}}}
     return refusal

@@ -69,6 +69,7 @@ def sampling(limits: Limits) -> dict[str, Schema]:
         "ignore_eos": boolean(),
         "stop_token_ids": array(limits.token_id),
         "priority": integer(-100, 100, _LOWER_FIRST),
+        "prompt_cache_key": text("Requests with the same one go to the same replicas where nothing speaks against it.", maxLength=256),
     }
 
 
@@ -120,7 +121,7 @@ def named_schema() -> Schema:
 
 
 def ignored(*more: str) -> dict[str, Schema]:
-    names = ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", *more)
+    names = ("user", "service_tier", "safety_identifier", "prompt_cache_retention", *more)
     return {name: anything("Ignored.") for name in names}
 
 

@@ -198,8 +198,12 @@ def _pick_prefill(views: Sequence[PrefillView], need: Need, draw: int) -> tuple[
         saved = known + min((PREFIX_WORTH - 1) * known, view.wave_tokens)
         offers[view.key] = Offer(key=view.key, cost=(view.queued_tokens + need.num_tokens - saved) * slowness, worth=known)
     least = max(min(offer.cost for offer in offers.values()), 0.0)
-    any_view = views[0]
-    slack = Slack(draw=NEAR_SHARE * least + 2 * any_view.block_tokens, session=NEAR_SHARE * least + SESSION_SHARE * any_view.wave_tokens)
+    small = 2 * views[0].block_tokens
+    slack = Slack(
+        draw=NEAR_SHARE * least + small,
+        session=NEAR_SHARE * least + SESSION_SHARE * views[0].wave_tokens,
+        worth=NEAR_SHARE * need.num_tokens + small,
+    )
     chosen, why = choose(list(offers.values()), slack, need.session, draw)
     view = next(view for view in views if view.key == chosen.key)
     if why in ("cheapest", "drawn") and chosen.worth > min(offer.worth for offer in offers.values()):
@@ -214,7 +218,8 @@ def _pick_decode(views: Sequence[DecodeView], need: Need, draw: int) -> tuple[De
         blocks = view.num_blocks - view.free_blocks + decode_blocks(need, view.block_tokens)
         fill = max(blocks / view.num_blocks, (view.num_choices + need.num_choices) / view.max_choices)
         offers[view.key] = Offer(key=view.key, cost=fill - PREFIX_FILL * known / need.num_tokens, worth=known)
-    chosen, why = choose(list(offers.values()), Slack(draw=NEAR_FILL, session=SESSION_FILL), need.session, draw)
+    worth = NEAR_SHARE * need.num_tokens + 2 * views[0].block_tokens
+    chosen, why = choose(list(offers.values()), Slack(draw=NEAR_FILL, session=SESSION_FILL, worth=worth), need.session, draw)
     view = next(view for view in views if view.key == chosen.key)
     if why in ("cheapest", "drawn") and chosen.worth > min(offer.worth for offer in offers.values()):
         return view, "prefix"

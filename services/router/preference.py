@@ -26,10 +26,12 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slack:
-    """How much dearer than the cheapest counts as about the same: for a draw, and for a session's own place."""
+    """How much dearer than the cheapest counts as about the same: for a draw, and for a session's own place, which may also be worth so
+    much less: what all prompts begin with is no reason to bring all sessions to whoever knows it."""
 
     draw: float
     session: float
+    worth: float = 0.0
 
 
 def choose(offers: Sequence[Offer], slack: Slack, session: str, draw: int) -> tuple[Offer, Why]:
@@ -39,7 +41,7 @@ def choose(offers: Sequence[Offer], slack: Slack, session: str, draw: int) -> tu
     if len(offers) == 1:
         return cheapest, "only_one"
     if session:
-        near = [offer for offer in offers if offer.cost <= cheapest.cost + slack.session and offer.worth >= cheapest.worth]
+        near = [offer for offer in offers if offer.cost <= cheapest.cost + slack.session and offer.worth >= cheapest.worth - slack.worth]
         own = max(near, key=lambda offer: _weight(session, offer.key))
         return own, "session"
     near = [offer for offer in offers if offer.cost <= cheapest.cost + slack.draw]

@@ -22,7 +22,6 @@ _IGNORED: Final = (
     "user",
     "service_tier",
     "safety_identifier",
-    "prompt_cache_key",
     "prompt_cache_retention",
     "prompt_cache_options",
     "max_tool_calls",  # of OpenAI's own tools, which are refused
