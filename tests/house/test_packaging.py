@@ -44,6 +44,15 @@ def test_every_direct_dependency_has_a_tested_version() -> None:
     assert wanted <= pinned, wanted - pinned
 
 
+def test_what_dependencies_bring_is_pinned_too() -> None:
+    """By .ci/pins, in a part of its own: a vulnerability or a bad release comes in by whatever is not."""
+    own, brought = (ROOT / "constraints.txt").read_text().split("# Brought by those above, as tested; written by .ci/pins.\n")
+    names = [[_canonical(line.split("==")[0]) for line in part.splitlines() if "==" in line] for part in (own, brought)]
+    assert len(set(names[0] + names[1])) == len(names[0]) + len(names[1]), "each once"
+    assert {"httptools", "anyio", "urllib3", "certifi", "markupsafe", "aiohttp"} <= set(names[1]) and names[1] == sorted(names[1])
+    assert not {"setuptools", "triton"} & set(names[1]), "torch's builds differ in them"
+
+
 def test_every_import_is_declared() -> None:
     groups = requirements(ROOT)
     declared = groups[""] | groups["gateway"] | groups["engine"] | groups["gpu"]
