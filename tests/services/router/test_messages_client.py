@@ -119,8 +119,8 @@ def test_one_call_at_a_time_and_a_call_that_is_cut_off(tmp_path: Path) -> None:
 
 def test_it_raises_its_own_errors(tmp_path: Path) -> None:
     async def scenario() -> None:
-        script = Script(decode_faults=deque([("die", 2)]))
-        async with stub_system(tmp_path, script) as system, _client(system) as client:
+        script, overrides = Script(decode_faults=deque([("die", 2)])), {"gateway": {"failover_wait_s": 0.2}}
+        async with stub_system(tmp_path, script, overrides=overrides) as system, _client(system) as client:
             with pytest.raises(anthropic.NotFoundError, match="gpt-9"):
                 await client.messages.create(model="gpt-9", max_tokens=5, messages=ASKED)
             image: Any = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}

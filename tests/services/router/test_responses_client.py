@@ -115,8 +115,8 @@ def test_calls_and_reasoning_are_items_whole_and_streamed(tmp_path: Path) -> Non
 
 def test_a_fault_in_the_middle_fails_the_response_and_one_before_it_is_a_status(tmp_path: Path) -> None:
     async def scenario() -> None:
-        script = Script(decode_faults=deque([("die", 2)]))
-        async with stub_system(tmp_path, script) as system, _client(system) as client:
+        script, overrides = Script(decode_faults=deque([("die", 2)])), {"gateway": {"failover_wait_s": 0.2}}
+        async with stub_system(tmp_path, script, overrides=overrides) as system, _client(system) as client:
             events = [
                 event async for event in await client.responses.create(model="tiny-moe", input="hi", max_output_tokens=30, stream=True)
             ]
