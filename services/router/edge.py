@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import logging
+import resource
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Final
@@ -18,12 +19,13 @@ from fastapi import FastAPI
 
 from duomo.config_gateway import GatewaySection
 from duomo.errors import ConfigError
-from services.router.client_protocol import ClientLimits, ClientProtocol, EdgeConfig
+from services.router.client_protocol import SPARE_CONNECTIONS, ClientLimits, ClientProtocol, EdgeConfig
 from services.router.tls import tls_context
 
 _BACKLOG: Final = 1024
 _SEND_BUFFER_BYTES: Final = 64 * 1024  # the kernel doubles it
 _STOP_WAIT_S: Final = 5
+_OTHER_FILES: Final = 512  # replicas, Redis, logs, libraries
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,20 @@ class EmbeddedServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]  # uvicorn's own is a generator context without names
         yield
+
+
+def allow_connections(section: GatewaySection) -> None:
+    """Raise this process' limit of open files to what its connections need, as far as it may: systems often begin at 1024.
+
+    Without a descriptor nothing can be accepted, nobody refused, and no replica dialled.
+    """
+    wanted = section.max_connections + SPARE_CONNECTIONS + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("gateway.max_connections is %d, but this process may open %d files alone (ulimit -Hn)", section.max_connections, most)
 
 
 def bind_port(section: GatewaySection) -> socket.socket:

@@ -19,7 +19,7 @@ from services.kv_transfer.started_heap import freeze_started
 from services.router.admin_api import build_admin_app
 from services.router.app import build_app
 from services.router.audit import Audit
-from services.router.edge import bind_admin_port, bind_port, serving
+from services.router.edge import allow_connections, bind_admin_port, bind_port, serving
 from services.router.gateway import Gateway
 from services.router.idempotency import Idempotency
 from services.router.keys import Keys, open_door
@@ -58,6 +58,7 @@ async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Even
     if not config.redis.url:
         raise ConfigError("redis.url (DUOMO_REDIS_URL) is empty: the gateway finds its replicas there")
     keys = Keys(config.gateway)
+    allow_connections(config.gateway)
     bound = bind_port(config.gateway)
     try:
         card = read_model_card(config.model)
