@@ -26,14 +26,14 @@ SIZES = (42, pytest.param(1500, marks=(pytest.mark.slow, pytest.mark.timeout(360
 OUR_FAULTS = (500, 502, 504)
 OPTIONS: dict[str, Any] = {"told": "x", "overrides": {"gateway": {"chat_template": str(TEMPLATE)}}}
 ENDS = {
-    "/v1/chat/completions": "data: [DONE]",
-    "/v1/completions": "data: [DONE]",
-    "/v1/responses": "event: response.completed",
-    "/v1/messages": "event: message_stop",
+    "/v1/chat/completions": ("data: [DONE]",),
+    "/v1/completions": ("data: [DONE]",),
+    "/v1/responses": ("event: response.completed", "event: response.incomplete"),
+    "/v1/messages": ("event: message_stop",),
 }
 COMPONENTS = {"components": document()["components"]}
 ERRORS = {name: Draft202012Validator({"$ref": f"#/components/schemas/{name}", **COMPONENTS}) for name in ("Error", "MessageError")}
-headers = st.fixed_dictionaries(
+odd_headers = st.fixed_dictionaries(
     {},
     optional={
         "X-Request-Timeout": st.sampled_from(["30", "0", "-1", "nan", "1e9", "2.5", "soon", ""]),
@@ -52,7 +52,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedStub]:
         yield stub
 
 
-def _body(path: str, data: st.DataObject) -> bytes:
+def odd_body(path: str, data: st.DataObject) -> bytes:
     """One that is meant, with up to three values in places where nobody would put them; now and then broken as bytes."""
     body: Any = data.draw(st.sampled_from([body for one, body in BODIES if one == path]))
     for _ in range(data.draw(st.integers(0, 3))):
@@ -71,14 +71,14 @@ def _body(path: str, data: st.DataObject) -> bytes:
             return raw
 
 
-def _send(client: httpx.Client, path: str, body: bytes, told: dict[str, str], *, leaves: bool) -> int:
+def send_odd(client: httpx.Client, path: str, body: bytes, told: dict[str, str], *, leaves: bool) -> int:
     with client.stream("POST", path, content=body, headers=told) as answer:
         if leaves:
             return answer.status_code
         answer.read()
     if answer.status_code == 200:
         if answer.headers["content-type"].startswith("text/event-stream"):
-            assert ENDS[path] in answer.text, answer.text[-500:]
+            assert any(end in answer.text for end in ENDS[path]), answer.text[-500:]
         else:
             assert isinstance(answer.json(), dict)
         return 200
@@ -106,7 +106,7 @@ def test_whatever_is_sent_is_answered(served: ServedStub, path: str, num_cases: 
         @given(data=st.data())
         def one(data: st.DataObject) -> None:
             leaves = data.draw(st.integers(0, 19)) == 7
-            statuses[_send(client, path, _body(path, data), data.draw(headers), leaves=leaves)] += 1
+            statuses[send_odd(client, path, odd_body(path, data), data.draw(odd_headers), leaves=leaves)] += 1
 
         one()
     served.assert_quiet()
