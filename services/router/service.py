@@ -40,14 +40,10 @@ async def serving_admin(gateway: Gateway, keys: Keys) -> AsyncIterator[None]:
     if bound is None:
         yield
         return
-    audit = Audit(section.audit_file, gateway.metrics)
-    try:
+    with bound, contextlib.closing(Audit(section.audit_file, gateway.metrics)) as audit:
         async with serving(build_admin_app(gateway, keys, audit), bound, section, gateway.count_refused):
             log.info("the admin API listens on %s:%s", section.admin_host, section.admin_port)
             yield
-    finally:
-        audit.close()
-        bound.close()
 
 
 async def serve_gateway(config: DuomoConfig, replica_id: str, stop: asyncio.Event) -> None:
