@@ -48,7 +48,7 @@ from bench.serve.stub_story import StubStory
 
 PROMPT_TOKENS: Final = 128
 TTFT_TOKENS: Final = 8
-TTFT_PAUSE_S: Final = 0.02
+QUIET_S: Final = 0.02  # before each of the second half: caches are colder then, the more so the more else the machine does
 NEW_TOKENS: Final = (192, 256, 320, 224, 288)  # so that streams begin and end all the time, as a live gateway's do
 CLIENT_START_S: Final = 60.0
 TARGETS: Final = {"added_ttft_p50_ms": 1.5, "tokens_per_cpu_s": 20_000, "added_gap_p99_ms": 10.0}
@@ -72,9 +72,13 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Repeat:
-    """One server, once. Milliseconds; load_1m: the machine's load average while it ran, this benchmark's three processes included."""
+    """One server, once. added_ttft: of requests one after another, and of some QUIET_S after the one before. Milliseconds.
+
+    load_1m: the machine's load average while it ran, this benchmark's three processes included.
+    """
 
     added_ttft_ms: dict[str, float]
+    added_ttft_after_quiet_ms: dict[str, float]
     added_gap_ms: dict[str, float]
     delay_ms: dict[str, float]
     window_s: float
@@ -97,25 +101,30 @@ class Bench:
 
     def repeat(self, side: Side, *, is_ours: bool) -> Repeat:
         asked = self._asked
-        with self._client(side, new_tokens=(TTFT_TOKENS,), num_streams=1, num_requests=asked.ttft_requests, pause_s=TTFT_PAUSE_S) as light:
-            one_by_one = light()
-        with self._client(side, new_tokens=NEW_TOKENS, num_streams=asked.streams, duration_s=asked.warm_s + asked.seconds) as heavy:
+        light: dict[str, Any] = {"new_tokens": (TTFT_TOKENS,), "num_streams": 1, "num_requests": asked.ttft_requests}
+        with self._client(side, **light) as client:
+            one_by_one = client()
+        with self._client(side, pause_s=QUIET_S, **light) as client:
+            after_quiet = client()
+        with self._client(side, new_tokens=NEW_TOKENS, num_streams=asked.streams, duration_s=asked.warm_s + asked.seconds) as client:
             time.sleep(asked.warm_s)
             start_s, start_cpu_s = time.monotonic(), side.cpu_s()
             time.sleep(asked.seconds)
             end_s, end_cpu_s = time.monotonic(), side.cpu_s()
             rss_bytes = side.rss_bytes()
-            together = heavy()
+            together = client()
         records = side.stub.take_records()
-        check_streams([*one_by_one, *together], self._story, PROMPT_TOKENS if is_ours else None)
+        everything = [*one_by_one, *after_quiet, *together]
+        check_streams(everything, self._story, PROMPT_TOKENS if is_ours else None)
         if not is_ours:
-            records_of = [without_silent(streams, records, self._story) for streams in (one_by_one, together)]
-            one_by_one, together = records_of[0][0], records_of[1][0]
-            records = records_of[0][1] | records_of[1][1]
-        check_counts([*one_by_one, *together], records)
+            everything, records = without_silent(everything, records, self._story)
+            one_by_one, after_quiet = everything[: len(one_by_one)], everything[len(one_by_one) : len(one_by_one) + len(after_quiet)]
+            together = everything[len(one_by_one) + len(after_quiet) :]
+        check_counts(everything, records)
         cost = Cost(window_s=end_s - start_s, cpu_s=end_cpu_s - start_cpu_s, num_tokens=tokens_between(together, start_s, end_s))
         return Repeat(
             added_ttft_ms=quantiles_ms(added_ttft_s(one_by_one, records)),
+            added_ttft_after_quiet_ms=quantiles_ms(added_ttft_s(after_quiet, records)),
             added_gap_ms=quantiles_ms(added_gaps_s(together, records)),
             delay_ms=quantiles_ms(delays_s(together, records)),
             **asdict(cost),
@@ -216,7 +225,8 @@ def run(asked: Asked) -> dict[str, Any]:
 
 def line_of_repeat(name: str, number: int, repeat: Repeat) -> str:
     return (
-        f"{name:>8} {number}: TTFT +{repeat.added_ttft_ms['p50']:.2f} ms p50, +{repeat.added_ttft_ms['p99']:.2f} p99; gap "
+        f"{name:>8} {number}: TTFT +{repeat.added_ttft_ms['p50']:.2f} ms p50, +{repeat.added_ttft_ms['p99']:.2f} p99 "
+        f"(+{repeat.added_ttft_after_quiet_ms['p50']:.2f} p50 after quiet); gap "
         f"+{repeat.added_gap_ms['p99']:.2f} ms p99; {repeat.tokens_per_cpu_s:,.0f} tokens per CPU second, {repeat.rate_share:.0%} of the "
         f"rate asked; {repeat.rss_bytes / 2**20:.0f} MiB; load {repeat.load_1m:.1f}"
     )
@@ -227,6 +237,7 @@ def report(asked: Asked, repeats: dict[str, list[Repeat]], memory: dict[str, Any
     medians = {
         name: {
             "added_ttft_p50_ms": statistics.median(one.added_ttft_ms["p50"] for one in rows),
+            "added_ttft_after_quiet_p50_ms": statistics.median(one.added_ttft_after_quiet_ms["p50"] for one in rows),
             "added_ttft_p99_ms": statistics.median(one.added_ttft_ms["p99"] for one in rows),
             "added_gap_p99_ms": statistics.median(one.added_gap_ms["p99"] for one in rows),
             "delay_p50_ms": statistics.median(one.delay_ms["p50"] for one in rows),
