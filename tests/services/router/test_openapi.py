@@ -12,8 +12,11 @@ from jsonschema import Draft202012Validator
 
 from duomo.config_gateway import GatewaySection
 from services.router.app import build_app
+from services.router.deadlines import TIMEOUT_HEADER
+from services.router.idempotency import KEY_HEADER
 from services.router.keys import Keys
 from services.router.openapi import openapi_document
+from services.router.session import SESSION_HEADER
 from tests.services.router.openapi_reading import CARD, TEMPLATE
 from tests.services.router.stub_system import StubSystem, stub_system
 
@@ -154,6 +157,13 @@ def test_a_document_is_closed_and_every_component_is_used() -> None:
     Draft202012Validator.check_schema({"$defs": components})
     operations = [one for path in document["paths"].values() for one in path.values()]
     assert len({one["operationId"] for one in operations}) == len(operations)
+
+
+def test_the_headers_are_those_that_are_read() -> None:
+    document: dict[str, Any] = json.loads(openapi_document(GatewaySection(), CARD))
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"):
+        told = {one["name"].lower() for one in document["paths"][path]["post"]["parameters"]}
+        assert told == {TIMEOUT_HEADER, KEY_HEADER, SESSION_HEADER}
 
 
 def test_limits_and_keys_are_the_configuration_s(tmp_path: Path) -> None:
