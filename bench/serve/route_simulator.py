@@ -19,7 +19,7 @@ from functools import partial
 from bench.serve.route_gateway import GatewayTerms, Outcome, Placed, Refused, SimGateway, Way
 from bench.serve.route_machines import DecodeMachine, Machine, PrefillMachine, SimLeg
 from bench.serve.route_traces import SimRequest
-from services.router.books import BookLimits
+from services.router.books import WAVES_AHEAD, BookLimits
 
 REPORT_S = 0.1
 WIRE_S = 0.0005
@@ -105,7 +105,7 @@ class _Simulation:
         self._decodes = {f"d{idx}": DecodeMachine(f"d{idx}", machine) for idx in range(system.num_decodes)}
         limits = BookLimits(
             wave_tokens=machine.max_wave_tokens,
-            max_queued_tokens=8 * machine.max_wave_tokens,
+            max_queued_tokens=WAVES_AHEAD * machine.max_wave_tokens,
             watermark_blocks=machine.watermark_blocks,
             max_choices=machine.max_batch,
         )

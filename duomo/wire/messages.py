@@ -268,7 +268,7 @@ class ReplicaReport(_Message, frozen=True, kw_only=True):
     experts: tokens that this replica routed since its start, in a report every few seconds; None in the others.
     num_work_tokens, of prefill: prompt tokens yet to be computed, in waves or waiting, less what its prefix cache has of them.
     num_promised_blocks, of decode: blocks that live legs have been promised or wait for, and have not taken. Both None from the other role.
-    tokens_per_s, of prefill: prompt tokens computed in a second, in waves of the best size measured. step_s: what a decode step, or
+    tokens_per_s, of prefill: prompt tokens computed in a second, in full waves. step_s: what a decode step, or
     prefill's smallest wave, takes. Both 0 while not known.
     """
 

@@ -167,7 +167,7 @@ class PrefillService:
     def report(self) -> ReplicaReport:
         """What the router's policy and the invariants read."""
         slots = self._means.counts()
-        waiting, costs = self._book.waves.waiting.values(), self._book.waves.costs
+        waiting = self._book.waves.waiting.values()
         blocks = self._book.blocks.manager
         return ReplicaReport(
             replica_id=self.card.replica_id,
@@ -199,8 +199,8 @@ class PrefillService:
             transport=self._means.transport_name,
             experts=self._book.experts.report(time.monotonic()),
             num_work_tokens=self._book.num_work_tokens(),
-            tokens_per_s=costs.rows_per_s(self._worker.num_groups),
-            step_s=costs.least_s(self._worker.num_groups),
+            tokens_per_s=self._book.waves.tokens_per_s,
+            step_s=self._book.waves.least_s,
         )
 
 

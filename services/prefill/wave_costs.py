@@ -20,9 +20,10 @@ class CostCurve:
 
     points: tuple[tuple[float, float], ...] = ()
 
-    def rows_per_s(self, num_groups: int) -> float:
-        """The most rows a second that waves of any measured size went through num_groups layer groups at; 0: nothing is known."""
-        return max((tokens / (seconds * num_groups) for tokens, seconds in self.points if seconds > 0), default=0.0)
+    def rows_per_s(self, num_tokens: int, num_groups: int) -> float:
+        """At which waves of so many rows go through num_groups layer groups; 0: nothing is known."""
+        group_s = self.group_s(num_tokens)
+        return num_tokens / (group_s * num_groups) if group_s else 0.0
 
     def least_s(self, num_groups: int) -> float:
         """What the smallest waves measured take through num_groups layer groups; 0: nothing is known."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -26,7 +27,7 @@ from services.prefill.running_piece import LaunchedPiece, PieceOutput, RunningPi
 from services.prefill.scoring import Scoring
 from services.prefill.slack import share_left
 from services.prefill.snapshot import Key, Limits, Snapshot
-from services.prefill.wave_costs import CostCurve, GroupCosts
+from services.prefill.wave_costs import GroupCosts
 from services.prefill.worker import Computation, WaveOutput, WaveWorker
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class WaveLoop:
         self._delay_s = delay_s
         self._waves: dict[int, Wave] = {}
         self._costs = GroupCosts()
+        self._last_pieces: deque[tuple[float, float]] = deque(maxlen=32)  # seconds computed, and from when each was wanted to its end
         self._running: RunningPiece | None = None
         self._tallies: set[asyncio.Task[None]] = set()
         self._woken = asyncio.Event()
@@ -106,8 +108,15 @@ class WaveLoop:
         return sum(round(wave.view.num_tokens * share_left(wave.view)) for wave in self._waves.values() if wave.is_wanted)
 
     @property
-    def costs(self) -> CostCurve:
-        return self._costs.curve
+    def tokens_per_s(self) -> float:
+        """In full waves, by what they cost and by how much of the time of the last pieces was theirs; 0: nothing is known."""
+        computed_s, took_s = (sum(part) for part in zip(*self._last_pieces, strict=True)) if self._last_pieces else (1.0, 1.0)
+        return self._costs.curve.rows_per_s(self._limits.company_tokens, self._limits.num_groups) * min(computed_s / took_s, 1.0)
+
+    @property
+    def least_s(self) -> float:
+        """What the smallest waves take; 0: nothing is known."""
+        return self._costs.curve.least_s(self._limits.num_groups)
 
     def wake(self) -> None:
         """Something changed: plan again soon."""
@@ -290,6 +299,7 @@ class WaveLoop:
             self._abandon(wave)
             return
         self.num_groups_run += piece.num_groups
+        self._last_pieces.append((result.seconds, max(now_s - running.started_s, result.seconds, 1e-9)))
         self._costs.observe(num_rows(running.before, piece, self._limits), piece.num_groups, result.seconds)
         for leg in wave.legs:
             if leg.compute_span is not None and not leg.is_over:

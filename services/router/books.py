@@ -7,11 +7,16 @@ too little, the gateway's own share is all there is beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from duomo.wire.messages import ReplicaReport
 from services.router.policy import DecodeView, PrefillView
 from services.router.prefix_index import PrefixIndex
 from services.router.sent_since import Sent, SentSince
+
+# A prefill replica's queue is kept this many waves deep, the running one among them; what is beyond waits at the gateway, where it can
+# still go to another replica, keeps its place in the order of arrival, and is refused where it has become too late.
+WAVES_AHEAD: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

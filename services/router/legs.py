@@ -13,16 +13,13 @@ from duomo.errors import CapacityError, PeerError
 from duomo.wire.codec import PEER_TOO_OLD, asks_of_peers
 from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
 from duomo.wire.values import Sampling
-from services.router.books import BookLimits
+from services.router.books import WAVES_AHEAD, BookLimits
 from services.router.flight import Flight, Leg
 from services.router.pending import PendingLeg
 from services.router.policy import DecodeView, Need, PrefillView, Route
 from services.router.pools import ReplicaLink
 from services.router.prefix_index import block_digests
 from services.router.sent_since import Sent
-
-# A prefill replica's queue is kept this many waves deep; what is beyond waits here, where it can still go to another replica.
-_WAVES_AHEAD = 8
 
 
 def need_of(pending: PendingLeg, config: DuomoConfig, block_tokens: int) -> Need:
@@ -48,7 +45,7 @@ def book_limits(config: DuomoConfig) -> BookLimits:
     wave_tokens = config.prefill.max_wave_tokens
     return BookLimits(
         wave_tokens=wave_tokens,
-        max_queued_tokens=_WAVES_AHEAD * wave_tokens,
+        max_queued_tokens=WAVES_AHEAD * wave_tokens,
         watermark_blocks=config.decode.watermark_blocks,
         max_choices=config.decode.max_batch,
     )

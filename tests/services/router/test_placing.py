@@ -1,0 +1,126 @@
+"""Waiting for room at a gateway with real sockets: its end, its order, what comes too late, and whom a higher priority displaces."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from duomo.wire.messages import ReplicaReport, StartPrefill
+from services.router.pending import PendingLeg
+from tests.services.router.stub_replicas import Script, StubReplica
+from tests.services.router.stub_system import StubSystem, stub_system
+
+CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
+ONE_AT_A_TIME: dict[str, Any] = {"num_blocks": 4, "overrides": {"decode": {"watermark_blocks": 0}}}
+
+
+async def _chat(system: StubSystem, **fields: object) -> httpx.Response:
+    return await system.client.post("/v1/chat/completions", json=CHAT | fields)
+
+
+def _with(gateway: dict[str, object]) -> dict[str, Any]:
+    return {"num_blocks": 4, "overrides": {"decode": {"watermark_blocks": 0}, "gateway": gateway}}
+
+
+def test_who_has_waited_long_enough_is_told_to_come_back(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(step_s=0.05), **_with({"queue_ttl_s": 0.2})) as system:
+            running = asyncio.create_task(_chat(system))
+            await system.until(lambda: system.gateway.num_live_legs == 1)
+            late = await _chat(system)
+            assert (late.status_code, late.json()["error"]["code"]) == (429, "queue_timeout")
+            assert int(late.headers["retry-after"]) >= 1 and system.gateway.num_waiting == 0
+            assert (await running).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_nobody_waits_past_the_limit_of_the_first_token(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(step_s=0.05), **_with({"max_ttft_s": 0.3})) as system:
+            running = asyncio.create_task(_chat(system))
+            await system.until(lambda: system.gateway.num_live_legs == 1)
+            late = await _chat(system)
+            assert late.status_code == 429 and late.json()["error"]["code"] in ("queue_timeout", "too_late")
+            assert (await running).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_what_is_predicted_to_come_too_late_is_refused_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = StubReplica.report
+
+    def busy(self: StubReplica) -> ReplicaReport:
+        """A prefill replica with ten seconds of work."""
+        report = plain(self)
+        if self.role != "prefill":
+            return report
+        return type(report)(
+            **{name: getattr(report, name) for name in report.__struct_fields__} | {"num_work_tokens": 10_000, "tokens_per_s": 1000.0}
+        )
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(), overrides={"gateway": {"max_ttft_s": 4.0}}) as system:
+            await system.until(lambda: all(link.report and link.report.num_work_tokens for link in system.gateway.pools.prefills()))
+            refused = await _chat(system)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_late"), refused.text
+            assert int(refused.headers["retry-after"]) >= 6 and "gateway.max_ttft_s" in refused.json()["error"]["message"]
+            short = await system.client.post("/v1/chat/completions", json=CHAT, headers={"x-request-timeout": "3"})
+            assert short.status_code == 429 and "its deadline" in short.json()["error"]["message"]
+
+    monkeypatch.setattr(StubReplica, "report", busy)
+    asyncio.run(scenario())
+
+
+def test_the_line_goes_by_priority_and_then_by_arrival(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(step_s=0.01), **ONE_AT_A_TIME) as system:
+            running = asyncio.create_task(_chat(system))
+            await system.until(lambda: system.gateway.num_live_legs == 1)
+            asked = []
+            for number, priority in enumerate((0, 0, -5, 5)):
+                asked.append(asyncio.create_task(_chat(system, priority=priority, seed=number)))
+                await system.until(lambda number=number: system.gateway.num_waiting == number + 1)
+            answers = await asyncio.gather(running, *asked)
+            assert all(answer.status_code == 200 for answer in answers)
+            starts = system.pools.of_role("prefill")[0].of_type(StartPrefill)
+            assert [start.sampling.seed for start in starts][1:] == [2, 0, 1, 3]
+
+    asyncio.run(scenario())
+
+
+def test_in_a_full_line_the_last_gives_way_to_a_higher_priority(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(step_s=0.02), **_with({"max_queued_requests": 2})) as system:
+            running = asyncio.create_task(_chat(system))
+            await system.until(lambda: system.gateway.num_live_legs == 1)
+            waiting = []
+            for number in range(2):
+                waiting.append(asyncio.create_task(_chat(system)))
+                await system.until(lambda number=number: system.gateway.num_waiting == number + 1)
+            same = await _chat(system)
+            assert (same.status_code, same.json()["error"]["code"]) == (429, "queue_full")
+            urgent = asyncio.create_task(_chat(system, priority=-10))
+            displaced = await waiting[1]
+            assert (displaced.status_code, displaced.json()["error"]["code"]) == (429, "queue_full")
+            assert "higher priority" in displaced.json()["error"]["message"] and int(displaced.headers["retry-after"]) >= 1
+            assert [answer.status_code for answer in await asyncio.gather(running, waiting[0], urgent)] == [200, 200, 200]
+
+    asyncio.run(scenario())
+
+
+def test_who_left_the_line_leaves_no_timer_that_holds_its_prompt(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(step_s=0.01), **ONE_AT_A_TIME) as system:
+            answers = await asyncio.gather(*(_chat(system) for _ in range(4)))
+            assert all(answer.status_code == 200 for answer in answers)
+            due = [handle for handle in asyncio.get_running_loop()._scheduled if not handle.cancelled()]  # type: ignore[attr-defined]  # CPython's
+            held = [handle for handle in due if any(isinstance(each, PendingLeg) for each in handle._args or ())]
+            assert not held and time.monotonic() > 0
+
+    asyncio.run(scenario())
