@@ -16,7 +16,7 @@ from services.router.sent_since import Sent, SentSince
 
 # A prefill replica's queue is kept this many waves deep, the running one among them; what is beyond waits at the gateway, where it can
 # still go to another replica, keeps its place in the order of arrival, and is refused where it has become too late.
-WAVES_AHEAD: Final = 3
+WAVES_AHEAD: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,10 +34,10 @@ _REFUSALS: Final = {
     409: "The first request with this Idempotency-Key still runs; Retry-After says when to come again.",
     413: "The body is larger than gateway.max_body_bytes.",
     422: "This Idempotency-Key came with another body before.",
-    429: "Too many requests wait; Retry-After says when to come again.",
+    429: "There is too much to do; Retry-After says when to come again.",
     431: "More or larger headers than gateway.max_headers and gateway.max_header_bytes.",
     500: "A fault of the server's.",
-    503: "No replica has room, none is there, or gateway.max_connections is reached; Retry-After says when to come again.",
+    503: "No replica is there, or one was lost, or gateway.max_connections is reached; Retry-After says when to come again.",
 }
 _ANSWER_HEADERS: Final = {
     "x-request-timeout": {"schema": {"type": "string"}, "description": "The seconds that the request was given, where it asked for some."},
