@@ -196,7 +196,7 @@ def _prefix_worth(worth: float) -> Iterator[None]:
     try:
         yield
     finally:
-        setattr(policy, "PREFIX_WORTH", usual)  # noqa: B010 - as above
+        setattr(policy, "PREFIX_WORTH", usual)  # noqa: B010 - mypy knows it as final
 
 
 def main() -> None:

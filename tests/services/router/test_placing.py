@@ -119,7 +119,7 @@ def test_who_left_the_line_leaves_no_timer_that_holds_its_prompt(tmp_path: Path)
         async with stub_system(tmp_path, Script(step_s=0.01), **ONE_AT_A_TIME) as system:
             answers = await asyncio.gather(*(_chat(system) for _ in range(4)))
             assert all(answer.status_code == 200 for answer in answers)
-            due = [handle for handle in asyncio.get_running_loop()._scheduled if not handle.cancelled()]  # type: ignore[attr-defined]  # CPython's
+            due = [handle for handle in asyncio.get_running_loop()._scheduled if not handle.cancelled()]  # type: ignore[attr-defined]  # of CPython's own loop
             held = [handle for handle in due if any(isinstance(each, PendingLeg) for each in handle._args or ())]
             assert not held and time.monotonic() > 0
 
