@@ -27,6 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from bench.axes import draw_beside
 from bench.serve.gateway_figures import (
     Cost,
     WrongBytes,
@@ -47,7 +48,7 @@ from bench.serve.sse_load import STARTED, Asking, SeenStream, run_load
 from bench.serve.stub_story import StubStory
 
 PROMPT_TOKENS: Final = 128
-TTFT_TOKENS: Final = 8
+TTFT_TOKENS: Final = 1  # nothing but a first token: the next request follows at once
 QUIET_S: Final = 0.02  # before each of the second half: caches are colder then, the more so the more else the machine does
 NEW_TOKENS: Final = (192, 256, 320, 224, 288)  # so that streams begin and end all the time, as a live gateway's do
 CLIENT_START_S: Final = 60.0
@@ -324,6 +325,9 @@ def main() -> int:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
         asked.out.write_text(json.dumps(content, indent=1) + "\n")
         print(f"written: {asked.out}")
+        from bench.serve.gateway_plot import draw
+
+        draw_beside(asked.out, draw)
     print(f"met: {content['met']}")
     return 0
 
