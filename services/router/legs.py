@@ -64,8 +64,8 @@ def decode_views(links: Iterable[ReplicaLink], limits: BookLimits) -> list[Decod
 def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink], now_s: float) -> Leg:
     """The leg, entered in the books of both replicas; `post_start` sends it, `end_leg` takes it out again.
 
-    A leg of all choices goes by the request's id. One that serves fewer (beside others that live on) gets an id of its own, so that
-    voiding one never touches another.
+    A leg of all choices goes by the request's id. One that serves fewer (beside others that live on) gets an id of its own, another for
+    each attempt, so that voiding one never touches another.
     """
     flight = pending.flight
     num_tokens = len(flight.request.prompt_ids) + (len(pending.choices[0].emitted) if pending.is_resume else 0)
@@ -73,7 +73,7 @@ def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink], 
     work_tokens = num_tokens - route.known_tokens
     leg = Leg(
         flight=flight,
-        wire_id=flight.request.request_id if is_whole else f"{flight.request.request_id}/{pending.choices[0].number}",
+        wire_id=flight.request.request_id if is_whole else f"{flight.request.request_id}/{pending.choices[0].number}.{flight.next_attempt}",
         attempt=flight.next_attempt,
         choices=pending.choices,
         prefill=links[route.prefill],
