@@ -1,9 +1,18 @@
 """Owns what every test's process and its children are told before torch is loaded. Knows no test."""
 
+import contextlib
 import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# An example is no timed test: on a machine with other work any of them may take long. Kernels are also tested where there is no
+# hypothesis.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("duomo", deadline=None)
+    settings.load_profile("duomo")
 
 # Spinning OpenMP threads on shared cores make a step thirty times slower (services/app.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -25,6 +25,7 @@ class StreamResult:
     token_ids: dict[int, list[int]] = field(default_factory=dict)
     text: dict[int, str] = field(default_factory=dict)
     finish_reasons: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, list[Any]] = field(default_factory=dict)  # by choice, what each event brought
     event_times_s: list[float] = field(default_factory=list)
     error: dict[str, Any] | None = None
     usage: dict[str, Any] | None = None
@@ -79,6 +80,8 @@ def _read_event(result: StreamResult, payload: bytes) -> int:
         result.text[idx] = result.text.get(idx, "") + piece
         ids = choice.get("token_ids") or ()
         result.token_ids.setdefault(idx, []).extend(ids)
+        if choice.get("logprobs"):
+            result.logprobs.setdefault(idx, []).append(choice["logprobs"])
         if choice.get("finish_reason"):
             result.finish_reasons[idx] = choice["finish_reason"]
         if count := len(ids) or (bool(piece) if told is None else told - result.counted_tokens):

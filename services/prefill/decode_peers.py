@@ -162,7 +162,9 @@ class DecodePeers:
         except PeerError as error:
             log.warning("cannot reach decode replica %s: %s", peer.address.replica_id, error)
             del self._peers[peer.address.boot_id]
-            self._on_lost(peer.address.boot_id, error)
+            self._on_lost(
+                peer.address.boot_id, PeerError(error.detail, code=error.code, phase="kv.handoff")
+            )  # between the two, says whoever dials
         finally:
             peer.connecting = None
 

@@ -62,7 +62,8 @@ def finished_groups(wave: WaveView, piece: Piece) -> range:
 
 def parts_of(piece: Piece, *, by_group: bool) -> list[tuple[Piece, int | None]]:
     """What is launched one by one: its chunks, each through all of its groups; by_group: the last chunk group by group, so that their ends
-    can be told while what is behind them is computed. Beside each part the group that it ends, but for the piece's last: that ends with it.
+    can be told while what is behind them is computed, of a piece with the wave's last rows alone (finished_groups). Beside each part the
+    group that it ends, but for the piece's last: that ends with it.
     """
     parts = [replace(piece, chunks=(chunk, chunk + 1)) for chunk in range(*piece.chunks)]
     if not by_group:

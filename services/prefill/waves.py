@@ -264,7 +264,8 @@ class WaveLoop:
             return None
         if wave.computation is None:
             wave.computation = self._worker.begin([leg.wave_row() for leg in wave.legs], self._limits.chunk_tokens_of(wave.view.num_tokens))
-        parts = parts_of(piece, by_group=self._events.hears_groups)
+        has_all_rows = piece.chunks[1] == wave.view.num_chunks  # else no group of it is complete
+        parts = parts_of(piece, by_group=has_all_rows and self._events.hears_groups)
         seconds = tuple(self._run_parts(wave.computation, [part for part, _ in parts]))
         ends = tuple(end for _, end in parts)
         return LaunchedPiece(seconds=seconds, ends=ends, outputs=self._sample(wave) if is_last else Over(()))

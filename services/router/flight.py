@@ -95,8 +95,8 @@ class Milestones:
 class Flight:
     """One request from submit to its end. The service owns it; `on_over` is called exactly once when it ends, however it ends.
 
-    digests: of the prompt's blocks, once it is to be placed. num_failed: attempts that failed before any token. num_lost: replicas that
-    died under it.
+    digests: of the prompt's blocks, once it is to be placed. num_failed: attempts that failed before any token. lost: the keys of
+    replicas that died under it.
     """
 
     request: GenerationRequest
@@ -110,7 +110,7 @@ class Flight:
     next_attempt: int = 0
     digests: tuple[int, ...] | None = None
     num_failed: int = 0
-    num_lost: int = 0
+    lost: set[str] = field(default_factory=set)
     is_over: bool = False
     error: DuomoError | None = None
     timer: asyncio.TimerHandle | None = None

@@ -242,7 +242,7 @@ class Gateway:
     def reported(self, link: ReplicaLink) -> None:
         if link.report is not None:
             self.metrics.observe_report(link.report)
-        self._placing.pump_soon()
+        self._placing.pools_changed()
 
     def link_lost(self, link: ReplicaLink, error: PeerError) -> None:
         for leg in list(link.legs):
@@ -251,8 +251,8 @@ class Gateway:
             if link is leg.decode:
                 leg.decode_is_over = True
                 lost = PeerError(f"The decode replica is gone ({error.detail}).", code="decode_lost", phase="decode.stream")
-            elif leg.prefill_is_over or leg.has_landed:
-                leg.prefill_is_over = True
+            elif leg.prefill_is_over or (leg.has_landed and not any(choice.early for choice in leg.choices)):
+                leg.prefill_is_over = True  # decode goes on without it, unless the first token was lost with it
                 continue
             else:
                 leg.prefill_is_over = True
@@ -261,7 +261,7 @@ class Gateway:
         self._placing.breakers.forget(link.key)
         if all(other.member.replica_id != link.member.replica_id for other in self.pools.links.values()):
             self.metrics.forget_replica(link.member.replica_id)
-        self._placing.pump_soon()
+        self._placing.pools_changed()
 
     # Legs
 
@@ -272,12 +272,12 @@ class Gateway:
             if not milestones.first_received_s:
                 milestones.first_received_s = received_s
                 milestones.rtts = Rtts(prefill_s=leg.prefill.connection.rtt_s or 0.0, decode_s=leg.decode.connection.rtt_s or 0.0)
-            self._placing.breakers.succeeded((leg.prefill.key,))
-        if link is leg.decode and not leg.has_landed:
+        if link is leg.prefill:
+            self._placing.breakers.succeeded((link.key,))
+        elif not leg.has_landed:
             leg.has_landed = True
-            for key in ((link.key,), (leg.prefill.key, link.key)):
-                self._placing.breakers.succeeded(key)
-        if token.index == 1 and not milestones.second_received_s:
+            self._placing.breakers.succeeded((leg.prefill.key, link.key))
+        if token.index == 1 and link is leg.decode and not milestones.second_received_s:  # a resume's first comes from prefill
             milestones.second_received_s = received_s
         if token.timings is not None:
             if link is leg.prefill and milestones.prefill_timings is None:
@@ -308,9 +308,9 @@ class Gateway:
     def _leg_lost(self, leg: Leg, lost: PeerError, link: ReplicaLink) -> None:
         """Its replica died. A request that replicas keep dying under may be why, and is not given to every one there is."""
         flight = leg.flight
-        flight.num_lost += 1
-        if flight.num_lost > self.config.gateway.max_lost_replicas:
-            detail = f"{flight.num_lost} replicas died while they served this request, the last: {lost.detail}"
+        flight.lost.add(link.key)
+        if len(flight.lost) > self.config.gateway.max_lost_replicas:
+            detail = f"{len(flight.lost)} replicas died while they served this request, the last: {lost.detail}"
             flight.fail(PeerError(detail, code="replica_lost", phase=lost.phase))
         else:
             self._leg_failed(leg, lost, frozenset({link.key}))

@@ -42,6 +42,6 @@ class PendingLeg:
     def without_replica(self, pool: Literal["prefill", "decode"]) -> PeerError:
         """What its client is told where a pool has had no replica for too long: whether it had been served, or never was."""
         if self.cause:
-            detail = f"A replica that served this request is gone ({self.cause}), and no {pool} replica has come in its place."
+            detail = f"What served this request has ended ({self.cause}), and no {pool} replica has come to take its place."
             return PeerError(detail, code="replica_lost", phase="route")
         return PeerError(f"No {pool} replica is connected.", code=f"no_{pool}_replica", phase="route")

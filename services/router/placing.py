@@ -42,7 +42,8 @@ class Placing:
         self._answers = AnswerLengths()
         self._random = random.Random()
         self._is_pump_due = False
-        self._shut_since_s: float | None = None  # since when a pool has had no open replica while somebody waits
+        self._shut_since_s: float | None = None  # since when a pool has had no open replica
+        self._shut_timer: asyncio.TimerHandle | None = None
         limits = config.gateway
         self.breakers = Breakers(
             BreakerLimits(num_failures=limits.breaker_failures, open_s=limits.breaker_open_s, max_open_s=limits.max_breaker_open_s)
@@ -94,7 +95,10 @@ class Placing:
         except PeerError:
             # The socket just ended: its reading task is about to say so. This leg never began; it looks for another pair.
             self.end_leg(leg, "peer_gone")
-            self.begin_again(pending)
+            if pending.was_running:
+                self.begin_again(pending)
+            else:
+                self.wait(pending)
 
     def first_token(self, leg: Leg) -> None:
         """P has answered: there is more room there."""
@@ -123,6 +127,8 @@ class Placing:
         if self._legs.get(leg.wire_id) is leg:
             del self._legs[leg.wire_id]
         end_leg(leg, cancel_reason)
+        if leg.has_landed and cancel_reason in (None, "stop"):
+            self.breakers.succeeded((leg.decode.key,))
         self.pump_soon()
 
     def forget(self, flight: Flight) -> None:
@@ -134,6 +140,12 @@ class Placing:
             if choice.has_ended:
                 self._answers.ended(len(choice.emitted))
 
+    def pools_changed(self) -> None:
+        """A replica has reported, or is gone: since when a pool stands empty is known whether anybody waits or not."""
+        pools = (self._pools.prefills(), self._pools.decodes())
+        self._note_shut(not all(any(link.is_usable for link in links) for links in pools))
+        self.pump_soon()
+
     def pump_soon(self) -> None:
         """There may be room: look at the line before the loop sleeps."""
         if not self._is_pump_due and len(self._line):
@@ -141,8 +153,12 @@ class Placing:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Place the head of the line, and the next, while there is room."""
         self._is_pump_due = False
+        self._place_in_order()
+        self._metrics.queued_requests.set(len(self._line))
+
+    def _place_in_order(self) -> None:
+        """The head of the line, and the next, while there is room."""
         while (head := self._line.head()) is not None:
             pools = self._view()
             if self._is_shut(pools.prefills, pools.decodes):
@@ -160,7 +176,6 @@ class Placing:
             self._line.pop_head()
             _stop_timer(head)
             self.begin(head, placed)
-        self._metrics.queued_requests.set(len(self._line))
 
     def _waited_enough(self, pending: PendingLeg) -> None:
         """It is told to come back, and when."""
@@ -206,19 +221,30 @@ class Placing:
         return self._random.getrandbits(_DRAW_BITS)
 
     def _is_shut(self, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView]) -> bool:
-        if _has_open(prefills) and _has_open(decodes):
-            self._shut_since_s = None
-            return False
-        self._shut_since_s = self._shut_since_s or time.monotonic()
-        return True
+        is_shut = not (_has_open(prefills) and _has_open(decodes))
+        self._note_shut(is_shut)
+        return is_shut
+
+    def _note_shut(self, is_shut: bool) -> None:
+        if is_shut:
+            self._shut_since_s = self._shut_since_s or time.monotonic()
+            return
+        self._shut_since_s = None
+        if self._shut_timer is not None:
+            self._shut_timer.cancel()
+            self._shut_timer = None
 
     def _waits_for_a_replica(self) -> bool:
         """Whether those in line are kept for one more start of a replica; then it is looked again when that time is over."""
         assert self._shut_since_s is not None
         left_s = self._shut_since_s + self._config.gateway.failover_wait_s - time.monotonic()
-        if left_s > 0:
-            asyncio.get_running_loop().call_later(left_s, self.pump_soon)
+        if left_s > 0 and self._shut_timer is None:
+            self._shut_timer = asyncio.get_running_loop().call_later(left_s, self._waited_for_a_replica)
         return left_s > 0
+
+    def _waited_for_a_replica(self) -> None:
+        self._shut_timer = None
+        self.pump_soon()
 
     def _view(self) -> PoolsView:
         now_s = time.monotonic()

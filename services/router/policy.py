@@ -148,9 +148,14 @@ def pick_route(
     open_decodes = [view for view in decodes if view.is_open and has_decode_room(view, need)]
     if not open_prefills or not open_decodes:
         return None
-    pairs, tier = _least_bad(list(product(open_prefills, open_decodes)), avoid, barred)
-    prefill, reason = _pick_prefill(list({one.key: one for one, _ in pairs}.values()), need, draw)
-    decode, decode_reason = _pick_decode([other for one, other in pairs if one is prefill], need, draw // 65_536)
+    tier = ""
+    if avoid or barred:
+        pairs, tier = _least_bad(list(product(open_prefills, open_decodes)), avoid, barred)
+        open_prefills = list({one.key: one for one, _ in pairs}.values())
+    prefill, reason = _pick_prefill(open_prefills, need, draw)
+    if tier:
+        open_decodes = [other for one, other in pairs if one is prefill]
+    decode, decode_reason = _pick_decode(open_decodes, need, draw // 65_536)
     return Route(
         prefill.key,
         decode.key,
@@ -166,21 +171,20 @@ Pair = tuple[PrefillView, DecodeView]
 
 
 def _least_bad(pairs: list[Pair], avoid: frozenset[str], barred: Barred) -> tuple[list[Pair], str]:
-    """Pairs that failed least, and what that says of the choice: "" where nothing failed."""
-    if not avoid and not barred:
-        return pairs, ""
+    """Pairs that failed least, and what that says of the choice."""
 
     def badness(pair: Pair) -> tuple[bool, int]:
         return _is_barred(pair, barred), (pair[0].key in avoid) + (pair[1].key in avoid)
 
-    least = min(map(badness, pairs))
+    bad = [badness(pair) for pair in pairs]
+    least = min(bad)
     if least[0]:
         why = "only_barred_left"
     elif least[1]:
         why = "only_failed_left"
     else:
         why = "avoid_failed" if avoid else "avoid_barred"
-    return [pair for pair in pairs if badness(pair) == least], why
+    return [pair for pair, each in zip(pairs, bad, strict=True) if each == least], why
 
 
 def _is_barred(pair: Pair, barred: Barred) -> bool:

@@ -144,3 +144,19 @@ def test_peers_that_left_are_forgotten_in_the_end(tmp_path: Path) -> None:
         rig.agent.close()
 
     asyncio.run(run())
+
+
+def test_a_decode_replica_that_cannot_be_dialled_is_the_pair_s_fault(tmp_path: Path) -> None:
+    """Nobody knows whose else: the gateway tries another of both."""
+
+    async def run() -> None:
+        rig = Rig(tmp_path)
+        rig.peers.want(PeerAddress(replica_id="decode", boot_id=new_boot_id(), address=f"unix:{tmp_path / 'nobody.sock'}"))
+        while not rig.lost:
+            await asyncio.sleep(0.001)
+        (lost,) = rig.lost
+        assert lost.phase == "kv.handoff" and "nobody.sock" in lost.detail
+        await rig.peers.close()
+        rig.agent.close()
+
+    asyncio.run(run())

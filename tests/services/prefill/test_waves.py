@@ -168,6 +168,33 @@ def test_groups_of_one_piece_leave_while_those_behind_them_are_computed(tmp_path
     run(scenario, tmp_path)
 
 
+def test_groups_are_told_behind_the_last_rows_of_a_wave_alone(tmp_path: Path) -> None:
+    """Chunked: each piece has all groups of some rows, and none of them is whole before the last one."""
+
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir, mode="chunked", chunk_tokens=64, prefix_cache_blocks=0) as parts:
+            launched, told, run_piece = [], [], parts.worker.run_piece
+            group_computed = parts.service._book.handoffs.group_computed
+
+            def late(computation: Computation, piece: Piece) -> LateSeconds:
+                launched.append(piece)
+                return LateSeconds(run_piece(computation, piece).result, lambda: None)
+
+            def seen(leg: Leg, group: int) -> None:
+                told.append((group, launched[-1].chunks))
+                group_computed(leg, group)
+
+            parts.worker.run_piece = late  # type: ignore[method-assign,assignment]  # a device's
+            parts.service._book.handoffs.group_computed = seen  # type: ignore[method-assign]  # a witness of what is told
+            parts.gateway.start("told", PROMPT, parts.decode.address)
+            await parts.gateway.finished("told")
+            assert told == [(group, (2, 3)) for group in range(NUM_GROUPS)]
+            assert parts.decode.kv("told", len(PROMPT)) == expected_kv(PROMPT)
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
 def _opened(gate: threading.Event) -> None:
     assert gate.wait(10), "nobody opened it"
 

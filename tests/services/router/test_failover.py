@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from duomo.wire.connection import Connection
 from duomo.wire.messages import Resume, StartDecode, StartPrefill
 from tests.services.router.stub_chat import chat, streamed, texts
 from tests.services.router.stub_replicas import Script
@@ -114,5 +115,59 @@ def test_the_only_replica_is_taken_whatever_its_breaker_says(tmp_path: Path) -> 
         async with stub_system(tmp_path, script, overrides={"gateway": {"breaker_failures": 1}}) as system:
             assert texts(await chat(system)) == [system.story.text(0, 24)]
             assert b'duomo_route_reasons_total{pool="prefill",reason="only_barred_left"}' in system.gateway.metrics.render()
+
+    asyncio.run(scenario())
+
+
+def test_a_pool_that_stood_empty_before_is_waited_for_as_long_again(tmp_path: Path) -> None:
+    """Also where nobody was in line when it filled: how long it has been empty is counted from the last time."""
+
+    async def scenario() -> None:
+        script = Script(decode_faults=deque([("die", 5), ("die", 5)]))
+        async with stub_system(tmp_path, script, overrides={"gateway": {"failover_wait_s": 1.0}}) as system:
+            first = asyncio.create_task(chat(system))
+            await system.until(lambda: not system.gateway.pools.decodes() and system.gateway.num_waiting == 1)
+            first.cancel()
+            await system.until(lambda: system.gateway.num_live_requests == 0)
+            await system.pools.add("decode", system.directory)
+            await system.until(lambda: system.gateway.why_not_ready() is None)
+            await asyncio.sleep(1.1)
+            second = asyncio.create_task(chat(system))
+            await system.until(lambda: not system.gateway.pools.decodes() and system.gateway.num_waiting == 1)
+            await system.pools.add("decode", system.directory)
+            assert texts(await second) == [system.story.text(0, 24)]
+
+    asyncio.run(scenario())
+
+
+def test_a_replica_that_dies_under_several_choices_is_one(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script(decode_faults=deque([("die", 7), *[("hold", 3)] * 4, ("die", 3)]), step_s=0.01)
+        async with stub_system(tmp_path, script, num_decodes=2, overrides={"gateway": {"max_lost_replicas": 2}}) as system:
+            asked = asyncio.create_task(chat(system, n=5, max_tokens=40))
+            await system.until(lambda: not system.gateway.pools.decodes(), 10)
+            await system.pools.add("decode", system.directory)
+            assert texts(await asked) == [system.story.text(choice, 40) for choice in range(5)]
+
+    asyncio.run(scenario())
+
+
+def test_a_first_token_that_is_lost_with_its_prefill_replica_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode had all KV, and has said its last word when the death is seen."""
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            (prefill,) = system.pools.of_role("prefill")
+
+            async def lost(connection: Connection, start: StartPrefill) -> None:
+                system.pools.kv(start.request_id, start.attempt).set()
+                await system.until(lambda: any(leg.decode_is_over for link in system.gateway.pools.prefills() for leg in link.legs))
+                prefill._tasks.add(asyncio.create_task(prefill.die()))
+
+            monkeypatch.setattr(prefill, "_prefill", lost)
+            asked = asyncio.create_task(chat(system))
+            await system.until(lambda: not system.gateway.pools.prefills())
+            await system.pools.add("prefill", system.directory)
+            assert texts(await asked) == [system.story.text(0, 24)]
 
     asyncio.run(scenario())
