@@ -146,10 +146,15 @@ class Gateway:
         self.metrics.live_requests.set(len(self._flights))
         remaining_s = max(request.deadline_s - time.monotonic(), 0.0)
         flight.timer = asyncio.get_running_loop().call_later(remaining_s, self._expire, flight)
-        if decision is None:
-            self._placing.wait(pending)
-        else:
-            self._placing.begin(pending, decision.route)
+        try:
+            if decision is None:
+                self._placing.wait(pending)
+            else:
+                self._placing.begin(pending, decision.route)
+        except BaseException:  # a programmer's fault: nobody has the flight yet who would close it
+            self._num_open_answers -= 1
+            flight.fail(RequestCancelled("The request could not be started."))
+            raise
         return flight
 
     def close(self, flight: Flight, error: DuomoError | None) -> None:

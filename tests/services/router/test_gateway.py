@@ -11,6 +11,8 @@ import pytest
 
 from duomo.telemetry.span_file import read_spans
 from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
+from services.router.pending import PendingLeg
+from services.router.policy import Route
 from tests.services.router.stub_chat import CHAT, chat, streamed, texts
 from tests.services.router.stub_replicas import Fault, Script
 from tests.services.router.stub_system import stub_system
@@ -292,5 +294,23 @@ def test_stopping_ends_every_request_with_a_typed_error(tmp_path: Path) -> None:
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
             await system.gateway.stop()
             assert (await asked).json()["error"]["code"] == "shutting_down"
+
+    asyncio.run(scenario())
+
+
+def test_a_fault_of_ours_while_a_request_starts_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:  # which checks every book at its end
+            placing = system.gateway._placing
+            begin = placing.begin
+
+            def begins_and_breaks(pending: PendingLeg, route: Route) -> None:
+                begin(pending, route)
+                raise ZeroDivisionError
+
+            monkeypatch.setattr(placing, "begin", begins_and_breaks)
+            assert (await chat(system)).status_code == 500
+            monkeypatch.undo()
+            assert texts(await chat(system)) == [system.story.text(0, 24)]
 
     asyncio.run(scenario())
