@@ -30,6 +30,8 @@ from services.prefill.snapshot import Key, Limits, Snapshot
 from services.prefill.wave_costs import GroupCosts
 from services.prefill.worker import Computation, WaveOutput, WaveWorker
 
+LEAST_SHARE_MEASURED = 0.25  # of a full wave, before its speed is told
+
 log = logging.getLogger(__name__)
 
 
@@ -109,7 +111,11 @@ class WaveLoop:
 
     @property
     def tokens_per_s(self) -> float:
-        """In full waves, by what they cost and by how much of the time of the last pieces was theirs; 0: nothing is known."""
+        """In full waves, by what they cost and by how much of the time of the last pieces was theirs; 0: nothing is known. Small waves say
+        little of full ones: weights are read for few rows too."""
+        points = self._costs.curve.points
+        if not points or points[-1][0] < self._limits.company_tokens * LEAST_SHARE_MEASURED:
+            return 0.0
         computed_s, took_s = (sum(part) for part in zip(*self._last_pieces, strict=True)) if self._last_pieces else (1.0, 1.0)
         return self._costs.curve.rows_per_s(self._limits.company_tokens, self._limits.num_groups) * min(computed_s / took_s, 1.0)
 
@@ -300,7 +306,8 @@ class WaveLoop:
             self._abandon(wave)
             return
         self.num_groups_run += piece.num_groups
-        self._last_pieces.append((result.seconds, max(now_s - running.started_s, result.seconds, 1e-9)))
+        if not any(leg.is_scored for leg in wave.legs):  # scoring takes its time beside the layers'
+            self._last_pieces.append((result.seconds, max(now_s - running.started_s, result.seconds, 1e-9)))
         self._costs.observe(num_rows(running.before, piece, self._limits), piece.num_groups, result.seconds)
         for leg in wave.legs:
             if leg.compute_span is not None and not leg.is_over:

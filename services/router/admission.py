@@ -7,7 +7,7 @@ will be done. 429: there is too much to do. 503: something is missing. 400: it w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from services.router.policy import (
@@ -19,6 +19,7 @@ from services.router.policy import (
     blocks_for,
     decode_blocks,
     has_decode_room,
+    has_prefill_room,
     known_tokens,
     pick_route,
 )
@@ -98,7 +99,7 @@ def decide(need: Need, pools: PoolsView, line: LineView, terms: Terms, draw: int
     if limit is not None:
         return Refuse(400, "never_fits", limit)
     route = pick_route(pools.prefills, pools.decodes, need, barred=pools.barred, draw=draw) if not line.num_waiting else None
-    wait_s = first_token_s(need, pools, line)
+    wait_s = 0.0 if not line.num_waiting and _is_idle(need, pools) else first_token_s(need, pools, line)
     if wait_s * CAUTION > terms.left_s:
         return _too_late(wait_s, terms)
     if route is not None:
@@ -116,11 +117,17 @@ def place(need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | No
     limit = never_fits(need, pools.prefills, pools.decodes)
     if limit is not None:
         return Refuse(503, "never_fits", limit)
-    if terms is not None:
+    if terms is not None and not _is_idle(need, pools):
         wait_s = first_token_s(need, pools, LineView())
         if wait_s * CAUTION > terms.left_s:
             return _too_late(wait_s, terms)
     return pick_route(pools.prefills, pools.decodes, need, avoid, pools.barred, draw)
+
+
+def _is_idle(need: Need, pools: PoolsView) -> bool:
+    """Whether it could begin now, behind nobody: then nothing that was measured on other prompts may turn it away."""
+    is_prefill_idle = any(view.is_open and not view.queued_tokens and has_prefill_room(view, need) for view in pools.prefills)
+    return is_prefill_idle and any(view.is_open and has_decode_room(view, need) for view in pools.decodes)
 
 
 def first_token_s(need: Need, pools: PoolsView, line: LineView) -> float:
@@ -128,7 +135,9 @@ def first_token_s(need: Need, pools: PoolsView, line: LineView) -> float:
 
     Where others wait, as many come behind it into its wave: its first token is there when the wave's are.
     """
-    prefills = [view for view in pools.prefills if view.is_open and view.tokens_per_s > 0]
+    known = [view.tokens_per_s for view in pools.prefills if view.is_open and view.tokens_per_s > 0]
+    # One that has just begun has not been measured: it is thought to be as fast as the others are.
+    prefills = [_at_least(view, sum(known) / len(known)) for view in pools.prefills if view.is_open] if known else []
     alone_s, queue_s = 0.0, 0.0
     if prefills:
         queue_s, alone_s = min((_prefill_s(view, need, line) for view in prefills), key=sum)
@@ -136,6 +145,10 @@ def first_token_s(need: Need, pools: PoolsView, line: LineView) -> float:
             total = sum(view.queued_tokens for view in prefills) + line.work_tokens
             queue_s = max(queue_s, total / sum(view.tokens_per_s for view in prefills))
     return max(queue_s, _decode_room_s(need, pools, line)) + alone_s
+
+
+def _at_least(view: PrefillView, tokens_per_s: float) -> PrefillView:
+    return view if view.tokens_per_s else replace(view, tokens_per_s=tokens_per_s)
 
 
 def _prefill_s(view: PrefillView, need: Need, line: LineView) -> tuple[float, float]:

@@ -188,11 +188,23 @@ class Gateway:
                 continue
             if token.index <= 1 or token.timings is not None or not leg.has_landed:  # later ones tell nothing new
                 self._note_arrival(link, leg, token, received_s)
-            taken = leg.flight.take(choice, token)
+            try:
+                taken = leg.flight.take(choice, token)
+            except Exception:  # of whoever makes bytes of this answer: it ends, and no other that came in the same frame
+                log.exception("an answer cannot be written")
+                self._break(leg.flight)
+                continue
             if taken != "taken":
                 self.dropped_tokens[taken] += 1
             elif choice.has_ended and not leg.flight.is_over:
                 self._choice_ended(leg, choice)
+
+    def _break(self, flight: Flight) -> None:
+        try:
+            flight.fail(DuomoError("The server made a mistake.", phase="gateway"))
+        except Exception:
+            log.exception("nor can its end be written")
+            flight.sink.leave("the answer cannot be written")
 
     def prompt_scored(self, link: ReplicaLink, message: PromptScored) -> None:
         leg = self._placing.leg_of(message.request_id, message.attempt)

@@ -105,3 +105,5 @@ class EventSink(Protocol):
     second_sent_s: float
 
     def deliver(self, event: GenerationEvent) -> None: ...
+    def leave(self, why: str) -> None:
+        """Nobody waits for the answer any more."""

@@ -295,10 +295,14 @@ def _call_of(text: str) -> tuple[str, str] | None:
 
 
 def _decoded(text: str) -> object:
+    """None where it is no JSON, or names half of a character alone (a lone surrogate), which no answer can be written with."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
+    return value
 
 
 def _tail_that_may_become(text: str, mark: str) -> int:

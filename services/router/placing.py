@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from duomo.config import DuomoConfig
-from duomo.errors import CapacityError, PeerError
+from duomo.errors import CapacityError, PeerError, WireError
 from duomo.telemetry.metrics import Metrics
 from services.router.admission import Admit, LineView, PoolsView, Refuse, Terms, decide, first_token_s, place, retry_s, told_full
 from services.router.answer_lengths import AnswerLengths
@@ -92,6 +92,9 @@ class Placing:
             sent_s = post_start(leg, is_resume=pending.is_resume)
             if not milestones.first_received_s:
                 milestones.sent_s = sent_s
+        except WireError as error:
+            self.end_leg(leg, error.code)
+            pending.flight.fail(error)
         except PeerError:
             # The socket just ended: its reading task is about to say so. This leg never began; it looks for another pair.
             self.end_leg(leg, "peer_gone")

@@ -22,6 +22,7 @@ Barred = frozenset[tuple[str, ...]]
 PREFIX_WORTH: Final = 3  # times the tokens that are known: bench/results/routing_sim.json has it beside 1 and others
 NEAR_SHARE: Final = 0.1  # prefill replicas within a tenth, and two blocks, of the least work are about as good: reports are no better
 SESSION_SHARE: Final = 0.25  # of a wave: so much more work a session's own place may have
+MAX_SLOWNESS: Final = 4.0  # more is rather what was measured (small waves, other work) than what the machine is
 NEAR_FILL: Final = 0.05  # of a decode replica
 SESSION_FILL: Final = 0.15
 PREFIX_FILL: Final = 0.25  # a prompt that is all known to a decode replica makes up for so much of its fill
@@ -198,9 +199,9 @@ def _pick_prefill(views: Sequence[PrefillView], need: Need, draw: int) -> tuple[
     offers = {}
     for view in views:
         known = known_tokens(view, need)
-        slowness = fastest / view.tokens_per_s if view.tokens_per_s else 1.0
-        saved = known + min((PREFIX_WORTH - 1) * known, view.wave_tokens)
-        offers[view.key] = Offer(key=view.key, cost=(view.queued_tokens + need.num_tokens - saved) * slowness, worth=known)
+        slowness = min(fastest / view.tokens_per_s, MAX_SLOWNESS) if view.tokens_per_s else 1.0
+        own = (view.queued_tokens + need.num_tokens - known) * slowness
+        offers[view.key] = Offer(key=view.key, cost=own - min((PREFIX_WORTH - 1) * known, view.wave_tokens), worth=known)
     least = max(min(offer.cost for offer in offers.values()), 0.0)
     small = 2 * views[0].block_tokens
     slack = Slack(

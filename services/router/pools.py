@@ -168,11 +168,19 @@ class Pools:
                 continue
             except PeerError as error:
                 log.info("%s replica %s is gone: %s", link.role, link.member.replica_id, error)
-                self.links.pop(link.key, None)
-                self._retry_at_s[link.key] = time.monotonic() + _RETRY_CONNECT_S
-                self._listener.link_lost(link, error)
+                self._lost(link, error)
                 return
-            self._dispatch(link, message, connection.received_s)
+            try:
+                self._dispatch(link, message, connection.received_s)
+            except Exception:  # a programmer's fault; unheard, what the message was about would wait for ever
+                log.exception("a message of %s could not be taken: its connection is given up", link.member.replica_id)
+                self._lost(link, PeerError("A message could not be taken.", code="connection_given_up", phase="wire"))
+                return
+
+    def _lost(self, link: ReplicaLink, error: PeerError) -> None:
+        self.links.pop(link.key, None)
+        self._retry_at_s[link.key] = time.monotonic() + _RETRY_CONNECT_S
+        self._listener.link_lost(link, error)
 
     def _dispatch(self, link: ReplicaLink, message: Message, received_s: float) -> None:
         if type(message) is TokensEmitted:

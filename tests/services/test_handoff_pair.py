@@ -61,7 +61,7 @@ def test_a_following_turn_sends_only_the_blocks_that_decode_lacks(tmp_path: Path
     async def go() -> None:
         async with system(config, 1, 1) as made:
             prefill, decode = made.prefills[0][0], made.decodes[0][0]
-            block_bytes = decode._worker.block_bytes * decode._worker.config.num_layers
+            block_bytes = decode._steps._worker.block_bytes * decode._steps._worker.config.num_layers
             longer = Sampling(max_tokens=70, temperature=0.0, ignore_eos=True)
             made.start("turn 1", ids(90), longer, p=0, d=0, salt="key")
             await made.ended("turn 1", p=0, d=0)

@@ -24,7 +24,7 @@ from services.router.admission import (
     place,
     retry_s,
 )
-from services.router.policy import DecodeView, Need, PrefillView, Route
+from services.router.policy import DecodeView, Need, PrefillView, Route, has_decode_room
 from services.router.prefix_index import PrefixIndex
 
 P = PrefillView(key="p", queued_tokens=0, room_tokens=0, num_blocks=64, block_tokens=16, wave_tokens=512, max_queued_tokens=4096)
@@ -139,12 +139,27 @@ def test_every_refusal_says_when_and_nothing_else_is_kept_waiting_past_its_time(
     pools = _pools((prefill,), (decode,), answer_tokens)
     line = LineView(num_waiting=waiting, max_waiting=3, work_tokens=60 * waiting, num_blocks=8 * waiting, num_choices=waiting)
     decision = decide(NEED, pools, line, Terms(left_s=left_s))
+    is_idle = waiting == 0 and queued == 0 and has_decode_room(decode, NEED)  # then it begins at once, whatever was measured
+    expected_s = 0.0 if is_idle else first_token_s(NEED, pools, line)
     if isinstance(decision, Refuse):
         assert decision.status == 429 and MIN_RETRY_S <= decision.retry_after_s <= MAX_RETRY_S
-        assert decision.code == ("too_late" if CAUTION * first_token_s(NEED, pools, line) > left_s else "queue_full")
+        assert decision.code == ("too_late" if CAUTION * expected_s > left_s else "queue_full")
     else:
-        assert CAUTION * first_token_s(NEED, pools, line) <= left_s
+        assert CAUTION * expected_s <= left_s
         assert isinstance(decision, Queue) or waiting == 0
+
+
+def test_an_idle_pool_turns_nothing_away_for_what_it_measured_on_other_prompts() -> None:
+    slow = replace(P, tokens_per_s=0.001)
+    assert isinstance(decide(NEED, _pools(prefills=(slow,)), LINE, Terms(left_s=4.0)), Admit)
+    assert isinstance(place(NEED, _pools(prefills=(slow,)), frozenset(), Terms(left_s=4.0)), Route)
+    assert isinstance(decide(NEED, _pools(prefills=(slow,)), LINE, Terms(left_s=-0.1)), Refuse), "its time is over"
+
+
+def test_a_replica_that_has_just_begun_counts_as_fast_as_the_others() -> None:
+    busy, new = replace(P, tokens_per_s=100.0, queued_tokens=1000), replace(P, key="q", queued_tokens=50)
+    assert first_token_s(NEED, _pools(prefills=(busy, new)), LINE) < 2.0 < first_token_s(NEED, _pools(prefills=(busy,)), LINE)
+    assert isinstance(decide(NEED, _pools(prefills=(busy, new)), LINE, Terms(left_s=4.0)), Admit)
 
 
 def test_retry_after_is_bounded() -> None:

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from duomo.telemetry.span_file import read_spans
-from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
+from duomo.wire.messages import Cancel, RequestFinished, Resume, StartDecode, StartPrefill
+from duomo.wire.values import EmittedToken
+from services.router.flight import Choice, Flight
 from services.router.pending import PendingLeg
 from services.router.policy import Route
+from services.router.pools import ReplicaLink
 from tests.services.router.stub_chat import CHAT, chat, streamed, texts
 from tests.services.router.stub_replicas import Fault, Script
 from tests.services.router.stub_system import stub_system
@@ -312,5 +315,45 @@ def test_a_fault_of_ours_while_a_request_starts_leaves_nothing_behind(tmp_path: 
             assert (await chat(system)).status_code == 500
             monkeypatch.undo()
             assert texts(await chat(system)) == [system.story.text(0, 24)]
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_cannot_be_written_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others of the same frames go on, and so does the replica's connection."""
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(step_s=0.005)) as system:
+            write = Flight._accept
+
+            def breaks_at_seven(self: Flight, choice: Choice, token: EmittedToken) -> None:
+                if token.index == 7 and self.request.sampling.max_tokens == 20:
+                    raise UnicodeEncodeError("utf-8", "\ud800", 0, 1, "surrogates not allowed")
+                write(self, choice, token)
+
+            monkeypatch.setattr(Flight, "_accept", breaks_at_seven)
+            broken, *others = await asyncio.gather(chat(system, max_tokens=20), *(chat(system) for _ in range(3)))
+            assert (broken.status_code, broken.json()["error"]["code"]) == (500, "internal")
+            assert all(texts(other) == [system.story.text(0, 24)] for other in others)
+            assert b"duomo_resumes_total{" not in system.gateway.metrics.render()
+
+    asyncio.run(scenario())
+
+
+def test_a_message_that_cannot_be_taken_is_as_good_as_a_lost_replica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            listener, heard = system.gateway, []
+
+            def breaks_once(link: ReplicaLink, message: RequestFinished) -> None:
+                if link.role == "prefill" and not heard:
+                    heard.append(message)
+                    raise ZeroDivisionError
+                finished(link, message)
+
+            finished = listener.request_finished
+            monkeypatch.setattr(listener, "request_finished", breaks_once)
+            assert texts(await chat(system)) == [system.story.text(0, 24)]
+            assert heard
 
     asyncio.run(scenario())

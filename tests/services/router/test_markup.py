@@ -77,6 +77,15 @@ def test_an_output_may_start_inside_and_styles_may_be_off() -> None:
     assert not OutputStyle().has_markup and _blocks(["<think>" + WEATHER], OutputStyle()) == [("text", "<think>" + WEATHER)]
 
 
+@pytest.mark.parametrize("call", ['{"name": "\\ud800", "arguments": {}}', '{"arguments": {"city": "\\udfff"}, "name": "weather"}'])
+def test_half_a_character_in_a_call_makes_it_text(call: str) -> None:
+    """No answer could be written with it."""
+    told = f"<tool_call>\n{call}\n</tool_call>"
+    for pieces in ([told], list(told)):
+        assert all(str(part).encode() for part in _blocks(pieces, OutputStyle("hermes", "none")))
+        assert not [block for block in _blocks(pieces, OutputStyle("hermes", "none")) if block[0] == "call"]
+
+
 def test_where_calls_are_not_parallel_the_first_alone_is_passed_on() -> None:
     alone = OutputStyle("hermes", "none", is_parallel=False)
     assert _blocks(list(WEATHER + WEATHER + " end"), alone) == [("call", "weather", CITY), ("text", "end")]
