@@ -53,15 +53,17 @@ class CostCurve:
 
 
 class GroupCosts:
-    """What was measured, in a table whose size is bounded. Belongs to one loop."""
+    """What was measured, in a table whose size is bounded. Belongs to one loop. most_rows: of the largest piece."""
 
     def __init__(self) -> None:
         self.curve = CostCurve()
+        self.most_rows = 0
         self._buckets: dict[int, deque[tuple[float, int]]] = {}
 
     def observe(self, num_tokens: int, num_groups: int, seconds: float) -> None:
         """A piece of num_groups layer groups over num_tokens rows took so long."""
         assert num_tokens > 0 and num_groups > 0 and seconds >= 0, (num_tokens, num_groups, seconds)
+        self.most_rows = max(self.most_rows, num_tokens)
         bucket = math.ceil(BUCKETS_PER_DOUBLING * math.log2(num_tokens))
         self._buckets.setdefault(bucket, deque(maxlen=SAMPLES_PER_BUCKET)).append((seconds / num_groups, num_tokens))
         medians = (sorted(samples)[len(samples) // 2] for samples in self._buckets.values())

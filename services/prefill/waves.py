@@ -113,8 +113,7 @@ class WaveLoop:
     def tokens_per_s(self) -> float:
         """In full waves, by what they cost and by how much of the time of the last pieces was theirs; 0: nothing is known. Small waves say
         little of full ones: weights are read for few rows too."""
-        points = self._costs.curve.points
-        if not points or points[-1][0] < self._limits.company_tokens * LEAST_SHARE_MEASURED:
+        if self._costs.most_rows < self._limits.company_tokens * LEAST_SHARE_MEASURED:
             return 0.0
         computed_s, took_s = (sum(part) for part in zip(*self._last_pieces, strict=True)) if self._last_pieces else (1.0, 1.0)
         return self._costs.curve.rows_per_s(self._limits.company_tokens, self._limits.num_groups) * min(computed_s / took_s, 1.0)
