@@ -89,6 +89,15 @@ class WaitingLine(Generic[W]):
         assert waiter is not None
         self._drop(heapq.heappop(self._heap)[1], waiter)
 
+    def ahead_of(self, own: Rank) -> Weight:
+        """What those need in all who would be served before it. Looks at everybody."""
+        ahead = [waiter.weight for waiter in self._waiting.values() if waiter.rank <= own]
+        return Weight(
+            work_tokens=sum(weight.work_tokens for weight in ahead),
+            num_blocks=sum(weight.num_blocks for weight in ahead),
+            num_choices=sum(weight.num_choices for weight in ahead),
+        )
+
     def last(self) -> W | None:
         """Who would be served last of all. Looks at everybody."""
         live = [one for one in self._heap if one[1] in self._waiting]

@@ -45,6 +45,15 @@ def test_first_come_first_served_within_a_level_and_those_that_ran_before_all() 
     assert line.last() is None and (line.work_tokens, line.num_blocks, line.num_choices) == (0, 0, 0)
 
 
+def test_what_is_ahead_of_a_level_is_what_would_be_served_before_it() -> None:
+    line: WaitingLine[Waiter] = WaitingLine()
+    for waiter in (came(1.0), came(2.0), came(9.0, was_running=True), came(3.0)):
+        line.join(waiter)
+    urgent, late = came(3.5, 1), came(4.0)
+    assert [line.ahead_of(waiter.rank).num_choices for waiter in (urgent, late)] == [2, 4]
+    assert line.ahead_of(late.rank) == Weight(work_tokens=40, num_blocks=8, num_choices=4)
+
+
 def test_levels_are_worth_as_much_as_in_prefills_queue() -> None:
     assert PRIORITY_AGE_S == PREFILL_AGE_S
 
