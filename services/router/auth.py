@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import Final
 
@@ -14,7 +16,12 @@ from services.router.keys import Keys
 from services.router.refusals import refusal
 
 OVER_LIMIT_EXTENSION: Final = "duomo.over_limit"  # put into the ASGI scope by client_protocol.py: gateway.max_connections is reached
+BODY_DUE_EXTENSION: Final = "duomo.body_due"  # and this: () -> bool, whether the request's body is still on its way
 HOLDER: Final = "duomo.key"  # and this by us: the KeyEntry of who calls, where keys are asked for
+# How much of a refused request's body is read and dropped, and for how long: closing a socket with unread bytes resets it, and a client
+# that writes everything before it reads would see the reset and not the refusal.
+_DROP_BYTES: Final = 16 * 1024 * 1024
+_DROP_S: Final = 5.0
 
 _CHALLENGE: Final = {"www-authenticate": "Bearer"}
 
@@ -77,7 +84,27 @@ class Guard:
         self, status: int, told: tuple[str, None, str], headers: dict[str, str], scope: Scope, receive: Receive, send: Send
     ) -> None:
         self._refused(told[2], scope)
-        await refusal(scope["path"], status, told, headers)(scope, receive, send)
+        is_due: Callable[[], bool] | None = (scope.get("extensions") or {}).get(BODY_DUE_EXTENSION)
+        if is_due is None or not is_due() or "connection" in headers:
+            await refusal(scope["path"], status, told, headers)(scope, receive, send)
+            return
+        # On a connection that lived on, a stranger could go on sending for as long as it likes.
+        answer = refusal(scope["path"], status, told, headers | {"connection": "close"})
+        await send({"type": "http.response.start", "status": status, "headers": answer.raw_headers})
+        await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+        await _drop_body(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _drop_body(receive: Receive) -> None:
+    num_bytes = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DROP_S):
+            while num_bytes < _DROP_BYTES:
+                message = await receive()
+                num_bytes += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
 
 
 def holder_of(scope: Scope) -> KeyEntry | None:

@@ -1,26 +1,34 @@
-"""One client's connection under uvicorn: how much of a head it may send, how slowly, and beside how many others. Knows no route.
+"""One client's connection under uvicorn: how much it may send, how slowly it may send and read, and beside how many others. Knows no route.
 
-uvicorn itself bounds none of these: a head may have any size, and a client that never ends one is waited for for ever.
+uvicorn itself bounds none of these: a head may have any size, a client that never ends one is waited for for ever, and so is one that does
+not read its answer. Requests that are sent behind one that is being answered (pipelining) wait in a line without an end, and when the
+client leaves, only the last of them hears of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, Literal, cast
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from duomo.config_gateway import GatewaySection
-from services.router.auth import OVER_LIMIT_EXTENSION
+from services.router.auth import BODY_DUE_EXTENSION, OVER_LIMIT_EXTENSION
 from services.router.refusals import refusal_body
 from services.router.streams import TRANSPORT_EXTENSION
+from services.router.unsent import UnsentWatch
 
 BODY_BYTES_PER_TIMEOUT: Final = 16 * 1024  # a body that brings less within read_timeout_s is not waited for
+MAX_QUEUED: Final = 4  # requests behind the one that is being answered; hardly any client sends one
+MAX_QUEUED_BODY_BYTES: Final = 64 * 1024  # of all of them
 SPARE_CONNECTIONS: Final = 256  # above the limit are told so; what comes above these is cut without a word
 
 
@@ -55,6 +63,10 @@ class _HeadTooLarge(Exception):
     """Leaves the parser, which then asks for a refusal (send_400_response)."""
 
 
+class _TakesNoMore(Exception):
+    """Leaves the parser, which is not asked again."""
+
+
 class ClientProtocol(HttpToolsProtocol):
     """Also puts the client's transport into the scope, where streams.py finds how far the client is behind."""
 
@@ -72,11 +84,15 @@ class ClientProtocol(HttpToolsProtocol):
         self._body_bytes = 0  # since the timer was set
         self._is_cut = False
         self._timer: asyncio.TimerHandle | None = None
+        self._unsent: UnsentWatch | None = None
+        self._answered: RequestResponseCycle | None = None  # the one that is; those of self.pipeline wait for it, self.cycle is the newest
+        self.url = b""  # uvicorn's own knows none before a first message begins
 
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
         super().connection_made(transport)
+        self._unsent = UnsentWatch(self.loop, transport, self._limits.read_timeout_s)
         if len(self.connections) > self._limits.max_connections + SPARE_CONNECTIONS:
             self._limits.refused("too_many_connections")
             self._is_cut = True
@@ -86,7 +102,26 @@ class ClientProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._clear_timer()
+        self._tell_all_gone()
+        if self._unsent is not None:
+            self._unsent.lost()
+        self._unset_keepalive_if_required()
         super().connection_lost(exc)
+
+    def eof_received(self) -> None:
+        super().eof_received()
+        self.loop.call_soon(self._watch_unsent)  # the transport closes behind this
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_unsent()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if self.transport.get_write_buffer_size() and not self.transport.is_closing():  # it is not idle: its answer is on its way
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+            return
+        super().timeout_keep_alive_handler()
+        self._watch_unsent()
 
     def data_received(self, data: bytes) -> None:
         if self._is_cut:
@@ -113,6 +148,10 @@ class ClientProtocol(HttpToolsProtocol):
     # httptools
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_QUEUED:
+            self._take_no_more()
+        if self.cycle is not None:
+            self._clear_timer()  # it was another message's
         super().on_message_begin()
         self._reading, self._has_begun_now = "head", True
         self._num_headers = self._header_bytes = self._head_bytes = 0
@@ -127,14 +166,26 @@ class ClientProtocol(HttpToolsProtocol):
         self._count(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Also of trailers, which are headers behind a body: they count on."""
+        """Also of trailers, which are headers behind a body: they count on, and are dropped. They prove nobody's key and set no option."""
         self._num_headers += 1
         self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if self._reading == "head":
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._reading, self._body_bytes = "body", 0
+        self._clear_timer()  # it was the head's
         super().on_headers_complete()
+        extensions = cast(dict[str, object], self.scope["extensions"])
+        extensions[BODY_DUE_EXTENSION] = functools.partial(_is_body_due, weakref.ref(self.cycle))  # which holds the scope
+        if self.pipeline:
+            self.flow.resume_reading()  # who does not read does not hear that the client leaves; the line is bounded by us
+
+    def on_body(self, body: bytes) -> None:
+        if self.pipeline and sum(len(cycle.body) for cycle, _ in self.pipeline) + len(body) > MAX_QUEUED_BODY_BYTES:
+            self.pipeline.popleft()  # the newest, whose body this is
+            self._take_no_more()
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._reading = "nothing"
@@ -142,13 +193,44 @@ class ClientProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn where the parser gave up, for which our own limits are a reason too."""
+        if self._is_cut:
+            return
         if self._is_head_too_large():
             self._refuse_head()
         else:
-            self._is_cut = True
-            super().send_400_response(msg)
+            self._cut(400, "This is no valid HTTP request.", "invalid_http")
 
     # inside
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """uvicorn's, which keeps the task from us."""
+        self._answered = cycle
+        task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(lambda _: self._watch_unsent())
+
+    def _watch_unsent(self) -> None:
+        if self._unsent is not None:
+            self._unsent.begin()
+
+    def _tell_all_gone(self) -> None:
+        """Whoever answers, or waits to, hears that the client is gone."""
+        for cycle in (self._answered, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
+        self.pipeline.clear()
+
+    def _take_no_more(self) -> None:
+        """The line is full: what it holds is answered, and the connection closes behind the last of it. Leaves the parser."""
+        self._is_cut = True
+        self._clear_timer()
+        last = self.pipeline[0][0] if self.pipeline else self._answered
+        assert last is not None
+        self.cycle = last
+        last.keep_alive = False
+        raise _TakesNoMore
 
     def _count(self, num_bytes: int) -> None:
         self._header_bytes += num_bytes
@@ -182,6 +264,7 @@ class ClientProtocol(HttpToolsProtocol):
         elif self._reading == "nothing":
             self._is_cut = True
             self.transport.close()  # it has asked for nothing, and is told nothing
+            self._watch_unsent()
         else:
             part = "headers were" if self._reading == "head" else "body was"
             self._cut(408, f"The request's {part} not sent within {self._limits.read_timeout_s:g} s.", "request_timeout")
@@ -195,10 +278,17 @@ class ClientProtocol(HttpToolsProtocol):
             body = refusal_body(self.url.decode("latin-1"), status, (detail, None, code))
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
             self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + body)
+        self._tell_all_gone()
         self.transport.close()
+        self._watch_unsent()
 
     def _may_answer(self) -> bool:
         """Whether an answer of ours would be the first to what is being read, and stand behind those of what came before."""
-        if self._reading == "head":
+        if self._reading != "body":
             return self.cycle is None or self.cycle.response_complete
         return not self.pipeline and not self.cycle.response_started
+
+
+def _is_body_due(cycle: weakref.ref[RequestResponseCycle]) -> bool:
+    answered = cycle()
+    return answered is not None and answered.more_body

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import resource
 import socket
@@ -25,6 +26,7 @@ from services.router.tls import tls_context
 _BACKLOG: Final = 1024
 _SEND_BUFFER_BYTES: Final = 64 * 1024  # the kernel doubles it
 _STOP_WAIT_S: Final = 5
+_MAX_HANDSHAKE_S: Final = 10.0
 _OTHER_FILES: Final = 512  # replicas, Redis, logs, libraries
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,20 @@ class EmbeddedServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self):  # type: ignore[no-untyped-def]  # uvicorn's own is a generator context without names
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, which leaves a handshake its minute: who is silent before it is no connection of ours yet, and counts nowhere."""
+        config = self.config
+        assert isinstance(config, EdgeConfig) and sockets is not None
+        await self.lifespan.startup()
+        made = functools.partial(ClientProtocol, config, self.server_state, self.lifespan.state)
+        handshake_s = None if config.ssl is None else min(config.limits.read_timeout_s, _MAX_HANDSHAKE_S)
+        loop = asyncio.get_running_loop()
+        self.servers = [
+            await loop.create_server(made, sock=bound, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=handshake_s)
+            for bound in sockets
+        ]
+        self.started = True
 
 
 def allow_connections(section: GatewaySection) -> None:
