@@ -90,6 +90,8 @@ def parse_entries(text: str) -> tuple[KeyEntry, ...]:
             raise ConfigError(f"line {number}: {error.detail}") from error
         if any(other.name == entry.name for other in entries):
             raise ConfigError(f"line {number}: there is another key called {entry.name}; names are unique")
+        if entry.key_id and any(other.key_id == entry.key_id for other in entries):
+            raise ConfigError(f"line {number}: the key {entry.name} has the ID of another, {entry.key_id[:64]}; IDs are unique")
         entries.append(entry)
     return tuple(entries)
 

@@ -332,7 +332,10 @@ def _environment() -> dict[str, object]:
         "OTEL_EXPORTER_OTLP_ENDPOINT": "tracing.otlp_endpoint",
     }
     told: dict[str, object] = {dotted: os.environ[name] for name, dotted in names.items() if os.environ.get(name)}
-    if keys := os.environ.get(_KEY_VARIABLE):  # hashed here: no configuration holds a key itself
+    keys = os.environ.get(_KEY_VARIABLE)
+    if keys is not None and not keys.strip():  # whoever sets it wants a key asked for
+        raise ConfigError(f"{_KEY_VARIABLE} is set but empty: name a key, or unset it to serve without")
+    if keys is not None:  # hashed here: no configuration holds a key itself
         named = enumerate(keys.split(","), start=1)
         told["gateway.api_keys"] = [hashed(key.strip(), f"{_KEY_VARIABLE}.{number}", ["inference"]).line() for number, key in named]
     return told

@@ -77,6 +77,15 @@ class GatewaySection(Section):
         return self.api_keys_file is not None or bool(self.api_keys)
 
     @model_validator(mode="after")
+    def _check_kept_answers(self) -> Self:
+        if self.idempotency_answer_bytes > self.idempotency_total_bytes:
+            raise ValueError(
+                f"gateway.idempotency_answer_bytes is {self.idempotency_answer_bytes}, above gateway.idempotency_total_bytes "
+                f"({self.idempotency_total_bytes}), which all kept answers share: lower the one or raise the other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_doors(self) -> Self:
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             missing = "gateway.ssl_keyfile" if self.ssl_keyfile is None else "gateway.ssl_certfile"

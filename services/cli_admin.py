@@ -34,9 +34,10 @@ def ask_of_replica(url: str, key: str, replica: str, verb: str) -> int:
 
 
 def ask_of_pool(url: str, key: str, pool: str, verb: str, body: dict[str, int] | None = None) -> int:
-    """verb: flush, or scale with {"replicas": n}. Raises as list_replicas."""
-    print(json.dumps(_called(url, "POST", f"/admin/pools/{pool}/{verb}", key, body)))
-    return 0
+    """verb: flush, or scale with {"replicas": n}. 1 where a replica was not flushed. Raises as list_replicas."""
+    done = _called(url, "POST", f"/admin/pools/{pool}/{verb}", key, body)
+    print(json.dumps(done))
+    return 1 if done.get("not_flushed") else 0
 
 
 def _called(url: str, method: str, path: str, key: str, body: dict[str, int] | None = None) -> dict[str, Any]:

@@ -78,3 +78,12 @@ def test_two_of_one_name_are_refused() -> None:
     lines = [make_key("alice", ["inference"])[1].line() for _ in range(2)]
     with pytest.raises(ConfigError, match="line 2: .*alice"):
         parse_entries("\n".join(lines))
+
+
+def test_two_of_one_id_are_refused_but_for_those_without() -> None:
+    key, first = make_key("alice", ["inference"])
+    second = hashed(key, "bob", ["admin"], first.key_id)
+    with pytest.raises(ConfigError, match=f"line 2: the key bob has the ID of another, {first.key_id}"):
+        parse_entries(f"{first.line()}\n{second.line()}")
+    without = [hashed(f"own {name}".replace(" ", "-"), name, ["inference"]).line() for name in ("carol", "dave")]
+    assert len(parse_entries("\n".join(without))) == 2

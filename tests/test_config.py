@@ -78,6 +78,17 @@ def test_keys_of_the_environment_are_hashed_at_the_door(monkeypatch: pytest.Monk
     with pytest.raises(ConfigError, match="DUOMO_API_KEY.1") as refusal:
         load_config(None, {"model.path": "models/tiny-moe"})
     assert "two words" not in str(refusal.value)
+    for empty in ("", " "):
+        monkeypatch.setenv("DUOMO_API_KEY", empty)
+        with pytest.raises(ConfigError, match="DUOMO_API_KEY is set but empty"):
+            load_config(None, {"model.path": "models/tiny-moe"})
+
+
+def test_one_kept_answer_is_no_larger_than_all_may_be() -> None:
+    told = {"model.path": "models/tiny-moe", "gateway.idempotency_answer_bytes": 2048}
+    load_config(None, told | {"gateway.idempotency_total_bytes": 2048})
+    with pytest.raises(ConfigError, match=r"gateway.idempotency_answer_bytes is 2048, above gateway.idempotency_total_bytes \(2047\)"):
+        load_config(None, told | {"gateway.idempotency_total_bytes": 2047})
 
 
 @pytest.mark.parametrize(

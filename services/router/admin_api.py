@@ -104,8 +104,9 @@ class AdminApi:
             if "origin" in request.headers:  # a page of any site, in the browser of somebody on this machine, may send a POST
                 raise RequestError("The admin API takes no calls from browsers (Origin).", param="origin", status=403, code="from_browser")
             done = await work()
-            result, detail = "ok", msgspec.json.encode(done).decode()
-            return _answer(done)
+            is_whole = not (isinstance(done, dict) and done.get("not_flushed"))
+            result, detail = "ok" if is_whole else "partly_done", msgspec.json.encode(done).decode()
+            return _answer(done, 200 if is_whole else 207)
         except DuomoError as error:
             is_quote = isinstance(error, RequestError) and error.status == 400  # of the body, which may hold anything
             result, detail = error.code, "" if is_quote else error.detail
@@ -133,9 +134,12 @@ class AdminApi:
         return {"flushed_blocks": {link.member.replica_id: await self._operator.flush(link)}}
 
     async def _flush_pool(self, request: Request) -> object:
-        links = self._operator.pool(request.path_params["pool"])
-        counts = await asyncio.gather(*(self._operator.flush(link) for link in links))
-        return {"flushed_blocks": {link.member.replica_id: count for link, count in zip(links, counts, strict=True)}}
+        told = await self._operator.flush_all(self._operator.pool(request.path_params["pool"]))
+        counts = {name: said for name, said in told.items() if isinstance(said, int)}
+        errors = {name: said for name, said in told.items() if isinstance(said, RequestError)}
+        if errors and not counts:
+            raise next(iter(errors.values()))
+        return {"flushed_blocks": counts, "not_flushed": {name: error.detail for name, error in errors.items()}}
 
     async def _scale(self, request: Request) -> object:
         fields = Fields(json_object(await read_body(request, _MAX_BODY_BYTES)))
@@ -160,5 +164,5 @@ def scale(config: DuomoConfig, pool: str, replicas: int) -> Replicas:
         raise RequestError(f"Not scaled: {error.detail}.", param="replicas", status=409, code="scale_refused") from error
 
 
-def _answer(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type=_JSON)
+def _answer(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type=_JSON)

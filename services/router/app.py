@@ -131,7 +131,7 @@ class Edge:
         return _json_response(200, await self._tokenizing.tokenize(await read_body(request, self._section.max_body_bytes)))
 
     async def detokenize(self, request: Request) -> Response:
-        return _json_response(200, self._tokenizing.detokenize(await read_body(request, self._section.max_body_bytes)))
+        return _json_response(200, await self._tokenizing.detokenize(await read_body(request, self._section.max_body_bytes)))
 
     async def models(self, request: Request) -> Response:
         return _json_response(200, msgspec.json.encode({"object": "list", "data": [self._model]}))

@@ -29,6 +29,7 @@ from services.router.streams import ClientTransport, StreamResponse
 KEY_HEADER: Final = "idempotency-key"
 REPLAYED_HEADER: Final = "idempotent-replayed"  # Stripe's
 _PARAM: Final = "Idempotency-Key"
+_OWN_FAULTS: Final = ("bad_logits", "internal")
 _MAX_KEY_CHARS: Final = 255
 _RENEWALS_PER_LEASE: Final = 3
 _STOP_WAIT_S: Final = 2.0
@@ -68,6 +69,8 @@ def says_the_same_again(error: DuomoError) -> bool:
     """Whether the request ran, and would end so whenever it came: then this is its answer, and is kept."""
     if isinstance(error, DeadlineError | RequestCancelled) or error.code == DeadlineError.default_code:
         return False  # of the moment
+    if error.code in _OWN_FAULTS:
+        return False  # of this server, which may be mended by then
     return not error.retryable and not isinstance(error, RequestError)  # nothing ran: refusing it again costs nothing
 
 
@@ -195,6 +198,7 @@ class Idempotency:
             found = await self._store.claim(name)
         except CapacityError:
             self.count("unavailable")
+            self._free_soon(name)  # the reply alone may be lost: nobody else would end such a claim before its lease does
             raise
         if isinstance(found, StoredAnswer):
             self.count("replayed")
@@ -233,7 +237,10 @@ class Idempotency:
         """Soon: whoever ends a call does not wait for Redis."""
         self._claims.pop(claim.name, None)
         self.count("freed")
-        task = asyncio.get_running_loop().create_task(self._free(claim.name))
+        self._free_soon(claim.name)
+
+    def _free_soon(self, name: ClaimName) -> None:
+        task = asyncio.get_running_loop().create_task(self._free(name))
         self._frees.add(task)
         task.add_done_callback(self._frees.discard)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from duomo.errors import PeerError, RequestError
+from duomo.wire.codec import UNKNOWN_MESSAGE
 from duomo.wire.messages import CachesFlushed, Drain, FlushCaches, Message, Refused, ReplicaReport, Undrain
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 CONFIRMED_WITHIN_S: Final = 5.0  # reports come ten a second
 _POLL_S: Final = 0.02
 _NEEDED_VERSION: Final = 5
+# How a replica refuses such a word (it comes too late; it is none that it takes). Other codes are about other messages.
+_REFUSALS: Final = ("ending", "unexpected_message", UNKNOWN_MESSAGE)
 
 
 @dataclass(slots=True)
@@ -31,10 +34,16 @@ class Heard:
     is_draining: bool = False
     refused: Refused | None = None
     flushed: dict[int, int] = field(default_factory=dict)  # blocks by flush_id
+    # A refusal does not say which word it is of: one waits at a time.
+    one_word: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def reported(self, report: ReplicaReport) -> None:
         self.num_reports += 1
         self.is_draining = report.is_draining
+
+    def was_refused(self, message: Refused) -> None:
+        if message.code in _REFUSALS:
+            self.refused = message
 
     def answered(self, message: Message) -> bool:
         """Whether the message is an answer to such a word."""
@@ -69,16 +78,34 @@ class Operator:
 
     async def set_draining(self, link: ReplicaLink, is_draining: bool) -> None:
         """Until it reports that it takes no new request, and stays; or that it takes them again."""
-        heard, before = link.heard, link.heard.num_reports
-        self._post(link, Drain(deadline_s=0.0, ends=False) if is_draining else Undrain())
-        await self._until(link, lambda: heard.num_reports > before and heard.is_draining is is_draining)
+        heard = link.heard
+        async with heard.one_word:
+            before = heard.num_reports
+            self._post(link, Drain(deadline_s=0.0, ends=False) if is_draining else Undrain())
+            await self._until(link, lambda: heard.num_reports > before and heard.is_draining is is_draining)
 
     async def flush(self, link: ReplicaLink) -> int:
         """How many blocks' prefixes it has forgotten."""
         flush_id, flushed = next(self._flush_ids), link.heard.flushed
-        self._post(link, FlushCaches(flush_id=flush_id))
-        await self._until(link, lambda: flush_id in flushed)
+        async with link.heard.one_word:
+            self._post(link, FlushCaches(flush_id=flush_id))
+            await self._until(link, lambda: flush_id in flushed)
         return flushed.pop(flush_id)
+
+    async def flush_all(self, links: Sequence[ReplicaLink]) -> dict[str, int | RequestError]:
+        """By replica_id: how many blocks' prefixes each has forgotten, or why that is not known.
+
+        Decodes are asked when every prefill has answered: before that a prefill may still hand on what it found by prefix.
+        """
+        done: dict[str, int | RequestError] = {}
+        for role in ("prefill", "decode"):
+            asked = [link for link in links if link.role == role]
+            told = await asyncio.gather(*(self.flush(link) for link in asked), return_exceptions=True)
+            for link, said in zip(asked, told, strict=True):
+                if isinstance(said, BaseException) and not isinstance(said, RequestError):
+                    raise said
+                done[link.member.replica_id] = said
+        return done
 
     def _post(self, link: ReplicaLink, message: Drain | Undrain | FlushCaches) -> None:
         if link.connection.version < _NEEDED_VERSION:

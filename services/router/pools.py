@@ -199,7 +199,7 @@ class Pools:
         elif type(message) is Preempted:
             self._listener.preempted(link, message)
         elif type(message) is Refused:
-            link.heard.refused = message
+            link.heard.was_refused(message)
             log.warning("%s refused a message: %s %s", link.member.replica_id, message.code, message.detail)
         elif not link.heard.answered(message):
             log.warning("%s sent %s, which no gateway expects", link.member.replica_id, type(message).__name__)

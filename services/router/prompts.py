@@ -5,7 +5,6 @@ Knows no pool. Refusals are RequestErrors naming the field and the limit.
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -21,7 +20,7 @@ from services.router.markup import OutputStyle
 from services.router.model_card import ModelCard
 from services.router.openai import ChatRequest, CompletionRequest
 from services.router.scored_prompt import ScoredPrompt
-from services.router.text import THREAD_CHARS, ModelText
+from services.router.text import ModelText
 
 # OpenAI's default length of a text completion that names none.
 _COMPLETION_DEFAULT_TOKENS = 16
@@ -100,9 +99,7 @@ class PromptMaker:
         fewest = self._text.fewest_tokens(text)
         if fewest >= self._card.context_tokens or fewest > (self._section.max_prompt_tokens or fewest):
             raise self._too_long(name, f"at least {fewest}")
-        if len(text) < THREAD_CHARS:
-            return self._text.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
+        return await self._text.encode_aside(text, add_special_tokens=add_special_tokens)
 
     def _fit(
         self, ids: tuple[int, ...], name: str, common: CommonFields, default_tokens: int, template: GenerationRequest

@@ -75,6 +75,8 @@ return 0
 _KEEP: Final = """
 local owner = redis.call('HGET', KEYS[1], 'owner')
 if owner and owner ~= ARGV[2] then return {-1} end
+local size, evicted = #ARGV[4], 0
+if size > tonumber(ARGV[6]) then return {-2} end
 local now = redis.call('TIME'); local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
 local total = tonumber(redis.call('HGET', KEYS[3], 'total') or '0')
 local function forget(name)
@@ -83,8 +85,6 @@ local function forget(name)
 end
 for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now_ms)) do forget(name) end
 forget(ARGV[1])
-local size, evicted = #ARGV[4], 0
-if size > tonumber(ARGV[6]) then return {-2} end
 while total + size > tonumber(ARGV[6]) do
   local oldest = redis.call('ZRANGE', KEYS[2], 0, 0)[1]
   if not oldest then break end

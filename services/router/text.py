@@ -6,9 +6,12 @@ own decoding of all ids (invalid bytes become U+FFFD in both; with byte fallback
 
 from __future__ import annotations
 
+import asyncio
 import codecs
+import functools
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +29,10 @@ from services.router.spelling import Spelling, spelling_of
 THREAD_CHARS: Final = 16 * 1024
 # A normalizer may shorten text (NFC: three bytes to two) before it is cut into tokens; the early length check leaves this much room.
 _NORMALIZER_SLACK: Final = 4
+# As long as THREAD_CHARS, where a token has four characters.
+THREAD_TOKENS: Final = THREAD_CHARS // 4
+# Long texts of all requests wait for one of these, and for nothing else that runs on threads.
+_LONG_TEXTS: Final = ThreadPoolExecutor(max_workers=2, thread_name_prefix="long-text")
 # The embedded model's folder, in a checkout or where the process started, lends its tokenizer and template to drawn models without.
 _EMBEDDED: Final = Path("models") / "tiny-moe"
 _TOKENIZER: Final = "tokenizer.json"
@@ -88,9 +95,26 @@ class ModelText:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         try:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            if len(text) < THREAD_CHARS:
+                return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            # encode() holds the GIL to its end, so that on a thread it would stall the loop all the same; a batch, also of one, lets it go.
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+            return tuple(encoding.ids)
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"The text cannot be tokenised: {error}.", param="body", code="invalid_utf8") from error
+
+    async def encode_aside(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """encode(); of a long text on a thread, while the loop goes on."""
+        if len(text) < THREAD_CHARS:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        work = functools.partial(self.encode, text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(_LONG_TEXTS, work)
+
+    async def decode_aside(self, token_ids: Sequence[int]) -> str:
+        """decode(); of many tokens on a thread, while the loop goes on: joining pieces is Python's own work, which takes turns."""
+        if len(token_ids) < THREAD_TOKENS:
+            return self.decode(token_ids)
+        return await asyncio.get_running_loop().run_in_executor(_LONG_TEXTS, self.decode, token_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of these tokens, special ones included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 import msgspec
@@ -12,7 +13,7 @@ from services.router.conversation import Conversation
 from services.router.fields import wrong_type
 from services.router.model_card import ModelCard
 from services.router.openai import RequestParser
-from services.router.text import THREAD_CHARS, ModelText
+from services.router.text import THREAD_CHARS, THREAD_TOKENS, ModelText
 
 
 class Tokenizing:
@@ -22,6 +23,7 @@ class Tokenizing:
         self._parser = parser
         self._card = card
         self._text = text
+        self._one_long_text = asyncio.Lock()  # texts longer than any prompt come here: a thread stays for prompts
 
     async def tokenize(self, body: bytes) -> bytes:
         """{count, max_model_len, tokens, token_strs} of a `prompt`, or of `messages` as the chat template renders them."""
@@ -41,14 +43,16 @@ class Tokenizing:
         names = [self._text.token_name(token_id) for token_id in ids] if shows_strings else None
         return msgspec.json.encode({"count": len(ids), "max_model_len": self._card.context_tokens, "tokens": ids, "token_strs": names})
 
-    def detokenize(self, body: bytes) -> bytes:
+    async def detokenize(self, body: bytes) -> bytes:
         """{prompt} of `tokens`, special ones included."""
         fields = self._parser.fields(body, needs_model=False)
         values = fields.take("tokens")
         fields.finish()
         if not isinstance(values, list):
             raise wrong_type("tokens", "an array of token ids", values)
-        return msgspec.json.encode({"prompt": self._text.decode(self._parser.token_ids("tokens", values))})
+        ids = self._parser.token_ids("tokens", values)
+        async with self._one_long_text if len(ids) >= THREAD_TOKENS else contextlib.nullcontext():
+            return msgspec.json.encode({"prompt": await self._text.decode_aside(ids)})
 
     async def count(self, conversation: Conversation) -> bytes:
         """{input_tokens}, as Anthropic has it."""
@@ -56,6 +60,5 @@ class Tokenizing:
         return msgspec.json.encode({"input_tokens": len(ids)})
 
     async def _encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
-        if len(text) < THREAD_CHARS:
-            return self._text.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._text.encode, text, add_special_tokens=add_special_tokens)
+        async with self._one_long_text if len(text) >= THREAD_CHARS else contextlib.nullcontext():
+            return await self._text.encode_aside(text, add_special_tokens=add_special_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,10 +43,10 @@ def _tokenizing() -> Tokenizing:
     return Tokenizing(PARSER, CARD, model_text())
 
 
-def _tokenize(body: bytes) -> object:
-    """To its end: it awaits nothing for a short prompt."""
+def _at_once(work: Coroutine[None, None, bytes]) -> object:
+    """To its end: it awaits nothing for a short text."""
     try:
-        _tokenizing().tokenize(body).send(None)
+        work.send(None)
     except StopIteration as done:
         return done.value
     raise AssertionError("it waits")
@@ -58,8 +58,8 @@ PARSERS: dict[str, Callable[[bytes], object]] = {
     "/v1/responses": ResponseParser(READER).response,
     "/v1/messages": MessageParser(READER).message,
     "/v1/messages/count_tokens": MessageParser(READER).count,
-    "/tokenize": _tokenize,
-    "/detokenize": lambda body: _tokenizing().detokenize(body),
+    "/tokenize": lambda body: _at_once(_tokenizing().tokenize(body)),
+    "/detokenize": lambda body: _at_once(_tokenizing().detokenize(body)),
 }
 
 

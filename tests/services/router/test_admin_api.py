@@ -13,11 +13,12 @@ import pytest
 
 from duomo.api_keys import make_key
 from duomo.errors import ConfigError, RequestError
-from duomo.wire.messages import FlushCaches, Refused, StartDecode
+from duomo.wire.messages import FlushCaches, Message, Refused, StartDecode
 from services.admin import SOCKET_NAME, AdminCommand, AdminSocket, Replicas
 from services.cli_admin import ask_of_pool, ask_of_replica, list_replicas
 from services.router.keys import Keys
 from services.router.operator import Operator
+from services.router.pools import ReplicaLink
 from services.router.service import serving_admin
 from tests.services.router.stub_system import StubSystem, free_port, stub_system
 
@@ -82,6 +83,59 @@ def test_caches_are_flushed_of_one_replica_or_of_a_pool(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_decodes_are_flushed_when_every_prefill_has_answered_and_a_dead_one_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with admin_system(tmp_path) as (system, client):
+            order: list[str] = []
+            flush = Operator.flush
+            (dead, *_) = system.gateway.pools.prefills()
+            name = dead.member.replica_id
+
+            async def noted(operator: Operator, link: ReplicaLink) -> int:
+                order.append(f"{link.role} asked")
+                try:
+                    if link is dead:
+                        await asyncio.sleep(0.05)
+                        raise RequestError(f"{name} is gone.", param="replica", status=404, code="replica_not_found")
+                    return await flush(operator, link)
+                finally:
+                    order.append(f"{link.role} answered")
+
+            monkeypatch.setattr(Operator, "flush", noted)
+            told = await client.post("/admin/pools/all/flush")
+            assert order[2:6] == ["prefill answered"] * 2 + ["decode asked"] * 2
+            others = {replica.replica_id for replica in system.pools.replicas} - {name}
+            assert told.status_code == 207 and told.json()["not_flushed"] == {name: f"{name} is gone."}
+            assert told.json()["flushed_blocks"] == dict.fromkeys(others, 9) and audited(tmp_path)[-1]["result"] == "partly_done"
+
+    asyncio.run(scenario())
+
+
+def test_a_refusal_of_another_message_is_none_of_the_word_and_words_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with admin_system(tmp_path) as (system, _):
+            (link, *_others) = system.gateway.pools.decodes()
+            operator, posted, post = Operator(system.gateway.pools), [], link.connection.post
+
+            def late(message: Message) -> None:
+                posted.append(message)
+                link.heard.was_refused(Refused(code="bad_field", detail="of another message"))
+
+            monkeypatch.setattr(link.connection, "post", late)
+            words = [asyncio.create_task(operator.flush(link)) for _ in range(2)]
+            await asyncio.sleep(0.1)
+            assert len(posted) == 1 and not any(word.done() for word in words)
+            monkeypatch.undo()
+            post(posted[0])
+            assert await asyncio.gather(*words) == [9, 9]
+
+    asyncio.run(scenario())
+
+
 def test_what_cannot_be_done_says_why_and_is_audited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with admin_system(tmp_path) as (system, client):
@@ -101,9 +155,7 @@ def test_what_cannot_be_done_says_why_and_is_audited(tmp_path: Path, monkeypatch
             for value in (0, 257, "2", True):
                 answer = await client.post("/admin/pools/decode/scale", json={"replicas": value})
                 assert answer.status_code == 400 and answer.json()["error"]["param"] == "replicas"
-            monkeypatch.setattr(
-                link.connection, "post", lambda message: setattr(link.heard, "refused", Refused(code="ending", detail="it ends"))
-            )
+            monkeypatch.setattr(link.connection, "post", lambda message: link.heard.was_refused(Refused(code="ending", detail="it ends")))
             await refused(f"/admin/replicas/{name}/undrain", 409, "ending")
             monkeypatch.undo()
             link.connection.version = 4

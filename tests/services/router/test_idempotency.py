@@ -17,11 +17,11 @@ import openai
 import pytest
 import redis
 
-from duomo.errors import RequestError
+from duomo.errors import CapacityError, EngineError, RequestError
 from duomo.wire.messages import Cancel, StartPrefill
-from services.router.idempotency import asked_key
+from services.router.idempotency import asked_key, says_the_same_again
 from services.router.service import serve_gateway
-from services.router.store import ANSWERS
+from services.router.store import ANSWERS, AnswerStore, ClaimName
 from tests.services.router.stub_replicas import Script
 from tests.services.router.stub_system import StubSystem, free_port, stub_system
 
@@ -254,6 +254,37 @@ def test_without_redis_a_keyed_request_is_refused_and_others_go_on(tmp_path: Pat
             assert _events(system)["not_kept"] == 1 and _events(system)["unavailable"] == 1
 
     asyncio.run(scenario())
+
+
+def test_a_claim_whose_reply_was_lost_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            claim = AnswerStore.claim
+
+            async def lost(store: AnswerStore, name: ClaimName) -> object:
+                await claim(store, name)
+                raise CapacityError("Redis does not answer", code="idempotency_unavailable", phase="gateway")
+
+            monkeypatch.setattr(AnswerStore, "claim", lost)
+            freed, free = [], AnswerStore.free
+
+            async def noted(store: AnswerStore, name: ClaimName) -> None:
+                await free(store, name)
+                freed.append(name)
+
+            monkeypatch.setattr(AnswerStore, "free", noted)
+            assert (await _ask(system)).status_code == 503
+            await system.until(lambda: len(freed) == 1)
+            monkeypatch.undo()
+            await _freed(system)
+            assert (await _ask(system)).status_code == 200
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("code", "is_kept"), [("bad_logits", False), ("internal", False), ("engine_failed", True)])
+def test_a_fault_of_the_server_is_no_answer_for_good(code: str, is_kept: bool) -> None:
+    assert says_the_same_again(EngineError("x", code=code, phase="decode.stream", retryable=False)) is is_kept
 
 
 def test_a_request_longer_than_its_lease_keeps_its_key_also_where_redis_forgets(tmp_path: Path) -> None:

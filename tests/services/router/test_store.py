@@ -145,6 +145,24 @@ def test_answers_that_ran_out_count_no_more(server: EmbeddedRedis) -> None:
     asyncio.run(scenario())
 
 
+def test_an_answer_that_is_refused_for_its_size_leaves_the_count_right(server: EmbeddedRedis) -> None:
+    """Those that had run out by then are counted off once, with the next answer that is kept."""
+
+    async def scenario() -> None:
+        store = _store(server, life_s=0.2, max_bytes=10_000)
+        await store.keep(_claim("a", name="short"), _answer(2_000))
+        longer = _store(server, max_bytes=10_000)
+        await longer.keep(_claim("a", name="long"), _answer(2_000))
+        await asyncio.sleep(0.3)
+        assert await store.keep(_claim("a", name="large"), _answer(10_001)) == "too_large"
+        kept = await longer.keep(_claim("a", name="next"), _answer(2_000))
+        assert isinstance(kept, tuple) and kept[0] == 0 and 4_000 < kept[1] < 4_400
+        await store.close()
+        await longer.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_gateway_that_leaves_takes_its_own_presence_and_not_its_successors(server: EmbeddedRedis) -> None:
     async def scenario() -> None:
         section, client = RedisSection(url=server.url, lease_s=30.0), redis.Redis.from_url(server.url)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from duomo.config import ModelSection
 from duomo.errors import ModelError, RequestError
@@ -195,3 +198,76 @@ def test_the_early_length_check_never_overstates(words: str) -> None:
     text = ModelText.load(FOLDER) if not _CACHE else _CACHE[0]
     _CACHE[:] = [text]
     assert text.fewest_tokens(words) <= len(text.encode(words, add_special_tokens=False))
+
+
+class _Turns:
+    """How often the loop came round while a thing that is called ran, each time that it was called."""
+
+    def __init__(self) -> None:
+        self.during: list[int] = []
+        self._num = 0
+
+    def counted(self, call: Callable[..., object]) -> Callable[..., object]:
+        def counting(*values: object, **named: object) -> object:
+            before = self._num
+            answer = call(*values, **named)
+            self.during.append(self._num - before)
+            return answer
+
+        return counting
+
+    async def while_awaiting(self, work: Coroutine[None, None, object]) -> object:
+        async def tick() -> None:
+            while True:
+                self._num += 1
+                await asyncio.sleep(0)
+
+        ticker = asyncio.create_task(tick())
+        try:
+            return await work
+        finally:
+            ticker.cancel()
+
+
+class _CountedTokenizer:
+    """A tokenizer whose calls are counted."""
+
+    def __init__(self, text: ModelText, turns: _Turns) -> None:
+        self.encode, self.encode_batch = turns.counted(text._tokenizer.encode), turns.counted(text._tokenizer.encode_batch)
+
+
+def test_the_loop_goes_on_while_a_long_text_is_encoded() -> None:
+    """The tokenizer's own encode() would hold the interpreter to its end, on whichever thread it runs."""
+    text, turns = ModelText.load(FOLDER), _Turns()
+    words = "Once upon a time there was a naïve fox. " * 12_500
+    expected = tuple(text._tokenizer.encode(words, add_special_tokens=False).ids)
+    text._tokenizer = _CountedTokenizer(text, turns)  # type: ignore[assignment]  # it calls the real one
+    assert asyncio.run(turns.while_awaiting(text.encode_aside(words, add_special_tokens=False))) == expected
+    assert len(turns.during) == 1 and turns.during[0] > 100
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_long_text_is_encoded_as_a_short_one(adds: bool) -> None:
+    """Also by a tokenizer that puts special tokens before and behind."""
+    text = ModelText.load(FOLDER)
+    processor = TemplateProcessing(single="<|im_start|> $A <|im_end|>", special_tokens=_specials(text))
+    text._tokenizer.post_processor = processor
+    words = "a fox " * 4_000
+    ids = text.encode(words, add_special_tokens=adds)
+    assert ids == tuple(text._tokenizer.encode(words, add_special_tokens=adds).ids)
+    assert (ids[0] == _specials(text)[0][1]) is adds
+    with pytest.raises(RequestError, match="cannot be tokenised"):
+        text.encode(words + "\ud800", add_special_tokens=adds)
+
+
+def _specials(text: ModelText) -> list[tuple[str, int]]:
+    return [(name, text._tokenizer.token_to_id(name)) for name in ("<|im_start|>", "<|im_end|>")]
+
+
+def test_the_loop_goes_on_while_many_tokens_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, turns = ModelText.load(FOLDER), _Turns()
+    ids = list(range(400)) * 2_500
+    expected = text.decode(ids)
+    monkeypatch.setattr(text, "decode", turns.counted(text.decode))
+    assert asyncio.run(turns.while_awaiting(text.decode_aside(ids))) == expected
+    assert len(turns.during) == 1 and turns.during[0] > 5
