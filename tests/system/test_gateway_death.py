@@ -21,8 +21,8 @@ from tests.system.conftest import MODEL, System, free_port, launch
 
 # Slow enough for a kill to find its moment: four groups of a prompt, each in a message of its own, and long answers.
 SLOW: dict[str, object] = {"delays.prefill_group_s": 0.25, "delays.kv_handoff_s": 0.15, "delays.decode_step_s": 0.02}
-# Design: one second. A report comes ten times a second, and the machine that tests has other things to do.
-FREED_WITHIN_S = 5.0
+FREED_WITHIN_S = 1.0  # the design's, from the sockets' end
+LEFT_WITHIN_S = 5.0  # beyond a lease or a silence that has to pass first
 NUM_STREAMS = 12
 
 
@@ -147,7 +147,7 @@ async def _once_free(system: Any, key: dict[str, str]) -> StreamResult:
     """The lease of whoever had the key ends (redis.lease_s is 2 s here)."""
     started_s = time.monotonic()
     while (result := await _answer_of(system, 0, 150, **key)).status == 409:
-        assert time.monotonic() - started_s < 2.0 + FREED_WITHIN_S
+        assert time.monotonic() - started_s < 2.0 + LEFT_WITHIN_S
         await asyncio.sleep(0.1)
     return result
 
@@ -165,7 +165,7 @@ def test_a_gateway_that_stands_still_is_found_by_its_silence_and_serves_again(re
         system.kill("router-0", signal.SIGSTOP)
         took_s = await _until(lambda: not second.disquiet())
         print(f"stopped: all freed after {took_s:.2f} s of silence, which may last 2 s")
-        assert took_s < 2.0 + 0.5 + FREED_WITHIN_S
+        assert took_s < 2.0 + 0.5 + LEFT_WITHIN_S
         beside = await _answer_of(second, 0, 16)
         assert beside.token_ids[0] == monolithic_tokens(MODEL, [_prompt(0)], 16)[0]
         system.kill("router-0", signal.SIGCONT)
