@@ -41,7 +41,8 @@ class CommonNames:
     """What an endpoint calls its length (the newest name last) and its stop strings, which fields it ignores, whether it has choices: `n`,
     and token ids shown of each.
 
-    has_structure: whether it has structured output and logit_bias by OpenAI's and vLLM's names.
+    has_structure: whether it has structured output and logit_bias by OpenAI's and vLLM's names. least_length: 0 where a prompt alone may
+    be asked for.
     """
 
     lengths: tuple[str, ...]
@@ -49,6 +50,7 @@ class CommonNames:
     stop: str = "stop"
     has_choices: bool = True
     has_structure: bool = False
+    least_length: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +102,7 @@ class CommonReader:
 
     def read(self, fields: Fields, names: CommonNames, logprobs: int | None, prompt: PromptForms = NOT_SHOWN) -> CommonFields:
         """Takes what is common and refuses whatever is left then: an endpoint takes its own fields before."""
-        max_tokens, max_tokens_field = _max_tokens(fields, names.lengths)
+        max_tokens, max_tokens_field = _max_tokens(fields, names)
         num_choices = fields.integer("n", low=1, high=self._section.max_choices) if names.has_choices else None
         stream = fields.boolean("stream")
         include_usage = _stream_options(fields, stream)
@@ -203,12 +205,13 @@ def json_object(body: bytes) -> dict[str, object]:
     return value
 
 
-def _max_tokens(fields: Fields, names: tuple[str, ...]) -> tuple[int | None, str]:
-    """The completion's length and which field named it, the last of them where none did."""
-    given = [(value, name) for name in names if (value := fields.integer(name, low=1, high=_MAX_TOKENS_BOUND)) is not None]
+def _max_tokens(fields: Fields, names: CommonNames) -> tuple[int | None, str]:
+    """The completion's length and which field named it, the first of them where none did."""
+    read = ((fields.integer(name, low=names.least_length, high=_MAX_TOKENS_BOUND), name) for name in names.lengths)
+    given = [(value, name) for value, name in read if value is not None]
     if len({value for value, _ in given}) > 1:
         raise RequestError(f"'{given[0][1]}' and '{given[1][1]}' contradict each other.", param=given[0][1])
-    return given[-1] if given else (None, names[0])
+    return given[-1] if given else (None, names.lengths[0])
 
 
 def _shown_prompt(prompt: PromptForms, stream: bool) -> PromptForms:

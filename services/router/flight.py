@@ -159,6 +159,9 @@ class Flight:
             detail = "A first token came before all of the prompt's log-probabilities."
             self.fail(PeerError(detail, code="scores_lost", phase="prefill.compute", retryable=False))
             return
+        if self.request.is_prompt_only:
+            self._accept_prompt(choice)
+            return
         choice.emitted.append(token.token_id)
         finish = token.finish_reason
         # The token that ends a choice with "stop" (EOS or a stop id) is no part of the text.
@@ -168,14 +171,21 @@ class Flight:
         if choice.scanner is not None:
             text, finish = self._scan(choice, choice.scanner, text, finish)
         pieces = (EmittedPiece(token.token_id, token.logprob),) if self.sink.wants_pieces else _NO_PIECES
-        milestones = self.milestones
         stop_string = choice.scanner.found if choice.scanner is not None else None
-        self.sink.deliver(TextEmitted(self.request.first_choice + choice.number, text, pieces, finish, stop_string))
+        self._deliver(choice, TextEmitted(self.request.first_choice + choice.number, text, pieces, finish, stop_string))
+
+    def _accept_prompt(self, choice: Choice) -> None:
+        """Its first token says that the prompt is computed: that is all that was asked, and the token is dropped."""
+        self._deliver(choice, TextEmitted(self.request.first_choice + choice.number, "", _NO_PIECES, "length"))
+
+    def _deliver(self, choice: Choice, event: TextEmitted) -> None:
+        milestones = self.milestones
+        self.sink.deliver(event)
         if not milestones.first_delivered_s:
             milestones.first_delivered_s = time.monotonic()
         elif not milestones.second_delivered_s:
             milestones.second_delivered_s = time.monotonic()
-        if finish is not None:
+        if event.finish_reason is not None:
             choice.has_ended = True
             choice.early.clear()
             if all(other.has_ended for other in self.choices):

@@ -19,6 +19,7 @@ class GenerationRequest:
     received_s, deadline_s: on the gateway's monotonic clock. tokenize_s: seconds spent rendering and tokenising.
     first_choice: number of choice 0 in the client's answer (several prompts of one call count on).
     traceparent: the client's W3C context, "" without one. cache_salt: only requests of the same one find each other's prompts.
+    is_prompt_only: nothing is to be generated; `sampling` asks for the one token that prefill always gives, and nobody sees it.
     priority: higher goes first. session: requests of the same one go to the same replicas where nothing speaks against it; "": none.
     """
 
@@ -37,6 +38,7 @@ class GenerationRequest:
     session: str = ""
     endpoint: str = "chat"
     scored: ScoredPrompt | None = None
+    is_prompt_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

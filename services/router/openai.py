@@ -22,7 +22,7 @@ from services.router.tools import read_tool_use
 
 _IGNORED: Final = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_retention")
 _CHAT_NAMES: Final = CommonNames(lengths=("max_tokens", "max_completion_tokens"), ignored=_IGNORED, has_structure=True)
-_COMPLETION_NAMES: Final = CommonNames(lengths=("max_tokens",), ignored=_IGNORED, has_structure=True)
+_COMPLETION_NAMES: Final = CommonNames(lengths=("max_tokens",), ignored=_IGNORED, has_structure=True, least_length=0)
 _CHAT_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -100,6 +100,11 @@ class RequestParser:
         has_echo = fields.boolean("echo")
         prompt = PromptForms(listed=self._prompt_logprobs(fields), echoed=logprobs if has_echo else None)
         common = self._reader.read(fields, _COMPLETION_NAMES, logprobs, prompt)
+        if common.max_tokens == 0 and not has_echo:
+            raise RequestError(
+                "'max_tokens' must be at least 1: 0 asks for the prompt alone, and needs 'echo' to be true.",
+                param="max_tokens",
+            )
         num_shown = common.answer.num_choices
         if best_of is not None:
             common = _best_of(common, best_of)
@@ -141,11 +146,11 @@ class RequestParser:
 
 
 def _best_of(common: CommonFields, best_of: int) -> CommonFields:
-    """So many choices are sampled, with the log-probabilities that rank them."""
+    """So many choices are sampled, with the log-probabilities that rank them. Of prompts alone all are the same, and none is too many."""
     num_shown = common.answer.num_choices
     if best_of < num_shown:
         raise RequestError(f"'best_of' is {best_of}, but must be at least 'n', which is {num_shown}.", param="best_of")
-    if best_of == num_shown:
+    if best_of == num_shown or common.max_tokens == 0:
         return common
     if common.answer.stream:
         raise RequestError("'best_of' above 'n' cannot be streamed: the best are known at the end.", param="best_of")

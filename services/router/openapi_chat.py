@@ -80,7 +80,7 @@ def _completion(limits: Limits) -> Schema:
     ids = array(limits.token_id, 1)
     prompt = either(text(), array(text(), 1), ids, array(ids, 1), about="One prompt or several, as text or token ids.")
     optional = {
-        "max_tokens": tokens("The length of each choice at most."),
+        "max_tokens": tokens("The length of each choice at most; 0, which needs `echo`, shows the prompt alone.", 0),
         "stop": stop(limits),
         "logprobs": integer(0, limits.max_logprobs, "With `echo` the prompt's own too."),
         "prompt_logprobs": prompt_logprobs(limits),

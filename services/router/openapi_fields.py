@@ -47,9 +47,9 @@ class Limits:
         return integer(0, self.vocab_size - 1)
 
 
-def tokens(about: str) -> Schema:
+def tokens(about: str, least: int = 1) -> Schema:
     """A length that a body asks for."""
-    return integer(1, _MOST, about)
+    return integer(least, _MOST, about)
 
 
 def sampling(limits: Limits) -> dict[str, Schema]:

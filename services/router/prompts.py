@@ -5,12 +5,14 @@ Knows no pool. Refusals are RequestErrors naming the field and the limit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from duomo.config_gateway import GatewaySection
 from duomo.errors import RequestError
+from duomo.wire.values import Sampling
 from services.router.chat_template import Rendered
 from services.router.common_fields import CommonFields, constrained
 from services.router.conversation import Conversation
@@ -56,7 +58,9 @@ class PromptMaker:
             style = replace(style, reasoning="none")  # what the answer must be leaves no room for it
         ids = await self._encode(rendered.text, request.prompt_field, add_special_tokens=False)
         fitted = self._fit(ids, request.prompt_field, common, self._section.default_max_tokens, template)
-        return PreparedChat([self._scored(fitted, common)], style, common)
+        made = self._scored(fitted, common)
+        _refuse_too_many([made], common)
+        return PreparedChat([made], style, common)
 
     def _render(self, conversation: Conversation, field: str) -> Rendered:
         """A refusal that names `messages` names the field of the body that holds them."""
@@ -77,7 +81,7 @@ class PromptMaker:
             if number:
                 made = replace(made, request_id=f"{made.request_id}.{number}", first_choice=number * made.num_choices)
             requests.append(made)
-        _refuse_too_many(sum(made.scored.num_entries for made in requests if made.scored is not None) * request.num_shown)
+        _refuse_too_many(requests, request.common, request.num_shown)
         return requests
 
     def echoes(self, request: CompletionRequest) -> tuple[str, ...]:
@@ -127,8 +131,11 @@ class PromptMaker:
         length = max_tokens if max_tokens is not None else min(default_tokens, room, longest)
         if common.sampling.min_tokens > length:
             raise RequestError(f"'min_tokens' is {common.sampling.min_tokens}, above the {length} tokens asked for.", param="min_tokens")
-        sampling = msgspec.structs.replace(common.sampling, max_tokens=length)
-        return replace(template, prompt_ids=ids, sampling=sampling, priority=common.priority)
+        if length == 0:  # greedy and unbound: the one token that prefill always gives is dropped
+            sampling = Sampling(max_tokens=1, temperature=0.0, prompt_logprobs=common.sampling.prompt_logprobs)
+        else:
+            sampling = msgspec.structs.replace(common.sampling, max_tokens=length)
+        return replace(template, prompt_ids=ids, sampling=sampling, priority=common.priority, is_prompt_only=length == 0)
 
     def _too_long(self, name: str, num_tokens: str) -> RequestError:
         limit, own = self._card.context_tokens, self._section.max_prompt_tokens
@@ -142,10 +149,12 @@ class PromptMaker:
         )
 
 
-def _refuse_too_many(num_scores: int) -> None:
+def _refuse_too_many(requests: Sequence[GenerationRequest], common: CommonFields, num_shown: int = 1) -> None:
+    """num_shown: how often the answer shows each prompt's."""
+    num_scores = sum(made.scored.num_entries for made in requests if made.scored is not None) * num_shown
     if num_scores > _MOST_SCORES:
         raise RequestError(
             f"The answer would show {num_scores} log-probabilities of prompt tokens, at most {_MOST_SCORES} fit one: ask for fewer "
             "choices, prompts or likeliest tokens.",
-            param="prompt_logprobs",
+            param="logprobs" if common.prompt.listed is None else "prompt_logprobs",
         )

@@ -77,7 +77,8 @@ class ScoredPrompt:
 
     @property
     def num_entries(self) -> int:
-        return len(self._prompt_ids) * (1 + (self._forms.num_top or 0))
+        """How many an answer shows, in all its forms together."""
+        return len(self._prompt_ids) * sum(1 + num for num in (self._forms.listed, self._forms.echoed) if num is not None)
 
     @property
     def listed(self) -> bytes:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.kept_reports import keep
 from tests.services.router.openapi_reading import PARSERS
 from tests.services.router.test_http_fuzz import odd_body, odd_headers, send_odd
 from tests.system.conftest import ReplicaSystem
@@ -33,4 +34,5 @@ def test_whatever_is_sent_is_answered(replica_system: Callable[..., ReplicaSyste
 
         one()
     system.assert_quiet()
+    keep("fuzz", what="odd bodies and headers, the CPU system", path="every", cases=statuses.total(), statuses=dict(statuses))
     assert statuses[200] > 50 and statuses[400] > 50, "cases that all end alike show little"

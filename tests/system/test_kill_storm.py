@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from bench.serve.rest_client import StreamResult, post
+from tests.kept_reports import keep
 
 Phase = Literal["prefill", "handoff", "decode"]
 
@@ -186,8 +185,7 @@ def _causes(system: Any) -> dict[str, float]:
 def test_200_streams_survive_kills_in_every_phase(replica_system: Any) -> None:
     slower = SLOW | {"delays.decode_step_s": 0.08}  # for more kills: a replica takes seconds to start
     told = storm(replica_system(num_prefill=2, num_decode=2, **slower), num_streams=200, num_at_once=16)
-    if folder := os.environ.get("DUOMO_TEST_REPORTS"):
-        (Path(folder) / "kill_storm.json").write_text(json.dumps(told, indent=1))
+    keep("kill_storm", **told)
     assert min(told["kills"].get(phase, 0) for phase in PHASES) >= 2, told
     assert sum(told["errors"].values()) <= 10 and sum(told["causes"].values()) > 20, told
 

@@ -141,3 +141,27 @@ def test_a_generated_token_is_told_alike_as_part_of_a_prompt(pair_system: Replic
 
     asyncio.run(run())
     pair_system.assert_quiet()
+
+
+def test_a_prompt_alone_is_told_as_the_one_before_a_token(pair_system: ReplicaSystem, prompts: list[Prompt]) -> None:
+    """`max_tokens: 0`: to the bit what `max_tokens: 1` says of the prompt, beside others in the same waves; nothing is left behind."""
+    beside = {"echo": True, "logprobs": NUM_TOP, "prompt_logprobs": 2}
+
+    async def run() -> None:
+        async def ask(prompt: Prompt, max_tokens: int, num_choices: int) -> Any:
+            body = completion_body(list(prompt.prompt_ids), 1, stream=False) | beside | {"max_tokens": max_tokens, "n": num_choices}
+            result = await post(pair_system.url, "/v1/completions", body)
+            assert result.status == 200, result.body
+            return json.loads(result.body)
+
+        asked = [(prompt, num) for num, prompt in enumerate(prompts, 1) if not prompt.is_chat]
+        answers = await asyncio.gather(*(ask(prompt, max_tokens, 1 + num % 2) for prompt, num in asked for max_tokens in (1, 0)))
+        for one, none in zip(answers[::2], answers[1::2], strict=True):
+            for with_token, without in zip(one["choices"], none["choices"], strict=True):
+                assert without["logprobs"] == {name: values[:-1] for name, values in with_token["logprobs"].items()}
+                assert without["prompt_logprobs"] == with_token["prompt_logprobs"] and without["finish_reason"] == "length"
+                assert with_token["text"].startswith(without["text"])
+            assert none["usage"]["completion_tokens"] == 0 and none["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+
+    asyncio.run(run())
+    pair_system.assert_quiet()

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from tests.kept_reports import keep
 from tests.services.router.body_places import odd, places, with_value
 from tests.services.router.openapi_reading import PARSERS, TEMPLATE, document
 from tests.services.router.served_stub import ServedStub, served_stub
@@ -110,5 +111,5 @@ def test_whatever_is_sent_is_answered(served: ServedStub, path: str, num_cases: 
 
         one()
     served.assert_quiet()
-    print(path, dict(statuses))
+    keep("fuzz", what="odd bodies and headers", path=path, cases=statuses.total(), statuses=dict(statuses))
     assert statuses[200] > num_cases / 20 and statuses[400] > num_cases / 20, "cases that all end alike show little"

@@ -46,6 +46,8 @@ POSTS: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/completions", COMPLETION | {"logprobs": 1, "prompt_logprobs": 2, "max_tokens": 3}, 200),
     ("/v1/completions", COMPLETION | STREAM | {"logprobs": 1, "max_tokens": 3}, 200),
     ("/v1/completions", COMPLETION | STREAM | {"max_tokens": 3}, 200),
+    ("/v1/completions", COMPLETION | {"logprobs": 1, "max_tokens": 0}, 200),
+    ("/v1/completions", COMPLETION | STREAM | {"logprobs": 1, "max_tokens": 0}, 200),
     ("/v1/completions", COMPLETION | {"prompt": []}, 400),
     ("/v1/responses", RESPONSE, 200),
     ("/v1/responses", RESPONSE | {"max_output_tokens": 3}, 200),

@@ -145,6 +145,7 @@ def test_every_schema_is_one_and_takes_the_bodies(path: str) -> None:
 BESIDE = (
     "needs 'stream'",
     "needs 'logprobs'",
+    "needs 'echo'",
     "asks for a call",
     "which is none of 'tools'",
     "a second time",

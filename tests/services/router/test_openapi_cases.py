@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
+from tests.kept_reports import keep
 from tests.services.router.openapi_reading import TEMPLATE
 from tests.services.router.served_stub import ServedStub, served_stub
 
@@ -102,7 +103,7 @@ def _run(served: ServedStub, schema: schemathesis.BaseSchema, path: str, mode: G
 
         one()
     served.assert_quiet()
-    print(path, mode.value, dict(statuses))
+    keep("fuzz", what=f"schemathesis, {mode.value}", path=path, cases=statuses.total(), statuses=dict(statuses))
     usual = 200 if mode == GenerationMode.POSITIVE else 400
     assert statuses[usual] > num_cases / 8, "cases that all end alike show little"
 

@@ -141,13 +141,30 @@ def test_an_answer_that_no_memory_holds_is_refused_before_anything_is_asked(tmp_
         async with stub_system(tmp_path) as system:
             prompt = [10 + at % 500 for at in range(1900)]
             asked = {"model": "tiny-moe", "prompt": prompt, "max_tokens": 1, "n": 128}
-            for body in ({"prompt_logprobs": 20}, {"echo": True, "logprobs": 20}):
-                answer = await system.client.post("/v1/completions", json=asked | body)
+            for field, body in (("prompt_logprobs", {}), ("logprobs", {"echo": True}), ("logprobs", {"echo": True, "max_tokens": 0})):
+                answer = await system.client.post("/v1/completions", json=asked | body | {field: 20})
                 told = answer.json()["error"]
-                assert (answer.status_code, told["param"]) == (400, "prompt_logprobs") and "at most 4194304" in told["message"]
+                assert (answer.status_code, told["param"]) == (400, field) and "at most 4194304" in told["message"]
             assert not starts(system)
             shown = await system.client.post("/v1/completions", json=asked | {"prompt_logprobs": 0, "n": 2})
             assert shown.status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_chat_has_the_same_bound_and_shows_them_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            shown = await system.client.post("/v1/chat/completions", json=CHAT | {"prompt_logprobs": 1, "n": 4})
+            num = 2 * len(shown.json()["prompt_logprobs"])
+            monkeypatch.setattr("services.router.prompts._MOST_SCORES", num)
+            assert (await system.client.post("/v1/chat/completions", json=CHAT | {"prompt_logprobs": 1, "n": 4})).status_code == 200
+            answer = await system.client.post("/v1/chat/completions", json=CHAT | {"prompt_logprobs": 2})
+            told = answer.json()["error"]
+            assert (answer.status_code, told["param"]) == (400, "prompt_logprobs") and f"at most {num} fit one" in told["message"]
+            both = TEXT | {"echo": True, "logprobs": 0, "prompt_logprobs": 0}
+            monkeypatch.setattr("services.router.prompts._MOST_SCORES", 2 * len(IDS) - 1)
+            assert (await system.client.post("/v1/completions", json=both)).status_code == 400, "both forms count"
 
     asyncio.run(scenario())
 
