@@ -1,4 +1,4 @@
-"""`max_tokens: 0` with `echo` through the gateway with stub replicas: the prompt alone, whole and streamed, and what is refused beside it."""
+"""`max_tokens: 0` with `echo` through the gateway with stub replicas: the prompt alone, whole and streamed, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def starts(system: StubSystem) -> list[StartPrefill]:
 def test_the_answer_is_that_of_one_token_less_the_token(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(cached_tokens=3, prefill_s=0.01)) as system:
-            for beside in ({"logprobs": 2}, {"logprobs": 0, "prompt_logprobs": 1, "n": 3}, {"logprobs": 1, "prompt": [IDS, IDS[:1], IDS[:4]]}):
+            for beside in (
+                {"logprobs": 2},
+                {"logprobs": 0, "prompt_logprobs": 1, "n": 3},
+                {"logprobs": 1, "prompt": [IDS, IDS[:1], IDS[:4]]},
+            ):
                 one = await completed(system, ASKED | beside | {"max_tokens": 1})
                 none = await completed(system, ASKED | beside)
                 assert len(none["choices"]) == len(one["choices"]) >= 1
@@ -51,7 +55,9 @@ def test_the_answer_is_that_of_one_token_less_the_token(tmp_path: Path) -> None:
                 assert usage["prompt_tokens"] == usage["total_tokens"] == one["usage"]["prompt_tokens"] and usage["completion_tokens"] == 0
             plain = await completed(system, ASKED | {"return_token_ids": True})
             (choice,) = plain["choices"]
-            assert (choice["text"], choice["logprobs"], choice["token_ids"]) == (PROMPT, None, []) and plain["usage"]["completion_tokens"] == 0
+            assert (choice["text"], choice["logprobs"], choice["token_ids"]) == (PROMPT, None, []) and plain["usage"][
+                "completion_tokens"
+            ] == 0
             assert not system.gateway.dropped_tokens
 
     asyncio.run(scenario())
