@@ -24,7 +24,7 @@ from services.router.policy import (
     pick_route,
 )
 
-RefusalCode = Literal["no_prefill_replica", "no_decode_replica", "queue_full", "never_fits", "too_late", "queue_timeout"]
+RefusalCode = Literal["no_prefill_replica", "no_decode_replica", "queue_full", "never_fits", "too_late", "queue_timeout", "peer_too_old"]
 
 # Other gateways admit too until the next report. A queue that is shorter by as much is still one: what it serves is the same.
 CAUTION: Final = 1.15
@@ -95,6 +95,9 @@ def decide(need: Need, pools: PoolsView, line: LineView, terms: Terms, draw: int
         return Refuse(503, "no_prefill_replica", "No prefill replica is connected.", _RESTART_S)
     if not any(view.is_open for view in pools.decodes):
         return Refuse(503, "no_decode_replica", "No decode replica is connected.", _RESTART_S)
+    pools = _knowing(need, pools)
+    if (too_old := _too_old(need, pools)) is not None:
+        return too_old
     limit = never_fits(need, pools.prefills, pools.decodes)
     if limit is not None:
         return Refuse(400, "never_fits", limit)
@@ -114,6 +117,9 @@ def place(need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | No
 
     terms: None of a leg that was running before: what has begun is not given up for being late.
     """
+    pools = _knowing(need, pools)
+    if (too_old := _too_old(need, pools)) is not None:
+        return too_old
     limit = never_fits(need, pools.prefills, pools.decodes)
     if limit is not None:
         return Refuse(503, "never_fits", limit)
@@ -122,6 +128,23 @@ def place(need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | No
         if wait_s * CAUTION > terms.left_s:
             return _too_late(wait_s, terms)
     return pick_route(pools.prefills, pools.decodes, need, avoid, pools.barred, draw)
+
+
+def _knowing(need: Need, pools: PoolsView) -> PoolsView:
+    """Without the replicas that are too old to know all that is asked: they would be told less, and answer something else."""
+    if all(view.wire_version >= need.wire_version for pool in (pools.prefills, pools.decodes) for view in pool):
+        return pools
+    prefills = [view for view in pools.prefills if view.wire_version >= need.wire_version]
+    return replace(pools, prefills=prefills, decodes=[view for view in pools.decodes if view.wire_version >= need.wire_version])
+
+
+def _too_old(need: Need, pools: PoolsView) -> Refuse | None:
+    """pools: without those that do not know it."""
+    for name, views in (("prefill", pools.prefills), ("decode", pools.decodes)):
+        if not any(view.is_open for view in views):
+            detail = f"No {name} replica that takes requests is new enough to know all that was asked (wire version {need.wire_version})."
+            return Refuse(503, "peer_too_old", detail, _RESTART_S)
+    return None
 
 
 def _is_idle(need: Need, pools: PoolsView) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from duomo.wire.messages import ReplicaReport
+from duomo.wire.messages import WIRE_VERSION, ReplicaReport
 from services.router.policy import DecodeView, PrefillView
 from services.router.prefix_index import PrefixIndex
 from services.router.sent_since import Sent, SentSince
@@ -82,8 +82,8 @@ class ReplicaBook:
         if not sent.num_tokens:
             self._since.take_out(sent)
 
-    def prefill_view(self, limits: BookLimits, now_s: float, *, is_open: bool) -> PrefillView | None:
-        """None before the first report."""
+    def prefill_view(self, limits: BookLimits, now_s: float, *, is_open: bool, wire_version: int = WIRE_VERSION) -> PrefillView | None:
+        """None before the first report. wire_version: what its connection speaks."""
         report, since = self.report, self._since
         if report is None:
             return None
@@ -106,10 +106,11 @@ class ReplicaBook:
             prefixes=self.prefixes,
             tokens_per_s=report.tokens_per_s,
             wave_s=report.step_s,
+            wire_version=wire_version,
         )
 
-    def decode_view(self, limits: BookLimits, *, is_open: bool) -> DecodeView | None:
-        """None before the first report."""
+    def decode_view(self, limits: BookLimits, *, is_open: bool, wire_version: int = WIRE_VERSION) -> DecodeView | None:
+        """None before the first report. wire_version: what its connection speaks."""
         report, since = self.report, self._since
         if report is None:
             return None
@@ -132,4 +133,5 @@ class ReplicaBook:
             is_open=is_open,
             prefixes=self.prefixes,
             step_s=report.step_s,
+            wire_version=wire_version,
         )

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import msgspec
 
 from duomo.config import DuomoConfig
-from duomo.errors import CapacityError, PeerError
-from duomo.wire.codec import PEER_TOO_OLD, asks_of_peers
+from duomo.errors import PeerError
+from duomo.wire.codec import asks_of_peers
 from duomo.wire.messages import Cancel, Resume, StartDecode, StartPrefill
 from duomo.wire.values import Sampling
 from services.router.books import WAVES_AHEAD, BookLimits
@@ -38,6 +38,7 @@ def need_of(pending: PendingLeg, config: DuomoConfig, block_tokens: int) -> Need
         ahead_tokens=new_tokens if is_protected else config.decode.admit_ahead_tokens,
         digests=flight.digests or (),
         session=request.session,
+        wire_version=asks_of_peers(_sampling_of(flight)),
     )
 
 
@@ -52,12 +53,12 @@ def book_limits(config: DuomoConfig) -> BookLimits:
 
 
 def prefill_views(links: Iterable[ReplicaLink], limits: BookLimits, now_s: float) -> list[PrefillView]:
-    views = (link.book.prefill_view(limits, now_s, is_open=link.is_usable) for link in links)
+    views = (link.book.prefill_view(limits, now_s, is_open=link.is_usable, wire_version=link.connection.version) for link in links)
     return [view for view in views if view is not None]
 
 
 def decode_views(links: Iterable[ReplicaLink], limits: BookLimits) -> list[DecodeView]:
-    views = (link.book.decode_view(limits, is_open=link.is_usable) for link in links)
+    views = (link.book.decode_view(limits, is_open=link.is_usable, wire_version=link.connection.version) for link in links)
     return [view for view in views if view is not None]
 
 
@@ -93,15 +94,11 @@ def begin_leg(pending: PendingLeg, route: Route, links: dict[str, ReplicaLink], 
 
 
 def post_start(leg: Leg, *, is_resume: bool) -> float:
-    """Send both starts; the moment at which prefill's goes to its socket. Raises PeerError where a replica has just gone.
-
-    A replica too old to sample as the request asks ends it: it would answer something else.
+    """Send both starts; the moment at which prefill's goes to its socket. Raises PeerError where a replica has just gone, and WireError
+    where one cannot be told all that is asked: its need (need_of) keeps it from there.
     """
     flight = leg.flight
     request, sampling = flight.request, _sampling_of(flight)
-    if asks_of_peers(sampling) > min(leg.prefill.connection.version, leg.decode.connection.version):
-        flight.fail(CapacityError("A replica is of a version that does not know all that was asked.", code=PEER_TOO_OLD))
-        return time.monotonic()
     remaining_s, choices = _remaining_s(flight), tuple(choice.number for choice in leg.choices)
     emitted = tuple(leg.choices[0].emitted) if is_resume else ()
     start = StartPrefill(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Final
 
+from duomo.wire.messages import WIRE_VERSION
 from services.router.preference import Offer, Slack, choose
 from services.router.prefix_index import PrefixIndex
 
@@ -33,7 +34,7 @@ class PrefillView:
     """A prefill replica as the gateway knows it now. queued_tokens: prompt tokens there yet to be computed, whoever sent them.
 
     room_tokens: prompts that wait there, but of each a wave at most: shorter prompts overtake what is longer than a wave, so that it keeps
-    nobody here. tokens_per_s, wave_s: how fast it computes, and what its smallest wave takes; 0: not known.
+    nobody here. tokens_per_s, wave_s: how fast it computes, and what its smallest wave takes; 0: not known. wire_version: what it reads.
     """
 
     key: str
@@ -47,13 +48,14 @@ class PrefillView:
     prefixes: PrefixIndex | None = None
     tokens_per_s: float = 0.0
     wave_s: float = 0.0
+    wire_version: int = WIRE_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeView:
     """A decode replica. free_blocks: neither held nor promised to anybody; num_choices: those that run or wait there.
 
-    step_s: what a step takes; 0: not known.
+    step_s: what a step takes; 0: not known. wire_version: what it reads.
     """
 
     key: str
@@ -66,6 +68,7 @@ class DecodeView:
     is_open: bool = True
     prefixes: PrefixIndex | None = None
     step_s: float = 0.0
+    wire_version: int = WIRE_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +76,8 @@ class Need:
     """What one leg takes. num_tokens: prompt and emitted tokens; new_tokens: still to be generated, at most, for each choice.
 
     ahead_tokens: how much of new_tokens is reserved at the start (decode.admit_ahead_tokens). digests: of the prompt's blocks
-    (prefix_index.py). session: legs of the same one go to the same place where nothing speaks against it; "": none.
+    (prefix_index.py). session: legs of the same one go to the same place where nothing speaks against it; "": none. wire_version: the least
+    that both replicas have to read, to know all that is asked.
     """
 
     num_tokens: int
@@ -82,6 +86,7 @@ class Need:
     ahead_tokens: int
     digests: tuple[int, ...] = ()
     session: str = ""
+    wire_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -156,6 +156,11 @@ class StubReplica:
     def of_type(self, kind: type) -> list:
         return [message for message in self.seen if type(message) is kind]
 
+    @property
+    def seen_starts(self) -> list[StartPrefill | StartDecode | Resume]:
+        """Legs that it was given."""
+        return [message for message in self.seen if isinstance(message, StartPrefill | StartDecode | Resume)]
+
     async def start(self) -> None:
         await self._listener.start()
 

@@ -53,6 +53,26 @@ def test_a_full_line_is_429_with_retry_after_unless_the_last_goes() -> None:
     assert isinstance(decide(NEED, _pools(), replace(full, may_displace=True), TERMS), Queue)
 
 
+def test_replicas_that_are_too_old_are_not_there_for_who_asks_more() -> None:
+    need, old_p, old_d = replace(NEED, wire_version=9), replace(P, key="old p", wire_version=8), replace(D, key="old d", wire_version=8)
+    new_p, new_d = replace(P, key="new p", wire_version=9), replace(D, key="new d", wire_version=10)
+    admitted = decide(need, _pools((old_p, new_p), (old_d, new_d)), LINE, TERMS)
+    assert isinstance(admitted, Admit) and (admitted.route.prefill, admitted.route.decode) == ("new p", "new d")
+    placed = place(need, _pools((old_p, new_p), (old_d, new_d)), frozenset({"new p", "new d"}), None)
+    assert isinstance(placed, Route) and (placed.prefill, placed.decode) == ("new p", "new d"), "failed ones are better than old ones"
+    busy = replace(new_d, free_blocks=5, num_choices=3)
+    assert isinstance(decide(need, _pools((old_p, new_p), (old_d, busy)), LINE, TERMS), Queue)
+    assert place(need, _pools((old_p, new_p), (old_d, busy)), frozenset(), TERMS) is None
+    small = replace(new_p, num_blocks=2)
+    never = decide(need, _pools((old_p, small), (new_d,)), LINE, TERMS)
+    assert isinstance(never, Refuse) and never.code == "never_fits", "where an older one is larger, too"
+    for pools, name in ((_pools((old_p,), (new_d,)), "prefill"), (_pools((new_p,), (old_d, replace(new_d, is_open=False))), "decode")):
+        for decision in (decide(need, pools, LINE, TERMS), place(need, pools, frozenset(), TERMS), place(need, pools, frozenset(), None)):
+            assert isinstance(decision, Refuse) and (decision.status, decision.code) == (503, "peer_too_old")
+            assert decision.detail == f"No {name} replica that takes requests is new enough to know all that was asked (wire version 9)."
+    assert isinstance(decide(NEED, _pools((old_p,), (old_d,)), LINE, TERMS), Admit)
+
+
 def test_a_missing_pool_is_503_and_says_which() -> None:
     assert decide(NEED, _pools(prefills=()), LINE, TERMS).code == "no_prefill_replica"
     assert decide(NEED, _pools(decodes=(replace(D, is_open=False),)), LINE, TERMS).code == "no_decode_replica"
