@@ -21,6 +21,7 @@ from services.kv_transfer.host_packing import HostPacker
 from services.kv_transfer.memory import Allocate, Memory, Place
 from services.kv_transfer.push_job import Filling, PendingPush, PushJob, PushResult, cancelled, pack_failed
 from services.kv_transfer.send_slots import SendSlots
+from services.kv_transfer.timely import timely
 from services.kv_transfer.transport import Span, Transport, Write, WriteState
 from services.kv_transfer.writing import Verdict
 
@@ -102,7 +103,7 @@ class Pusher:
             self._rings[name] = (consumer_boot_id, offer)
             self._slots.make(offer.slot_bytes)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kv-writer", daemon=True)
+                self._thread = threading.Thread(target=timely(self._run), name="kv-writer", daemon=True)
                 self._thread.start()
 
     def detach(self, consumer_boot_id: str) -> None:

@@ -49,5 +49,5 @@ def test_pacing_keeps_the_rate_and_forgives_no_idle_time_in_advance() -> None:
 
 
 def test_poll_delay_grows_with_the_wait() -> None:
-    assert [policy.poll_delay_s(waited_s, is_seen_there=False) for waited_s in (0.0, 0.001, 3.0)] == [0.00005, 0.00025, 0.0005]
+    assert [policy.poll_delay_s(waited_s, is_seen_there=False) for waited_s in (0.0, 0.001, 3.0)] == [0.00002, 0.000125, 0.0005]
     assert policy.poll_delay_s(0.0) == 0.0005 and policy.poll_delay_s(0.01) == 0.001 and policy.poll_delay_s(3.0) == 0.002
