@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -13,9 +14,9 @@ from typing import Any
 import pytest
 
 from duomo.telemetry.span_file import read_spans
-from duomo.wire.messages import Cancel, Drain, GroupLanded, Preempted, Refused, RequestFinished
+from duomo.wire.messages import Cancel, Drain, Preempted, Refused, RequestFinished
 from duomo.wire.values import EmittedToken, Sampling
-from services.kv_transfer.faults import Fault, ScriptedFaults
+from services.decode.worker import StepInput, StepOutput
 from tests.services.decode.rig import configuration, running, serve
 from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, resumed, until, with_max
 
@@ -34,7 +35,7 @@ def test_tokens_equal_the_monolith(tmp_path: Path) -> None:
                 assert sorted(answer.tokens[0]) == list(range(1, GREEDY.max_tokens))
                 assert answer.finish == {0: "length"}
                 timings = answer.tokens[0][1].timings
-                assert timings is not None and 0 <= timings.admit_s < 5 and 0 < timings.first_step_s < timings.total_s
+                assert timings is not None and 0 <= timings.admit_s < timings.total_s and 0 < timings.first_step_s < timings.total_s
                 assert all(token.timings is None for index, token in answer.tokens[0].items() if index > 1)
             await rig.at_rest()
             num_computed = sum(len(prompt.prompt_ids) + GREEDY.max_tokens - 1 for prompt in prompts)
@@ -61,9 +62,10 @@ def test_a_report_tells_what_is_promised_and_how_long_steps_take(tmp_path: Path)
             rig.gateway.cancel("r")
             await until(lambda: rig.service.num_live_requests() == 0)
             assert rig.service.report().num_promised_blocks == 0
+            began_s = time.monotonic()
             await serve(rig, Prompt("s", 0, ids(20), with_max(GREEDY, 30)))
             last = rig.service.report()
-            assert last.num_promised_blocks == 0 and 0 < last.step_s < 5
+            assert last.num_promised_blocks == 0 and 0 < last.step_s < time.monotonic() - began_s
 
     play(go())
 
@@ -151,9 +153,7 @@ def test_the_death_of_a_gateway_ends_its_requests_within_a_second(tmp_path: Path
             rig.prefill.announce(waiting)
             await rig.prefill.granted(waiting)
             await rig.gateway.close()
-            started_s = time.monotonic()
-            await until(lambda: rig.service.num_live_requests() == 0)
-            assert time.monotonic() - started_s < 1
+            await until(lambda: rig.service.num_live_requests() == 0, 1.0)
             assert (await rig.prefill.one(Cancel, "waiting")).reason == "gateway_gone"
             await rig.at_rest()
 
@@ -281,15 +281,22 @@ def test_wrong_messages_are_refused_and_the_connection_lives(tmp_path: Path) -> 
 def test_drain_finishes_streams_and_takes_no_new(tmp_path: Path) -> None:
     async def go() -> None:
         async with running(configuration(tmp_path)) as rig:
-            prompt = Prompt("d", 0, ids(20), with_max(GREEDY, 80))
+            prompt, gate, run = Prompt("d", 0, ids(20), with_max(GREEDY, 80)), threading.Event(), rig.worker.run
+
+            def held(step: StepInput) -> StepOutput | None:
+                assert gate.wait(60), "nobody opened it"
+                return run(step)
+
+            rig.worker.run = held  # type: ignore[method-assign,assignment]  # the stream lives until the new one was refused
             rig.gateway.start(prompt, rig.prefill)
             await rig.prefill.prefill(prompt)
             serving = asyncio.create_task(rig.service.membership.serve(asyncio.Event()))
-            rig.gateway.post(Drain(deadline_s=20.0))
+            rig.gateway.post(Drain(deadline_s=100.0))
             await until(lambda: rig.gateway.report is not None and rig.gateway.report.is_draining)
             rig.gateway.start(Prompt("new", 0, ids(5), GREEDY), rig.prefill)
             failure = await rig.gateway.failed("new")
             assert (failure.code, failure.retryable) == ("draining", True)
+            gate.set()
             await serving
             assert rig.gateway.answers["d"].ids() == expected(prompt.prompt_ids, prompt.sampling)[1:]
             await rig.at_rest()
@@ -312,61 +319,6 @@ def test_spans_tell_the_leg(tmp_path: Path) -> None:
         assert "0af7651916cd43dd8448eb211c80319c" in json.dumps(spans["kv.handoff"])
 
     play(go())
-
-
-def test_a_handoff_is_told_with_what_it_exposed_and_one_that_is_given_up_with_its_reason(tmp_path: Path) -> None:
-    """Corrupt once: pulled. The last message is sent after D read PrefillDone. One is cancelled half landed, one corrupt for good."""
-    late_s = 0.0  # from D's reading of PrefillDone to the last message: taken by the clock that D takes its times by
-
-    async def go() -> None:
-        nonlocal late_s
-        config = configuration(tmp_path, {"tracing": {"directory": str(tmp_path / "spans")}})
-        async with running(config, ScriptedFaults({1: Fault(corrupt_byte=3)} | {w: Fault(corrupt_byte=3) for w in range(11, 60)})) as rig:
-            prompt = Prompt("late", 0, ids(40), GREEDY)
-            rig.gateway.start(prompt, rig.prefill)
-            rig.prefill.announce(prompt)
-            handle = await rig.prefill.granted(prompt)
-            computed = rig.prefill.compute(prompt)
-            *early, last = rig.prefill.open(handle, computed)
-            for span in early:
-                rig.prefill.push(handle.handle_id, span.message_idx)
-            await until(lambda: len(rig.prefill.of(GroupLanded)) == len(early))
-            rig.prefill.done(prompt, handle, computed)
-            times = rig.service._legs["late", 0].times
-            await until(lambda: times.prefill_done_s is not None)
-            await asyncio.sleep(0.2)
-            late_s = time.monotonic() - (times.prefill_done_s or 0.0)
-            rig.prefill.push(handle.handle_id, last.message_idx)
-            await rig.gateway.finished("late")
-            cancelled = Prompt("cancelled", 0, ids(41, 2), GREEDY)
-            rig.gateway.start(cancelled, rig.prefill)
-            rig.prefill.announce(cancelled)
-            handle = await rig.prefill.granted(cancelled)
-            rig.prefill.open(handle, rig.prefill.compute(cancelled))
-            for message_idx in range(2):
-                rig.prefill.push(handle.handle_id, message_idx)
-            await until(lambda: len(rig.prefill.of(GroupLanded, "cancelled")) == 2)
-            rig.gateway.cancel("cancelled")
-            await rig.at_rest()
-            wrong = Prompt("wrong", 0, ids(42, 3), GREEDY)
-            rig.gateway.start(wrong, rig.prefill)
-            await asyncio.gather(rig.prefill.prefill(wrong), rig.gateway.failed("wrong"))
-            await rig.at_rest()
-            counters = rig.service.report().counters
-            assert (counters["handoffs"], counters["handoffs_given_up"]) == (1, 2)
-            assert sum(count for name, count in counters.items() if name.startswith("handoff_exposed_s.le.")) == 1
-            assert counters["handoff_exposed_s.sum"] >= int(late_s * 1e6) and counters["handoff_bytes.sum"] == counters["landed_bytes"]
-
-    play(go())
-    told = [span for span in read_spans(tmp_path / "spans") if span.name == "kv.handoff"]
-    good, cancelled, wrong = (span.attributes for span in told)
-    assert float(str(good["duomo.exposed_s"])) >= late_s > 0 and float(str(good["duomo.bytes_per_s"])) > 0 and "duomo.given_up" not in good
-    assert [good[f"duomo.{name}"] for name in ("landed", "pulled", "refused", "unsent_bytes")] == [good["duomo.messages"], 1, 1, 0]
-    assert (cancelled["duomo.given_up"], cancelled["duomo.landed"]) == ("cancelled", 2) and not told[1].error
-    assert (wrong["duomo.given_up"], told[2].error) == ("kv_corrupt", "kv_corrupt")
-    assert (wrong["duomo.landed"], wrong["duomo.bytes"]) == (0, 0) and int(str(wrong["duomo.refused"])) > int(
-        str(wrong["duomo.pulled"])
-    ) > 0
 
 
 def test_a_broken_step_answers_every_request(tmp_path: Path) -> None:
