@@ -48,7 +48,7 @@ def build_admin_app(gateway: Gateway, keys: Keys, audit: Audit) -> FastAPI:
     app.add_route("/admin/pools/{pool}/scale", api.scale, methods=["POST"])
     app.add_route("/health/live", api.live, methods=["GET"])
     answer_refusals(app)
-    app.add_middleware(Guard, keys=keys, needed=_needed, refused=api.refused)
+    app.add_middleware(Guard, keys=keys, needed=_needed, refused=api.refused, host=gateway.config.gateway.admin_host)
     return app
 
 

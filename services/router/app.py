@@ -66,7 +66,8 @@ def build_app(gateway: Gateway, keys: Keys, idempotency: Idempotency | None = No
         app.add_route("/admin/experts", edge.experts, methods=["GET"])
     answer_refusals(app)
     needed = functools.partial(needed_scopes, metrics_need_key=gateway.config.gateway.metrics_need_key)
-    app.add_middleware(Guard, keys=keys, needed=needed, refused=lambda code, _: gateway.count_refused(code))
+    host = gateway.config.gateway.host
+    app.add_middleware(Guard, keys=keys, needed=needed, refused=lambda code, _: gateway.count_refused(code), host=host)
     return app
 
 

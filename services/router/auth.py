@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from duomo.api_keys import KeyEntry
 from duomo.api_keys import Scope as KeyScope
+from duomo.config_gateway import is_loopback
 from services.router.keys import Keys
 from services.router.refusals import refusal
 
@@ -24,6 +25,10 @@ _DROP_BYTES: Final = 16 * 1024 * 1024
 _DROP_S: Final = 5.0
 
 _CHALLENGE: Final = {"www-authenticate": "Bearer"}
+_CALL_BY_NAME: Final = (
+    "Without keys, what needs the scope admin is for calls to localhost, 127.0.0.1 or [::1] alone: the Host that this one names may be "
+    "a web page's. With keys (gateway.api_keys_file) any is taken."
+)
 
 
 def presented_key(headers: Headers) -> str:
@@ -47,16 +52,37 @@ def needed_scopes(path: str, *, metrics_need_key: bool) -> tuple[KeyScope, ...]:
     return ("admin",) if path.startswith("/admin/") else ("inference",)
 
 
+def is_misled(scope: Scope, host: str) -> bool:
+    """Whether a page in a browser on this machine may have made the call, under a name of its own that it let lead here (DNS rebinding).
+
+    host: where we listen. Where other machines reach us they may call us what they like, and over TLS a page's name would have to be the
+    certificate's. A browser always says what name it was given.
+    """
+    if not is_loopback(host) or scope["scheme"] == "https":
+        return False
+    return not all(is_loopback(_host_of(value)) for value in Headers(scope=scope).getlist("host"))
+
+
+def _host_of(value: str) -> str:
+    """A Host header's name or address, without its port and brackets."""
+    name = value.strip().lower()
+    return name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+
+
 class Guard:
-    """ASGI middleware. needed: which scopes open a path, any of them. refused: hears the code and the call of each refusal."""
+    """ASGI middleware. needed: which scopes open a path, any of them. refused: hears the code and the call of each refusal.
+
+    host: where this application listens. Where no keys are asked for, and that is loopback, admin's paths are for who calls it so.
+    """
 
     def __init__(
-        self, app: ASGIApp, keys: Keys, needed: Callable[[str], tuple[KeyScope, ...]], refused: Callable[[str, Scope], None]
+        self, app: ASGIApp, keys: Keys, needed: Callable[[str], tuple[KeyScope, ...]], refused: Callable[[str, Scope], None], host: str
     ) -> None:
         self._app = app
         self._keys = keys
         self._needed = needed
         self._refused = refused
+        self._host = host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,6 +92,9 @@ class Guard:
         if needed and (scope.get("extensions") or {}).get(OVER_LIMIT_EXTENSION):
             told = ("The server has as many connections as it takes (gateway.max_connections).", None, "too_many_connections")
             await self._refuse(503, told, {"retry-after": "1", "connection": "close"}, scope, receive, send)
+            return
+        if "admin" in needed and not self._keys.are_asked_for and is_misled(scope, self._host):
+            await self._refuse(403, (_CALL_BY_NAME, None, "foreign_host"), {}, scope, receive, send)
             return
         if needed and self._keys.are_asked_for:
             headers = Headers(scope=scope)

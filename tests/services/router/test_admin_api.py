@@ -165,6 +165,14 @@ def test_what_cannot_be_done_says_why_and_is_audited(tmp_path: Path, monkeypatch
             browser = await client.post(f"/admin/replicas/{name}/drain", headers={"origin": "http://evil.example"})
             assert (browser.status_code, browser.json()["error"]["code"]) == (403, "from_browser")
             assert (await client.get(f"/admin/replicas/{name}/drain")).status_code == 405
+            for method, path in (("POST", f"/admin/replicas/{name}/drain"), ("GET", "/admin/pools"), ("GET", "/anything")):
+                rebound = await client.request(method, path, headers={"host": "evil.example"})
+                assert (rebound.status_code, rebound.json()["error"]["code"]) == (403, "foreign_host")
+            assert audited(tmp_path)[-1] | {"at": "", "from": ""} == {
+                "at": "", "from": "", "who": "-", "action": "drain", "target": f"/admin/replicas/{name}/drain", "result": "foreign_host",
+                "detail": "",
+            }  # fmt: skip
+            assert (await client.get("/health/live", headers={"host": "evil.example"})).status_code == 200
             assert not any(link.heard.is_draining for link in system.gateway.pools.links.values())
 
     asyncio.run(scenario())

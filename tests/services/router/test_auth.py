@@ -12,7 +12,7 @@ import pytest
 
 from duomo.api_keys import hashed, make_key
 from duomo.wire.messages import StartPrefill
-from services.router.auth import needed_scopes
+from services.router.auth import is_misled, needed_scopes
 from services.router.cache_salt import cache_salt
 from tests.services.router.stub_system import stub_system
 
@@ -147,3 +147,54 @@ def test_prefixes_are_salted_by_the_key_that_opened_the_door(tmp_path: Path) -> 
 )
 def test_every_path_but_a_few_is_closed(path: str, scopes: tuple[str, ...]) -> None:
     assert needed_scopes(path, metrics_need_key=False) == scopes
+
+
+@pytest.mark.parametrize(
+    ("named", "host", "is_foreign"),
+    [
+        ("localhost:8000", "127.0.0.1", False),
+        ("LOCALHOST", "127.0.0.1", False),
+        ("127.0.0.1:8000", "127.0.0.1", False),
+        ("127.8.9.1", "127.0.0.1", False),
+        ("[::1]:8000", "127.0.0.1", False),
+        ("[::1]", "::1", False),
+        ("evil.example", "127.0.0.1", True),
+        ("evil.example:8000", "localhost", True),
+        ("localhost.evil.example", "127.0.0.1", True),
+        ("127.0.0.1.evil.example:8000", "127.0.0.1", True),
+        ("10.0.0.9:8000", "127.0.0.1", True),
+        ("[fe80::1]:8000", "::1", True),
+        ("", "127.0.0.1", True),
+        ("evil.example", "0.0.0.0", False),
+        ("evil.example", "10.0.0.9", False),
+    ],
+)
+def test_a_name_that_a_page_may_have_let_lead_here_is_known(named: str, host: str, is_foreign: bool) -> None:
+    scope = {"type": "http", "scheme": "http", "headers": [(b"host", named.encode())]}
+    assert is_misled(scope, host) is is_foreign
+    assert not is_misled(scope | {"scheme": "https"}, host), "a page has no certificate of ours"
+    assert not is_misled(scope | {"headers": []}, host), "every browser names one"
+    twice = [(b"host", b"127.0.0.1"), (b"host", named.encode())]
+    assert is_misled(scope | {"headers": twice}, host) is is_foreign
+
+
+def test_without_keys_admins_paths_are_not_for_other_names(tmp_path: Path) -> None:
+    own = hashed("token-abc123", "env", ["admin"]).line()
+
+    async def scenario() -> None:
+        foreign = {"host": "evil.example:8000"}
+        async with stub_system(tmp_path) as system:
+            refused = await system.client.get("/admin/pools", headers=foreign)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "foreign_host")
+            assert "gateway.api_keys_file" in refused.json()["error"]["message"]
+            assert (await system.client.get("/admin/pools")).status_code == 200
+            for path in ("/v1/models", "/health/ready", "/metrics"):
+                assert (await system.client.get(path, headers=foreign)).status_code == 200
+        keyed = tmp_path / "keyed"
+        keyed.mkdir()
+        async with stub_system(keyed, overrides={"gateway": {"api_keys": [own]}}) as system:
+            assert (await system.client.get("/admin/pools", headers=foreign)).status_code == 401
+            allowed = await system.client.get("/admin/pools", headers=foreign | {"authorization": "Bearer token-abc123"})
+            assert allowed.status_code == 200
+
+    asyncio.run(scenario())
