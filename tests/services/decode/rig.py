@@ -56,7 +56,7 @@ class Rig:
             )
 
         try:
-            await until(rests, 5.0)
+            await until(rests, 10.0)
         except TimeoutError as error:
             raise AssertionError(f"not at rest: {self.service.report()}") from error
         self.service.pool.check_integrity()
@@ -68,7 +68,7 @@ def configuration(tmp_path: Path, changes: dict[str, dict[str, object]] | None =
         "model": {"path": str(MODEL_DIR)},
         "decode": {"num_blocks": 96, "watermark_blocks": 2, "torch_threads": 1},
         "prefill": {"torch_threads": 1},
-        "kv_transfer": {"transport": "loopback", "slot_bytes": 64 * 1024, "write_timeout_s": 3.0},
+        "kv_transfer": {"transport": "loopback", "slot_bytes": 64 * 1024, "write_timeout_s": 30.0},
     }
     for section, options in (changes or {}).items():
         raw.setdefault(section, {}).update(options)

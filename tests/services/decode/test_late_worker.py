@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.errors import EngineError, RequestError
 from duomo.wire.values import Sampling
 from services.decode.worker import StepInput, StepOutput, StepWorker
+from services.kv_transfer.layout import MessageSpan
 from services.prefill.worker import PrefillWorker, WorkerSizes
 from tests.services.decode import rig as rigs
 from tests.services.decode import test_service as prompt_scenarios
@@ -95,8 +97,8 @@ def test_a_row_without_a_token_fails_its_leg_alone(tmp_path: Path, monkeypatch: 
 
     async def go() -> None:
         async with running(configuration(tmp_path)) as rig:
-            sampling = with_max(GREEDY, 40)
-            bad, good = Prompt("bad", 0, ids(9), sampling), Prompt("good", 0, ids(12, 2), sampling)
+            sampling, longer = with_max(GREEDY, 40), with_max(GREEDY, 200)  # so that the good one joins the bad one
+            bad, good = Prompt("bad", 0, ids(9), longer), Prompt("good", 0, ids(12, 2), sampling)
             for prompt in (bad, good):
                 rig.gateway.start(prompt, rig.prefill)
                 await rig.prefill.prefill(prompt)
@@ -105,7 +107,7 @@ def test_a_row_without_a_token_fails_its_leg_alone(tmp_path: Path, monkeypatch: 
             await rig.gateway.finished("good")
             assert rig.gateway.answers["good"].ids() == expected(good.prompt_ids, sampling)[1:]
             got = rig.gateway.answers["bad"].ids()
-            assert got == expected(bad.prompt_ids, sampling)[1 : len(got) + 1], "a wrong token was emitted"
+            assert got == expected(bad.prompt_ids, with_max(GREEDY, len(got) + 1))[1:], "a wrong token was emitted"
             await rig.at_rest()
 
     asyncio.run(go())
@@ -132,7 +134,14 @@ def test_what_the_worker_cannot_sample_is_refused_at_the_door(tmp_path: Path, mo
 def test_no_step_is_launched_ahead_while_kv_lands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While its KV lands no step is launched ahead: the step that it joins is launched when nothing is under way."""
     log: list[tuple[str, int]] = []
-    run, finish = LateWorker.run, LateWorker.finish
+    joining = threading.Event()
+    run, finish, pack = LateWorker.run, LateWorker.finish, PrefillWorker.pack
+
+    def slow_pack(self: PrefillWorker, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+        """What follows a leg's first message comes five steps later."""
+        while joining.is_set() and span.message_idx > 0 and log.count(("finish", 0)) < 5:
+            time.sleep(0.001)
+        pack(self, handle_id, span, blocks, out)
 
     def logged_run(self: LateWorker, step: StepInput) -> StepOutput | None:
         log.append(("run", len(step.rows)))
@@ -145,8 +154,9 @@ def test_no_step_is_launched_ahead_while_kv_lands(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(LateWorker, "run", logged_run)
     monkeypatch.setattr(LateWorker, "finish", logged_finish)
-    monkeypatch.setattr("services.decode.handoff.JOIN_WITHIN_S", 10.0)  # however slow this machine is
-    config = configuration(tmp_path, {"model": {"units": 4}, "delays": {"kv_handoff_s": 0.15}})
+    monkeypatch.setattr(PrefillWorker, "pack", slow_pack)
+    monkeypatch.setattr("services.decode.handoff.JOIN_WITHIN_S", 60.0)  # however slow this machine is
+    config = configuration(tmp_path, {"model": {"units": 4}})
 
     def makers() -> WorkerMakers:
         def decode(config: DuomoConfig) -> StepWorker:
@@ -158,7 +168,8 @@ def test_no_step_is_launched_ahead_while_kv_lands(tmp_path: Path, monkeypatch: p
         async with system(config, 1, 1, makers=makers()) as made:
             long = with_max(GREEDY, 400)
             made.start("long", ids(5), long, p=0, d=0)
-            await until(lambda: log.count(("run", 1)) > 3, 30.0)
+            await until(lambda: log.count(("run", 1)) > 3)
+            joining.set()
             made.start("joins", ids(40, 7), with_max(GREEDY, 6), p=0, d=0)
             await made.ended("joins", p=0, d=0)
             assert made.tokens("joins", p=0, d=0) == expected(ids(40, 7), with_max(GREEDY, 6))

@@ -29,7 +29,7 @@ class HeldCache(KvCache):
 
     def scatter(self, layers: range, blocks: Sequence[int], data: memoryview, heads: range | None = None) -> None:
         self.entered.set()
-        assert self.may_go_on.wait(5)
+        assert self.may_go_on.wait(60)
         super().scatter(layers, blocks, data, heads)
 
 
@@ -74,18 +74,18 @@ def test_withdrawing_a_handle_waits_for_its_message_that_is_being_scattered() ->
         handle = arrivals.offer(leg)
         assert handle is not None and len(leg.spans) == 4 and handle.first_block == 0
         for span in leg.spans[: len(handle.slots)]:
-            producer.push(PushJob(handle=handle, span=span, fill=lambda out: out.__setitem__(slice(None), b"\1" * len(out)))).result(5)
+            producer.push(PushJob(handle=handle, span=span, fill=lambda out: out.__setitem__(slice(None), b"\1" * len(out)))).result(60)
         landed: list[LandedMessage] = []
         step = threading.Thread(target=lambda: landed.extend(arrivals.land()))
         withdraw = threading.Thread(target=arrivals.withdraw, args=(handle.handle_id,))
         step.start()
-        assert cache.entered.wait(5)
+        assert cache.entered.wait(60)
         withdraw.start()
         withdraw.join(0.2)
         assert withdraw.is_alive(), "withdraw() returned while a message was being scattered"
         cache.may_go_on.set()
-        withdraw.join(5)
-        step.join(5)
+        withdraw.join(60)
+        step.join(60)
         assert not withdraw.is_alive() and len(landed) in (1, 2)
         cache.tensor.zero_()  # whoever got the blocks
         assert arrivals.land() == () and not cache.tensor.any()

@@ -25,12 +25,14 @@ from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.faults import Fault, ScriptedFaults
 from services.kv_transfer.membership import ReplicaCard
 from services.kv_transfer.transport_loopback import LoopbackHub
+from services.prefill.leg_book import LEASE_S
 from services.prefill.service import PrefillService
 from services.prefill.worker import PrefillWorker, WorkerSizes
 from tests.services.prefill.scripted_peers import GREEDY, ScriptedDecode, ScriptedGateway, kv_bytes, until
 
 MODEL_DIR = Path(__file__).parents[3] / "models" / "tiny-moe"
 BLOCK_TOKENS = 16
+NUM_SEND_SLOTS = 4
 
 
 @functools.cache
@@ -77,7 +79,7 @@ class Rig:
     worker: PrefillWorker
 
     async def is_clean(self) -> None:
-        """Everything is back: read from the report, as the router sees it, and from D's agent."""
+        """Everything is back, and not by a lease's end: read from the report, as the router sees it, and from D's agent."""
 
         def check() -> bool:
             report, slots = self.service.report(), self.decode.agent.counts()
@@ -87,7 +89,7 @@ class Rig:
                 and (slots.num_quarantined_slots, slots.num_free_slots, slots.num_open_handles) == (0, slots.num_slots, 0)
             )
 
-        await until(check, "something is still held", 1.5)
+        await until(check, "something is still held", LEASE_S / 2)
 
 
 def config_for(run_dir: Path, **prefill: Any) -> DuomoConfig:
@@ -95,8 +97,8 @@ def config_for(run_dir: Path, **prefill: Any) -> DuomoConfig:
     units = prefill.pop("units", 4)
     raw = {
         "model": {"path": str(MODEL_DIR), "units": units},
-        "prefill": {"num_blocks": 256, "torch_threads": 1, **prefill},
-        "kv_transfer": {"transport": "loopback", "slot_bytes": 128 * 1024, **transfer},
+        "prefill": {"num_blocks": 256, "torch_threads": 1, "grant_timeout_s": 60.0, **prefill},
+        "kv_transfer": {"transport": "loopback", "slot_bytes": 128 * 1024, "write_timeout_s": 60.0, **transfer},
         "tracing": {"directory": str(run_dir / "spans")},
         "run_dir": str(run_dir),
     }
@@ -109,7 +111,7 @@ async def rig(run_dir: Path, faults: dict[int, Fault] | None = None, **prefill: 
     hub = LoopbackHub(ScriptedFaults(faults or {}))
     card = ReplicaCard.of(config, "prefill", "prefill-0", model().config.fingerprint)
     worker = PrefillWorker(model(), WorkerSizes.of(config))
-    agent = TransferAgent(card.boot_id, hub.agent("p"), config.kv_transfer, num_send_slots=4)
+    agent = TransferAgent(card.boot_id, hub.agent("p"), config.kv_transfer, num_send_slots=NUM_SEND_SLOTS)
     tracing = configure(config.tracing, "duomo-prefill", "prefill", "prefill-0")
     service = PrefillService(card, worker, agent, tracing)
     decode = ScriptedDecode(model().config, config, hub.agent("d"))
@@ -128,7 +130,7 @@ async def rig(run_dir: Path, faults: dict[int, Fault] | None = None, **prefill: 
 
 def run(test: Callable[[Path], Coroutine[Any, Any, None]], run_dir: Path) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(100):
             await test(run_dir)
 
     asyncio.run(bounded())

@@ -8,23 +8,24 @@ from pathlib import Path
 from duomo.config import DuomoConfig
 from duomo.wire.values import Sampling
 from services.decode.worker import StepInput, StepOutput
-from services.prefill.pending import Pending
+from services.prefill.pending import Over, Pending
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation
 from tests.services.decode.rig import configuration
 from tests.services.decode.scripted_peers import GREEDY, expected, ids, until
 from tests.services.pair_rig import colocated
 
-LONG = Sampling(max_tokens=80, temperature=0.0, ignore_eos=True)
+GROUP_S = 0.05
+LONG = Sampling(max_tokens=120, temperature=0.0, ignore_eos=True)
 
 
 def told(folder: Path) -> DuomoConfig:
-    """A group takes 50 ms by a delay: one fits the target, all four fit what a prompt may take that nobody waits for."""
+    """A group is told to take 50 ms: one fits the target, all four fit what a prompt may take that nobody waits for."""
     config = configuration(
         folder,
         {
             "prefill": {"piece_target_s": 0.09, "prefix_cache_blocks": 0, "grant_timeout_s": 30.0},
-            "delays": {"prefill_group_s": 0.05, "decode_step_s": 0.01},
+            "delays": {"decode_step_s": 0.01},
         },
     )
     return DuomoConfig.model_validate(config.model_dump() | {"layout": "colocated"})
@@ -43,7 +44,8 @@ def test_pieces_are_large_alone_and_keep_to_the_target_beside_decode(tmp_path: P
 
             def seen_piece(computation: Computation, piece: Piece) -> Pending[float]:
                 ran.append(piece.groups)
-                return run_piece(computation, piece)
+                run_piece(computation, piece).wait()
+                return Over(GROUP_S * piece.num_groups)  # whatever it took here
 
             decode.run, prefill.run_piece = seen_step, seen_piece  # type: ignore[method-assign]  # witnesses of the turns
 

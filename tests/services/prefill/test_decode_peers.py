@@ -64,7 +64,7 @@ def test_grants_behind_a_ring_that_cannot_be_attached_are_not_forgotten(tmp_path
         rig.peers.ring_offered(connection, nobody)
         rig.peers.when_attached(connection, lambda: acted.append("handle"))
         assert not acted
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not acted:
                 await asyncio.sleep(0.001)
         assert rig.lost and not rig.peers.is_reachable(identity.boot_id)
@@ -86,7 +86,7 @@ def test_a_ring_that_was_replaced_while_it_was_attached_costs_no_socket(tmp_path
         newer = consumer.open_ring(rig.me.boot_id, 2)
         rig.peers.ring_offered(connection, msgspec.structs.replace(newer, ring_name="gone", agent_metadata=b"gone"))
         rig.peers.ring_offered(connection, newer)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not rig.peers.is_reachable(identity.boot_id):
                 await asyncio.sleep(0.001)
         connection.check_open()
@@ -107,7 +107,7 @@ def test_a_decode_replica_told_of_another_kv_dtype_is_refused_by_name_and_not_co
         section = TransferSection(transport="loopback", kv_dtype="fp8_e4m3")
         consumer = TransferAgent("consumer", rig.hub.agent("consumer"), section)
         rig.peers.ring_offered(connection, consumer.open_ring(rig.me.boot_id, 2))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not rig.lost:
                 await asyncio.sleep(0.001)
         (lost,) = rig.lost

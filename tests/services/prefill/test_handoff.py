@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,7 +14,10 @@ from duomo.wire.histogram import unpacked
 from duomo.wire.messages import HandleOffered, PrefillDone, TransferFenced, WaveAnnounced
 from duomo.wire.values import Sampling
 from services.kv_transfer.faults import Fault
-from tests.services.prefill.prefill_rig import expected_kv, first_token, ids, model, monolith_tokens, rig, run
+from services.prefill.pending import Over
+from services.prefill.pieces import Piece
+from services.prefill.worker import Computation
+from tests.services.prefill.prefill_rig import NUM_SEND_SLOTS, Rig, expected_kv, first_token, ids, model, monolith_tokens, rig, run
 from tests.services.prefill.scripted_peers import until
 
 
@@ -71,12 +76,35 @@ def test_more_messages_than_slots_wait_for_credits(tmp_path: Path, slots: int) -
     run(scenario, tmp_path)
 
 
+def hold_writes(parts: Rig, messages_a_group: int) -> None:
+    """A group's writes stay in flight until the next group computes, which waits for them: a machine on which both take their time."""
+    run_piece, decode = parts.worker.run_piece, parts.decode.agent._transport.name
+
+    def wait(check: Callable[[], bool], what: str) -> None:
+        end_s = time.monotonic() + 60
+        while not check():
+            assert time.monotonic() < end_s, what
+            time.sleep(0.001)
+
+    def held(computation: Computation, piece: Piece) -> Over[float]:
+        (group, _), agent = piece.groups, parts.agent
+        if group > 0:
+            wait(lambda: agent.counts().num_writes_in_flight == NUM_SEND_SLOTS, "nothing is pushed before all is computed")
+            parts.hub.resume(decode)
+            wait(lambda: agent.counts().counters.get("messages_pushed") == group * messages_a_group, "not all of a group was pushed")
+        if group < 3:
+            parts.hub.stop(decode)
+        return run_piece(computation, piece)
+
+    parts.worker.run_piece = held  # type: ignore[method-assign]  # how long each takes
+
+
 def test_a_groups_push_is_in_flight_while_the_next_group_computes(tmp_path: Path) -> None:
-    """A wave of three prompts over four groups, the transport slowed: seen from the spans alone."""
+    """A wave of three prompts over four groups, two messages of each a group: seen from the spans alone."""
 
     async def scenario(run_dir: Path) -> None:
-        slow = {write: Fault(delay_s=0.005) for write in range(100)}
-        async with rig(run_dir, faults=slow, piece_target_s=1e-9) as parts:
+        async with rig(run_dir, piece_target_s=1e-9) as parts:
+            hold_writes(parts, messages_a_group=3 * 2)
             parts.decode.is_granting, parts.decode.num_ring_slots = False, 48
             prompts = {name: ids(90, seed=seed) for seed, name in enumerate("abc", start=1)}
             for name, prompt in prompts.items():

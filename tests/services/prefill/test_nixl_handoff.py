@@ -55,9 +55,9 @@ class System:
 def config_for(run_dir: Path, url: str) -> DuomoConfig:
     raw = {
         "model": {"path": str(ROOT / "models" / "tiny-moe")},
-        "prefill": {"num_blocks": 128, "torch_threads": 1},
-        "kv_transfer": {"slot_bytes": 128 * 1024, "ucx_net_devices": "lo", "write_timeout_s": 1.0},
-        "redis": {"url": url, "lease_s": 2.0},
+        "prefill": {"num_blocks": 128, "torch_threads": 1, "grant_timeout_s": 60.0},
+        "kv_transfer": {"slot_bytes": 128 * 1024, "ucx_net_devices": "lo", "write_timeout_s": 30.0},
+        "redis": {"url": url, "lease_s": 30.0},
         "tracing": {"directory": str(run_dir / "spans")},
         "run_dir": str(run_dir),
     }
@@ -130,7 +130,7 @@ def test_kv_goes_from_process_to_process_over_nixl(tmp_path: Path, model: Model)
             assert (report.transport, report.pid) == ("nixl/UCX", parts.process.pid) and report.pid != os.getpid()
             assert (report.num_free_blocks + report.num_cached_blocks, report.num_open_handles, report.num_running) == (128, 0, 0)
             parts.process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(parts.process.wait, 20) == 0, "SIGTERM drains and ends the replica"
+            assert await asyncio.to_thread(parts.process.wait, 60) == 0, "SIGTERM drains and ends the replica"
             assert not [member for member in await parts.directory.members() if member.role == "prefill"], "it is still registered"
             assert not list(tmp_path.glob("prefill-0.*")), "its socket file is left behind"
             counters = report.counters
@@ -154,7 +154,7 @@ def test_a_cancel_in_the_middle_of_a_handoff_is_fenced_over_nixl(tmp_path: Path,
         async with asyncio.timeout(120), system(tmp_path, model) as parts:
             parts.decode.is_draining = False
             parts.gateway.start("gone", ids(300, 3), parts.decode.address)
-            await until(lambda: bool(parts.gateway.tokens("gone")), "no first token", 20.0)
+            await until(lambda: bool(parts.gateway.tokens("gone")), "no first token")
             parts.gateway.cancel("gone")
             parts.decode.abort("gone")
             await parts.decode.inbox.one(TransferFenced, "gone")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -110,11 +111,23 @@ def test_a_message_that_crossed_a_cancel_and_is_refused_warns_nobody(tmp_path: P
 STAGES = ("queued", "announced", "granted", "computing", "handing_off")
 
 
+def hold_pieces(parts: Rig) -> threading.Event:
+    """Each wave's last piece stands still in the step thread until this is set, so that whoever looks meets the stage."""
+    gate, run_piece = threading.Event(), parts.worker.run_piece
+
+    def held(computation: Computation, piece: Piece) -> Over[float]:
+        assert piece.groups[1] < parts.worker.num_groups or gate.wait(60), "nobody opened it"
+        return run_piece(computation, piece)
+
+    parts.worker.run_piece = held  # type: ignore[method-assign]  # a machine that takes its time
+    return gate
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_cancel_at_any_stage_gives_everything_back_and_harms_no_other(tmp_path: Path, stage: str) -> None:
     async def scenario(run_dir: Path) -> None:
         async with rig(run_dir, transfer={"max_bytes_per_s": 3e7}, max_wave_prompts=2, max_wave_tokens=400, num_blocks=80) as parts:
-            decode, gateway = parts.decode, parts.gateway
+            decode, gateway, gate = parts.decode, parts.gateway, hold_pieces(parts)
             decode.is_granting = stage not in ("queued", "announced")
             decode.is_draining = stage != "handing_off"
             fillers = {"queued": ("f0", "f1"), "granted": ("f0",)}.get(stage, ())
@@ -123,9 +136,12 @@ def test_a_cancel_at_any_stage_gives_everything_back_and_harms_no_other(tmp_path
             if stage == "queued":
                 await decode.inbox.until(lambda: len(decode.inbox.of(WaveAnnounced)) == 2)
             gateway.start("gone", ids(290), decode.address)
+            if stage == "handing_off":
+                gate.set()
             await until(lambda: stage in stages_of(parts, "gone"), f"never {stage}")
             gateway.cancel("gone")
             await until(lambda: not stages_of(parts, "gone"), "the leg lives on", 1.0)
+            gate.set()
             decode.abort("gone")
             decode.is_granting = decode.is_draining = True
             decode.pump()
@@ -155,7 +171,8 @@ def test_a_choice_taken_back_is_neither_emitted_nor_decoded(tmp_path: Path) -> N
             parts.gateway.start("r", ids(30), parts.decode.address, choices=(0, 1))
             await parts.decode.inbox.one(WaveAnnounced, "r")
             parts.gateway.cancel("r", choice=0)
-            await asyncio.sleep(0.02)
+            (leg,) = parts.service._book._legs.values()
+            await until(lambda: leg.cancelled_choices == {0}, "the cancel does not come")
             parts.decode.is_granting = True
             await parts.gateway.finished("r")
             assert [token.choice for token in parts.gateway.tokens("r")] == [1]
@@ -170,19 +187,27 @@ def test_a_choice_taken_back_is_neither_emitted_nor_decoded(tmp_path: Path) -> N
 def test_decodes_death_is_a_typed_failure_and_nothing_stays(tmp_path: Path, stage: str) -> None:
     async def scenario(run_dir: Path) -> None:
         async with rig(run_dir, transfer={"max_bytes_per_s": 3e7}) as parts:
+            gate = hold_pieces(parts)
             parts.decode.is_granting = stage != "announced"
             parts.decode.is_draining = stage != "handing_off"
             parts.gateway.start("r", ids(300), parts.decode.address)
+            if stage == "handing_off":
+                gate.set()
             await until(lambda: stage in stages_of(parts, "r"), f"never {stage}")
             parts.hub.kill("d")
             await parts.decode.connections[0].close()
             failed = await parts.gateway.failed("r")
             assert failed.retryable and failed.phase == "kv.handoff", failed
             await until(lambda: parts.service.num_live_requests() == 0, "the leg lives on", 1.0)
-            report = parts.service.report()
+            gate.set()
             num_known = 300 // 16 if stage == "handing_off" else 0  # computed, though never handed off
-            assert (report.num_free_blocks, report.num_cached_blocks) == (report.num_blocks - num_known, num_known)
-            assert (report.num_open_handles, report.num_open_spans) == (0, 0)
+
+            def is_back() -> bool:
+                report = parts.service.report()
+                return report.num_free_blocks + report.num_cached_blocks == report.num_blocks and report.num_open_spans == 0
+
+            await until(is_back, "something is still held", 1.0)
+            assert (parts.service.report().num_cached_blocks, parts.service.report().num_open_handles) == (num_known, 0)
 
     run(scenario, tmp_path)
 
