@@ -16,7 +16,7 @@ from http import HTTPStatus
 from typing import Any, Final, Literal, cast
 
 import uvicorn
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -205,7 +205,7 @@ class ClientProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         """uvicorn's, which keeps the task from us."""
         self._answered = cycle
-        task = self.loop.create_task(cycle.run_asgi(app))
+        task = self.loop.create_task(cycle.run_asgi(_until_closed(app, cycle) if cycle.scope["http_version"] == "1.0" else app))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         task.add_done_callback(lambda _: self._watch_unsent())
@@ -287,6 +287,28 @@ class ClientProtocol(HttpToolsProtocol):
         if self._reading != "body":
             return self.cycle is None or self.cycle.response_complete
         return not self.pipeline and not self.cycle.response_started
+
+
+def _until_closed(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """For a client of HTTP/1.0, which knows no chunks: uvicorn sends every answer without a length as such. Here it ends with the
+    connection, which uvicorn closes behind each of its answers, as their heads say."""
+
+    async def answering(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        is_endless = False
+
+        async def sending(message: ASGISendEvent) -> None:
+            nonlocal is_endless
+            if message["type"] == "http.response.start":
+                is_endless = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+                if is_endless:
+                    cycle.chunked_encoding = False
+            elif is_endless and message["type"] == "http.response.body":
+                cycle.expected_content_length = len(message.get("body", b""))  # what is sent is what there is to send
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    return answering
 
 
 def _is_body_due(cycle: weakref.ref[RequestResponseCycle]) -> bool:

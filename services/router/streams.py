@@ -285,7 +285,7 @@ class StreamResponse(Response):
                     await asyncio.sleep(self._delay_s)
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 sink.sent()
-                if sink.has_transport and not self._delay_s:
+                if sink.has_transport and not self._delay_s and scope.get("http_version") != "1.0":  # who knows no chunks
                     last = await sink.pass_through()
                     break
             if last is not None and not isinstance(sink.error, RequestCancelled):
