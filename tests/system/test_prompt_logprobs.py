@@ -114,6 +114,8 @@ def test_every_prompt_position_is_the_references_in_both_layouts(
     colocated = replica_system(layout="colocated")
     assert scores(colocated.url, prompts) == split, "to the bit"
     assert scores(colocated.url, prompts) == split, "and behind what the first time left in the prefix cache"
+    for one, other in zip(echoed(colocated.url, prompts, 0), echoed(pair_system.url, prompts, 0), strict=True):
+        assert (one["choices"], one["usage"]) == (other["choices"], other["usage"]), "the prompts alone, too"
     colocated.assert_quiet()
 
 
@@ -143,25 +145,28 @@ def test_a_generated_token_is_told_alike_as_part_of_a_prompt(pair_system: Replic
     pair_system.assert_quiet()
 
 
+def echoed(url: str, prompts: list[Prompt], max_tokens: int) -> list[dict[str, Any]]:
+    """Answers of completions that show their prompt in all forms, asked at once; every second with two choices."""
+    shown = {"echo": True, "logprobs": NUM_TOP, "prompt_logprobs": 2}
+
+    async def one(prompt: Prompt, num_choices: int) -> dict[str, Any]:
+        body = completion_body(list(prompt.prompt_ids), max_tokens, stream=False) | shown | {"n": num_choices}
+        result = await post(url, "/v1/completions", body)
+        assert result.status == 200, result.body
+        return dict(json.loads(result.body))
+
+    async def every() -> list[dict[str, Any]]:
+        return list(await asyncio.gather(*(one(prompt, 1 + row % 2) for row, prompt in enumerate(prompts) if not prompt.is_chat)))
+
+    return asyncio.run(every())
+
+
 def test_a_prompt_alone_is_told_as_the_one_before_a_token(pair_system: ReplicaSystem, prompts: list[Prompt]) -> None:
-    """`max_tokens: 0`: to the bit what `max_tokens: 1` says of the prompt, beside others in the same waves; nothing is left behind."""
-    beside = {"echo": True, "logprobs": NUM_TOP, "prompt_logprobs": 2}
-
-    async def run() -> None:
-        async def ask(prompt: Prompt, max_tokens: int, num_choices: int) -> Any:
-            body = completion_body(list(prompt.prompt_ids), 1, stream=False) | beside | {"max_tokens": max_tokens, "n": num_choices}
-            result = await post(pair_system.url, "/v1/completions", body)
-            assert result.status == 200, result.body
-            return json.loads(result.body)
-
-        asked = [(prompt, num) for num, prompt in enumerate(prompts, 1) if not prompt.is_chat]
-        answers = await asyncio.gather(*(ask(prompt, max_tokens, 1 + num % 2) for prompt, num in asked for max_tokens in (1, 0)))
-        for one, none in zip(answers[::2], answers[1::2], strict=True):
-            for with_token, without in zip(one["choices"], none["choices"], strict=True):
-                assert without["logprobs"] == {name: values[:-1] for name, values in with_token["logprobs"].items()}
-                assert without["prompt_logprobs"] == with_token["prompt_logprobs"] and without["finish_reason"] == "length"
-                assert with_token["text"].startswith(without["text"])
-            assert none["usage"]["completion_tokens"] == 0 and none["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
-
-    asyncio.run(run())
+    """`max_tokens: 0`: to the bit what `max_tokens: 1` says of the prompt; nothing is left behind."""
+    for one, none in zip(echoed(pair_system.url, prompts, 1), echoed(pair_system.url, prompts, 0), strict=True):
+        for with_token, without in zip(one["choices"], none["choices"], strict=True):
+            assert without["logprobs"] == {name: values[:-1] for name, values in with_token["logprobs"].items()}
+            assert without["prompt_logprobs"] == with_token["prompt_logprobs"] and without["finish_reason"] == "length"
+            assert with_token["text"].startswith(without["text"]) and without["token_ids"] == []
+        assert none["usage"]["completion_tokens"] == 0 and none["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
     pair_system.assert_quiet()
