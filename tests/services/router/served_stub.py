@@ -13,11 +13,9 @@ from typing import Any
 
 import httpx
 
-from tests.services.router.stub_system import StubSystem, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, stub_system
 
-START_S = 30.0
-STOP_S = 60.0
-QUIET_S = 5.0
+START_S = STOP_S = QUIET_S = PATIENCE_S
 GATEWAY_ZEROES = ("num_live_requests", "num_open_answers", "num_waiting_requests", "num_live_legs", "num_open_spans")
 
 
@@ -40,7 +38,7 @@ class ServedStub:
             time.sleep(0.05)
 
     def _disquiet(self) -> list[str]:
-        report: dict[str, Any] = httpx.get(self.url + "/admin/pools").json()
+        report: dict[str, Any] = httpx.get(self.url + "/admin/pools", timeout=PATIENCE_S).json()
         wrong = [f"gateway {name}" for name in GATEWAY_ZEROES if report["gateway"][name]]
         for one in report["replicas"]:
             wrong += [f"{one['replica_id']} {name}" for name in one if name.startswith("gateway_") and one[name]]

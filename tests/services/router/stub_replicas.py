@@ -92,7 +92,10 @@ class Story:
 
 
 class StubPools:
-    """Replicas of both roles in this process. P tells D by `computed` that a prompt's KV is there, in place of a transfer."""
+    """Replicas of both roles in this process. P tells D by `computed` that a prompt's KV is there, in place of a transfer.
+
+    go_on: once set, legs that a "hold" stopped run to their end. What has to happen meanwhile has no race to win.
+    """
 
     def __init__(self, script: Script, story: Story, fingerprint: str, folder: Path, num_blocks: int = 4096) -> None:
         self.script = script
@@ -101,6 +104,7 @@ class StubPools:
         self.folder = folder
         self.num_blocks = num_blocks
         self.computed: dict[tuple[str, int], asyncio.Event] = {}
+        self.go_on = asyncio.Event()
         self.replicas: list[StubReplica] = []
 
     def kv(self, request_id: str, attempt: int) -> asyncio.Event:
@@ -240,7 +244,8 @@ class StubReplica:
         script = self.pools.script
         fault = script.prefill_faults.popleft() if script.prefill_faults else None
         if fault == "hold":
-            await asyncio.Event().wait()
+            await self.pools.go_on.wait()
+            fault = None
         await asyncio.sleep(script.prefill_s)
         if self.replica_id in script.failing:
             connection.post(_failed(start, "fail", script.failing_phase))
@@ -281,7 +286,8 @@ class StubReplica:
             late: list[EmittedToken] = []
             while live:
                 if fault == "hold" and index - first == at:
-                    await asyncio.Event().wait()
+                    await self.pools.go_on.wait()
+                    fault = None
                 if fault is not None and index - first == at:
                     if self._strike(connection, start, fault, live[0], index):
                         return

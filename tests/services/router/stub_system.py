@@ -28,6 +28,8 @@ from services.router.store import AnswerStore
 from services.router.text import ModelText
 from tests.services.router.stub_replicas import MODEL, Script, Story, StubPools
 
+PATIENCE_S = 60.0  # for what comes in a fraction of it: it ends a test that would hang, and times nothing
+
 
 @dataclass
 class StubSystem:
@@ -41,7 +43,7 @@ class StubSystem:
     base_url: str
     story: Story
 
-    async def until(self, condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async def until(self, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         until_s = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < until_s, "the condition did not come true in time"
@@ -69,7 +71,8 @@ async def stub_system(
     told: str | None = None,
 ) -> AsyncIterator[StubSystem]:
     """Everything up and ready; torn down in order, with the gateway's books checked. told: what every choice says, then EOS."""
-    raw: dict = {"model": {"path": str(MODEL)}, "gateway": {"port": free_port()}}
+    # Clients keep a connection for as long as a gateway does by default: one that is closed as it is used again would be a failure.
+    raw: dict = {"model": {"path": str(MODEL)}, "gateway": {"port": free_port(), "keep_alive_timeout_s": 600.0}}
     for section, values in (overrides or {}).items():
         raw[section] = raw.get(section, {}) | values
     config = DuomoConfig.model_validate(raw)
@@ -96,7 +99,7 @@ async def stub_system(
         await idempotency.start()
         app, bound = build_app(gateway, Keys(config.gateway), idempotency), bind_port(config.gateway)
         edge = serving(app, bound, config.gateway, gateway.count_refused)
-        async with edge, httpx.AsyncClient(base_url=base_url, timeout=20) as client:
+        async with edge, httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S) as client:
             system = StubSystem(gateway, pools, directory, redis, client, base_url, story)
             if num_prefills and num_decodes:
                 await system.until(lambda: gateway.why_not_ready() is None)
@@ -111,6 +114,19 @@ async def stub_system(
         await directory.close()
         redis.stop()
         tracing.shutdown()
+
+
+async def expire(system: StubSystem, num_requests: int) -> None:
+    """Once so many requests are known to both their replicas, their time is over: their timers are due, however far they were set."""
+    sides = [*system.pools.of_role("prefill"), *system.pools.of_role("decode")]
+    await system.until(lambda: len(system.gateway._flights) == num_requests)
+    flights = list(system.gateway._flights)
+    ids = {flight.request.request_id for flight in flights}
+    await system.until(lambda: sum(start.request_id in ids for side in sides for start in side.seen_starts) == 2 * num_requests)
+    for flight in flights:
+        assert flight.timer is not None and not flight.timer.cancelled()
+        flight.timer.cancel()
+        system.gateway._expire(flight)
 
 
 @functools.cache

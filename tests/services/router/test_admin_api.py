@@ -20,7 +20,7 @@ from services.router.keys import Keys
 from services.router.operator import Operator
 from services.router.pools import ReplicaLink
 from services.router.service import serving_admin
-from tests.services.router.stub_system import StubSystem, free_port, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, free_port, stub_system
 
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
@@ -32,7 +32,8 @@ async def admin_system(folder: Path, **gateway: object) -> AsyncIterator[tuple[S
     section = {"admin_port": port, "audit_file": str(folder / "audit.jsonl")} | gateway
     async with stub_system(folder, num_prefills=2, num_decodes=2, overrides={"gateway": section}) as system:
         keys = Keys(system.gateway.config.gateway)
-        async with serving_admin(system.gateway, keys), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        url = f"http://127.0.0.1:{port}"
+        async with serving_admin(system.gateway, keys), httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
             yield system, client
 
 

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tests.services.router.stub_system import stub_system
+from tests.services.router.stub_system import PATIENCE_S, stub_system
 
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -46,7 +46,7 @@ def test_a_client_that_writes_all_before_it_reads_sees_the_refusal(tmp_path: Pat
 
     def post(url: str) -> int:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, b"x" * 20_000_000), timeout=20)
+            urllib.request.urlopen(urllib.request.Request(url, b"x" * 20_000_000), timeout=PATIENCE_S)
         except urllib.error.HTTPError as error:
             assert b'"param":"body"' in error.read()
             return error.code
@@ -65,7 +65,7 @@ def test_a_client_that_asks_first_is_refused_at_once(tmp_path: Path) -> None:
         async with stub_system(tmp_path) as system:
             reader, writer = await asyncio.open_connection("127.0.0.1", int(system.base_url.rsplit(":", 1)[1]))
             writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 20000000\r\nExpect: 100-continue\r\n\r\n")
-            assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 413")
+            assert (await asyncio.wait_for(reader.readline(), PATIENCE_S)).startswith(b"HTTP/1.1 413")
             writer.close()
 
     asyncio.run(scenario())

@@ -16,7 +16,7 @@ from duomo.errors import RequestError
 from duomo.wire.messages import Cancel, StartDecode, StartPrefill
 from services.router.deadlines import allowed_s, asked_timeout_s
 from tests.services.router.stub_replicas import Fault, Script
-from tests.services.router.stub_system import StubSystem, stub_system
+from tests.services.router.stub_system import StubSystem, expire, stub_system
 
 CHAT: Any = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
 
@@ -90,15 +90,19 @@ def test_what_is_not_finished_in_time_is_a_408_that_clients_do_not_retry(tmp_pat
     async def scenario() -> None:
         async with stub_system(tmp_path, _held(None)) as system:
             client = openai.AsyncOpenAI(base_url=f"{system.base_url}/v1", api_key="none", max_retries=2)
+            asked = asyncio.create_task(client.chat.completions.create(**CHAT, extra_headers={"x-request-timeout": "250"}))
+            await expire(system, 1)
             with pytest.raises(openai.APIStatusError) as late:
-                await client.chat.completions.create(**CHAT, extra_headers={"x-request-timeout": "0.3"})
+                await asked
             assert late.value.status_code == 408 and late.value.code == "deadline_exceeded" and late.value.type == "timeout_error"
-            assert "within 0.3 s" in late.value.message
+            assert "within 250 s" in late.value.message
             await _both_sides_were_cancelled(system)
             assert len(system.pools.of_role("prefill")[0].of_type(StartPrefill)) == 1
             claude = anthropic.AsyncAnthropic(base_url=system.base_url, api_key="none", max_retries=2)
+            again = asyncio.create_task(claude.messages.create(**CHAT, extra_headers={"x-request-timeout": "250"}))
+            await expire(system, 1)
             with pytest.raises(anthropic.APIStatusError) as too_late:
-                await claude.messages.create(**CHAT, extra_headers={"x-request-timeout": "0.3"})
+                await again
             assert too_late.value.status_code == 408 and too_late.value.type == "timeout_error"
             assert len(system.pools.of_role("prefill")[0].of_type(StartPrefill)) == 2
             await client.close()
@@ -110,11 +114,15 @@ def test_what_is_not_finished_in_time_is_a_408_that_clients_do_not_retry(tmp_pat
 def test_a_stream_whose_time_is_over_ends_with_a_typed_event(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, _held(("hold", 3))) as system:
-            answer = await system.client.post("/v1/chat/completions", json=CHAT | {"stream": True}, headers={"x-request-timeout": "0.4"})
+            body, headers = CHAT | {"stream": True}, {"x-request-timeout": "250"}
+            asked = asyncio.create_task(system.client.post("/v1/chat/completions", json=body, headers=headers))
+            await system.until(lambda: any(len(one.emitted) == 4 for flight in system.gateway._flights for one in flight.choices))
+            await expire(system, 1)
+            answer = await asked
             events = [event.removeprefix("data: ") for event in answer.text.strip().split("\n\n")]
             assert answer.status_code == 200 and events[-1] == "[DONE]"
             assert json.loads(events[-2])["error"]["code"] == "deadline_exceeded"
-            assert sum("content" in event for event in events) >= 4
+            assert sum("content" in event for event in events) == 1 + 4, "the opening, and what had come"
             await _both_sides_were_cancelled(system)
 
     asyncio.run(scenario())
@@ -122,11 +130,12 @@ def test_a_stream_whose_time_is_over_ends_with_a_typed_event(tmp_path: Path) -> 
 
 def test_one_that_waits_for_room_waits_no_longer(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, Script(step_s=0.02), num_blocks=16) as system:
+        async with stub_system(tmp_path, Script(decode_faults=deque([("hold", 3)])), num_blocks=16) as system:
             long = asyncio.create_task(system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 120}))
-            await system.until(lambda: system.gateway.num_live_requests == 1)
+            await system.until(lambda: system.gateway.num_live_legs == 1)
             late = await system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 120}, headers={"x-request-timeout": "0.2"})
             assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
+            system.pools.go_on.set()
             assert (await long).status_code == 200
             assert len(system.pools.of_role("prefill")[0].of_type(StartPrefill)) == 1
 

@@ -14,6 +14,8 @@ from tests.services.router.stub_chat import chat, streamed, texts
 from tests.services.router.stub_replicas import Script
 from tests.services.router.stub_system import stub_system
 
+BARRED_FOR_LONG = {"breaker_failures": 2, "breaker_open_s": 600.0, "max_breaker_open_s": 600.0}  # no trial falls into the test
+
 
 @pytest.mark.parametrize(("at", "stream"), [(0, False), (0, True), (10, False), (10, True)])
 def test_a_stream_survives_its_decode_replicas(tmp_path: Path, at: int, stream: bool) -> None:
@@ -83,7 +85,7 @@ def test_nobody_waits_for_ever_for_a_pool_without_replicas(tmp_path: Path, role:
 def test_a_replica_that_keeps_failing_is_left_alone_while_there_is_another(tmp_path: Path) -> None:
     async def scenario() -> None:
         script = Script()
-        async with stub_system(tmp_path, script, num_prefills=2, overrides={"gateway": {"breaker_failures": 2}}) as system:
+        async with stub_system(tmp_path, script, num_prefills=2, overrides={"gateway": BARRED_FOR_LONG}) as system:
             failing = min(system.pools.of_role("prefill"), key=lambda prefill: prefill.boot_id)  # the first of equals
             script.failing.add(failing.replica_id)
             for _ in range(24):
@@ -98,7 +100,7 @@ def test_a_replica_that_keeps_failing_is_left_alone_while_there_is_another(tmp_p
 def test_a_pair_whose_handoffs_fail_is_left_alone_and_both_replicas_are_not(tmp_path: Path) -> None:
     async def scenario() -> None:
         script = Script(failing_phase="kv.handoff")
-        async with stub_system(tmp_path, script, num_decodes=2, overrides={"gateway": {"breaker_failures": 2}}) as system:
+        async with stub_system(tmp_path, script, num_decodes=2, overrides={"gateway": BARRED_FOR_LONG}) as system:
             failing = min(system.pools.of_role("decode"), key=lambda decode: decode.boot_id)
             script.failing.add(failing.replica_id)
             for _ in range(24):
@@ -124,14 +126,16 @@ def test_a_pool_that_stood_empty_before_is_waited_for_as_long_again(tmp_path: Pa
 
     async def scenario() -> None:
         script = Script(decode_faults=deque([("die", 5), ("die", 5)]))
-        async with stub_system(tmp_path, script, overrides={"gateway": {"failover_wait_s": 1.0}}) as system:
+        async with stub_system(tmp_path, script) as system:
             first = asyncio.create_task(chat(system))
             await system.until(lambda: not system.gateway.pools.decodes() and system.gateway.num_waiting == 1)
             first.cancel()
             await system.until(lambda: system.gateway.num_live_requests == 0)
+            placing = system.gateway._placing
+            assert placing._shut_since_s is not None
+            placing._shut_since_s -= 100  # as if it had stood empty for longer than anybody waits
             await system.pools.add("decode", system.directory)
             await system.until(lambda: system.gateway.why_not_ready() is None)
-            await asyncio.sleep(1.1)
             second = asyncio.create_task(chat(system))
             await system.until(lambda: not system.gateway.pools.decodes() and system.gateway.num_waiting == 1)
             await system.pools.add("decode", system.directory)
@@ -145,7 +149,7 @@ def test_a_replica_that_dies_under_several_choices_is_one(tmp_path: Path) -> Non
         script = Script(decode_faults=deque([("die", 7), *[("hold", 3)] * 4, ("die", 3)]), step_s=0.01)
         async with stub_system(tmp_path, script, num_decodes=2, overrides={"gateway": {"max_lost_replicas": 2}}) as system:
             asked = asyncio.create_task(chat(system, n=5, max_tokens=40))
-            await system.until(lambda: not system.gateway.pools.decodes(), 10)
+            await system.until(lambda: not system.gateway.pools.decodes())
             await system.pools.add("decode", system.directory)
             assert texts(await asked) == [system.story.text(choice, 40) for choice in range(5)]
 

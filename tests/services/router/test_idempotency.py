@@ -23,7 +23,7 @@ from services.router.idempotency import asked_key, says_the_same_again
 from services.router.service import serve_gateway
 from services.router.store import ANSWERS, AnswerStore, ClaimName
 from tests.services.router.stub_replicas import Script
-from tests.services.router.stub_system import StubSystem, free_port, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, expire, free_port, stub_system
 
 CHAT: Any = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
 BODIES: dict[str, Any] = {
@@ -37,6 +37,11 @@ KEY = {"idempotency-key": "8e03978e-40d5-43dd-bc93-6894a57f9324"}
 
 async def _ask(system: StubSystem, path: str = "/v1/chat/completions", headers: Any = KEY, **fields: object) -> httpx.Response:
     return await system.client.post(path, json=BODIES[path] | fields, headers=headers)
+
+
+def _held() -> Script:
+    """The first leg stops until the test lets it go on."""
+    return Script(decode_faults=deque([("hold", 3)]))
 
 
 def _num_run(system: StubSystem) -> int:
@@ -93,7 +98,7 @@ def test_a_repeat_gets_the_same_bytes_and_nothing_runs_again(tmp_path: Path, pat
 
 def test_a_repeat_while_the_first_runs_is_refused_and_the_openai_client_comes_back_for_the_answer(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, Script(step_s=0.03)) as system:
+        async with stub_system(tmp_path, _held()) as system:
             client = openai.AsyncOpenAI(base_url=f"{system.base_url}/v1", api_key="none", max_retries=5)
             ask = client.chat.completions.with_raw_response.create
             first = asyncio.create_task(ask(**CHAT, extra_headers=KEY))
@@ -104,9 +109,12 @@ def test_a_repeat_while_the_first_runs_is_refused_and_the_openai_client_comes_ba
             error = refused.json()["error"]
             assert (refused.status_code, error["code"], error["param"]) == (409, "idempotency_key_in_use", "Idempotency-Key")
             assert refused.headers["retry-after"] == "1" and "x-should-retry" not in refused.headers
-            again = await ask(**CHAT, extra_headers=KEY)
+            repeating = asyncio.create_task(ask(**CHAT, extra_headers=KEY))
+            await system.until(lambda: _events(system)["in_progress"] >= 2)
+            system.pools.go_on.set()
+            again = await repeating
             assert again.headers["idempotent-replayed"] == "true" and again.content == (await first).content
-            assert _num_run(system) == 1 and _events(system)["in_progress"] >= 2
+            assert _num_run(system) == 1
             await client.close()
 
     asyncio.run(scenario())
@@ -114,7 +122,7 @@ def test_a_repeat_while_the_first_runs_is_refused_and_the_openai_client_comes_ba
 
 def test_a_key_belongs_to_one_body_one_endpoint_and_one_client(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, Script(step_s=0.01)) as system:
+        async with stub_system(tmp_path, _held()) as system:
             first = asyncio.create_task(_ask(system))
             await system.until(lambda: system.gateway.num_live_requests == 1)
             for _ in range(2):  # while it runs, and once it has ended
@@ -122,6 +130,7 @@ def test_a_key_belongs_to_one_body_one_endpoint_and_one_client(tmp_path: Path) -
                 error = other.json()["error"]
                 assert (other.status_code, error["code"], error["param"]) == (422, "idempotency_key_reused", "Idempotency-Key")
                 assert "retry-after" not in other.headers
+                system.pools.go_on.set()
                 assert (await first).status_code == 200
             assert (await _ask(system, "/v1/messages", max_tokens=23)).status_code == 200
             assert (await _ask(system, headers=KEY | {"authorization": "Bearer sk-2"}, max_tokens=22)).status_code == 200
@@ -163,7 +172,9 @@ def test_a_failure_that_a_retry_may_mend_is_not_kept(tmp_path: Path, stream: boo
 def test_neither_is_a_deadline_nor_a_refusal_before_anything_ran(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path, Script(prefill_faults=deque(["hold"]))) as system:
-            assert (await _ask(system, headers=KEY | {"x-request-timeout": "0.2"})).status_code == 408
+            late = asyncio.create_task(_ask(system, headers=KEY | {"x-request-timeout": "200"}))
+            await expire(system, 1)
+            assert (await late).status_code == 408
             await _freed(system)
             assert (await _ask(system, max_tokens=-1)).status_code == 400
             assert (await _ask(system)).status_code == 200 and _num_run(system) == 2
@@ -218,18 +229,24 @@ def test_a_client_that_does_not_read_its_replay_is_cut_off_at_its_deadline(tmp_p
         async with stub_system(tmp_path) as system:
             first = await _ask(system, stream=True, max_tokens=1500)
             body = json.dumps(CHAT | {"stream": True, "max_tokens": 1500}, separators=(",", ":"), ensure_ascii=False).encode()
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\nx-request-timeout: 0.5\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\nx-request-timeout: 2\r\n"
             with socket.socket() as lazy:
                 lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 lazy.connect(("127.0.0.1", system.gateway.config.gateway.port))
                 lazy.sendall(f"{head}idempotency-key: {KEY['idempotency-key']}\r\n\r\n".encode() + body)
-                await asyncio.sleep(1.0)
-                lazy.settimeout(5.0)
+                await system.until(lambda: bool(_replays()))
+                await asyncio.wait(_replays())
+                lazy.settimeout(PATIENCE_S)
                 told = await asyncio.to_thread(_all_of, lazy)
             assert b"idempotent-replayed: true" in told and len(told) < len(first.content) and not told.endswith(b"0\r\n\r\n")
             assert _num_run(system) == 1
 
     asyncio.run(scenario())
+
+
+def _replays() -> list[asyncio.Task[None]]:
+    """The server's tasks that answer: there is one for each request that is."""
+    return [task for task in asyncio.all_tasks() if getattr(task.get_coro(), "__qualname__", "") == "RequestResponseCycle.run_asgi"]
 
 
 def _all_of(connection: socket.socket) -> bytes:
@@ -242,10 +259,11 @@ def _all_of(connection: socket.socket) -> bytes:
 
 def test_without_redis_a_keyed_request_is_refused_and_others_go_on(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, Script(step_s=0.02)) as system:
+        async with stub_system(tmp_path, _held()) as system:
             running = asyncio.create_task(_ask(system))
             await system.until(lambda: system.gateway.num_live_requests == 1)
             await asyncio.to_thread(system.redis.stop)
+            system.pools.go_on.set()
             assert (await running).status_code == 200  # it had its claim; that its answer is not kept is not its client's fault
             refused = await _ask(system)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "idempotency_unavailable")
@@ -289,15 +307,18 @@ def test_a_fault_of_the_server_is_no_answer_for_good(code: str, is_kept: bool) -
 
 def test_a_request_longer_than_its_lease_keeps_its_key_also_where_redis_forgets(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, Script(step_s=0.06), overrides={"redis": {"lease_s": 0.3}}) as system:
+        async with stub_system(tmp_path, _held(), overrides={"redis": {"lease_s": 3.0}}) as system:
             first = asyncio.create_task(_ask(system))
             await system.until(lambda: system.gateway.num_live_requests == 1)
-            await asyncio.sleep(0.7)
+            client = _redis(system)
+            (claim,) = [key for key in client.scan_iter() if key.startswith(ANSWERS.encode())]
+            client.pexpire(claim, 2500)  # as after a part of the lease: only who renews makes it longer again
+            await system.until(lambda: client.pttl(claim) > 2500)
             assert (await _ask(system)).status_code == 409
-            _redis(system).flushall()
-            await asyncio.sleep(0.2)
-            assert (await _ask(system)).status_code == 409
-            assert (await _ask(system, headers=KEY)).status_code == 409 and _num_run(system) == 1
+            client.flushall()
+            await system.until(lambda: client.pttl(claim) > 0)
+            assert (await _ask(system)).status_code == 409 and _num_run(system) == 1
+            system.pools.go_on.set()
             body = (await first).content
             assert (await _ask(system)).content == body
 
@@ -306,18 +327,18 @@ def test_a_request_longer_than_its_lease_keeps_its_key_also_where_redis_forgets(
 
 def test_nothing_stays_in_redis_for_ever_and_no_key_is_told_there(tmp_path: Path) -> None:
     async def scenario() -> None:
-        overrides = {"redis": {"lease_s": 0.5}, "gateway": {"idempotency_ttl_s": 1.0}}
+        overrides = {"redis": {"lease_s": 30.0}, "gateway": {"idempotency_ttl_s": 60.0}}
         async with stub_system(tmp_path, Script(prefill_faults=deque([None, "hold"])), overrides=overrides) as system:
             await _ask(system, headers=KEY | {"authorization": "Bearer sk-secret"})
             held = asyncio.create_task(_ask(system))
             await system.until(lambda: system.gateway.num_live_requests == 1)
             client = _redis(system)
             mine = [key for key in client.scan_iter() if b"idempotency" in key]
-            assert len(mine) == 4 and all(0 < client.pttl(key) <= 1000 for key in mine)
+            assert len(mine) == 4 and all(0 < client.pttl(key) <= 60_000 for key in mine)
             told = b" ".join([*mine, *(client.dump(key) for key in mine)])
             assert b"sk-secret" not in told and KEY["idempotency-key"].encode() not in told
             held.cancel()
-            await system.until(lambda: not [key for key in client.scan_iter() if b"idempotency" in key])
+            await system.until(lambda: len([key for key in client.scan_iter() if b"idempotency" in key]) == 3)
 
     asyncio.run(scenario())
 
@@ -331,7 +352,7 @@ async def _second_gateway(system: StubSystem) -> AsyncIterator[httpx.AsyncClient
     stop = asyncio.Event()
     running = asyncio.create_task(serve_gateway(type(config).model_validate(raw), "gateway-1", stop))
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S) as client:
             await _ready(client)
             yield client
     finally:
@@ -340,30 +361,34 @@ async def _second_gateway(system: StubSystem) -> AsyncIterator[httpx.AsyncClient
 
 
 async def _ready(client: httpx.AsyncClient) -> None:
-    for _ in range(500):
-        try:
-            if (await client.get("/health/ready")).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        await asyncio.sleep(0.02)
-    raise AssertionError("the second gateway is not ready")
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get("/health/ready")).status_code == 200:
+                    return
+            await asyncio.sleep(0.02)
 
 
 def test_two_gateways_on_one_redis_agree(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, Script(step_s=0.02)) as system, _second_gateway(system) as other:
+        script = Script(decode_faults=deque([("hold", 3), ("hold", 3)]))
+        async with stub_system(tmp_path, script) as system, _second_gateway(system) as other:
             path = "/v1/chat/completions"
             first = asyncio.create_task(_ask(system, stream=True))
             await system.until(lambda: system.gateway.num_live_requests == 1)
             body = CHAT | {"stream": True}
             assert (await other.post(path, json=body, headers=KEY)).status_code == 409
             assert (await other.post(path, json=CHAT, headers=KEY)).status_code == 422
+            system.pools.go_on.set()
             told = (await first).content
+            system.pools.go_on.clear()
             again = await other.post(path, json=body, headers=KEY)
             assert again.content == told and again.headers["idempotent-replayed"] == "true" and _num_run(system) == 1
-            many = [client.post(path, json=CHAT, headers={"idempotency-key": "x"}) for client in (other, system.client) for _ in range(8)]
-            statuses = [answer.status_code for answer in await asyncio.gather(*many)]
+            headers = {"idempotency-key": "x"}
+            asked = [asyncio.create_task(one.post(path, json=CHAT, headers=headers)) for one in (other, system.client) for _ in range(8)]
+            await system.until(lambda: sum(one.done() for one in asked) == 15)
+            system.pools.go_on.set()
+            statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
             assert sorted(statuses) == [200] + [409] * 15 and _num_run(system) == 2
 
     asyncio.run(scenario())

@@ -14,7 +14,7 @@ import pytest
 from duomo.wire.messages import StartPrefill
 from services.router.cache_salt import cache_salt
 from tests.services.router.stub_replicas import Script
-from tests.services.router.stub_system import StubSystem, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, stub_system
 
 TEMPLATE = Path(__file__).parents[3] / "deploy" / "chat_templates" / "chatml_tools.jinja"
 OPTIONS = {"gateway": {"chat_template": str(TEMPLATE)}}
@@ -25,7 +25,7 @@ TOLD = "<think>\nTwo cities.\n</think>\n\nLet me look." + CALLS
 
 
 def _client(system: StubSystem) -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(base_url=system.base_url, api_key="sk-1", max_retries=0, timeout=20)
+    return anthropic.AsyncAnthropic(base_url=system.base_url, api_key="sk-1", max_retries=0, timeout=PATIENCE_S)
 
 
 def test_it_reads_whole_messages_and_usage(tmp_path: Path) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 import openai
 import pytest
 
+from duomo.wire.messages import Cancel
 from tests.services.router.stub_replicas import Script
-from tests.services.router.stub_system import stub_system
+from tests.services.router.stub_system import PATIENCE_S, stub_system
 
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
 
 
 def _client(base_url: str) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=base_url + "/v1", api_key="none", max_retries=0, timeout=20)
+    return openai.AsyncOpenAI(base_url=base_url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
 
 def test_it_streams_a_chat_and_gets_usage(tmp_path: Path) -> None:
@@ -76,6 +77,7 @@ def test_a_closed_stream_frees_the_request(tmp_path: Path) -> None:
             async for _ in stream:
                 break
             await stream.close()
-            await system.until(lambda: system.pools.of_role("decode")[0].used_blocks == 0, 1.0)
+            (decode,) = system.pools.of_role("decode")
+            await system.until(lambda: bool(decode.of_type(Cancel)) and decode.used_blocks == 0)
 
     asyncio.run(scenario())

@@ -13,7 +13,7 @@ import pytest
 
 from duomo.wire.messages import StartPrefill
 from tests.services.router.stub_replicas import Script
-from tests.services.router.stub_system import StubSystem, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, stub_system
 
 TEMPLATE = Path(__file__).parents[3] / "deploy" / "chat_templates" / "chatml_tools.jinja"
 OPTIONS = {"gateway": {"chat_template": str(TEMPLATE)}}
@@ -23,7 +23,7 @@ TOLD = "<think>\nTwo cities.\n</think>\n\nLet me look." + CALLS
 
 
 def _client(system: StubSystem) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=system.base_url + "/v1", api_key="none", max_retries=0, timeout=20)
+    return openai.AsyncOpenAI(base_url=system.base_url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
 
 def _prompt(system: StubSystem) -> str:

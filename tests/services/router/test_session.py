@@ -41,9 +41,9 @@ def test_calls_of_a_session_go_to_one_pair_and_sessions_spread(tmp_path: Path) -
                 assert answer.status_code == 200, answer.text
 
             places = set()
-            for session in "abcdefgh":
+            for session in "abcdefghijklmnop":
                 before = {replica.replica_id: len(replica.seen) for replica in system.pools.replicas}
-                for number in range(4):
+                for number in range(2):
                     await call(number, session, by_header=number % 2 == 0)
                 used = {
                     replica.replica_id

@@ -21,7 +21,7 @@ from services.router.keys import Keys
 from services.router.openai import RequestParser
 from services.router.service import serving_admin
 from tests.services.router.stub_replicas import Script
-from tests.services.router.stub_system import StubSystem, free_port, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, free_port, stub_system
 
 MARK = "zq7secretzq7"  # in everything that is sent
 ANSWER = "The answer zq7secretzq7 is told to the client alone. "
@@ -123,7 +123,6 @@ def test_nothing_that_is_said_is_written_down(
         "admin_port": admin_port,
         "audit_file": str(tmp_path / "audit"),
         "max_header_bytes": 4096,
-        "read_timeout_s": 1.0,
     }
     overrides = {"gateway": gateway, "tracing": {"directory": str(tmp_path / "spans"), "otlp_endpoint": collector[0]}}
     script = Script(prefill_faults=deque([None, "fail", "die", "fail_for_good"]))
@@ -139,7 +138,7 @@ def test_nothing_that_is_said_is_written_down(
             long = await system.client.post("/v1/completions", json={}, headers=right | {"x-long": MARK * 1000})
             assert long.status_code == 431
             async with serving_admin(system.gateway, Keys(system.gateway.config.gateway)):
-                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{admin_port}") as admin:
+                async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{admin_port}", timeout=PATIENCE_S) as admin:
                     decode = system.pools.of_role("decode")[0].replica_id
                     for headers in (right, {"x-api-key": admin_key}, {"x-api-key": f"sesame-zq8-{MARK}"}):
                         await admin.post(f"/admin/replicas/{decode}/flush", headers=headers)

@@ -13,6 +13,7 @@ from duomo.config import RedisSection
 from duomo.errors import CapacityError
 from services.kv_transfer.embedded_redis import EmbeddedRedis
 from services.router.store import AnswerStore, ClaimName, RouterPresence, StoredAnswer
+from tests.services.router.stub_system import PATIENCE_S
 
 
 @pytest.fixture
@@ -70,9 +71,12 @@ def test_a_kept_answer_is_everybodys_and_stays(server: EmbeddedRedis) -> None:
 
 def test_whoever_slept_through_its_lease_keeps_and_frees_nothing(server: EmbeddedRedis) -> None:
     async def scenario() -> None:
-        store = _store(server, lease_s=0.15)
-        await store.claim(_claim("sleeper"))
-        await asyncio.sleep(0.3)
+        store, sleeping = _store(server), _store(server, lease_s=0.05)
+        await sleeping.claim(_claim("sleeper"))
+        client = redis.Redis.from_url(server.url)
+        async with asyncio.timeout(PATIENCE_S):
+            while list(client.scan_iter()):
+                await asyncio.sleep(0.01)
         assert await store.claim(_claim("other")) == "claimed"
         assert await store.keep(_claim("sleeper"), _answer()) == "lost"
         await store.free(_claim("sleeper"))
@@ -81,21 +85,26 @@ def test_whoever_slept_through_its_lease_keeps_and_frees_nothing(server: Embedde
         assert await store.keep(_claim("sleeper"), _answer()) == "lost"
         assert await store.claim(_claim("third")) == _answer(7)
         await store.close()
+        await sleeping.close()
 
     asyncio.run(scenario())
 
 
 def test_renewing_keeps_a_claim_and_restores_what_redis_forgot(server: EmbeddedRedis) -> None:
     async def scenario() -> None:
-        store = _store(server, lease_s=0.4)
+        store, client = _store(server, lease_s=300.0), redis.Redis.from_url(server.url)
         mine = [_claim("a", name=f"claim {number}") for number in range(600)]
         for claim in mine:
             await store.claim(claim)
-        for _ in range(5):
-            await asyncio.sleep(0.15)
+        keys = list(client.scan_iter())
+        assert len(keys) == 600
+        for _ in range(2):
+            for key in keys:
+                client.pexpire(key, 100_000)  # as after most of the lease
             assert await store.renew(mine) == []
+            assert all(100_000 < client.pttl(key) <= 300_000 for key in keys)
         assert await store.claim(_claim("b", name="claim 599")) == "in_progress"
-        redis.Redis.from_url(server.url).flushall()
+        client.flushall()
         assert await store.renew(mine) == []
         assert await store.claim(_claim("b", name="claim 0")) == "in_progress"
         assert await store.claim(_claim("b", name="claim 599", fingerprint="another")) == "other_body"
@@ -137,7 +146,7 @@ def test_answers_that_ran_out_count_no_more(server: EmbeddedRedis) -> None:
         again = await store.keep(_claim("a", name="5"), _answer(2_000))  # as where the first reply was lost: it counts once
         assert again == kept
         client = redis.Redis.from_url(server.url)
-        assert all(client.pttl(key) > 0 for key in client.scan_iter())
+        assert all(client.pttl(key) != -1 for key in client.scan_iter()), "each has an end"
         assert client.pttl("{duomo}:idempotency:sizes") > 50_000  # not cut by a gateway that keeps answers for less long
         await store.close()
         await longer.close()

@@ -14,7 +14,7 @@ import trustme
 from duomo.config_gateway import GatewaySection
 from duomo.errors import ConfigError
 from services.router.tls import tls_context
-from tests.services.router.stub_system import stub_system
+from tests.services.router.stub_system import PATIENCE_S, stub_system
 
 STREAM = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40, "stream": True}
 
@@ -45,13 +45,13 @@ def test_streams_go_over_tls_and_plain_http_does_not(authority: trustme.CA, file
     async def scenario() -> None:
         async with stub_system(tmp_path, overrides={"gateway": files}) as system:
             url = system.base_url.replace("http:", "https:")
-            async with httpx.AsyncClient(base_url=url, verify=trusting(authority)) as client:
+            async with httpx.AsyncClient(base_url=url, verify=trusting(authority), timeout=PATIENCE_S) as client:
                 async with client.stream("POST", "/v1/chat/completions", json=STREAM) as answer:
                     lines = [line async for line in answer.aiter_lines() if line.startswith("data:")]
                 assert answer.status_code == 200 and len(lines) == 42 and lines[-1] == "data: [DONE]"
             with pytest.raises(httpx.TransportError):
                 await system.client.get("/health/live")
-            async with httpx.AsyncClient(base_url=url) as stranger:
+            async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as stranger:
                 with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                     await stranger.get("/health/live")
 
@@ -66,7 +66,7 @@ def test_a_client_needs_a_certificate_where_authorities_are_named(authority: tru
                 context = trusting(authority)
                 if issuer is not None:
                     issuer.issue_cert("client@example.org").configure_cert(context)
-                async with httpx.AsyncClient(verify=context) as client:
+                async with httpx.AsyncClient(verify=context, timeout=PATIENCE_S) as client:
                     if is_welcome:
                         assert (await client.get(url)).status_code == 200
                     else:

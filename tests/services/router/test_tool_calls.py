@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from duomo.wire.messages import StartPrefill
 from services.cli_chat import Gateway, converse
-from tests.services.router.stub_system import StubSystem, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, stub_system
 
 TEMPLATE = Path(__file__).parents[3] / "deploy" / "chat_templates" / "chatml_tools.jinja"
 OPTIONS = {"gateway": {"chat_template": str(TEMPLATE)}}
@@ -25,7 +25,7 @@ TOLD = "<think>\nTwo cities: two calls.\n</think>\n\nLet me look." + CALLS
 
 
 def _client(system: StubSystem) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url=system.base_url + "/v1", api_key="none", max_retries=0, timeout=20)
+    return openai.AsyncOpenAI(base_url=system.base_url + "/v1", api_key="none", max_retries=0, timeout=PATIENCE_S)
 
 
 class Gathered:
