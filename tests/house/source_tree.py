@@ -1,8 +1,9 @@
-"""Python files of a tree, parsed once, for the house tests. Knows no rule of the house."""
+"""Python files of a tree, each parsed where a rule asks for that, for the house tests. Knows no rule of the house."""
 
 from __future__ import annotations
 
 import ast
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +13,16 @@ PRODUCT = ("services", "kernels", "duomo", "bench")
 _SKIPPED = {".venv", ".venv312", ".git", "__pycache__", "build", "dist", ".gpu"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """One Python file. path is relative to the tree's root, posix."""
 
     path: str
     text: str
-    tree: ast.Module
+
+    @functools.cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.text, self.path)
 
     @property
     def lines(self) -> list[str]:
@@ -36,21 +40,20 @@ def files(root: Path, rooms: tuple[str, ...], suffix: str = ".py") -> list[Path]
 
 
 def sources(root: Path, rooms: tuple[str, ...] = PRODUCT) -> list[Source]:
-    """The same as `files`, parsed."""
-    return [parse(root, path) for path in files(root, rooms)]
+    """The same as `files`, read."""
+    return [read(root, path) for path in files(root, rooms)]
 
 
-def parse(root: Path, path: Path) -> Source:
-    text = path.read_text()
-    return Source(path=path.relative_to(root).as_posix(), text=text, tree=ast.parse(text, str(path)))
+def read(root: Path, path: Path) -> Source:
+    return Source(path=path.relative_to(root).as_posix(), text=path.read_text())
 
 
 def plant(root: Path, path: str, text: str) -> Source:
-    """Write a file (a violation, mostly) into a scratch tree and parse it."""
+    """Write a file (a violation, mostly) into a scratch tree and read it."""
     file = root / path
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-    return parse(root, file)
+    return read(root, file)
 
 
 def imported(source: Source) -> set[tuple[str, int]]:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-from source_tree import ROOT, Source, dotted, parse, plant, sources
+from source_tree import ROOT, Source, dotted, plant, read, sources
 
 METRICS = {"Counter", "Gauge", "Histogram", "Summary", "Info"}
 SPANS = {"start_span", "record_span"}
@@ -86,7 +86,7 @@ def unreal(page: str, root: Path) -> list[str]:
     for path, name in _PLACE.findall((root / page).read_text()):
         if not list(root.glob(path.rstrip("/"))):
             found.append(f"{page}: {path} does not exist")
-        elif name and name not in defined(parse(root, root / path)):
+        elif name and name not in defined(read(root, root / path)):
             found.append(f"{page}: {path} defines no {name}")
     return found
 

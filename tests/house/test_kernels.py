@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from source_tree import ROOT, parse, plant
+from source_tree import ROOT, plant, read
 
 ROOM = "kernels/duomo_kernels"
 
@@ -23,7 +23,7 @@ def ops(root: Path) -> list[str]:
 
 def lacks(op: str, root: Path) -> list[str]:
     found = []
-    tree = parse(root, root / ROOM / f"{op}.py").tree
+    tree = read(root, root / ROOM / f"{op}.py").tree
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     if not any(name == "reference" or name.endswith("_reference") for name in functions):
         found.append(f"{ROOM}/{op}.py: no function called reference or *_reference")
@@ -38,7 +38,7 @@ def unannotated(root: Path) -> list[str]:
     """Functions of the room, Triton's kernels apart, that lack an annotation."""
     found = []
     for path in sorted((root / ROOM).glob("*.py")):
-        for node in ast.walk(parse(root, path).tree):
+        for node in ast.walk(read(root, path).tree):
             if not isinstance(node, ast.FunctionDef) or any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
                 continue
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

@@ -6,26 +6,26 @@ import ast
 import re
 from pathlib import Path
 
-from source_tree import ROOT, Source, parse, plant
+from source_tree import ROOT, Source, plant, read
 
 PAGE = "duomo/wire/messages.py"
 GOLDEN = "tests/wire/golden"
 
 
 def test_every_message_has_golden_bytes() -> None:
-    names = messages(parse(ROOT, ROOT / PAGE))
+    names = messages(read(ROOT, ROOT / PAGE))
     assert {"Hello", "StartPrefill", "TokensEmitted", "ReplicaReport"} <= set(names)
     assert not without_golden_bytes(names, ROOT)
 
 
 def test_every_message_is_written_about() -> None:
     text = (ROOT / "docs" / "wire.md").read_text()
-    missing = [name for name in messages(parse(ROOT, ROOT / PAGE)) if f"`{name}`" not in text]
+    missing = [name for name in messages(read(ROOT, ROOT / PAGE)) if f"`{name}`" not in text]
     assert not missing, f"docs/wire.md says nothing of {missing}"
 
 
 def test_every_message_is_in_the_union() -> None:
-    page = parse(ROOT, ROOT / PAGE)
+    page = read(ROOT, ROOT / PAGE)
     assert not outside_the_union(page)
 
 

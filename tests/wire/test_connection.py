@@ -18,7 +18,8 @@ from duomo.wire.connection import Connection, Identity, Listener, connect
 from duomo.wire.handshake import Handshake, _mac
 from duomo.wire.messages import MIN_WIRE_VERSION, SINCE, WIRE_VERSION, Drain, Hello, Message, Refused, RingOffered
 
-WIRE = WireSection(connect_timeout_s=1.0, heartbeat_s=0.05, silence_timeout_s=0.5)
+WIRE = WireSection(connect_timeout_s=60.0, heartbeat_s=0.05, silence_timeout_s=60.0)
+WAIT_S = 30.0  # for what comes in a fraction of it: it ends a test that would hang, and times nothing
 GATEWAY = Identity("router-0", "00000000000000f1", "gateway", "tiny:1", secret="s3cret")
 DECODE = Identity("decode-0", "00000000000000d1", "decode", "tiny:1", secret="s3cret")
 RING = RingOffered(ring_name="r", agent_metadata=b"", base_address=1, slot_bytes=64, num_slots=1, memory="cuda", device_idx=1)
@@ -126,7 +127,7 @@ def test_a_stranger_is_told_and_shut_out(first: bytes, code: str, tmp_path: Path
         async with Listener(f"unix:{tmp_path}/d.sock", DECODE, WIRE, echo):
             reader, writer = await asyncio.open_unix_connection(f"{tmp_path}/d.sock")
             writer.write(first)
-            answer = await asyncio.wait_for(reader.read(), 1.0)
+            answer = await asyncio.wait_for(reader.read(), WAIT_S)
             (payload,) = FrameReader().payloads(answer)
             refused = decode(payload)
             assert isinstance(refused, Refused) and refused.code == code
@@ -141,7 +142,7 @@ def test_a_stranger_who_says_nothing_is_shut_out_in_time(tmp_path: Path) -> None
         wire = WIRE.model_copy(update={"connect_timeout_s": 0.1})
         async with Listener(f"unix:{tmp_path}/d.sock", DECODE, wire, echo):
             reader, writer = await asyncio.open_unix_connection(f"{tmp_path}/d.sock")
-            await asyncio.wait_for(reader.read(), 1.0)
+            await asyncio.wait_for(reader.read(), WAIT_S)
             writer.close()
 
     asyncio.run(main())
@@ -166,19 +167,19 @@ def test_nobody_there_and_nobody_answering_are_told_apart(tmp_path: Path) -> Non
 
 def test_a_cancelled_connect_leaves_no_socket(tmp_path: Path) -> None:
     async def main() -> None:
-        gone = asyncio.Event()
+        came, gone = asyncio.Event(), asyncio.Event()
 
         async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             while await reader.read(1000):
-                pass
+                came.set()
             gone.set()
             writer.close()
 
         server = await asyncio.start_unix_server(mute, f"{tmp_path}/mute.sock")
         dialling = asyncio.create_task(connect(f"unix:{tmp_path}/mute.sock", GATEWAY, WIRE))
-        await asyncio.sleep(0.05)
+        await asyncio.wait_for(came.wait(), WAIT_S)
         dialling.cancel()
-        await asyncio.wait_for(gone.wait(), 1.0)
+        await asyncio.wait_for(gone.wait(), WAIT_S)
         server.close()
 
     asyncio.run(main())
@@ -238,12 +239,10 @@ def test_closing_the_listener_closes_its_peers_at_once(tmp_path: Path) -> None:
         listener = Listener(f"unix:{tmp_path}/d.sock", DECODE, WIRE, echo)
         await listener.start()
         peers = [await connect(listener.address, GATEWAY, WIRE) for _ in range(7)]
-        started_s = asyncio.get_running_loop().time()
-        await listener.close()
+        await asyncio.wait_for(listener.close(), WAIT_S)
         for peer in peers:
-            with pytest.raises(PeerError):
-                await asyncio.wait_for(peer.receive(), 1.0)
-        assert asyncio.get_running_loop().time() - started_s < 0.5
+            with pytest.raises(PeerError, match="peer_gone"):  # and not silent: that takes longer than anybody waits here
+                await asyncio.wait_for(peer.receive(), WAIT_S)
         assert no_task_left()
 
     asyncio.run(main())
@@ -266,8 +265,13 @@ def test_a_slow_wire_shows_in_the_round_trip(tmp_path: Path) -> None:
         relaying = await asyncio.start_unix_server(relay, f"{tmp_path}/slow.sock")
         async with Listener(f"unix:{tmp_path}/d.sock", DECODE, WIRE, echo):
             peer = await connect(f"unix:{tmp_path}/slow.sock", GATEWAY, WIRE)
-            await asyncio.sleep(0.5)
-            assert peer.rtt_s is not None and 0.040 <= peer.rtt_s < 0.080
+            seen: set[float] = set()
+            async with asyncio.timeout(WAIT_S):
+                # What a busy machine adds comes and goes; what is planted stays, and is there once.
+                while not any(rtt_s < 0.080 for rtt_s in seen):
+                    await asyncio.sleep(0.01)
+                    seen |= {peer.rtt_s} - {None}
+            assert min(seen) >= 0.040
             await peer.close()
             await asyncio.sleep(0.1)
         relaying.close()
