@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 _DRAIN_POLL_S: Final = 0.02
 _FOUND_NO_ROOM: Final = ("no_grant", "draining")
 _LOST: Final = ("prefill_lost", "decode_lost")
+# Between attempts that prefill ended with "unreachable", from the second on: it may know of decode's death before this loop hears of it.
+_PAUSE_S: Final = 0.05
+_MAX_PAUSE_S: Final = 1.0
 
 
 class Gateway:
@@ -351,7 +354,9 @@ class Gateway:
                 choice.leg = None
                 choice.early.clear()
             again = PendingLeg(flight=flight, choices=group, is_resume=is_resume, avoid=culprits, cause=error.detail)
-            self._placing.begin_again(again)
+            num_failed = group[0].num_resumes if is_resume else flight.num_failed
+            is_paused = error.code == "unreachable" and num_failed > 1
+            self._placing.begin_again(again, min(_PAUSE_S * 2.0 ** (num_failed - 2), _MAX_PAUSE_S) if is_paused else 0.0)
 
     def _may_begin_again(self, flight: Flight, group: Sequence[Choice], is_resume: bool, error: DuomoError) -> bool:
         """Each attempt that ran counts against its limit; one that found no room never began, and is bounded by the deadline alone.

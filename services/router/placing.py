@@ -119,8 +119,13 @@ class Placing:
         pending.timer = asyncio.get_running_loop().call_later(max(left_s, 0.0), self._waited_enough, pending)
         self.pump_soon()
 
-    def begin_again(self, pending: PendingLeg) -> None:
-        """A leg that was running goes before those that never did, and waits until its request's deadline."""
+    def begin_again(self, pending: PendingLeg, after_s: float = 0.0) -> None:
+        """A leg that was running goes before those that never did, and waits until its request's deadline. It joins the line after_s."""
+        if after_s:
+            asyncio.get_running_loop().call_later(after_s, self.begin_again, pending)
+            return
+        if pending.flight.is_over:
+            return
         pending.was_running = True
         self._join(pending, self._view())
         self.pump_soon()

@@ -44,7 +44,7 @@ MODEL = Path(__file__).parents[3] / "models" / "tiny-moe"
 STORY = "Once upon a time there was a naïve fox 🦊 who liked tea. The fox said: “Hello, little bird!” and they were friends. "
 BLOCK_TOKENS = 16
 
-Fault = Literal["die", "fail", "fail_for_good", "no_grant", "draining", "preempt", "hold"]
+Fault = Literal["die", "fail", "fail_for_good", "no_grant", "unreachable", "draining", "preempt", "hold"]
 
 
 @dataclass
@@ -365,6 +365,8 @@ def _about(start: StartPrefill | StartDecode | Resume) -> dict:
 def _failed(start: StartPrefill | StartDecode | Resume, fault: Fault, phase: str = "prefill.compute") -> RequestFailed:
     if fault == "no_grant":
         return RequestFailed(**_about(start), code="no_grant", phase="kv.handoff", retryable=True, detail="no grant came in time")
+    if fault == "unreachable":
+        return RequestFailed(**_about(start), code="unreachable", phase="kv.handoff", retryable=True, detail="decode refuses connections")
     if fault == "draining":
         return RequestFailed(**_about(start), code="draining", phase="prefill.queue", retryable=True, detail="the stub drains")
     retryable = fault != "fail_for_good"

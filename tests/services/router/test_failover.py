@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from pathlib import Path
 
@@ -117,6 +118,33 @@ def test_the_only_replica_is_taken_whatever_its_breaker_says(tmp_path: Path) -> 
         async with stub_system(tmp_path, script, overrides={"gateway": {"breaker_failures": 1}}) as system:
             assert texts(await chat(system)) == [system.story.text(0, 24)]
             assert b'duomo_route_reasons_total{pool="prefill",reason="only_barred_left"}' in system.gateway.metrics.render()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_attempts_are_not_used_up_before_the_death_of_decode_is_heard_of(tmp_path: Path, stream: bool) -> None:
+    """Prefill cannot reach it, and says so at once each time; the pauses between the attempts add up to three quarters of a second."""
+
+    async def scenario() -> None:
+        script = Script(prefill_faults=deque(["unreachable"] * 6))
+        async with stub_system(tmp_path, script, overrides={"gateway": {"max_prefill_retries": 6}}) as system:
+            began_s = time.monotonic()
+            answer = await chat(system, stream=stream)
+            assert (streamed(answer)[0] if stream else texts(answer)[0]) == system.story.text(0, 24)
+            assert time.monotonic() - began_s >= 0.7
+
+    asyncio.run(scenario())
+
+
+def test_a_decode_that_stays_out_of_reach_is_given_up_after_as_many_attempts_as_any(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        script = Script(prefill_faults=deque(["unreachable"] * 40))
+        async with stub_system(tmp_path, script, overrides={"gateway": {"max_prefill_retries": 3}}) as system:
+            answer = await chat(system)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unreachable")
+            (prefill,) = system.pools.of_role("prefill")
+            assert len(prefill.of_type(StartPrefill)) == 4
 
     asyncio.run(scenario())
 
