@@ -62,6 +62,26 @@ def test_an_unsampled_parent_is_handed_on_and_nothing_is_recorded(tmp_path: Path
     assert read_spans(tmp_path) == []
 
 
+def test_a_pause_between_two_clocks_moves_no_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two times this process stands still for a second before the wall clock is read, and for one after it."""
+    offset_ns, now_ns, reads = 10**18, 5 * 10**9, 0
+
+    def wall_ns() -> int:
+        nonlocal now_ns, reads
+        reads += 1
+        pause_ns = 10**9 if reads <= 2 else 0
+        now_ns += 2 * pause_ns
+        return now_ns - pause_ns + offset_ns
+
+    tracing = to_file(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("duomo.telemetry.tracing.time.time_ns", wall_ns)
+        patched.setattr("duomo.telemetry.tracing.time.monotonic_ns", lambda: now_ns)
+        tracing.record_span("prefill.queue", PARENT, 2.0, 2.5)
+    (queue,) = read_spans(tmp_path)
+    assert reads == 3 and (queue.start_ns, queue.end_ns) == (offset_ns + 2 * 10**9, offset_ns + 25 * 10**8)
+
+
 def test_measured_times_become_spans_and_events(tmp_path: Path) -> None:
     tracing = to_file(tmp_path)
     now_s, wall_ns = time.monotonic(), time.time_ns()
