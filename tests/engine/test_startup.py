@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from duomo.engine.startup import NOTE_PERIOD_S, StartPhase, Startup
 
 
-def test_phases_are_told_in_order_as_they_end() -> None:
+def test_phases_are_told_in_order_as_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = itertools.count(100.0, 0.5)
+    monkeypatch.setattr("duomo.engine.startup.time.monotonic", lambda: next(now_s))
     told: list[StartPhase] = []
     startup = Startup(told.append)
     with startup.phase("weights"):
@@ -16,7 +20,7 @@ def test_phases_are_told_in_order_as_they_end() -> None:
         pass
     assert [phase.name for phase in told] == ["weights", "capture"] and told == startup.phases
     assert all(phase.duration_s >= 0 for phase in told) and told[0].ended_s <= told[1].started_s
-    assert startup.line().startswith("weights 0.0 s, capture")
+    assert startup.line().startswith("weights 0.5 s, capture 0.5 s")
 
 
 def test_a_phase_that_fails_is_told_too() -> None:

@@ -77,7 +77,7 @@ def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def run() -> Run:
-    return Run(device=torch.device("cpu"), repeats=50, deadline_s=time.monotonic() + 100, skews=("zipf",))
+    return Run(device=torch.device("cpu"), repeats=50, deadline_s=time.monotonic() + 1000, skews=("zipf",))
 
 
 @pytest.mark.parametrize("is_fp8", [False, True])
@@ -159,7 +159,7 @@ def test_the_tuner_finds_a_plan(op: str, monkeypatch: pytest.MonkeyPatch) -> Non
         plan = tune_ops.heuristic_plan
         monkeypatch.setattr(tune_ops, "heuristic_plan", lambda weights, top_k, t, **_: plan(weights, top_k, t, may_be_direct=False))
     shape = SMALL if op == "fp8" else replace(SMALL, dim=32, hidden=32, rule=GateRule(top_k=1))
-    tuner = Tuner(device=torch.device("cpu"), ends_s=time.monotonic() + 100)
+    tuner = Tuner(device=torch.device("cpu"), ends_s=time.monotonic() + 1000)
     (entry,) = tuner.tune(shape, [op], [1])
     assert entry["op"] == "experts" and entry["num_tokens"] == 1 and entry["dtype"] == ("fp8" if op == "fp8" else "bf16")
     assert plan_from(entry["config"])  # type: ignore[arg-type]  # a table's entry holds anything
@@ -176,7 +176,7 @@ def test_what_the_tuner_finds_for_attention_is_found_again(tmp_path: Path, monke
     monkeypatch.setattr(op_sections, "_make_cache", make_half)
     monkeypatch.setattr(tune_ops, "Contexts", lambda name, lengths: Contexts(name, (33,) * len(lengths)))
     monkeypatch.setattr(tile_spaces, "decode_configs", lambda _: [usual])
-    (entry,) = Tuner(device=torch.device("cpu"), ends_s=time.monotonic() + 100).tune(SMALL, ["attention"], [2])
+    (entry,) = Tuner(device=torch.device("cpu"), ends_s=time.monotonic() + 1000).tune(SMALL, ["attention"], [2])
     head = dict.fromkeys(("device", "torch", "triton", "driver", "commit", "date"), "")
     write_table(tmp_path / "some_gpu.json", head, [entry | {"config": asdict(usual)}])
     monkeypatch.setattr(_tuning, "FOLDER", tmp_path)
