@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from collections import deque
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 
@@ -16,7 +17,9 @@ import uvloop
 from duomo.api_keys import hashed
 from duomo.wire.messages import Cancel
 from services.router import client_protocol
-from tests.services.router.stub_replicas import StubReplica
+from services.router.client_protocol import ClientProtocol
+from tests.services.router.hand_clock import HandClock
+from tests.services.router.stub_replicas import Script, StubReplica
 from tests.services.router.stub_system import StubSystem, stub_system
 from tests.services.router.test_client_protocol import CHAT, LINE, WAIT_S, WHOLE, answer, dialled, status_and_error, to_the_end
 
@@ -74,20 +77,21 @@ def test_who_does_not_read_a_stream_ends_it(tmp_path: Path, run: Run) -> None:
     run(scenario())
 
 
-def test_who_reads_slowly_gets_everything(tmp_path: Path) -> None:
+def test_who_reads_slowly_gets_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For longer than what is allowed without progress, also where the connection is closing."""
+    clock = HandClock(monkeypatch)
 
     async def scenario() -> None:
-        async with stub_system(tmp_path, overrides={"gateway": {"read_timeout_s": 0.5, "keep_alive_timeout_s": 0.1}}) as system:
+        async with stub_system(tmp_path, overrides={"gateway": {"read_timeout_s": 4, "keep_alive_timeout_s": 1}}) as system:
             size = len((await system.client.get("/openapi.json")).content)
             with deaf(system) as client:
                 client.sendall(DESCRIBED * 5)
-                num_read = 0
-                async with asyncio.timeout(60):
+                num_read = num_pieces = 0
+                async with asyncio.timeout(WAIT_S):
                     while piece := await asyncio.get_running_loop().sock_recv(client, 16384):
-                        num_read += len(piece)
-                        await asyncio.sleep(0.02)
-            assert num_read > 5 * size
+                        num_read, num_pieces = num_read + len(piece), num_pieces + 1
+                        clock.advance(0.5)
+            assert num_read > 5 * size and 0.5 * num_pieces > 2 * 4
 
     asyncio.run(scenario())
 
@@ -110,22 +114,36 @@ def test_an_answer_hears_that_its_client_left_whatever_was_sent_behind(tmp_path:
     run(scenario())
 
 
-def test_a_line_behind_an_answer_has_an_end(tmp_path: Path) -> None:
+def test_a_line_behind_an_answer_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as may wait are answered, in their order; then the connection is closed, and what came behind was never taken."""
+    full, take_no_more = [], ClientProtocol._take_no_more
+
+    def noted(protocol: ClientProtocol) -> None:
+        full.append(protocol)
+        take_no_more(protocol)
+
+    monkeypatch.setattr(ClientProtocol, "_take_no_more", noted)
 
     async def scenario() -> None:
-        async with stub_system(tmp_path) as system:
-            system.pools.script.step_s = 0.05
+        async with stub_system(tmp_path, Script(decode_faults=deque([("hold", 1)] * 3))) as system:
             for pieces in ([WHOLE + HEALTH * 1000], [WHOLE, *([HEALTH * 100] * 10)]):
                 async with dialled(system) as (reader, writer):
+                    full.clear()
+                    system.pools.go_on.clear()
                     for piece in pieces:
                         writer.write(piece)
                         await asyncio.sleep(0.01)
+                    await system.until(lambda: bool(full))
+                    system.pools.go_on.set()
                     assert "choices" in (await answer(reader))[1]
                     said = await to_the_end(reader)
                     assert said.count(b"HTTP/1.1 200") == client_protocol.MAX_QUEUED and said.count(b"connection: close") == 1
             async with dialled(system) as (reader, writer):  # and by its bytes
+                full.clear()
+                system.pools.go_on.clear()
                 writer.write(WHOLE + asking(user="u" * 200_000) + HEALTH)
+                await system.until(lambda: bool(full))
+                system.pools.go_on.set()
                 assert "choices" in (await answer(reader))[1]
                 assert await to_the_end(reader) == b""
 
@@ -170,14 +188,16 @@ def test_a_refused_stranger_does_not_go_on_sending(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_body_has_its_own_time(tmp_path: Path) -> None:
+def test_a_body_has_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that took most of its time leaves the body all of its own."""
+    clock = HandClock(monkeypatch)
 
     async def scenario() -> None:
-        async with stub_system(tmp_path, overrides={"gateway": {"read_timeout_s": 1.5}}) as system, dialled(system) as (reader, writer):
-            for piece in (WHOLE[:20], WHOLE[20 : -len(CHAT)], CHAT):
-                writer.write(piece)
-                await asyncio.sleep(1.0 if piece is not CHAT else 0.0)
+        async with stub_system(tmp_path, overrides={"gateway": {"read_timeout_s": 15}}) as system, dialled(system) as (reader, writer):
+            for piece in (WHOLE[:20], WHOLE[20 : -len(CHAT)]):
+                await clock.sent(system, writer, piece)
+                clock.advance(10)
+            writer.write(CHAT)
             assert (await answer(reader))[0] == 200
 
     asyncio.run(scenario())
