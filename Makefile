@@ -2,7 +2,7 @@
 #
 #   make serve        install and serve models/tiny-moe (ARGS="--port 9000" passes options on)
 #   make test         the short lane: a quarter of an hour on 2 cores (TESTS=tests/wire narrows it)
-#   make test-slow    the rest that needs no GPU
+#   make test-slow    the rest that needs no GPU, and property tests with new examples
 #   make check        format, lint, types, contracts, house
 #   make audit        whether what is installed fits together and has known vulnerabilities (ARGS=--strict: fail where nobody could say)
 #   make test-py312   the torch-free tests on Python 3.12, in .venv312
@@ -52,6 +52,8 @@ endif
 
 test-slow: $(DEV_STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout=1200 $(TESTS)
+	$(BIN)/python -m pytest -m "hypothesis and not slow and not gpu" --hypothesis-profile=drawn --timeout=1200 $(TESTS); \
+	code=$$?; test $$code = 0 -o $$code = 5
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff format --check .

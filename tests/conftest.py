@@ -6,12 +6,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# An example is no timed test: on a machine with other work any of them may take long. Kernels are also tested where there is no
-# hypothesis.
+# An example is no timed test, nor is making one: on a machine with other work any of them may take long. Each run tries the same examples,
+# so that no change is refused for what another one brought; `make test-slow` draws new ones (--hypothesis-profile=drawn). Kernels are
+# also tested where there is no hypothesis.
 with contextlib.suppress(ImportError):
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("duomo", deadline=None)
+    settings.register_profile("drawn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("duomo", settings.get_profile("drawn"), derandomize=True, database=None)
     settings.load_profile("duomo")
 
 # Spinning OpenMP threads on shared cores make a step thirty times slower (services/app.py).
