@@ -381,7 +381,7 @@ def test_the_gpu_names_the_file() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="only where there is no vLLM")
 def test_a_child_that_fails_leaves_its_part_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = start(Job(mode="vllm_count", model="olmoe", dtype="bf16", cases=DECODE[:1], repeats=1, budget_s=30), tmp_path / "part.json")
+    found = start(Job(mode="vllm_count", model="olmoe", dtype="bf16", cases=DECODE[:1], repeats=1, budget_s=110), tmp_path / "part.json")
     assert found is not None and not found.results and "the child ended with 1" in found.notes[0]
     assert "No module named 'vllm'" in capsys.readouterr().err
 
