@@ -75,8 +75,10 @@ def logs() -> Iterator[io.StringIO]:
 
 
 @pytest.fixture
-def collector() -> Iterator[tuple[str, list[bytes]]]:
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[bytes]]]:
     """An OTLP endpoint, and what it was sent: strings stand in it as they are."""
+    for name in ("_EXPORT_TIMEOUT_S", "_SHUTDOWN_S"):  # this collector answers, if a busy machine lets it
+        monkeypatch.setattr(f"duomo.telemetry.tracing.{name}", 60.0)
     sent: list[bytes] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -127,8 +129,6 @@ def test_nothing_that_is_said_is_written_down(
     overrides = {"gateway": gateway, "tracing": {"directory": str(tmp_path / "spans"), "otlp_endpoint": collector[0]}}
     script = Script(prefill_faults=deque([None, "fail", "die", "fail_for_good"]))
     read: list[str] = []
-    for name in ("_EXPORT_TIMEOUT_S", "_SHUTDOWN_S"):  # this collector answers, if a busy machine lets it
-        monkeypatch.setattr(f"duomo.telemetry.tracing.{name}", 60.0)
 
     async def scenario() -> None:
         async with stub_system(tmp_path, script, num_prefills=2, overrides=overrides, told=ANSWER) as system:
