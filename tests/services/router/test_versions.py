@@ -68,11 +68,14 @@ def test_a_scored_request_waits_for_the_newer_ones_room(tmp_path: Path, monkeypa
 
     async def scenario() -> None:
         monkeypatch.setattr("duomo.wire.handshake.WIRE_VERSION", NEWER - 1)
-        async with stub_system(tmp_path, Script(step_s=0.02), num_blocks=8) as system:
+        async with stub_system(tmp_path, Script(decode_faults=deque([("hold", 3)])), num_blocks=8) as system:
             old = list(system.pools.replicas)
             monkeypatch.setattr("duomo.wire.handshake.WIRE_VERSION", WIRE_VERSION)
             await newer(system, "prefill", "decode")
-            asked = [system.client.post("/v1/completions", json=SCORED | {"max_tokens": 60}) for _ in range(4)]
+            body = SCORED | {"max_tokens": 60}
+            asked = [asyncio.create_task(system.client.post("/v1/completions", json=body)) for _ in range(4)]
+            await system.until(lambda: system.gateway.num_live_legs == 1 and system.gateway.num_waiting == 3)
+            system.pools.go_on.set()
             answers = await asyncio.gather(*asked)
             assert {answer.status_code for answer in answers} == {200} and not any(replica.seen_starts for replica in old)
 
