@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,28 +18,37 @@ from services.kv_transfer.agent import PushJob, PushResult, TransferAgent
 from services.kv_transfer.faults import FaultPlan
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.transport_loopback import LoopbackHub
+from tests.services.kv_transfer.looked_clock import LookedClock
 
 SLOT_BYTES = 64 * 1024
 BLOCK_BYTES = 3000
 BOUNDS = (0, 2, 5, 8)
 
 
+LOOK_S = 0.0005
+PULL_LOOKS = 600  # without a message, before those that are missing are pulled
+
 Offer = tuple[Handle, tuple[MessageSpan, ...]]
+# A writer that gives a write up soon, where the test is of that.
+IMPATIENT = TransferSection(slot_bytes=SLOT_BYTES, write_timeout_s=0.3)
 
 
 @dataclass(eq=False)
 class Pair:
-    """`producer` writes to `consumer`; nothing between them but method calls, so a test decides what is told when."""
+    """`producer` writes to `consumer`; nothing between them but method calls, so a test decides what is told when.
+
+    clock: the medium's and the consumer's, which a stall of this machine does not move.
+    """
 
     faults: FaultPlan | None = None
     num_slots: int = 8
-    section: TransferSection = field(default_factory=lambda: TransferSection(slot_bytes=SLOT_BYTES, write_timeout_s=0.3))
+    section: TransferSection = field(default_factory=lambda: TransferSection(slot_bytes=SLOT_BYTES, write_timeout_s=60.0))
     producer_boot_id: str = "p-boot"
-    ahead_s: float = 0.0  # how far the consumer's clock is ahead of the real one
+    clock: LookedClock = field(default_factory=LookedClock)
 
     def __post_init__(self) -> None:
-        self.hub = LoopbackHub(self.faults)
-        self.consumer = TransferAgent("d-boot", self.hub.agent("kv-d"), self.section, now_s=lambda: time.monotonic() + self.ahead_s)
+        self.hub = LoopbackHub(self.faults, clock=self.clock)
+        self.consumer = TransferAgent("d-boot", self.hub.agent("kv-d"), self.section, now_s=self.clock)
         self.start_producer(self.producer_boot_id)
 
     def start_producer(self, boot_id: str) -> None:
@@ -83,20 +93,22 @@ class Pair:
 
     def until_in_flight(self) -> None:
         """Wait for the writer thread to have posted a write."""
-        deadline_s = time.monotonic() + 5
+        deadline_s = time.monotonic() + 60
         while self.producer.counts().num_writes_in_flight == 0:
             assert time.monotonic() < deadline_s
             time.sleep(0.001)
 
-    def land(self, *offers: Offer, timeout_s: float = 5.0, pulls: bool = True) -> list[str]:
+    def land(self, *offers: Offer, timeout_s: float = 20.0, pulls: bool = True) -> list[str]:
         """Poll, verify against content(), release, credit until all is here; missing or corrupt messages are pulled.
 
-        Returns the codes of the errors on the way.
+        Returns the codes of the errors on the way. timeout_s: in looks.
         """
         left = {(handle.handle_id, span.message_idx): (handle, span) for handle, spans in offers for span in spans}
-        deadline_s, pull_s, errors = time.monotonic() + timeout_s, time.monotonic() + 0.3, []
-        while left:
-            assert time.monotonic() < deadline_s, f"{sorted(left)} did not land; {self.consumer.counts()} {self.producer.counts()}"
+        errors: list[str] = []
+        for look in itertools.count(1):
+            if not left:
+                break
+            assert look * LOOK_S < timeout_s, f"{sorted(left)} did not land; {self.consumer.counts()} {self.producer.counts()}"
             again: list[tuple[int, int]] = []
             for landed in self.consumer.poll():
                 key = landed.handle_id, landed.span.message_idx
@@ -108,13 +120,12 @@ class Pair:
                 del left[key]
                 self.consumer.release(*key)
                 self.producer.credit(*key)
-            if time.monotonic() >= pull_s:
-                pull_s += 0.3
+            if look % PULL_LOOKS == 0:
                 for handle, _ in offers:
                     again += [(handle.handle_id, m) for m in self.consumer.missing(handle.handle_id)[: len(handle.slots)]]
             for handle, span in (left[key] for key in dict.fromkeys(again) if pulls and key in left):
                 self.push(handle, [span])
-            time.sleep(0.0005)
+            time.sleep(LOOK_S)
         return errors
 
     def assert_idle(self) -> None:

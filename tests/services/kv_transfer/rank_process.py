@@ -160,7 +160,7 @@ class Rank:
 
     def end(self, handle_id: int) -> None:
         """Returns when no write of the handle is in flight."""
-        self.agent.cancel(handle_id).result(10)
+        self.agent.cancel(handle_id).result(60)
 
 
 def serve(pipe: Connection, boot_id: str, rank: int) -> None:

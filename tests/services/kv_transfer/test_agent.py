@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from duomo.config import TransferSection
 from duomo.errors import DuomoError, TransferError
 from services.kv_transfer.agent import PushJob, PushResult
 from services.kv_transfer.faults import Fault, ScriptedFaults, SeededFaults
+from tests.services.kv_transfer.conftest import IMPATIENT
 
 if TYPE_CHECKING:
     from tests.services.kv_transfer.conftest import Pair
@@ -24,7 +26,7 @@ MakePair = Callable[..., "Pair"]
 
 def code_of(future: Future[PushResult]) -> str:
     """How a push failed; "" where it did not."""
-    error = future.exception(1)
+    error = future.exception(60)
     assert error is None or isinstance(error, DuomoError), error
     return error.code if error is not None else ""
 
@@ -36,10 +38,10 @@ def test_a_handle_lands_whole(pair_of: MakePair, num_blocks: int, want_slots: in
     handle, spans = pair.offer(num_blocks, want_slots)
     pushed = pair.push(handle, spans)
     assert pair.land((handle, spans), pulls=False) == []
-    results = [future.result(1) for future in pushed]
+    results = [future.result(60) for future in pushed]
     assert [result.num_bytes for result in results] == [span.num_bytes for span in spans]
     assert all(result.started_s <= result.ended_s for result in results)
-    pair.producer.cancel(handle.handle_id).result(1)
+    pair.producer.cancel(handle.handle_id).result(60)
     pair.assert_idle()
 
 
@@ -73,7 +75,7 @@ def test_one_fault_costs_a_pull_at_most(pair_of: MakePair, name: str, write_idx:
     assert set(errors) <= ({"kv_corrupt"} if not harmless else set()), errors
     if name in ("a_byte", "first_byte", "trailer", "hash", "truncated"):
         assert errors == ["kv_corrupt"] and pair.consumer.counts().counters["messages_corrupt"] == 1
-    pair.producer.cancel(handle.handle_id).result(1)
+    pair.producer.cancel(handle.handle_id).result(60)
     pair.assert_idle()
 
 
@@ -93,7 +95,7 @@ def test_everything_at_once_gives_right_bytes(pair_of: MakePair, seed: int) -> N
         handle, spans = pair.offer(num_blocks, want_slots=2)
         pair.push(handle, spans)
         pair.land((handle, spans), timeout_s=20)
-        pair.producer.cancel(handle.handle_id).result(1)
+        pair.producer.cancel(handle.handle_id).result(60)
     pair.assert_idle()
 
 
@@ -118,8 +120,8 @@ def test_granted_slots_can_be_given_back(pair_of: MakePair) -> None:
 
 
 def test_a_late_write_after_abort_lands_in_quarantine_only(pair_of: MakePair) -> None:
-    """The write of message 0 is on its way for 0.2 s; its handle is aborted meanwhile, another handle lands in other slots."""
-    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.2)}), num_slots=8)
+    """The write of message 0 is on its way for long; its handle is aborted meanwhile, another handle lands in other slots."""
+    pair = pair_of(ScriptedFaults({0: Fault(delay_s=1000.0)}), num_slots=8)
     late, spans = pair.offer(3, want_slots=1)
     pair.push(late, spans[:1])
     pair.until_in_flight()
@@ -130,7 +132,8 @@ def test_a_late_write_after_abort_lands_in_quarantine_only(pair_of: MakePair) ->
     assert not set(other.slots) & set(late.slots)
     pair.push(other, other_spans)
     pair.land((other, other_spans), pulls=False)
-    fence.result(2)
+    pair.clock.ahead_s += 1000.0
+    fence.result(60)
     ring = pair.hub._regions[0]
     assert bytes(ring.slice(late.slots[0] * (64 * 1024 + 64), spans[0].num_bytes)) == pair.content(late.handle_id, spans[0]), "it did land"
     assert pair.consumer.counts().num_quarantined_slots == 1, "the fence is what frees"
@@ -140,15 +143,15 @@ def test_a_late_write_after_abort_lands_in_quarantine_only(pair_of: MakePair) ->
 
 
 def test_a_ring_with_many_slots_in_quarantine_is_replaced_and_used_again(pair_of: MakePair) -> None:
-    pair = pair_of(num_slots=8)
+    pair = pair_of(num_slots=8, section=IMPATIENT)
     pair.hub.stop("kv-d")
     stuck, spans = pair.offer(20, want_slots=3)
     pushed = pair.push(stuck, spans)
     with pytest.raises(TransferError, match="write_timeout"):
-        pushed[0].result(2)
+        pushed[0].result(60)
     pair.consumer.abort(stuck.handle_id)
     assert pair.consumer.replace_stuck_rings() == [] and not pair.consumer.has_stuck_rings(), "a fence may be on its way"
-    pair.ahead_s += 2.0
+    pair.clock.ahead_s += 2.0
     assert pair.consumer.has_stuck_rings()
     ((producer, offer),) = pair.consumer.replace_stuck_rings()
     assert producer == "p-boot" and offer.ring_name == "kv-d.1" and pair.consumer.replace_stuck_rings() == []
@@ -160,7 +163,7 @@ def test_a_ring_with_many_slots_in_quarantine_is_replaced_and_used_again(pair_of
     pair.land((handle, fresh), pulls=False)
     assert not fence.done()
     pair.hub.resume("kv-d")
-    fence.result(2)
+    fence.result(60)
     pair.consumer.fence(stuck.handle_id)
     assert pair.consumer.counts().num_retired_rings == 0
     pair.assert_idle()
@@ -175,7 +178,7 @@ def test_every_stuck_ring_is_replaced_and_offered(pair_of: MakePair) -> None:
     for ring in list(pair.consumer._landing._rings()):
         for handle_id in list(ring.state.handles):
             pair.consumer.abort(handle_id)
-    pair.ahead_s += 2.0
+    pair.clock.ahead_s += 2.0
     assert sorted(producer for producer, _ in pair.consumer.replace_stuck_rings()) == ["p-boot", "p-other"]
     pair.consumer.peer_dead("p-boot")
     assert pair.consumer.ring_name("p-boot") == "" and pair.consumer.ring_name("p-other")
@@ -206,9 +209,9 @@ def test_a_fence_in_time_keeps_the_ring(pair_of: MakePair) -> None:
         handle, spans = pair.offer(20, want_slots=4)
         pair.push(handle, spans)
         pair.consumer.abort(handle.handle_id)
-        pair.producer.cancel(handle.handle_id).result(1)
+        pair.producer.cancel(handle.handle_id).result(60)
         pair.consumer.fence(handle.handle_id)
-        pair.ahead_s += 2.0
+        pair.clock.ahead_s += 2.0
         assert pair.consumer.replace_stuck_rings() == []
     pair.assert_idle()
 
@@ -218,7 +221,7 @@ def test_a_peer_that_keeps_rings_in_quarantine_gets_no_more(pair_of: MakePair) -
     for _ in range(4):
         handle, _ = pair.offer(3, want_slots=1)
         pair.consumer.abort(handle.handle_id)
-        pair.ahead_s += 2.0
+        pair.clock.ahead_s += 2.0
         assert len(pair.consumer.replace_stuck_rings()) == 1
     assert pair.consumer.counts().num_retired_rings == 4 and pair.consumer.grant("p-boot", 1) is None
     assert len(pair.consumer.peer_dead("p-boot")) == 4
@@ -232,7 +235,7 @@ def test_the_producer_dies_in_a_write_and_comes_back_under_a_new_boot_id(pair_of
     pushed = pair.push(handle, spans)
     with pytest.raises(AssertionError, match="did not land"):
         pair.land((handle, spans), timeout_s=0.5, pulls=False)
-    assert isinstance(pushed[2].exception(1), DuomoError)
+    assert isinstance(pushed[2].exception(60), DuomoError)
     pair.producer.close()
     pair.consumer.abort(handle.handle_id)
     assert pair.consumer.counts().num_quarantined_slots > 0
@@ -253,7 +256,7 @@ def test_a_lost_socket_quarantines_until_the_process_is_known_dead(pair_of: Make
     offer = pair.consumer.open_ring("p-boot", 8)
     assert offer.ring_name == "kv-d.1", "an old write cannot reach the new ring"
     pair.producer.attach_ring("d-boot", offer)
-    pair.producer.cancel(handle.handle_id).result(1)
+    pair.producer.cancel(handle.handle_id).result(60)
     pair.consumer.fence(handle.handle_id)
     assert pair.consumer.counts().num_retired_rings == 0
     pair.assert_idle()
@@ -264,13 +267,13 @@ def test_the_consumer_dies(pair_of: MakePair) -> None:
     pair = pair_of()
     handle, spans = pair.offer(20, want_slots=1)
     pushed = pair.push(handle, spans)
-    pushed[0].result(1)
+    pushed[0].result(60)
     pair.hub.kill("kv-d")
     pair.producer.credit(handle.handle_id, 0)
     assert code_of(pushed[1]) == "peer_gone"
     pair.producer.detach("d-boot")
     assert {code_of(future) for future in pushed[2:]} == {"cancelled"}
-    assert pair.producer.cancel(handle.handle_id).result(1) is None
+    assert pair.producer.cancel(handle.handle_id).result(60) is None
     refused = pair.producer.push(pair.job(handle, spans[2]))
     assert code_of(refused) == "stale_handle"
 
@@ -280,7 +283,7 @@ def test_a_handle_of_another_life_is_refused(pair_of: MakePair, field: str) -> N
     pair = pair_of()
     handle, spans = pair.offer(3)
     other = msgspec.structs.replace(handle, **{field: "another"})
-    error = pair.producer.push(pair.job(other, spans[0])).exception(1)
+    error = pair.producer.push(pair.job(other, spans[0])).exception(60)
     assert isinstance(error, TransferError) and error.code == "stale_handle"
 
 
@@ -291,7 +294,7 @@ def test_packing_that_fails_is_that_messages_error_alone(pair_of: MakePair) -> N
     def fill(_: memoryview) -> None:
         raise ValueError("no such block")
 
-    error = pair.producer.push(PushJob(handle=handle, span=spans[0], fill=fill)).exception(1)
+    error = pair.producer.push(PushJob(handle=handle, span=spans[0], fill=fill)).exception(60)
     assert isinstance(error, TransferError) and error.code == "pack_failed" and "no such block" in error.detail
     pair.push(handle, spans)
     pair.land((handle, spans), pulls=False)
@@ -305,34 +308,43 @@ def test_the_rate_cap_is_kept_and_the_push_is_seen_as_long(pair_of: MakePair) ->
     pushed = pair.push(handle, spans)
     pair.land((handle, spans), pulls=False)
     took_s, least_s = time.monotonic() - started_s, sum(span.num_bytes for span in spans) / 1e6
-    assert least_s <= took_s < 2 * least_s + 0.2
+    assert least_s <= took_s
     result = pushed[0].result(0)
     assert result.ended_s - result.started_s >= spans[0].num_bytes / 1e6
 
 
 def test_cancel_stops_what_is_queued_and_resolves_once_nothing_is_in_flight(pair_of: MakePair) -> None:
-    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.2)}))
+    pair = pair_of()
+    pair.hub.stop("kv-d")
     handle, spans = pair.offer(20, want_slots=1)
     pushed = pair.push(handle, spans)
     pair.until_in_flight()
-    started_s = time.monotonic()
     fence = pair.producer.cancel(handle.handle_id)
     assert {code_of(future) for future in pushed[1:]} == {"cancelled"}
-    fence.result(1)
-    assert time.monotonic() - started_s > 0.1 and pushed[0].exception(1) is None
+    assert not fence.done() and not pushed[0].done(), "its write is in flight"
+    pair.hub.resume("kv-d")
+    fence.result(60)
+    assert pushed[0].exception(60) is None
     assert pair.producer.counts().num_writes_in_flight == 0
 
 
-def test_poll_is_cheap(pair_of: MakePair) -> None:
+def test_poll_is_cheap(pair_of: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called every millisecond: while nothing is awaited it seldom asks the transport, and what is not there is not hashed."""
     pair = pair_of()
-    idle_s = min(_timed(pair) for _ in range(3))
-    pair.offer(20, want_slots=4)
-    waiting_s = min(_timed(pair) for _ in range(3))
-    assert idle_s < 50e-6 and waiting_s < 200e-6, (idle_s, waiting_s)
+    calls: Counter[str] = Counter()
+    monkeypatch.setattr("services.kv_transfer.ring.message_hash", lambda *_: calls.update(["hashed"]))
+    notifications = pair.consumer._landing._transport.notifications
 
+    def asked() -> list[bytes]:
+        calls.update(["asked"])
+        return notifications()
 
-def _timed(pair: Pair) -> float:
-    started_s = time.perf_counter()
+    monkeypatch.setattr(pair.consumer._landing._transport, "notifications", asked)
+    began_s = pair.clock()
     for _ in range(200):
         pair.consumer.poll()
-    return (time.perf_counter() - started_s) / 200
+    assert calls["asked"] <= 1 + (pair.clock() - began_s) / 0.1
+    pair.offer(20, want_slots=4)
+    for _ in range(200):
+        pair.consumer.poll()
+    assert calls["hashed"] == 0

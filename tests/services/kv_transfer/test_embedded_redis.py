@@ -26,7 +26,7 @@ def answers(url: str) -> bool:
 
 
 def is_gone(pid: int) -> bool:
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 60
     while time.monotonic() < deadline_s:
         status = Path(f"/proc/{pid}/status")
         if not status.exists() or "State:\tZ" in status.read_text():
@@ -84,7 +84,7 @@ def test_it_ends_with_a_killed_owner(tmp_path: Path) -> None:
     assert owner.stdout is not None
     pid = int(owner.stdout.readline())
     owner.send_signal(signal.SIGKILL)
-    owner.wait(5)
+    owner.wait(60)
     owner.stdout.close()
     assert is_gone(pid)
 

@@ -97,6 +97,6 @@ def test_hashes_a_mebibyte_in_milliseconds() -> None:
 
 
 def _timed(payload: memoryview) -> float:
-    started_s = time.perf_counter()
+    started_s = time.thread_time()
     message_hash(payload, 1, 1, 1)
-    return time.perf_counter() - started_s
+    return time.thread_time() - started_s

@@ -13,6 +13,7 @@ import pytest
 from duomo.errors import TransferError
 from services.kv_transfer import landing, layout, ring
 from services.kv_transfer.faults import Fault, ScriptedFaults
+from services.kv_transfer.policy import CORRUPT_AFTER_S
 
 if TYPE_CHECKING:
     from tests.services.kv_transfer.conftest import Pair
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 MakePair = Callable[..., "Pair"]
 
 
-def poll_for(pair: Pair, num_messages: int, timeout_s: float = 5.0) -> list[landing.Landed]:
+def poll_for(pair: Pair, num_messages: int, timeout_s: float = 60.0) -> list[landing.Landed]:
     """What lands, once it is num_messages."""
     deadline_s, landed = time.monotonic() + timeout_s, pair.consumer.poll()
     while len(landed) < num_messages:
@@ -58,10 +59,10 @@ def test_a_hint_without_its_message_is_an_error_after_a_grace(pair_of: MakePair)
     pair = pair_of()
     handle, _ = pair.offer(3)
     pair.hub._inbox["kv-d"].append(layout.notification(handle.handle_id, 0))
-    started_s = time.monotonic()
+    started_s = pair.clock()
     (one,) = poll_for(pair, 1)
     assert one.error is not None and one.error.code == "kv_corrupt" and one.error.retryable and len(one.payload) == 0
-    assert 0.04 < time.monotonic() - started_s < 2.0
+    assert pair.clock() - started_s >= CORRUPT_AFTER_S
     assert pair.consumer.poll() == [] and pair.consumer.missing(handle.handle_id)[0] == 0, "awaited again"
 
 
@@ -106,21 +107,20 @@ def test_grants_do_not_wait_for_hashing(pair_of: MakePair, monkeypatch: pytest.M
 
     def slow_hash(payload: memoryview, handle_id: int, group: int, message_idx: int) -> int:
         hashing.set()
-        assert may_go_on.wait(5)
+        assert may_go_on.wait(60)
         return 0
 
-    pair.push(handle, spans[:1])[0].result(1)
+    pair.push(handle, spans[:1])[0].result(60)
     monkeypatch.setattr(ring, "message_hash", slow_hash)
     polled: list[landing.Landed] = []
     poller = threading.Thread(target=lambda: polled.extend(pair.consumer.poll()))
     poller.start()
-    assert hashing.wait(5)
-    started_s = time.monotonic()
+    assert hashing.wait(60)
     assert pair.consumer.grant("p-boot", 1) is not None
     pair.consumer.abort(handle.handle_id)
-    assert time.monotonic() - started_s < 0.5
+    assert poller.is_alive(), "it is still hashing"
     may_go_on.set()
-    poller.join(5)
+    poller.join(60)
     assert polled == [], "its handle was given up while it was hashed"
 
 
@@ -128,7 +128,7 @@ def test_whoever_verifies_elsewhere_is_given_each_message_once_until_it_has_judg
     pair = pair_of()
     handle, spans = pair.offer(1, want_slots=1)
     (pushed,) = pair.push(handle, spans[:1])
-    pushed.result(5)
+    pushed.result(60)
     (awaited,) = pair.consumer.due()
     assert awaited.may_be_there() and bytes(awaited.payload) == pair.content(handle.handle_id, spans[0])
     assert len(awaited.message) == layout.message_bytes(spans[0].num_bytes)
@@ -142,8 +142,8 @@ def test_what_is_judged_wrong_is_looked_at_again_and_in_the_end_an_error(pair_of
     pair = pair_of()
     handle, spans = pair.offer(1, want_slots=1)
     (pushed,) = pair.push(handle, spans[:1])
-    pushed.result(5)
-    looks, landed, deadline_s = 0, None, time.monotonic() + 5
+    pushed.result(60)
+    looks, landed, deadline_s = 0, None, time.monotonic() + 60
     while landed is None:
         assert time.monotonic() < deadline_s
         for awaited in pair.consumer.due():
@@ -156,7 +156,7 @@ def test_a_verdict_on_a_handle_that_was_given_up_meanwhile_is_void(pair_of: Make
     pair = pair_of()
     handle, spans = pair.offer(1, want_slots=1)
     (pushed,) = pair.push(handle, spans[:1])
-    pushed.result(5)
+    pushed.result(60)
     (awaited,) = pair.consumer.due()
     pair.consumer.abort(handle.handle_id)
     assert pair.consumer.judged(awaited, True) is None
@@ -168,7 +168,7 @@ def test_a_pulled_message_that_changes_while_it_is_copied_is_refused_and_any_oth
     pair = pair_of()
     handle, spans = pair.offer(3)
     for future in pair.push(handle, spans[:3]):
-        future.result(5)
+        future.result(60)
     plain, pulled, spoilt = sorted(poll_for(pair, 3), key=lambda one: one.span.message_idx)
     for one in (pulled, spoilt):
         pair.consumer.pulled(handle.handle_id, one.span.message_idx)

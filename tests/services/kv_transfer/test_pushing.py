@@ -19,6 +19,7 @@ from services.kv_transfer.faults import Fault, ScriptedFaults
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.transport import Span, Write
 from services.kv_transfer.transport_loopback import LoopbackTransport
+from tests.services.kv_transfer.conftest import IMPATIENT
 
 if TYPE_CHECKING:
     from tests.services.kv_transfer.conftest import Pair
@@ -32,16 +33,16 @@ def test_a_waiter_cannot_cancel_what_is_under_way(pair_of: MakePair) -> None:
     (future, *_) = pair.push(handle, spans)
     assert not future.cancel()
     pair.land((handle, spans), pulls=False)
-    assert future.result(1).num_bytes == spans[0].num_bytes
+    assert future.result(60).num_bytes == spans[0].num_bytes
 
 
 def test_writes_to_a_stopped_peer_do_not_hold_up_another(pair_of: MakePair) -> None:
     """All four send slots are stuck in writes to a stopped consumer; after the deadline new ones serve a second consumer."""
-    pair = pair_of(num_slots=16)
+    pair = pair_of(num_slots=16, section=IMPATIENT)
     stuck, spans = pair.offer(20, want_slots=8)
     pair.hub.stop("kv-d")
     pushed = pair.push(stuck, spans)
-    assert {type(future.exception(3)) for future in pushed[:4]} == {TransferError}
+    assert {type(future.exception(60)) for future in pushed[:4]} == {TransferError}
     fence = pair.producer.cancel(stuck.handle_id)
     assert pair.producer.counts().num_writes_in_flight >= 4 and not fence.done()
 
@@ -53,7 +54,7 @@ def test_writes_to_a_stopped_peer_do_not_hold_up_another(pair_of: MakePair) -> N
     pair.land((handle, few), pulls=False)
     assert not fence.done()
     stopped.close()
-    fence.result(2)
+    fence.result(60)
 
 
 def test_a_consumer_may_leave_while_a_message_for_it_is_packed(pair_of: MakePair) -> None:
@@ -63,15 +64,15 @@ def test_a_consumer_may_leave_while_a_message_for_it_is_packed(pair_of: MakePair
 
     def fill(place: memoryview) -> None:
         is_packing.set()
-        assert may_go_on.wait(5)
+        assert may_go_on.wait(60)
 
     packing = pair.producer.push(PushJob(handle=handle, span=spans[0], fill=fill))
-    assert is_packing.wait(5)
+    assert is_packing.wait(60)
     pair.producer.detach("d-boot")
-    assert pair.producer.cancel(handle.handle_id).result(1) is None, "nothing was written"
+    assert pair.producer.cancel(handle.handle_id).result(60) is None, "nothing was written"
     may_go_on.set()
     with pytest.raises(TransferError, match="cancelled"):
-        packing.result(1)
+        packing.result(60)
     pair.producer.attach_ring("d-boot", pair.consumer.open_ring("p-boot", 8))
     again, spans = pair.offer(3)
     pair.push(again, spans)
@@ -86,7 +87,7 @@ def test_messages_too_large_for_a_send_slot_are_refused(pair_of: MakePair) -> No
     (span,) = layout.messages(range(70), (0, 1), 3000, 256 * 1024)
     handle = msgspec.structs.replace(handle, consumer_boot_id="large", ring_name="kv-large", slots=(0,))
     with pytest.raises(TransferError, match="slot_bytes differs"):
-        pair.producer.push(pair.job(handle, span)).result(1)
+        pair.producer.push(pair.job(handle, span)).result(60)
     large.close()
 
 
@@ -101,22 +102,25 @@ def test_a_transport_that_breaks_its_promises_fails_every_waiter(pair_of: MakePa
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     pushed = pair.push(handle, spans)
     for future in pushed:
-        error = future.exception(2)
+        error = future.exception(60)
         assert isinstance(error, TransferError) and error.code in ("writer_failed", "stale_handle")
     assert pair.producer.counts().counters["writer_failed"] == 1
     (late,) = pair.push(handle, spans[:1])
-    assert isinstance(late.exception(1), TransferError)
+    assert isinstance(late.exception(60), TransferError)
 
 
-def test_close_fails_what_is_queued_and_waits_shortly(pair_of: MakePair) -> None:
-    pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.1)}))
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_close_fails_what_is_queued_and_waits_shortly(pair_of: MakePair, is_stopped: bool) -> None:
+    """For a write under way as long as it may take, and no longer."""
+    pair = pair_of(section=IMPATIENT) if is_stopped else pair_of(ScriptedFaults({0: Fault(delay_s=0.1)}))
+    if is_stopped:
+        pair.hub.stop("kv-d")
     handle, spans = pair.offer(20, want_slots=1)
     pushed = pair.push(handle, spans)
     pair.until_in_flight()
-    started_s = time.monotonic()
     pair.producer.close()
-    assert time.monotonic() - started_s < 1.5 and all(future.done() for future in pushed)
-    assert pushed[0].exception() is None and isinstance(pushed[1].exception(), TransferError)
+    assert all(future.done() for future in pushed)
+    assert isinstance(pushed[0].exception(), TransferError) is is_stopped and isinstance(pushed[1].exception(), TransferError)
 
 
 def test_handles_that_nobody_closes_are_forgotten_in_time(pair_of: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,10 +139,13 @@ def test_an_idle_writer_sleeps(pair_of: MakePair) -> None:
     handle, spans = pair.offer(3)
     pair.push(handle, spans)
     pair.land((handle, spans), pulls=False)
+    thread = pair.producer._pusher._thread
+    assert thread is not None and thread.ident is not None
+    writer = time.pthread_getcpuclockid(thread.ident)
     time.sleep(0.05)
-    before_s = time.process_time()
+    before_s = time.clock_gettime(writer)
     time.sleep(0.3)
-    assert time.process_time() - before_s < 0.05
+    assert time.clock_gettime(writer) - before_s < 0.05, "of the processor, whatever else runs"
 
 
 def test_a_message_that_comes_sealed_is_sent_as_it_is(pair_of: MakePair) -> None:
@@ -156,14 +163,14 @@ def test_a_message_that_comes_sealed_is_sent_as_it_is(pair_of: MakePair) -> None
 
     for span, digest_of in ((spans[0], 0), (spans[1], 99)):
         job = PushJob(handle=handle, span=span, fill=functools.partial(fill, span=span, digest_of=digest_of), is_sealed=True)
-        assert pair.producer.push(job).result(5).num_bytes == span.num_bytes
+        assert pair.producer.push(job).result(60).num_bytes == span.num_bytes
     assert pair.land((handle, spans[:1])) == []
     assert "kv_corrupt" in pair.land((handle, spans[1:]))
 
 
 def test_a_send_slot_that_cannot_be_replaced_ends_no_writer(pair_of: MakePair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped peer keeps a slot, and there is no memory for another: the writer goes on with one less."""
-    pair = pair_of(num_slots=8)
+    pair = pair_of(num_slots=8, section=IMPATIENT)
     handle, spans = pair.offer(1, want_slots=1)
     pair.push(handle, spans)
     pair.land((handle, spans), pulls=False)
@@ -176,7 +183,7 @@ def test_a_send_slot_that_cannot_be_replaced_ends_no_writer(pair_of: MakePair, m
     stuck, spans = pair.offer(1, want_slots=1)
     (pushed,) = pair.push(stuck, spans[:1])
     with pytest.raises(TransferError, match="write_timeout"):
-        pushed.result(2)
+        pushed.result(60)
     pair.hub.resume("kv-d")
     assert pair.producer.failure is None and pair.producer.counts().counters["send_slot_no_memory"] == 1
     after, fresh = pair.offer(1, want_slots=1)
@@ -196,7 +203,7 @@ class SlowFilling:
         return self.ended.is_set()
 
     def wait(self) -> None:
-        assert self.ended.wait(10)
+        assert self.ended.wait(60)
 
 
 def test_writes_are_looked_at_while_a_message_is_packed(pair_of: MakePair) -> None:
@@ -208,7 +215,7 @@ def test_writes_are_looked_at_while_a_message_is_packed(pair_of: MakePair) -> No
     pair.until_in_flight()
     slow = PushJob(handle=handle, span=spans[1], fill=lambda room: filling, is_sealed=True)
     second = pair.producer.push(slow)
-    assert first.result(5).num_bytes == spans[0].num_bytes and not second.done()
+    assert first.result(60).num_bytes == spans[0].num_bytes and not second.done()
     filling.ended.set()
-    second.result(5)
+    second.result(60)
     pair.producer.close()

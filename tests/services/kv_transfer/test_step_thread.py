@@ -24,7 +24,7 @@ def test_steps_and_groups_take_turns_in_one_thread() -> None:
             names.add(threading.current_thread().name)
             return name
 
-        first = thread.run("step", hold.wait, 5)
+        first = thread.run("step", hold.wait, 60)
         calls = [thread.run(turn, work, f"{turn}{number}") for number in range(3) for turn in order]
         hold.set()
         assert await first
@@ -77,15 +77,15 @@ def test_what_was_cancelled_or_waits_at_the_end_never_runs() -> None:
 
         def hold_on() -> bool:
             begun.set()
-            return hold.wait(5)
+            return hold.wait(60)
 
         running = thread.run("step", hold_on)
-        assert await asyncio.to_thread(begun.wait, 5)
+        assert await asyncio.to_thread(begun.wait, 60)
         taken_back = thread.run("step", ran.append, "cancelled")
         taken_back.cancel()
         waiting = thread.run("group", ran.append, "waiting")
         closing = asyncio.create_task(asyncio.to_thread(thread.close))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not thread._is_closed:
                 await asyncio.sleep(0.01)
         assert not closing.done(), "what computes is waited for"
@@ -102,9 +102,10 @@ def test_what_was_cancelled_or_waits_at_the_end_never_runs() -> None:
 
 def test_an_idle_thread_uses_no_processor_time() -> None:
     thread = StepThread("t")
-    before_s = time.process_time()
+    clock = time.pthread_getcpuclockid(thread._thread.ident or 0)
+    before_s = time.clock_gettime(clock)
     time.sleep(0.3)
-    assert time.process_time() - before_s < 0.05
+    assert time.clock_gettime(clock) - before_s < 0.05, "of the processor, whatever else runs"
     thread.close()
 
 
