@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import time
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 from duomo.config import DuomoConfig
 from duomo.errors import EngineError
 from duomo.telemetry.span_file import read_spans
-from duomo.wire.messages import Drain, RequestFailed, RequestFinished, StartPrefill
+from duomo.wire.messages import Drain, HandleOffered, RequestFailed, RequestFinished, StartPrefill
 from duomo.wire.values import PeerAddress, Sampling
 from services.colocated import Engine
 from services.decode.worker import StepInput, StepOutput
@@ -36,7 +36,7 @@ def told(folder: Path, **sections: dict[str, object]) -> DuomoConfig:
 
 def play(config: DuomoConfig, scenario: Scenario, *, has_broken: bool = False) -> None:
     async def go() -> None:
-        async with asyncio.timeout(40), colocated(config) as (engine, made):
+        async with asyncio.timeout(110), colocated(config) as (engine, made):
             await scenario(engine, made)
             await made.at_rest()
             engine.loans.manager.check_integrity()
@@ -85,19 +85,33 @@ def test_choices_fork_the_blocks_and_single_tokens_end_on_prefill(tmp_path: Path
     play(told(tmp_path), scenario)
 
 
+def hold_pieces(engine: Engine, from_group: int) -> threading.Event:
+    """Pieces from this group on stand still in the step thread until this is set, so that whoever looks finds them there."""
+    gate, worker = threading.Event(), engine.prefill._book.waves._worker
+    run_piece = worker.run_piece
+
+    def held(computation: Computation, piece: Piece) -> Pending[float]:
+        assert piece.groups[0] < from_group or gate.wait(100), "nobody opened it"
+        return run_piece(computation, piece)
+
+    worker.run_piece = held  # type: ignore[method-assign]  # a machine that takes its time
+    return gate
+
+
 def test_a_cancelled_wave_keeps_its_blocks_until_its_group_is_over(tmp_path: Path) -> None:
     async def scenario(engine: Engine, made: System) -> None:
-        pool = engine.loans.manager
+        pool, gate = engine.loans.manager, hold_pieces(engine, from_group=0)
         made.start("r", ids(100), GREEDY, p=0, d=0)
         await until(lambda: engine.loans.num_taken_blocks == 7)
         for gateway in (made.prefills[0][1], made.decodes[0][1]):
             gateway.cancel("r")
         await until(lambda: engine.decode.num_live_requests() == 0)
         assert (engine.loans.num_taken_blocks, pool.num_free) == (7, 96 - 7), "the step thread may still write them"
+        gate.set()
         await until(lambda: pool.num_free == 96)
         assert engine.prefill.report().num_steps < 4, "a cancelled wave ends at its next group"
 
-    play(told(tmp_path, delays={"prefill_group_s": 0.2}), scenario)
+    play(told(tmp_path), scenario)
 
 
 def test_a_known_prefix_is_shared_from_the_grant_on(tmp_path: Path) -> None:
@@ -144,17 +158,18 @@ def test_a_following_turn_computes_only_what_the_one_before_left(tmp_path: Path)
 
 def test_blocks_that_a_cancelled_wave_still_held_are_granted_once_they_are_back(tmp_path: Path) -> None:
     async def scenario(engine: Engine, made: System) -> None:
+        gate = hold_pieces(engine, from_group=2)
         made.start("big", ids(150), GREEDY, p=0, d=0)
         await until(lambda: engine.prefill.report().num_steps == 2)  # so near its end that the next prompt is announced
         for gateway in (made.prefills[0][1], made.decodes[0][1]):
             gateway.cancel("big")
         made.start("next", ids(151, 2), GREEDY, p=0, d=0)
-        began_s = time.monotonic()
-        await made.ended("next", p=0, d=0)
-        assert time.monotonic() - began_s < 8, "it waited for its blocks, not for a timeout"
+        await until(lambda: engine.decode.num_live_requests() == 1)
+        gate.set()
+        await made.ended("next", p=0, d=0)  # it waits for its blocks, not for a timeout
         assert made.tokens("next", p=0, d=0) == expected(ids(151, 2))
 
-    play(told(tmp_path, decode={"num_blocks": 12}, delays={"prefill_group_s": 0.2}, prefill={"grant_timeout_s": 30.0}), scenario)
+    play(told(tmp_path, decode={"num_blocks": 12}, delays={"prefill_group_s": 0.2}, prefill={"grant_timeout_s": 1000.0}), scenario)
 
 
 @pytest.mark.parametrize("prefix_cache_blocks", [0, 24])
@@ -227,20 +242,26 @@ def with_tokens(max_tokens: int) -> Sampling:
 
 def test_a_grant_taken_back_before_its_wave_starts_is_a_typed_failure(tmp_path: Path) -> None:
     async def scenario(engine: Engine, made: System) -> None:
+        book = engine.prefill._book
+        granted = book.granted
+
+        def taken_back_at_once(message: HandleOffered) -> None:
+            granted(message)
+            assert engine.prefill.report().num_open_handles == 1
+            engine.loans.end(message.handle.handle_id)
+
+        book.granted = taken_back_at_once  # type: ignore[method-assign]  # before the loop gets to a wave
         made.start("r", ids(30), GREEDY, p=0, d=0)
-        await until(lambda: engine.loans.counts().num_open_handles == 1)
-        (handle_id,) = engine.loans._open
-        await until(lambda: engine.prefill.report().num_open_handles == 1)
-        engine.loans.end(handle_id)
         failed = await made.prefills[0][1].failed("r")
         assert (failed.code, failed.retryable) == ("grant_withdrawn", True)
         await until(lambda: engine.prefill.num_live_requests() == 0)
         made.decodes[0][1].cancel("r")
+        book.granted = granted  # type: ignore[method-assign]  # its own again
         made.start("next", ids(30), GREEDY, p=0, d=0)
         await made.ended("next", p=0, d=0)
         assert made.tokens("next", p=0, d=0) == expected(ids(30))
 
-    play(told(tmp_path, delays={"prefill_queue_s": 0.2}), scenario)
+    play(told(tmp_path), scenario)
 
 
 def test_a_decode_replica_of_another_process_is_refused_at_once(tmp_path: Path) -> None:
@@ -267,12 +288,10 @@ def test_whichever_breaks_takes_the_other_with_it(tmp_path: Path) -> None:
     async def scenario(engine: Engine, made: System) -> None:
         serving = asyncio.create_task(engine.serve(asyncio.Event()))
         await asyncio.sleep(0.05)
-        began_s = time.monotonic()
         assert engine.prefill._loop_task is not None
         engine.prefill._loop_task.cancel()
         with pytest.raises(EngineError, match="the wave loop has ended"):
             await serving
-        assert time.monotonic() - began_s < 5
         assert engine.prefill.report().is_draining and engine.decode.report().is_draining
 
     play(told(tmp_path), scenario, has_broken=True)

@@ -99,19 +99,19 @@ def test_following_turns_over_faulty_rings_with_small_caches(tmp_path: Path) -> 
         "kv_transfer": {"write_timeout_s": 20.0},
     }
     faults = SeededFaults(seed=3, max_delay_s=0.004, chance_duplicate=0.1, chance_corrupt=0.04, chance_announce_early=0.2)
-    draw, sampling = random.Random(11), Sampling(max_tokens=20, temperature=0.7, seed=9, ignore_eos=True)
+    sampling = Sampling(max_tokens=20, temperature=0.7, seed=9, ignore_eos=True)
 
     def is_over(gateway: ScriptedGateway, name: str) -> bool:
         return any(gateway.of(kind, name) for kind in (RequestFinished, RequestFailed, Preempted))
 
     async def chat(made: System, chat_idx: int) -> int:
         """Turn after turn; how many were answered."""
-        prompt, num_answered = ids(20 + 9 * chat_idx, chat_idx % 2), 0
+        prompt, num_answered, draw = ids(20 + 9 * chat_idx, chat_idx % 2), 0, random.Random(chat_idx)
         for turn in range(4):
             name, choices = f"chat {chat_idx} turn {turn}", (0, 1) if chat_idx == 2 else (0,)
             made.start(name, prompt, sampling, p=0, d=0, choices=choices, salt=str(chat_idx % 2))
-            if draw.random() < 0.2:
-                await asyncio.sleep(draw.random() * 0.05)
+            if draw.random() < 0.2 or turn == chat_idx == 1:
+                await asyncio.sleep(draw.random() * 0.05 * (chat_idx != 1))  # one of them as soon as it is asked for
                 for _, gateway in (*made.prefills, *made.decodes):
                     gateway.cancel(name)
                 continue
