@@ -131,10 +131,11 @@ def test_a_peer_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str])
 def test_a_whole_run_of_the_shipped_gateway(tmp_path: Path) -> None:
     """Short, so that its times mean nothing: what is shown is that every stream is whole and right, and what the file holds."""
     out = tmp_path / "gateway.json"
-    command = [sys.executable, "-m", "services.cli", "bench", "gateway", "--repeats", "1", "--seconds", "1", "--streams", "8"]
+    command = [sys.executable, "-m", "services.cli", "bench", "gateway", "--repeats", "1", "--seconds", "2", "--streams", "8"]
     subprocess.run([*command, "--warm-seconds", "0.5", "--ttft-requests", "5", "--out", str(out)], check=True, cwd=ROOT, timeout=600)
     content = json.loads(out.read_text())
     (ours,), (bare,) = content["repeats"]["duomo"], content["repeats"]["bare"]
     for one in (ours, bare):
-        assert one["num_tokens"] > 0 and one["cpu_s"] > 0 and np.isfinite(list(one["added_ttft_ms"].values())).all()
+        # The kernel counts CPU time in hundredths of a second: so short a run may take none.
+        assert one["num_tokens"] > 0 and 0 <= one["cpu_s"] < 60 and np.isfinite(list(one["added_ttft_ms"].values())).all()
     assert set(content["met"]) == set(content["targets"]) and content["medians"]["duomo"]["tokens_per_cpu_s"] > 0
