@@ -3,7 +3,8 @@
     one_system          session; `duomo serve`: Ray, 1 prefill x 1 decode (the one that costs 20 s)
     scaled_system       one_system with 2 decode replicas for this test; 1 again afterwards
     pair_system         session; 2 x 2 by `duomo replica`, without Ray
-    small_pool_system   1 x 1 by `duomo replica`, the decode pool sized for 16 requests of 80 tokens
+    slowed_system       session; by `duomo replica`, slow enough to hit moments; for faults: shape() of slowed.py mends it first
+    tools_system        session; 1 x 1 by `duomo replica`, with a chat template that has tools and reasoning
     replica_system      a factory for one test: replica_system(num_prefill=2, num_decode=1, **{"kv_transfer.max_bytes_per_s": 1e6});
                         with layout="colocated" one engine is both
 
@@ -29,7 +30,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -38,7 +38,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -46,23 +46,29 @@ import redis
 import yaml
 
 from services.kv_transfer.embedded_redis import EmbeddedRedis
+from tests.ports import free_port
+from tests.system.patience import Patience
+from tests.system.slowed import SLOWED
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
 START_S = 100.0
 STOP_S = 45.0
+GET_S = 60.0  # a machine under load may stand still for seconds; what is not answered at all is found all the same
+TEST_S = 400.0  # with the start of a system, on a machine that has other work
 SETTINGS: dict[str, object] = {"redis.lease_s": 2.0, "model.device": "cpu"}  # the same system on a host with a GPU
+TEMPLATE = ROOT / "deploy" / "chat_templates" / "chatml_tools.jinja"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The limit of a test of this folder that names none: the first one of a shared system waits for its start too. Slow ones have more."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and not any(map(item.get_closest_marker, ("timeout", "slow"))):
+            item.add_marker(pytest.mark.timeout(TEST_S))
 
 
 def environment() -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DUOMO_", "OTEL_", "RAY_"))}
-    return kept
+    return {key: value for key, value in os.environ.items() if not key.startswith(("DUOMO_", "OTEL_", "RAY_"))}
 
 
 def launch(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -92,7 +98,7 @@ class System:
 
     def get(self, path: str) -> tuple[int, bytes]:
         try:
-            with self._opener.open(self.url + path, timeout=5) as response:
+            with self._opener.open(self.url + path, timeout=GET_S) as response:
                 return response.status, response.read()
         except urllib.error.HTTPError as error:
             return error.code, error.read()
@@ -136,12 +142,10 @@ class System:
 
     def assert_quiet(self, within_s: float = 5.0) -> None:
         """Nothing is held by anybody within_s from now: blocks, slots, handles, spans, requests, Redis keys."""
-        end_s = time.monotonic() + within_s
-        wrong = self.disquiet()
-        while wrong and time.monotonic() < end_s:
-            time.sleep(0.05)
-            wrong = self.disquiet()
-        assert not wrong, "\n".join(wrong)
+        patience = Patience(within_s)
+        while wrong := self.disquiet():
+            assert not patience.is_over(), "\n".join(wrong)
+            time.sleep(0.01)
 
     def disquiet(self) -> list[str]:
         """What is not as it is when nothing runs, one line each; [] when all is."""
@@ -331,13 +335,21 @@ class ReplicaSystem(System):
             assert not sockets, f"left behind: {sockets}"
 
 
-@pytest.fixture(scope="session")
-def one_system() -> Iterator[ServeSystem]:
-    system = ServeSystem()
+AnySystem = TypeVar("AnySystem", ServeSystem, ReplicaSystem)
+
+
+@contextlib.contextmanager
+def running(system: AnySystem) -> Iterator[AnySystem]:
     try:
         yield system
     finally:
         system.stop()
+
+
+@pytest.fixture(scope="session")
+def one_system() -> Iterator[ServeSystem]:
+    with running(ServeSystem()) as system:
+        yield system
 
 
 @pytest.fixture
@@ -351,11 +363,20 @@ def scaled_system(one_system: ServeSystem) -> Iterator[ServeSystem]:
 
 @pytest.fixture(scope="session")
 def pair_system() -> Iterator[ReplicaSystem]:
-    system = ReplicaSystem(2, 2, {})
-    try:
+    with running(ReplicaSystem(2, 2, {})) as system:
         yield system
-    finally:
-        system.stop()
+
+
+@pytest.fixture(scope="session")
+def slowed_system() -> Iterator[ReplicaSystem]:
+    with running(ReplicaSystem(1, 2, SLOWED)) as system:
+        yield system
+
+
+@pytest.fixture(scope="session")
+def tools_system() -> Iterator[ReplicaSystem]:
+    with running(ReplicaSystem(1, 1, {"gateway.chat_template": str(TEMPLATE)})) as system:
+        yield system
 
 
 @pytest.fixture
@@ -369,9 +390,3 @@ def replica_system() -> Iterator[Callable[..., ReplicaSystem]]:
     yield make
     for system in systems:
         system.stop()
-
-
-@pytest.fixture
-def small_pool_system(replica_system: Callable[..., ReplicaSystem]) -> ReplicaSystem:
-    """80 blocks for 16 x (20 + 60) tokens of 16 a block, and the watermark of 8."""
-    return replica_system(**{"decode.num_blocks": 88, "decode.watermark_blocks": 8})

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from tests.clients.call_list import Target
 from tests.clients.test_stub import calls_of
 from tests.system.conftest import ReplicaSystem
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "deploy" / "chat_templates" / "chatml_tools.jinja"
 FEW = ("chat", "stream", "tools, required", "structured output", "a timeout")
 
 
@@ -27,14 +23,12 @@ def _run(system: ReplicaSystem, client: str, names: tuple[str, ...] | None) -> N
     system.assert_quiet()
 
 
-def test_a_few_calls_of_langchain_and_openai(replica_system: Callable[..., ReplicaSystem]) -> None:
-    system = replica_system(**{"gateway.chat_template": str(TEMPLATE)})
+def test_a_few_calls_of_langchain_and_openai(tools_system: ReplicaSystem) -> None:
     for client in ("openai", "langchain"):
-        _run(system, client, FEW)
+        _run(tools_system, client, FEW)
 
 
 @pytest.mark.slow
-def test_every_call_of_every_client(replica_system: Callable[..., ReplicaSystem]) -> None:
-    system = replica_system(**{"gateway.chat_template": str(TEMPLATE)})
+def test_every_call_of_every_client(tools_system: ReplicaSystem) -> None:
     for client in ("openai", "anthropic", "langchain", "litellm"):
-        _run(system, client, None)
+        _run(tools_system, client, None)

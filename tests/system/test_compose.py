@@ -19,6 +19,8 @@ import psutil
 import pytest
 import yaml
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -60,14 +62,6 @@ def test_the_image_runs_what_the_services_name(compose: dict[str, Any]) -> None:
         assert role == "router" or config[role]["listen"] == "tcp"
 
 
-def _port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _get(url: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
     data = None if body is None else json.dumps(body).encode()
     try:
@@ -82,7 +76,7 @@ def _get(url: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
 @pytest.fixture
 def outside(compose: dict[str, Any], tmp_path: Path) -> Iterator[str]:
     """Each service's command as a process on this machine: names of containers become loopback, ports free ones. Yields the URL."""
-    redis_port, http_port = _port(), _port()
+    redis_port, http_port = free_port(), free_port()
     config = yaml.safe_load((ROOT / "deploy" / "containers.yaml").read_text())
     config["model"]["path"] = str(ROOT / "models" / "tiny-moe")
     config["gateway"] |= {"host": "127.0.0.1", "port": http_port}
@@ -110,7 +104,7 @@ def outside(compose: dict[str, Any], tmp_path: Path) -> Iterator[str]:
                     environment["DUOMO_REDIS_URL"] = config["redis"]["url"]
                 processes.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log))
         url = f"http://127.0.0.1:{http_port}"
-        end_s = time.monotonic() + 80
+        end_s = time.monotonic() + 200
         while _get(f"{url}/health/ready")[0] != 200:
             assert all(process.poll() is None for process in processes), logs.read_text()
             assert time.monotonic() < end_s, logs.read_text()

@@ -14,19 +14,17 @@ import pytest
 
 from bench.reference.monolith import monolithic_tokens
 from bench.serve.rest_client import StreamResult, completion_body, post
+from tests.system.second_gateway import second_gateway
+from tests.system.slowed import shape
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-moe"
 PROMPT = [10 + (37 * column) % 8000 for column in range(40)]
-GROUP_S = 0.8
+NUM_GROUPS = 4
+MAX_MISSES = 20  # of a moment of half a second, by a test that stands still for seconds
 
 
 def _landed(system: Any) -> int:
     return sum(report["counters"].get("messages_landed", 0) for report in system.reports("decode"))
-
-
-def _busy_prefill(system: Any) -> str:
-    """Which prefill replica holds the request's KV."""
-    return next(report["replica_id"] for report in system.reports("prefill") if _holds_blocks(report))
 
 
 def _holds_blocks(report: dict[str, Any]) -> bool:
@@ -34,90 +32,128 @@ def _holds_blocks(report: dict[str, Any]) -> bool:
     return bool(report["num_free_blocks"] + report["num_cached_blocks"] < report["num_blocks"])
 
 
-async def _until(fact: Callable[[], bool], timeout_s: float = 20.0) -> None:
+async def _until(fact: Callable[[], bool], timeout_s: float = 60.0) -> None:
     end_s = time.monotonic() + timeout_s
     while not await asyncio.to_thread(fact):
         assert time.monotonic() < end_s, "the moment never came"
         await asyncio.sleep(0.02)
 
 
-async def _between_groups(system: Any, kill: Callable[[], None]) -> StreamResult:
-    """Send one request; once group 1 has landed, and two groups before PrefillDone, kill."""
-    before = _landed(system)
-    request = asyncio.create_task(post(system.url, "/v1/completions", completion_body(PROMPT, 24), timeout_s=60))
-    await _until(lambda: _landed(system) - before >= 2)
-    assert _landed(system) - before < 4, "too late: PrefillDone may have been sent"
-    await asyncio.to_thread(kill)
-    return await request
+async def _settled(system: Any) -> int:
+    """Messages landed, once nothing lands any more."""
+    landed = [-1, -2, -3]
+    while len(set(landed[-3:])) > 1:
+        await asyncio.sleep(0.15)  # a report comes every tenth of a second
+        landed.append(await asyncio.to_thread(_landed, system))
+    return landed[-1]
 
 
-def test_prefill_killed_between_group_1_and_prefill_done_is_retried(replica_system: Any) -> None:
-    system = replica_system(num_prefill=2, num_decode=1, **{"delays.prefill_group_s": GROUP_S})
-    killed: list[str] = []
+async def _between_groups(system: Any, first_id: int, kill: Callable[[str], None]) -> StreamResult:
+    """Send a request, stop its prefill once group 1 has landed, and kill, given the prefill's name, if that was before PrefillDone.
 
-    def kill() -> None:
-        killed.append(_busy_prefill(system))
-        system.kill(killed[0])
+    What has landed is read while nothing moves: a moment that was missed is waited for in another request, whose first token differs.
+    """
+    for number in range(MAX_MISSES):
+        prompt = [first_id + number, *PROMPT[1:]]
+        before = await asyncio.to_thread(_landed, system)
+        request = asyncio.create_task(post(system.url, "/v1/completions", completion_body(prompt, 24), timeout_s=120))
+        while not request.done() and await asyncio.to_thread(_landed, system) - before < 2:
+            await asyncio.sleep(0.02)
+        holding = [one["replica_id"] for one in await asyncio.to_thread(system.reports, "prefill") if _holds_blocks(one)]
+        for name in holding:
+            system.processes[name].send_signal(signal.SIGSTOP)
+        if len(holding) == 1 and await _settled(system) - before < NUM_GROUPS:
+            await asyncio.to_thread(kill, holding[0])
+            result = await request
+            assert result.token_ids[0] == monolithic_tokens(MODEL, [prompt], 24)[0]
+            return result
+        for name in holding:
+            system.processes[name].send_signal(signal.SIGCONT)
+        await request
+    raise AssertionError(f"{MAX_MISSES} requests, and none was seen between its groups")
 
-    result = asyncio.run(_between_groups(system, kill))
+
+def test_prefill_killed_between_group_1_and_prefill_done_is_retried(slowed_system: Any) -> None:
+    shape(slowed_system, 2, 1)
+    result = asyncio.run(_between_groups(slowed_system, 1000, slowed_system.kill))
     assert result.is_done and result.error is None
-    assert result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 24)[0]
-    system.wait_for_pools(1, 1)
-    system.assert_quiet()
-    system.start("prefill", killed[0])
-    system.wait_for_pools(2, 1)
+    slowed_system.wait_for_pools(1, 1)
+    slowed_system.assert_quiet()
 
 
-def test_decode_killed_between_group_1_and_prefill_done_is_waited_for(replica_system: Any) -> None:
+def test_decode_killed_between_group_1_and_prefill_done_is_waited_for(slowed_system: Any) -> None:
     """It is the only one: the request waits for the one that is started in its place."""
-    system = replica_system(num_prefill=1, num_decode=1, **{"delays.prefill_group_s": GROUP_S})
+    system = slowed_system
+    shape(system, 1, 1)
 
-    def kill() -> None:
-        system.kill("decode-0")
-        system.processes["decode-0"].wait(10)
-        system.start("decode", "decode-0")
+    def kill(prefill: str) -> None:
+        (name,) = (name for name in system.processes if name.startswith("decode"))
+        system.kill(name)
+        system.processes[prefill].send_signal(signal.SIGCONT)
+        system.processes[name].wait(30)
+        system.start("decode", name)
 
-    result = asyncio.run(_between_groups(system, kill))
+    result = asyncio.run(_between_groups(system, 2000, kill))
     assert result.is_done and result.error is None
-    assert result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 24)[0]
     system.wait_for_pools(1, 1)
     system.assert_quiet()
 
 
-async def _struck_while_decoding(system: Any, number: int) -> StreamResult:
-    """Ten steps into its answer, the decode replica that gives it is sent a signal."""
-    request = asyncio.create_task(post(system.url, "/v1/completions", completion_body(PROMPT, 200), timeout_s=60))
-    await _until(lambda: any(report["num_running"] for report in system.reports("decode")))
-    (busy,) = [report for report in system.reports("decode") if report["num_running"]]
-    name, steps = busy["replica_id"], busy["num_steps"]
-    await _until(lambda: any(one["replica_id"] == name and one["num_steps"] >= steps + 10 for one in system.reports("decode")))
-    system.kill(name, number)
-    return await request
+async def _struck_while_decoding(gateway: Any, num_tokens: int, strike: Callable[[str], None]) -> StreamResult:
+    """Ten tokens into its answer, as its client sees them, the decode replica that gives it is struck."""
+    for _ in range(MAX_MISSES):
+        seen: list[int] = []
+
+        def count(_: float, num: int, seen: list[int] = seen) -> None:
+            seen.append(num)
+
+        request = asyncio.create_task(
+            post(gateway.url, "/v1/completions", completion_body(PROMPT, num_tokens), timeout_s=120, on_tokens=count)
+        )
+        busy: list[str] = []
+        while not request.done() and (sum(seen) < 10 or len(busy) != 1):
+            await asyncio.sleep(0.02)
+            busy = [one["replica_id"] for one in await asyncio.to_thread(gateway.reports, "decode") if one["num_running"]]
+        if not request.done():
+            await asyncio.to_thread(strike, busy[0])
+            return await request
+        await request
+    raise AssertionError(f"{MAX_MISSES} answers, and none was seen while it was given")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_stream_outlives_its_decode_replica(replica_system: Any, number: int) -> None:
+def test_a_stream_outlives_its_decode_replica(slowed_system: Any, number: int) -> None:
     """Dead or silent is the same; the other one goes on from what was emitted."""
-    system = replica_system(num_prefill=1, num_decode=2, **{"wire.silence_timeout_s": 3.0, "delays.decode_step_s": 0.02})
-    result = asyncio.run(_struck_while_decoding(system, number))
+    system = slowed_system
+    shape(system, 1, 2)
+    result = asyncio.run(_struck_while_decoding(system, 150, lambda name: system.kill(name, number)))
     assert result.is_done and result.error is None
-    assert result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 200)[0]
+    assert result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 150)[0]
     system.wait_for_pools(1, 1)
     system.assert_quiet()
 
 
-def test_the_last_decode_replica_s_death_is_a_typed_error_once_nobody_came(replica_system: Any) -> None:
-    system = replica_system(num_prefill=1, num_decode=1, **{"delays.decode_step_s": 0.05, "gateway.failover_wait_s": 0.5})
-    result = asyncio.run(_struck_while_decoding(system, signal.SIGKILL))
-    assert 10 <= result.num_tokens < 200
-    assert result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 200)[0][: result.num_tokens]
-    assert result.error is not None and result.error["code"] == "replica_lost", result.error
-    assert result.error["message"] and result.error["type"]
-    system.start("decode", "decode-0")
-    system.wait_for_pools(1, 1)
-    again = asyncio.run(post(system.url, "/v1/completions", completion_body(PROMPT, 8), timeout_s=60))
-    assert again.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 8)[0]
-    system.assert_quiet()
+def test_the_last_decode_replica_s_death_is_a_typed_error_once_nobody_came(slowed_system: Any) -> None:
+    system = slowed_system
+    shape(system, 1, 1)
+    with second_gateway(system, failover_wait_s=0.5) as impatient:
+        struck: list[str] = []
+
+        def strike(name: str) -> None:
+            struck.append(name)
+            system.kill(name)
+
+        result = asyncio.run(_struck_while_decoding(impatient, 900, strike))
+        assert 10 <= result.num_tokens < 900
+        assert result.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], result.num_tokens)[0]
+        assert result.error is not None and result.error["code"] == "replica_lost", result.error
+        assert result.error["message"] and result.error["type"]
+        system.processes[struck[0]].wait(30)
+        system.start("decode", struck[0])
+        impatient.wait_for_pools(1, 1)
+        again = asyncio.run(post(impatient.url, "/v1/completions", completion_body(PROMPT, 8), timeout_s=120))
+        assert again.token_ids[0] == monolithic_tokens(MODEL, [PROMPT], 8)[0]
+        impatient.assert_quiet()
 
 
 def _prefill_pid(system: Any) -> int:

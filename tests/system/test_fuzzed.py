@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import httpx
 import pytest
@@ -14,9 +13,7 @@ from hypothesis import strategies as st
 from tests.kept_reports import keep
 from tests.services.router.openapi_reading import PARSERS
 from tests.services.router.test_http_fuzz import odd_body, odd_headers, send_odd
-from tests.system.conftest import ReplicaSystem
-
-TEMPLATE = Path(__file__).resolve().parents[2] / "deploy" / "chat_templates" / "chatml_tools.jinja"
+from tests.system.conftest import TEMPLATE, ReplicaSystem
 
 
 @pytest.mark.slow

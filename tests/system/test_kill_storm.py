@@ -19,6 +19,7 @@ import pytest
 
 from bench.serve.rest_client import StreamResult, post
 from tests.kept_reports import keep
+from tests.system.patience import Patience
 
 Phase = Literal["prefill", "handoff", "decode"]
 
@@ -28,6 +29,7 @@ PHASES: dict[Phase, tuple[str, str]] = {
     "decode": ("decode", "num_running"),
     "handoff": ("decode", "num_open_handles"),
 }
+PHASE_S = 2.0  # for how long a replica in a phase is looked for
 DEADLINE_S = 120.0
 # Long enough that a report of a tenth of a second ago still says where a request is.
 SLOW = {"delays.prefill_group_s": 0.03, "delays.decode_step_s": 0.01, "gateway.request_deadline_s": DEADLINE_S}
@@ -126,16 +128,17 @@ class Killer:
             self.failed.append(repr(error))
 
     def _run(self, draw: random.Random) -> None:
-        phases, turn = list(PHASES), 0
+        phases, turn, patience = list(PHASES), 0, Patience(PHASE_S)
         while not self._over.is_set():
             phase = phases[turn % len(phases)]
             victim = self._victim(phase, draw)
             if victim is None:
+                turn += patience.is_over()  # reports of a busy machine miss what is short: the next phase, rather than no kill
                 time.sleep(0.02)
                 continue
             self.system.kill(victim)
             self.kills[phase] += 1
-            turn += 1
+            turn, patience = turn + 1, Patience(PHASE_S)
             self.system.processes[victim].wait(10)
             self.system.start(victim.split("-")[0], victim)
             self.system.wait_for_pools(2, 2)
@@ -191,5 +194,5 @@ def test_200_streams_survive_kills_in_every_phase(replica_system: Any) -> None:
 
 
 def test_streams_survive_a_kill_in_each_phase(replica_system: Any) -> None:
-    told = storm(replica_system(num_prefill=2, num_decode=2, **SLOW), num_streams=36, num_at_once=12)
+    told = storm(replica_system(num_prefill=2, num_decode=2, **SLOW), num_streams=24, num_at_once=12)
     assert told["kills"] and sum(told["causes"].values()) > 0, told

@@ -19,6 +19,10 @@ from typing import Any
 import psutil
 import pytest
 
+from duomo.telemetry.span_file import read_spans
+from tests.ports import free_port
+from tests.system.patience import Patience
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
 
@@ -51,7 +55,7 @@ class Run:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, words: str, timeout_s: float = 90) -> None:
+    def wait_for(self, words: str, timeout_s: float = 200) -> None:
         end_s = time.monotonic() + timeout_s
         while words not in self.said():
             self.look()
@@ -82,11 +86,7 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture
 def port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def _duomo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -117,12 +117,24 @@ def test_router_prefill_decode_and_directory_are_processes_of_their_own(one_syst
     assert len(set(names.values())) == 4
 
 
+def _requests(system: Any) -> list[set[str]]:
+    """The names of each request's spans, the last request's last."""
+    spans = read_spans(system.trace_dir)
+    roots = [span.trace_id for span in spans if span.name == "gateway.request"]
+    return [{span.name for span in spans if span.trace_id == root} for root in roots]
+
+
 def test_chat_and_trace_commands(one_system: Any) -> None:
+    one_system.assert_quiet()
+    before = _requests(one_system)
     done = _duomo("chat", "Tell me about a ball.", "--url", one_system.url, "--max-tokens", "16", "--temperature", "0")
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
-    time.sleep(0.3)
+    names, patience = {"gateway.request", "prefill.compute", "kv.handoff", "decode.first_step"}, Patience(5.0)
+    while len(told := _requests(one_system)) == len(before) or not names <= told[-1]:
+        assert not patience.is_over(), told  # spans are written behind
+        time.sleep(0.02)
     drawn = _duomo("trace", str(one_system.trace_dir))
-    for span in ("gateway.request", "prefill.compute", "kv.handoff", "decode.first_step", "unaccounted"):
+    for span in (*names, "unaccounted"):
         assert span in drawn.stdout, drawn.stdout + drawn.stderr
     refused = _duomo("chat", "Hello", "--url", one_system.url, "--model", "no-such-model")
     assert refused.returncode == 1 and "no-such-model" in refused.stderr
@@ -131,7 +143,7 @@ def test_chat_and_trace_commands(one_system: Any) -> None:
 def test_a_second_system_on_the_same_port_names_the_option(one_system: Any) -> None:
     done = _duomo("serve", str(MODEL), "--port", str(one_system.port))
     assert done.returncode == 2 and f"--port {one_system.port}" in done.stderr
-    done = _duomo("serve", str(MODEL), "--port", "18999", "--run-dir", str(one_system.run_dir))
+    done = _duomo("serve", str(MODEL), "--port", str(free_port()), "--run-dir", str(one_system.run_dir))
     assert done.returncode == 2 and "--run-dir" in done.stderr
     assert one_system.get("/health/ready")[0] == 200
 
@@ -148,13 +160,12 @@ def test_a_killed_replica_is_replaced(one_system: Any) -> None:
     for process in psutil.Process(one_system.process.pid).children(recursive=True):
         if "duomo:decode" in " ".join(process.cmdline()):
             process.kill()
-    end_s = time.monotonic() + 60
+    end_s = time.monotonic() + 150
     while not [report for report in one_system.reports("decode") if report["boot_id"] != before]:
         assert time.monotonic() < end_s, one_system.logs()
         time.sleep(0.2)
     one_system.wait_for_pools(1, 1)
-    time.sleep(2.5)  # the killed member's lease
-    one_system.assert_quiet()
+    one_system.assert_quiet()  # within it the killed member's lease ends
 
 
 @pytest.mark.parametrize("words", ["redis is up", "ray is imported", "serve is up"])
@@ -165,7 +176,8 @@ def test_ctrl_c_during_the_start_leaves_nothing(folder: Path, port: int, words: 
         time.sleep(0.5)
         run.look()
         os.killpg(run.process.pid, signal.SIGINT)
-        assert run.process.wait(40) == 130, run.said()
+        code = run.process.wait(40)
+        assert code == (0 if "Try:" in run.said() else 130), run.said()  # it may have become ready by then
         assert not run.left()
         assert not run.run_dir.exists()
     finally:
@@ -204,15 +216,16 @@ def test_a_start_that_hears_nothing_is_shown_and_ends_within_seconds(folder: Pat
         run.clear()
 
 
-def test_a_model_that_does_not_load_is_said_in_its_own_words(folder: Path, port: int) -> None:
+@pytest.mark.parametrize("layout", ["colocated", pytest.param("split", marks=pytest.mark.slow)])
+def test_a_model_that_does_not_load_is_said_in_its_own_words(folder: Path, port: int, layout: str) -> None:
     broken = folder / "broken"
     shutil.copytree(MODEL, broken)
     whole = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    run = Run(folder, port, model=broken)
+    run = Run(folder, port, "--layout", layout, model=broken)
     try:
         began_s = time.monotonic()
-        while run.process.poll() is None and time.monotonic() - began_s < 100:
+        while run.process.poll() is None and time.monotonic() - began_s < 200:
             run.look()
             time.sleep(0.1)
         assert run.process.wait(1) == 2, run.said()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -12,7 +10,6 @@ import openai
 
 from tests.system.conftest import ReplicaSystem
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "deploy" / "chat_templates" / "chatml_tools.jinja"
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
@@ -27,8 +24,8 @@ def _is_answer(arguments: Any) -> bool:
     return set(arguments) == {"city", "days"} and arguments["city"] in ("Rome", "Oslo") and 1 <= arguments["days"] <= 9
 
 
-def test_forced_calls_are_calls_on_every_api(replica_system: Callable[..., ReplicaSystem]) -> None:
-    system = replica_system(**{"gateway.chat_template": str(TEMPLATE)})
+def test_forced_calls_are_calls_on_every_api(tools_system: ReplicaSystem) -> None:
+    system = tools_system
     client = openai.OpenAI(base_url=system.url + "/v1", api_key="none", max_retries=0, timeout=60)
     function = {"name": "weather", "parameters": SCHEMA}
     quick = {"chat_template_kwargs": {"enable_thinking": False}}
