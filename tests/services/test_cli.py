@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-moe"
 
 
-def duomo(*arguments: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def duomo(*arguments: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DUOMO_")}
     command = [sys.executable, "-m", "services.cli", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)
@@ -91,9 +93,7 @@ def test_a_folder_that_cannot_be_served_is_refused_before_anything_starts(
     folder = tmp_path / "model"
     shutil.copytree(MODEL, folder)
     (folder / file).unlink() if content is None else (folder / file).write_text(content)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     done = duomo("serve", str(folder), "--device", "cpu", "--port", str(port))
     assert done.returncode == 2 and named in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -107,7 +107,7 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys, json, services.cli; print(json.dumps([m for m in ('torch', 'ray', 'fastapi', 'nixl', 'redis') if m in sys.modules]))"
     )
     environment = os.environ
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert json.loads(done.stdout) == [], done.stderr
     assert "serve" in duomo("--help").stdout
 
@@ -128,5 +128,5 @@ def test_bench_runs_a_script_of_the_checkout(tmp_path: Path, name: str) -> None:
     (tmp_path / "bench" / "serve" / "bench_echo.py").write_text("import sys, services.cli; print('echo', sys.argv[1:])\n")
     environment = os.environ
     command = [sys.executable, "-m", "services.cli", "bench", name, "--repeats", "3"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == "echo ['--repeats', '3']", done.stderr

@@ -69,6 +69,6 @@ def test_mistakes_name_the_option_and_change_nothing(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "services.cli", "keys", "add", "ops", "--scope", "admin", "--file", str(tmp_path / "keys")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("duomo-") and done.stdout.count("\n") == 1 and "(admin)" in done.stderr
