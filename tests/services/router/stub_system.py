@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,6 +25,7 @@ from services.router.keys import Keys
 from services.router.model_card import read_model_card
 from services.router.store import AnswerStore
 from services.router.text import ModelText
+from tests.ports import free_port
 from tests.services.router.stub_replicas import MODEL, Script, Story, StubPools
 
 PATIENCE_S = 60.0  # for what comes in a fraction of it: it ends a test that would hang, and times nothing
@@ -133,9 +133,3 @@ async def expire(system: StubSystem, num_requests: int) -> None:
 def loaded_text() -> ModelText:
     """Read once for all tests of a process: it is immutable."""
     return ModelText.load(MODEL)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -20,7 +20,8 @@ from services.router.keys import Keys
 from services.router.operator import Operator
 from services.router.pools import ReplicaLink
 from services.router.service import serving_admin
-from tests.services.router.stub_system import PATIENCE_S, StubSystem, free_port, stub_system
+from tests.ports import free_port
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, stub_system
 
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 

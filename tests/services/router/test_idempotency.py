@@ -22,8 +22,9 @@ from duomo.wire.messages import Cancel, StartPrefill
 from services.router.idempotency import asked_key, says_the_same_again
 from services.router.service import serve_gateway
 from services.router.store import ANSWERS, AnswerStore, ClaimName
+from tests.ports import free_port
 from tests.services.router.stub_replicas import Script
-from tests.services.router.stub_system import PATIENCE_S, StubSystem, expire, free_port, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, expire, stub_system
 
 CHAT: Any = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
 BODIES: dict[str, Any] = {

@@ -15,8 +15,9 @@ from duomo.errors import ConfigError, ModelError
 from services.kv_transfer.embedded_redis import EmbeddedRedis
 from services.router.service import serve_gateway
 from services.router.store import PREFIX
+from tests.ports import free_port
 from tests.services.router.stub_replicas import MODEL
-from tests.services.router.stub_system import PATIENCE_S, free_port
+from tests.services.router.stub_system import PATIENCE_S
 
 
 def _config(port: int, url: str, model: Path = MODEL) -> DuomoConfig:

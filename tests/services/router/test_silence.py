@@ -20,8 +20,9 @@ from duomo.telemetry.logging import LIBRARIES, ROOTS, configure
 from services.router.keys import Keys
 from services.router.openai import RequestParser
 from services.router.service import serving_admin
+from tests.ports import free_port
 from tests.services.router.stub_replicas import Script
-from tests.services.router.stub_system import PATIENCE_S, StubSystem, free_port, stub_system
+from tests.services.router.stub_system import PATIENCE_S, StubSystem, stub_system
 
 MARK = "zq7secretzq7"  # in everything that is sent
 ANSWER = "The answer zq7secretzq7 is told to the client alone. "
