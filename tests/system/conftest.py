@@ -327,7 +327,7 @@ class ReplicaSystem(System):
         codes = {name: process.wait(5) for name, process in self.processes.items() if name not in self.killed}
         said = self.logs()
         self._server.stop()
-        sockets = [entry.name for entry in self.run_dir.glob("*.sock")] if not self.killed else []
+        sockets = [entry.name for entry in self.run_dir.glob("*.sock") if entry.name.split(".")[0] not in self.killed]
         shutil.rmtree(self.run_dir, ignore_errors=True)
         shutil.rmtree(self.trace_dir, ignore_errors=True)
         if is_checked:

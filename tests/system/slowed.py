@@ -20,11 +20,9 @@ END_S = 45.0
 
 def shape(system: ReplicaSystem, num_prefill: int, num_decode: int) -> None:
     """A gateway and so many replicas that live, whatever a test has left: the dead and the stopped are started again, spare ones drain."""
-    for name in sorted(system.killed):
+    for name in sorted(system.killed & system.processes.keys()):
         system.kill(name)
-        system.processes[name].wait(END_S)
-        del system.processes[name]
-        system.killed.discard(name)
+        system.processes.pop(name).wait(END_S)
     if "router-0" not in system.processes:
         system.start("router", "router-0")
     _so_many(system, "prefill", num_prefill)
