@@ -19,6 +19,7 @@ from services.kv_transfer.directory import Directory
 from services.kv_transfer.embedded_redis import EmbeddedRedis
 from services.router.app import build_app
 from services.router.edge import bind_port, serving
+from services.router.flight import Flight
 from services.router.gateway import Gateway
 from services.router.idempotency import Idempotency
 from services.router.keys import Keys
@@ -124,9 +125,13 @@ async def expire(system: StubSystem, num_requests: int) -> None:
     ids = {flight.request.request_id for flight in flights}
     await system.until(lambda: sum(start.request_id in ids for side in sides for start in side.seen_starts) == 2 * num_requests)
     for flight in flights:
-        assert flight.timer is not None and not flight.timer.cancelled()
-        flight.timer.cancel()
-        system.gateway._expire(flight)
+        overdue(system, flight)
+
+
+def overdue(system: StubSystem, flight: Flight) -> None:
+    assert flight.timer is not None and not flight.timer.cancelled()
+    flight.timer.cancel()
+    system.gateway._expire(flight)
 
 
 @functools.cache

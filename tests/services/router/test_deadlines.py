@@ -16,7 +16,7 @@ from duomo.errors import RequestError
 from duomo.wire.messages import Cancel, StartDecode, StartPrefill
 from services.router.deadlines import allowed_s, asked_timeout_s
 from tests.services.router.stub_replicas import Fault, Script
-from tests.services.router.stub_system import StubSystem, expire, stub_system
+from tests.services.router.stub_system import StubSystem, expire, overdue, stub_system
 
 CHAT: Any = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
 
@@ -133,7 +133,12 @@ def test_one_that_waits_for_room_waits_no_longer(tmp_path: Path) -> None:
         async with stub_system(tmp_path, Script(decode_faults=deque([("hold", 3)])), num_blocks=16) as system:
             long = asyncio.create_task(system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 120}))
             await system.until(lambda: system.gateway.num_live_legs == 1)
-            late = await system.client.post("/v1/chat/completions", json=CHAT | {"max_tokens": 120}, headers={"x-request-timeout": "0.2"})
+            body, headers = CHAT | {"max_tokens": 120}, {"x-request-timeout": "200"}
+            asked = asyncio.create_task(system.client.post("/v1/chat/completions", json=body, headers=headers))
+            await system.until(lambda: system.gateway.num_waiting == 1)
+            (waiting,) = (flight for flight in system.gateway._flights if not flight.legs)
+            overdue(system, waiting)
+            late = await asked
             assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
             system.pools.go_on.set()
             assert (await long).status_code == 200

@@ -48,7 +48,7 @@ def test_who_has_waited_long_enough_is_told_to_come_back(tmp_path: Path) -> None
 
 def test_nobody_waits_past_the_limit_of_the_first_token(tmp_path: Path) -> None:
     async def scenario() -> None:
-        async with stub_system(tmp_path, _held(), **_with({"max_ttft_s": 0.3})) as system:
+        async with stub_system(tmp_path, _held(), **_with({"max_ttft_s": 1.5})) as system:
             running = asyncio.create_task(_chat(system))
             await system.until(lambda: system.gateway.num_live_legs == 1)
             late = await _chat(system)
