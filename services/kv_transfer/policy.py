@@ -83,7 +83,7 @@ def poll_delay_s(waited_s: float, *, is_seen_there: bool = True) -> float:
 
     Shorter looks gain nothing (the consumer sees the bytes by itself) and take the interpreter from the layers that compute meanwhile. In
     a device's memory nobody sees them: the consumer is told by the look that finds the write done, so those are 0.02 to 0.5 ms apart, an
-    eighth of the wait: a write of 64 MiB between two cards takes about 0.25 ms.
+    eighth of the wait.
     """
     if not is_seen_there:
         return min(0.0005, max(0.00002, waited_s / 8))
