@@ -6,6 +6,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Triton's interpreter multiplies tiles by numpy, whose BLAS gives a row other bits where threads share a tile. Read when numpy is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # An example is no timed test, nor is making one: on a machine with other work any of them may take long. Each run tries the same examples,
 # so that no change is refused for what another one brought; `make test-slow` draws new ones (--hypothesis-profile=drawn). Kernels are
 # also tested where there is no hypothesis.

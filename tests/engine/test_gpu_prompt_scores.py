@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -94,8 +95,9 @@ def test_on_a_gpu_scores_are_the_definitions_and_nothing_is_compiled_for_them() 
         dtype_bytes=2,
         gpu_memory_fraction=(total - free + 2 * 10**9) / total,  # leave the card to others
     )
-    load = partial(random_gpu_weights, WIDE, device=DEVICE, std=WIDE.hidden**-0.5)
-    engine = start_engine(EngineStart(config=WIDE, load=load, limits=limits, device=DEVICE, is_deterministic=True), Startup())
+    config = replace(WIDE, max_position_tokens=2048)
+    load = partial(random_gpu_weights, config, device=DEVICE, std=config.hidden**-0.5)
+    engine = start_engine(EngineStart(config=config, load=load, limits=limits, device=DEVICE, is_deterministic=True), Startup())
     prefill, made = engine.prefill, torch.Generator().manual_seed(3)
     try:
         for length in (2, 17, 300, 2000):

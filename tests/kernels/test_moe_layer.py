@@ -113,7 +113,7 @@ def test_the_plan_follows_the_rows_of_an_expert(device: torch.device, half: torc
     weights = layer_of(1, half, device)[2]
     assert isinstance(heuristic_plan(weights, 2, 1), DirectTiles)
     assert not isinstance(heuristic_plan(weights, 2, 1, may_be_direct=False), DirectTiles)
-    assert [gemm_tiles(rows).tile_rows for rows in (0.5, 4, 20, 40, 100, 4096)] == [16, 16, 64, 64, 128, 128]
+    assert [gemm_tiles(rows).tile_rows for rows in (0.5, 3, 4, 20, 40, 100, 4096)] == [16, 16, 64, 64, 64, 128, 128]
 
 
 def test_a_table_names_any_plan() -> None:
