@@ -181,10 +181,13 @@ def heuristic_plan(weights: ExpertWeights, top_k: int, num_tokens: int, *, may_b
 
 
 def gemm_tiles(mean_rows: float) -> GemmTiles:
-    """Tiles for experts of so many rows in the mean: what was fast on an H100 (bench/results/expert_gemm_sweep.json and _ways.json)."""
-    if mean_rows <= 12:  # weights stream: few rows, and long pieces of each weight row, which HBM likes better than many short ones
+    """Tiles for experts of so many rows in the mean: what was fast on an H100 (bench/results/expert_gemm_sweep.json, _ways.json)."""
+    if mean_rows <= 3:  # weights stream: few rows, and long pieces of each weight row, which HBM likes better than many short ones
         up = GemmTile(block_m=16, block_n=32, block_k=256, num_warps=4, num_stages=3, touch=256)
         return GemmTiles(up=up, down=GemmTile(block_m=16, block_n=64, block_k=256, num_warps=4, num_stages=3, touch=256))
+    if mean_rows <= 12:  # bench/results/expert_tiles_few_rows_h100.json: a quarter faster where few experts have most rows
+        up = GemmTile(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=3, touch=256)
+        return GemmTiles(up=up, down=GemmTile(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=3, touch=256))
     if mean_rows <= 48:
         up = GemmTile(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=2, touch=256)
         return GemmTiles(up=up, down=GemmTile(block_m=64, block_n=128, block_k=128, num_warps=4, num_stages=2, touch=256))
