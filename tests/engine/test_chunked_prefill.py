@@ -101,7 +101,7 @@ def test_a_walk_out_of_order_is_refused(model: Model) -> None:
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ships no types for it
-    """The most elements that any operation's result has."""
+    """The most elements that any operation's result has, where it is not a view of what the operation was given."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch ships no types for it
@@ -109,8 +109,9 @@ class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch ship
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
         for each in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(each, Tensor):
+            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in given:
                 self.numel = max(self.numel, each.numel())
         return result
 
