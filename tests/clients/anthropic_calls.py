@@ -19,6 +19,7 @@ from tests.clients.call_list import (
     MOST,
     SCHEMA,
     STORY,
+    TIMEOUT,
     TIMEOUT_S,
     TURNS,
     CallList,
@@ -129,7 +130,7 @@ def unknown_model(target: Target) -> None:
         _message(target, model="gpt-9")
 
 
-@CALLS.add("a timeout", "")
+@CALLS.add(TIMEOUT, "")
 def timeout(target: Target) -> None:
     with pytest.raises(anthropic.APITimeoutError):
         _message(target, max_tokens=LONG, timeout=LATE_S)

@@ -30,7 +30,8 @@ JSON: Final = '{"city": "Rome", "days": 3}'
 CALLED: Final = f'<tool_call>\n{{"name": "weather", "arguments": {JSON}}}\n</tool_call>'
 NO_THINKING: Final = {"chat_template_kwargs": {"enable_thinking": False}}
 MOST: Final = 200  # tokens that a call or an object of the schema never needs
-LONG: Final = 1500  # tokens that no client waits for in LATE_S
+TIMEOUT: Final = "a timeout"  # the call's name: a stub holds its answer back
+LONG: Final = 1500  # tokens that no model says in LATE_S
 LATE_S: Final = 0.02
 
 

@@ -24,6 +24,7 @@ from tests.clients.call_list import (
     NO_THINKING,
     SCHEMA,
     STORY,
+    TIMEOUT,
     TIMEOUT_S,
     TOOL,
     TURNS,
@@ -189,7 +190,7 @@ def unknown_model(target: Target) -> None:
         _chat(target, model="gpt-9").invoke("Weather?")
 
 
-@CALLS.add("a timeout", "")
+@CALLS.add(TIMEOUT, "")
 def timeout(target: Target) -> None:
     with pytest.raises(openai.APITimeoutError):
         _chat(target, max_tokens=LONG, timeout=LATE_S).invoke("Weather?")

@@ -24,6 +24,7 @@ from tests.clients.call_list import (
     NO_THINKING,
     SCHEMA,
     STORY,
+    TIMEOUT,
     TIMEOUT_S,
     TOOL,
     TURNS,
@@ -173,7 +174,7 @@ def unknown_model(target: Target) -> None:
         _chat(target, model="openai/gpt-9")
 
 
-@CALLS.add("a timeout", "")
+@CALLS.add(TIMEOUT, "")
 def timeout(target: Target) -> None:
     with pytest.raises(litellm.exceptions.Timeout):
         _chat(target, max_tokens=LONG, timeout=LATE_S)

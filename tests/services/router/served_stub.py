@@ -21,14 +21,30 @@ GATEWAY_ZEROES = ("num_live_requests", "num_open_answers", "num_waiting_requests
 
 @dataclass
 class ServedStub:
-    """url: of the gateway."""
+    """url: of the gateway. loop: its thread's."""
 
     url: str
     system: StubSystem
+    loop: asyncio.AbstractEventLoop
 
     def tell(self, told: str) -> None:
         """What every choice says from now on, and EOS."""
         self.system.story.tell(told)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """The next request gets no token inside: whoever does not wait for ever gives up."""
+        pools = self.system.pools
+
+        def hold() -> None:
+            pools.go_on.clear()
+            pools.script.prefill_faults.append("hold")
+
+        self.loop.call_soon_threadsafe(hold)
+        try:
+            yield
+        finally:
+            self.loop.call_soon_threadsafe(pools.go_on.set)
 
     def assert_quiet(self) -> None:
         """Nothing is held by anybody soon, read from outside."""
@@ -58,7 +74,7 @@ def served_stub(folder: Path, **options: Any) -> Iterator[ServedStub]:
 
     async def serve() -> None:
         async with stub_system(folder, **options) as system:
-            served.append(ServedStub(system.base_url, system))
+            served.append(ServedStub(system.base_url, system, loop))
             is_up.set()
             await stop.wait()
 
