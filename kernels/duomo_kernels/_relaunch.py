@@ -7,7 +7,8 @@ each set of constants, dtypes and alignments of its tensors; it is looked up by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,13 @@ class Relaunch:
         self._kernel = kernel
         self._compiled: dict[tuple[object, ...], Any] = {}
 
-    def __call__(self, num_programs: int, arguments: Sequence[Tensor | int], constants: Mapping[str, int | bool], num_warps: int) -> None:
-        """Launch on the current stream of the current device, where the tensors lie. constants: in the kernel's order, without USE_PDL."""
-        grid = (num_programs, 1, 1)
+    def __getitem__(self, grid: tuple[int]) -> Callable[[Sequence[Tensor | int], Mapping[str, int | bool], int], None]:
+        """(arguments, constants in the kernel's order but for USE_PDL, num_warps): on the current stream of the tensors' device."""
+        return partial(self._launch, (*grid, 1, 1))
+
+    def _launch(
+        self, grid: tuple[int, int, int], arguments: Sequence[Tensor | int], constants: Mapping[str, int | bool], num_warps: int
+    ) -> None:
         tensors = [each for each in arguments if isinstance(each, Tensor)]
         key = (num_warps, *constants.values(), *((each.dtype, each.device, each.data_ptr() % _ALIGNMENT == 0) for each in tensors))
         compiled = self._compiled.get(key)

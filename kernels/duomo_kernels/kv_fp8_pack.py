@@ -186,7 +186,7 @@ def _move_rows(
     add_and_seal(scratch_ptr, part, message_ptr, flag_ptr, start_0, start_1, start_2, start_3, nonce, trailer_at, PACK)
 
 
-_launch_move = Relaunch(_move_rows)
+_move_again = Relaunch(_move_rows)
 
 
 def kv_fp8_pack(pool_LBRD: Tensor, layers: range, ids_n: Tensor, message_M: Tensor, seal: Seal, scratch: Tensor) -> None:
@@ -243,7 +243,7 @@ def _launch(
     }
     numbers = (layers.start, num_ids, num_tiles, num_rows * head_dim // 8, *starts, nonce, trailer_word(num_words))
     tensors = (pool_LBRD, ids_n, message_M, message_M.view(torch.uint8), scratch, flag_1)
-    _launch_move(min(num_tiles, most), (*tensors, *numbers), constants, num_warps=num_warps)
+    _move_again[(min(num_tiles, most),)]((*tensors, *numbers), constants, num_warps)
 
 
 def _tile_rows(block_rows: int, head_dim: int) -> tuple[int, bool]:

@@ -208,7 +208,7 @@ def _move(
     add_and_seal(scratch_ptr, tl.sum(sums), message_ptr, flag_ptr, start_0, start_1, start_2, start_3, nonce, trailer_at, PACK)
 
 
-_launch_move = Relaunch(_move)
+_move_again = Relaunch(_move)
 
 
 def hash_scratch(device: torch.device) -> Tensor:
@@ -260,7 +260,7 @@ def _launch(
     constants = {"B": num_blocks, "W": width, "RUNS": num_runs, "R": run_words, "TILE": tile, "IS_WHOLE": is_whole, "PACK": is_pack}
     numbers = (layers.start, num_ids, num_tiles, *starts, nonce, trailer_word(num_words))
     tensors = (pool_LBW, ids_n, message_M, scratch, flag_1)
-    _launch_move(min(num_tiles, most), (*tensors, *numbers), constants, num_warps=max(1, tile * 4 // _TILE))
+    _move_again[(min(num_tiles, most),)]((*tensors, *numbers), constants, max(1, tile * 4 // _TILE))
 
 
 def _runs(pool_LBW: Tensor) -> tuple[int, int, int]:

@@ -53,8 +53,8 @@ def _a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_launch_is_of_what_was_compiled() -> None:
     kernel, words = Kernel(), torch.zeros(8, dtype=torch.int64)
     launch = Relaunch(kernel)
-    launch(3, (words, 8), CONSTANTS, 4)
-    launch(5, (words, 9), CONSTANTS, 4)
+    launch[(3,)]((words, 8), CONSTANTS, 4)
+    launch[(5,)]((words, 9), CONSTANTS, 4)
     assert [each.launches for each in kernel.made] == [[((5, 1, 1), (words, 9, 64, True, False), 77)]]
 
 
@@ -70,17 +70,17 @@ def test_a_second_launch_is_of_what_was_compiled() -> None:
 def test_another_form_is_compiled_for_itself(words: torch.Tensor, constants: dict[str, int], num_warps: int) -> None:
     kernel = Kernel()
     launch = Relaunch(kernel)
-    launch(1, (torch.zeros(8, dtype=torch.int64), 8), CONSTANTS, 4)
-    launch(1, (words, 8), constants, num_warps)
+    launch[(1,)]((torch.zeros(8, dtype=torch.int64), 8), CONSTANTS, 4)
+    launch[(1,)]((words, 8), constants, num_warps)
     assert [each.launches for each in kernel.made] == [[], []]
 
 
 def test_a_number_that_triton_would_compile_for_is_a_programmers_fault() -> None:
     launch = Relaunch(Kernel(do_not_specialize=False))
     with pytest.raises(AssertionError, match="num_words: a number that Triton would compile for"):
-        launch(1, (torch.zeros(8, dtype=torch.int64), 8), CONSTANTS, 4)
+        launch[(1,)]((torch.zeros(8, dtype=torch.int64), 8), CONSTANTS, 4)
 
 
 def test_constants_stand_in_the_kernels_order() -> None:
     with pytest.raises(AssertionError, match=r"expected \['W', 'PACK', 'USE_PDL'\] in this order"):
-        Relaunch(Kernel())(1, (torch.zeros(8, dtype=torch.int64), 8), {"PACK": True, "W": 64}, 4)
+        Relaunch(Kernel())[(1,)]((torch.zeros(8, dtype=torch.int64), 8), {"PACK": True, "W": 64}, 4)
