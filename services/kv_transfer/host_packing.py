@@ -5,7 +5,9 @@ Over CMA a write is the processor's own copy, made in the call that posts it: wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from services.kv_transfer.push_job import PushJob
 from services.kv_transfer.sealing import seal
@@ -17,9 +19,14 @@ class HostPacker:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-packer")
 
-    def begin(self, job: PushJob, message: memoryview) -> HostFilling:
-        """The job's payload, padding and trailer into `message`, by and by; in the order of the calls."""
-        return HostFilling(self._thread.submit(_pack, job, message))
+    def begin(self, job: PushJob, message: Any, is_dropped: Callable[[], bool]) -> HostFilling:
+        """The job's payload, padding and trailer into `message`, by and by; in the order of the calls.
+
+        is_dropped: asked in the thread when the job's turn has come; once true it stays so, and nobody reads the message. Then its blocks
+        are free as soon as the message before it is packed, not after a queue of others.
+        """
+        assert isinstance(message, memoryview), "whoever fills a device's memory seals it too"
+        return HostFilling(self._thread.submit(_pack, job, message, is_dropped))
 
     def close(self) -> None:
         """What was begun goes on; what waits is not begun."""
@@ -39,7 +46,9 @@ class HostFilling:
         self._packed.result()
 
 
-def _pack(job: PushJob, message: memoryview) -> None:
+def _pack(job: PushJob, message: memoryview, is_dropped: Callable[[], bool]) -> None:
+    if is_dropped():
+        return
     filling = job.fill(message[: job.span.num_bytes])
     assert filling is None, "whoever fills by and by seals too"
     seal(message, job.handle.handle_id, job.span)

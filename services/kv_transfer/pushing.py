@@ -264,7 +264,7 @@ class Pusher:
         num_bytes = layout.message_bytes(job.span.num_bytes)
         message = send_slot.slice(0, num_bytes)
         try:
-            filling = job.fill(message) if job.is_sealed else self._packer.begin(job, _of_host(message))
+            filling = job.fill(message) if job.is_sealed else self._packer.begin(job, message, lambda: self._is_dropped(pending))
         except Exception as error:  # a caller's code: its fault becomes this message's typed failure, and the writer lives on
             self._abandon(pending, send_slot, pack_failed(pending, error))
             return
@@ -361,7 +361,7 @@ class Pusher:
 
     def _settle(self) -> None:
         """Fail dropped jobs, resolve fences, forget what is over. The lock is held."""
-        dropped = [p for p in self._pending if writing.may_write(self._writer, *p.key) is Verdict.DROP]
+        dropped = [p for p in self._pending if self._is_dropped(p)]
         if dropped:
             self._pending = [p for p in self._pending if p not in dropped]
         for pending in dropped:
@@ -380,17 +380,15 @@ class Pusher:
                 if not handle.in_flight and handle_id not in waiting:
                     self._writer = writing.forget(self._writer, handle_id)
 
+    def _is_dropped(self, pending: PendingPush) -> bool:
+        return writing.may_write(self._writer, *pending.key) is Verdict.DROP
+
     def _replace_kept_slot(self) -> None:
         """Where there is memory; without, the others go on with one slot less."""
         try:
             self._slots.replace_kept()
         except TransferError as error:
             self.counters[f"send_slot_{error.code}"] += 1
-
-
-def _of_host(message: Any) -> memoryview:
-    assert isinstance(message, memoryview), "whoever fills a device's memory seals it too"
-    return message
 
 
 def _new_future() -> Future[Any]:

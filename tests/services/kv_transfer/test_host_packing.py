@@ -32,7 +32,7 @@ def test_a_message_is_what_packing_and_sealing_make_of_it(pair_of: Callable[...,
         order.append(span.message_idx)
         place[:] = bytes([span.message_idx + 1]) * span.num_bytes
 
-    fillings = [packer.begin(job_of(handle, span, fill), room) for span, room in zip(spans, rooms, strict=True)]
+    fillings = [packer.begin(job_of(handle, span, fill), room, wanted) for span, room in zip(spans, rooms, strict=True)]
     for filling in fillings:
         filling.wait()
         assert filling.is_over()
@@ -43,6 +43,11 @@ def test_a_message_is_what_packing_and_sealing_make_of_it(pair_of: Callable[...,
         assert bytes(room) == expected
     assert order == [span.message_idx for span in spans]
     packer.close()
+
+
+def wanted() -> bool:
+    """A HostPacker's is_dropped of a message that is sent."""
+    return False
 
 
 def job_of(handle: Handle, span: MessageSpan, fill: Callable[[MessageSpan, memoryview], None]) -> PushJob:
@@ -99,9 +104,32 @@ def test_a_fill_that_fails_is_one_message_s_failure(pair_of: Callable[..., Pair]
     pair.land((handle, spans), pulls=False)
 
 
+def test_what_was_given_up_in_the_line_is_not_packed(pair_of: Callable[..., Pair]) -> None:
+    """The first message is being packed, the others wait for the thread: their blocks are free when it is done."""
+    pair = pair_of()
+    handle, spans = pair.offer(20, want_slots=4)
+    packed, is_packing, may_end = list[int](), threading.Event(), threading.Event()
+
+    def fill(span: MessageSpan, _: memoryview) -> None:
+        packed.append(span.message_idx)
+        is_packing.set()
+        assert may_end.wait(5)
+
+    futures = [pair.producer.push(job_of(handle, span, fill)) for span in spans[:4]]
+    assert is_packing.wait(5)
+    fenced = pair.producer.cancel(handle.handle_id)
+    may_end.set()
+    for future in futures:
+        with pytest.raises(TransferError) as caught:
+            future.result(5)
+        assert caught.value.code == "cancelled"
+    fenced.result(5)
+    assert packed == [0]
+
+
 def test_a_closed_packer_begins_nothing(pair_of: Callable[..., Pair]) -> None:
     handle, spans = pair_of().offer(1)
     packer = HostPacker()
     packer.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
-        packer.begin(job_of(handle, spans[0], lambda span, place: None), memoryview(bytearray(1)))
+        packer.begin(job_of(handle, spans[0], lambda span, place: None), memoryview(bytearray(1)), wanted)
