@@ -26,8 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duomo_kernels._launch import check, num_sms, start_next, wait_for_previous
-from duomo_kernels._relaunch import Relaunch
+from duomo_kernels._launch import check, num_sms, pdl_options, start_next, wait_for_previous
 from duomo_kernels.kv_hash_pack import START_BYTES, Seal, add_and_seal, chunk_key, kv_hash_pack_reference, mix, trailer_word, word_key
 from duomo_kernels.kv_rows_fp8 import kv_rows_fp8_reference, packed_bytes
 
@@ -186,9 +185,6 @@ def _move_rows(
     add_and_seal(scratch_ptr, part, message_ptr, flag_ptr, start_0, start_1, start_2, start_3, nonce, trailer_at, PACK)
 
 
-_move_again = Relaunch(_move_rows)
-
-
 def kv_fp8_pack(pool_LBRD: Tensor, layers: range, ids_n: Tensor, message_M: Tensor, seal: Seal, scratch: Tensor) -> None:
     """Gather the blocks of the layers into message_M (int64, payload and trailer) as fp8 and seal it.
 
@@ -231,19 +227,31 @@ def _launch(
     num_warps = max(1, tile * 4 // _TILE)
     starts = struct.unpack("<4q", seal.start)
     nonce = struct.unpack("<q", struct.pack("<Q", seal.nonce(8 * num_words)))[0]
-    constants = {
-        "B": num_blocks,
-        "R": block_rows,
-        "D": head_dim,
-        "ROWS": tile_rows,
-        "BD": triton.next_power_of_2(head_dim),
-        "LANES": max(tile_rows // 8, 32 * num_warps),
-        "IS_WHOLE": is_whole,
-        "PACK": is_pack,
-    }
-    numbers = (layers.start, num_ids, num_tiles, num_rows * head_dim // 8, *starts, nonce, trailer_word(num_words))
-    tensors = (pool_LBRD, ids_n, message_M, message_M.view(torch.uint8), scratch, flag_1)
-    _move_again[(min(num_tiles, most),)]((*tensors, *numbers), constants, num_warps)
+    _move_rows[(min(num_tiles, most),)](
+        pool_LBRD,
+        ids_n,
+        message_M,
+        message_M.view(torch.uint8),
+        scratch,
+        flag_1,
+        layers.start,
+        num_ids,
+        num_tiles,
+        num_rows * head_dim // 8,
+        *starts,
+        nonce,
+        trailer_word(num_words),
+        B=num_blocks,
+        R=block_rows,
+        D=head_dim,
+        ROWS=tile_rows,
+        BD=triton.next_power_of_2(head_dim),
+        LANES=max(tile_rows // 8, 32 * num_warps),
+        IS_WHOLE=is_whole,
+        PACK=is_pack,
+        num_warps=num_warps,
+        **pdl_options(device),
+    )
 
 
 def _tile_rows(block_rows: int, head_dim: int) -> tuple[int, bool]:

@@ -28,8 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from duomo_kernels._launch import check, num_sms, start_next, wait_for_previous
-from duomo_kernels._relaunch import Relaunch
+from duomo_kernels._launch import check, num_sms, pdl_options, start_next, wait_for_previous
 
 GOOD, CORRUPT = 1, 2
 START_BYTES = 32
@@ -208,9 +207,6 @@ def _move(
     add_and_seal(scratch_ptr, tl.sum(sums), message_ptr, flag_ptr, start_0, start_1, start_2, start_3, nonce, trailer_at, PACK)
 
 
-_move_again = Relaunch(_move)
-
-
 def hash_scratch(device: torch.device) -> Tensor:
     """What one stream's launches share: int64 [2], zero between launches. Whoever owns the stream owns it."""
     return torch.zeros(2, dtype=torch.int64, device=device)
@@ -257,10 +253,28 @@ def _launch(
     most = max(per_chunk, num_sms(device) * _PROGRAMS_PER_SM * _TILE // tile // per_chunk * per_chunk)
     starts = struct.unpack("<4q", seal.start)
     nonce = struct.unpack("<q", struct.pack("<Q", seal.nonce(8 * num_words)))[0]
-    constants = {"B": num_blocks, "W": width, "RUNS": num_runs, "R": run_words, "TILE": tile, "IS_WHOLE": is_whole, "PACK": is_pack}
-    numbers = (layers.start, num_ids, num_tiles, *starts, nonce, trailer_word(num_words))
-    tensors = (pool_LBW, ids_n, message_M, scratch, flag_1)
-    _move_again[(min(num_tiles, most),)]((*tensors, *numbers), constants, max(1, tile * 4 // _TILE))
+    _move[(min(num_tiles, most),)](
+        pool_LBW,
+        ids_n,
+        message_M,
+        scratch,
+        flag_1,
+        layers.start,
+        num_ids,
+        num_tiles,
+        *starts,
+        nonce,
+        trailer_word(num_words),
+        B=num_blocks,
+        W=width,
+        RUNS=num_runs,
+        R=run_words,
+        TILE=tile,
+        IS_WHOLE=is_whole,
+        PACK=is_pack,
+        num_warps=max(1, tile * 4 // _TILE),
+        **pdl_options(device),
+    )
 
 
 def _runs(pool_LBW: Tensor) -> tuple[int, int, int]:
