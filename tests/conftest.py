@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import platform
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # Triton's interpreter multiplies tiles by numpy's BLAS. Some processors' routines give a row other bits by its place in a tile, and so do
-# threads that share one; these, which every x86-64 has, do not. Read when numpy is loaded; elsewhere the name means nothing.
-os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Nehalem"}
+# threads that share one; those of Nehalem, which every later x86-64 has, do not. Read when numpy is loaded.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ["OPENBLAS_CORETYPE"] = "Nehalem"
 
 # An example is no timed test, nor is making one: on a machine with other work any of them may take long. Each run tries the same examples,
 # so that no change is refused for what another one brought; `make test-slow` draws new ones (--hypothesis-profile=drawn). Kernels are

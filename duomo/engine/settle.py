@@ -141,9 +141,9 @@ def handoff_bytes(config: DuomoConfig, part: EnginePart) -> int:
 def _refuse_on_gpu(config: DuomoConfig, model: ModelConfig) -> None:
     """Sizes that the kernels do not know, or that would break a promise: before anything is loaded."""
     if config.kv_transfer.kv_dtype != "model":
-        # its kernels are right there; whole handoffs in fp8 between cards have not run: docs/decisions/0011-fp8-kv-handoff.md
+        # its kernels are right on a card now; no whole handoff has run there since they are: docs/decisions/0011-fp8-kv-handoff.md
         raise ConfigError(
-            f"kv_transfer.kv_dtype is {config.kv_transfer.kv_dtype}: refused on a GPU, where no whole handoff in it has run; name model"
+            f"kv_transfer.kv_dtype is {config.kv_transfer.kv_dtype}: refused on a GPU, where none has been right yet; name model"
         )
     block_tokens, prompts = config.model.block_tokens, config.prefill.max_wave_prompts
     if block_tokens & (block_tokens - 1):

@@ -185,7 +185,7 @@ def gemm_tiles(mean_rows: float) -> GemmTiles:
     if mean_rows <= 3:  # weights stream: few rows, and long pieces of each weight row, which HBM likes better than many short ones
         up = GemmTile(block_m=16, block_n=32, block_k=256, num_warps=4, num_stages=3, touch=256)
         return GemmTiles(up=up, down=GemmTile(block_m=16, block_n=64, block_k=256, num_warps=4, num_stages=3, touch=256))
-    if mean_rows <= 12:  # bench/results/expert_tiles_few_rows_h100.json: a quarter faster where few experts have most rows
+    if mean_rows <= 12:  # bench/results/expert_tiles_few_rows_h100.json: faster the fewer experts have most rows
         up = GemmTile(block_m=64, block_n=32, block_k=128, num_warps=4, num_stages=3, touch=256)
         return GemmTiles(up=up, down=GemmTile(block_m=64, block_n=64, block_k=128, num_warps=4, num_stages=3, touch=256))
     if mean_rows <= 48:

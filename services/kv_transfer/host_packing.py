@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from services.kv_transfer.push_job import PushJob
+from services.kv_transfer.push_job import GivenUpError, PushJob
 from services.kv_transfer.sealing import seal
 
 
@@ -22,8 +22,8 @@ class HostPacker:
     def begin(self, job: PushJob, message: Any, is_dropped: Callable[[], bool]) -> HostFilling:
         """The job's payload, padding and trailer into `message`, by and by; in the order of the calls.
 
-        is_dropped: asked in the thread when the job's turn has come; once true it stays so, and nobody reads the message. Then its blocks
-        are free as soon as the message before it is packed, not after a queue of others.
+        is_dropped: asked in the thread when the job's turn has come. Then nothing is packed, wait() raises GivenUpError, and the blocks are
+        free as soon as the message before it is packed, not after a queue of others.
         """
         assert isinstance(message, memoryview), "whoever fills a device's memory seals it too"
         return HostFilling(self._thread.submit(_pack, job, message, is_dropped))
@@ -48,7 +48,7 @@ class HostFilling:
 
 def _pack(job: PushJob, message: memoryview, is_dropped: Callable[[], bool]) -> None:
     if is_dropped():
-        return
+        raise GivenUpError
     filling = job.fill(message[: job.span.num_bytes])
     assert filling is None, "whoever fills by and by seals too"
     seal(message, job.handle.handle_id, job.span)

@@ -70,7 +70,13 @@ class PendingPush:
         return self.job.handle.ring_name, layout.slot_of(self.job.handle.slots, self.job.span.message_idx)
 
 
+class GivenUpError(Exception):
+    """A fill was not begun: its message was given up while it stood in line. What lies in its send slot is another's."""
+
+
 def pack_failed(pending: PendingPush, error: Exception) -> TransferError:
+    if isinstance(error, GivenUpError):
+        return cancelled(pending)
     return TransferError(f"packing message {pending.job.span.message_idx} failed: {error!r}", code="pack_failed")
 
 

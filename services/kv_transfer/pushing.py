@@ -381,6 +381,7 @@ class Pusher:
                     self._writer = writing.forget(self._writer, handle_id)
 
     def _is_dropped(self, pending: PendingPush) -> bool:
+        """From any thread, the lock held or not: a Writer does not change, another takes its place."""
         return writing.may_write(self._writer, *pending.key) is Verdict.DROP
 
     def _replace_kept_slot(self) -> None:

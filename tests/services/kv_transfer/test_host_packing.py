@@ -12,7 +12,7 @@ import pytest
 from duomo.errors import TransferError
 from duomo.wire.values import Handle
 from services.kv_transfer import layout
-from services.kv_transfer.host_packing import HostPacker
+from services.kv_transfer.host_packing import HostFilling, HostPacker
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.push_job import PushJob
 from services.kv_transfer.sealing import seal
@@ -104,8 +104,16 @@ def test_a_fill_that_fails_is_one_message_s_failure(pair_of: Callable[..., Pair]
     pair.land((handle, spans), pulls=False)
 
 
-def test_what_was_given_up_in_the_line_is_not_packed(pair_of: Callable[..., Pair]) -> None:
+def test_what_was_given_up_in_the_line_is_not_packed(pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     """The first message is being packed, the others wait for the thread: their blocks are free when it is done."""
+    begin, stand_in_line = HostPacker.begin, threading.Semaphore(0)
+
+    def told(self: HostPacker, job: PushJob, message: memoryview, is_dropped: Callable[[], bool]) -> HostFilling:
+        filling = begin(self, job, message, is_dropped)
+        stand_in_line.release()
+        return filling
+
+    monkeypatch.setattr(HostPacker, "begin", told)
     pair = pair_of()
     handle, spans = pair.offer(20, want_slots=4)
     packed, is_packing, may_end = list[int](), threading.Event(), threading.Event()
@@ -116,7 +124,7 @@ def test_what_was_given_up_in_the_line_is_not_packed(pair_of: Callable[..., Pair
         assert may_end.wait(5)
 
     futures = [pair.producer.push(job_of(handle, span, fill)) for span in spans[:4]]
-    assert is_packing.wait(5)
+    assert is_packing.wait(5) and all(stand_in_line.acquire(timeout=5) for _ in futures)
     fenced = pair.producer.cancel(handle.handle_id)
     may_end.set()
     for future in futures:

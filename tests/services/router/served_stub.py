@@ -44,6 +44,7 @@ class ServedStub:
         try:
             yield
         finally:
+            self.loop.call_soon_threadsafe(pools.script.prefill_faults.clear)  # who gave up before it came there
             self.loop.call_soon_threadsafe(pools.go_on.set)
 
     def assert_quiet(self) -> None:
