@@ -24,7 +24,7 @@ from services.kv_transfer.push_job import Filling
 
 NUM_SETS = 4  # prompts' worth of blocks in a pool
 MIB = 1 << 20
-_SPREAD = 0x1E3779B1  # odd: no two places have the same product
+_SPREAD = 0x1E3779B1  # odd: no two places have the same product; of its bits _FINITE leaves 28
 _FINITE = 0x3FFF3FFF  # below 2 in bfloat16, float16 and float32
 
 
@@ -134,7 +134,7 @@ class Pool:
 
 
 def fill_pool(pool: Pool) -> None:
-    """Words that differ by place, finite numbers in every dtype, the same in every process and on every device: what lands is compared."""
+    """Words that differ by place but for a few, finite in every dtype, the same in every process and on every device."""
     for layer, blocks in enumerate(pool.tensor):
         words = blocks.view(-1).view(torch.int32)
         first = layer * words.numel()

@@ -143,7 +143,7 @@ def _refuse_on_gpu(config: DuomoConfig, model: ModelConfig) -> None:
     if config.kv_transfer.kv_dtype != "model":
         # its kernels are right on a card now; no whole handoff has run there since they are: docs/decisions/0011-fp8-kv-handoff.md
         raise ConfigError(
-            f"kv_transfer.kv_dtype is {config.kv_transfer.kv_dtype}: refused on a GPU, where none has been right yet; name model"
+            f"kv_transfer.kv_dtype is {config.kv_transfer.kv_dtype}: refused on a GPU until a handoff in it is proven there; name model"
         )
     block_tokens, prompts = config.model.block_tokens, config.prefill.max_wave_prompts
     if block_tokens & (block_tokens - 1):

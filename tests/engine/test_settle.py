@@ -193,7 +193,7 @@ def test_a_replica_is_not_refused_for_what_the_other_pool_needs() -> None:
 
 def test_kv_in_fp8_is_refused_on_a_gpu() -> None:
     asked = config(OLMOE, layout="split", **{"model.random_weights": True, "kv_transfer.kv_dtype": "fp8_e4m3"})
-    with pytest.raises(ConfigError, match=r"kv_transfer.kv_dtype is fp8_e4m3: refused on a GPU, .*name model"):
+    with pytest.raises(ConfigError, match=r"kv_transfer.kv_dtype is fp8_e4m3: refused on a GPU until .*name model"):
         settle(asked, gpu)
 
 
