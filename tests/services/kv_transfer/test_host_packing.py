@@ -105,12 +105,16 @@ def test_a_fill_that_fails_is_one_message_s_failure(pair_of: Callable[..., Pair]
 
 
 def test_what_was_given_up_in_the_line_is_not_packed(pair_of: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first message is being packed, the others wait for the thread: their blocks are free when it is done."""
-    begin, stand_in_line = HostPacker.begin, threading.Semaphore(0)
+    """The first message is being packed, the others wait for the thread: their blocks are free when it is done.
+
+    The writer goes on after the first only when it has all four: with nothing more to begin it would wait for the first to be packed.
+    """
+    begin, stand_in_line, are_given = HostPacker.begin, threading.Semaphore(0), threading.Event()
 
     def told(self: HostPacker, job: PushJob, message: memoryview, is_dropped: Callable[[], bool]) -> HostFilling:
         filling = begin(self, job, message, is_dropped)
         stand_in_line.release()
+        assert are_given.wait(5)
         return filling
 
     monkeypatch.setattr(HostPacker, "begin", told)
@@ -124,6 +128,7 @@ def test_what_was_given_up_in_the_line_is_not_packed(pair_of: Callable[..., Pair
         assert may_end.wait(5)
 
     futures = [pair.producer.push(job_of(handle, span, fill)) for span in spans[:4]]
+    are_given.set()
     assert is_packing.wait(5) and all(stand_in_line.acquire(timeout=5) for _ in futures)
     fenced = pair.producer.cancel(handle.handle_id)
     may_end.set()
