@@ -52,6 +52,10 @@ class PendingStep:
     _buffer: HostBuffer
     _turn: int
 
+    def is_over(self) -> bool:
+        """Whether wait() would return at once."""
+        return self._buffer.turn != self._turn or self._buffer.is_over()  # wait() says that it is too late
+
     def wait(self) -> StepResult:
         """Return when the step is over. Gives the core away meanwhile."""
         self._buffer.wait()

@@ -42,6 +42,10 @@ class _Launched:
     broken: Mapping[int, EngineError] = field(default_factory=dict)
     _results: list[StepResult] = field(default_factory=list)
 
+    def is_over(self) -> bool:
+        """Copies alone are waited for by nobody."""
+        return self.pending is None or bool(self._results) or self.pending.is_over()
+
     def result(self) -> StepResult:
         """Of a step with rows, when it is over; any number of times."""
         assert self.pending is not None, "a step without rows has no tokens"
@@ -95,6 +99,10 @@ class GpuDecodeWorker:
     def run(self, step: StepInput) -> StepOutput | None:
         before, self._under_way = self._under_way, self._launch(step)
         return None if before is None else before.output()
+
+    def is_over(self) -> bool:
+        assert self._under_way is not None, "no step is under way"
+        return self._under_way.is_over()
 
     def finish(self) -> StepOutput:
         before, self._under_way = self._under_way, None

@@ -41,7 +41,7 @@ class EarlyAnnouncement:
 class HandoffEnds:
     """Where legs go from here, and how peers are told: post(boot id, message) drops what a dead peer no longer needs.
 
-    figures: hear of a handoff the moment it arrives or is given up: whatever becomes of its leg then, it is told once.
+    figures: hear of each handoff once, given up or arrived, whatever becomes of its leg then.
     """
 
     post: Callable[[str, Message], None]
@@ -62,6 +62,7 @@ class Handoffs:
         self._for_blocks: deque[Leg] = deque()
         self._for_slots: dict[str, deque[Leg]] = {}
         self._landing: dict[int, Leg] = {}
+        self._untold: list[Leg] = []  # arrived
         self._orders = itertools.count(1)
 
     @property
@@ -276,8 +277,14 @@ class Handoffs:
         if leg.done is not None and leg.is_landed and leg.handle is not None:
             del self._landing[leg.handle.handle_id]
             self._arrivals.arrived(leg.handle.handle_id)
-            self._ends.figures.arrived(leg, self._unsent_bytes(leg))
+            self._untold.append(leg)
             self._ends.ready(leg)
+
+    def tell_arrived(self) -> None:
+        """Spans and counts take time that the leg's first step need not wait for: the step loop says when."""
+        told, self._untold = self._untold, []
+        for leg in told:
+            self._ends.figures.arrived(leg, self._unsent_bytes(leg))
 
     def withdraw(self, leg: Leg) -> None:
         """Take a leg that ends early out of every queue; an open handle is aborted. Its blocks are the caller's to free."""

@@ -91,7 +91,7 @@ class DecodeService:
         self._handoffs = Handoffs(self.pool, self._arrivals, terms_of(card, worker), ends)
         stops = Stops(eos_ids=worker.config.eos_ids, max_model_tokens=max_model_tokens(card, worker))
         self._batch = Batch(self.pool, stops, BatchEnds(preempted=self._preempted, finished=self._finish))
-        self._steps = StepLoop(worker, self._arrivals, self._batch, self.progress, self, thread, self._handoffs.joins_soon)
+        self._steps = StepLoop(worker, self._arrivals, self._batch, self.progress, self, thread, self._handoffs)
         self._grammars = LegGrammars(card, worker, self._steps.wake, self._fail)
         self._ticker: asyncio.Task[None] | None = None
         self._pace = StepPace()

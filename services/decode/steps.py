@@ -3,10 +3,11 @@
 A worker on a GPU answers with the step before: while step n + 1 runs, step n is applied and step n + 2 planned. The loop keeps what is out
 and applies the oldest when an output comes; where nothing is left to plan it asks for the last. So does it while a leg's KV lands: what
 lands behind a step that is launched could join none before the one after the next. A step then begins when the one before is over, a launch
-later, and a leg joins it whose KV came until then.
+later, and a leg joins it whose KV came until then: messages that come while the step runs are queued behind it at once.
 
 While a step runs, the loop serves sockets. With nothing to run it sleeps until something happens; while messages may land it looks for
-them about every millisecond. What landed is taken in first in each step.
+them about every millisecond, and where the last of a leg's is due the step thread looks, about every 50 us, without the way to the loop and
+back. What landed is taken in first in each step; what is only told of it comes behind the next step's launch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from services.kv_transfer.membership import Progress
 from services.kv_transfer.step_thread import StepThread
 
 LAND_PERIOD_S = 0.001
-SOON_LAND_PERIOD_S = 0.0002  # while a leg's KV lands
+LOOK_PERIOD_S = 0.00005  # of the step thread, while a leg's KV lands
+LONGEST_WATCH_S = 0.002
 NO_STEP = PlannedStep(rows=(), work=StepInput(copies=(), rows=()))
 
 log = logging.getLogger(__name__)
@@ -54,9 +56,18 @@ class StepHost(Protocol):
         """The step thread failed; no step will run any more."""
 
 
+class Landings(Protocol):
+    """What the loop asks of, and tells to, the legs whose KV lands; on the event loop."""
+
+    def joins_soon(self, now_s: float) -> bool:
+        """Whether a leg is likely to join within a step or two."""
+
+    def tell_arrived(self) -> None:
+        """The next step is launched: time to tell, for spans and counts, of the legs whose KV is here."""
+
+
 class StepLoop:
-    """The task that feeds the step thread. start() once, stop() once. thread: its creator's to close; None: one of its own. joins_soon:
-    whether a leg is likely to join within a step or two."""
+    """The task that feeds the step thread. start() once, stop() once. thread: its creator's to close; None: one of its own."""
 
     def __init__(
         self,
@@ -66,9 +77,9 @@ class StepLoop:
         progress: Progress,
         host: StepHost,
         thread: StepThread | None,
-        joins_soon: Callable[[float], bool],
+        landings: Landings,
     ) -> None:
-        self._joins_soon = joins_soon
+        self._landings = landings
         self._worker = worker
         self._arrivals = arrivals
         self._batch = batch
@@ -90,6 +101,7 @@ class StepLoop:
         """End the task; in a thread of its own a step that runs is waited for."""
         if self._task is not None:
             await end_tasks((self._task,))
+        self._landings.tell_arrived()
         if self._owns_thread:
             await asyncio.to_thread(self._thread.close)
 
@@ -117,26 +129,33 @@ class StepLoop:
         while True:
             self._awake.clear()
             if self._out and self._arrivals.is_polled and self._host.is_landing():  # else it would only take a turn from prefill's pieces
-                await self._take_landed()
-                if self._joins_soon(time.monotonic()):
+                await self._take_landed(self._arrivals.land)
+                if self._joins_soon():
                     await self._take_turn(NO_STEP)
             self._host.before_step(time.monotonic())
             step = self._batch.plan()
             self._thread.expect_steps(not step.is_empty)
             if not step.is_empty or self._out:
                 await self._take_turn(step)
+                self._landings.tell_arrived()
                 continue
             self._progress.idle()
+            self._landings.tell_arrived()
             if not self._host.is_landing():
                 self._host.rested()
                 await self._awake.wait()
                 continue
-            if not await self._take_landed(waits=True):
-                await asyncio.sleep(SOON_LAND_PERIOD_S if self._joins_soon(time.monotonic()) else LAND_PERIOD_S)
+            if self._arrivals.is_polled and self._joins_soon():
+                await self._take_landed(self._watch)
+            elif not await self._take_landed(partial(self._arrivals.land, waits=True)):
+                await asyncio.sleep(LAND_PERIOD_S)
 
-    async def _take_landed(self, *, waits: bool = False) -> bool:
-        """Whether something had landed. waits: see Arrivals.land()."""
-        landed = await self._thread.run("step", partial(self._arrivals.land, waits=waits))
+    def _joins_soon(self) -> bool:
+        return self._landings.joins_soon(time.monotonic())
+
+    async def _take_landed(self, land: Callable[[], tuple[LandedMessage, ...]]) -> bool:
+        """Whether something had landed. land: called in the step thread."""
+        landed = await self._thread.run("step", land)
         if landed:
             self._host.landed(landed, time.monotonic())
         return bool(landed)
@@ -146,7 +165,8 @@ class StepLoop:
         if not step.is_empty:
             self._out.append(step)
         self._progress.pending()
-        landed, output = await self._thread.run("step", self._turn, None if step.is_empty else step.work)
+        watches = self._arrivals.is_polled and self._host.is_landing()
+        landed, output = await self._thread.run("step", self._turn, None if step.is_empty else step.work, watches=watches)
         if landed:
             self._host.landed(landed, time.monotonic())
         if output is None:
@@ -155,9 +175,22 @@ class StepLoop:
         self._progress.advance()
         self._host.stepped(self._out.popleft(), output)
 
-    def _turn(self, step: StepInput | None) -> tuple[tuple[LandedMessage, ...], StepOutput | None]:
-        """In the step thread. Where nothing is left under way, what has landed by then is in its blocks on return."""
+    def _turn(self, step: StepInput | None, *, watches: bool) -> tuple[tuple[LandedMessage, ...], StepOutput | None]:
+        """In the step thread. Where nothing is left under way, what has landed by then is in its blocks on return; watches: and what lands
+        meanwhile is queued behind the step, as it comes."""
         if step is not None:
             return self._arrivals.land(), self._worker.run(step)
+        landed: list[LandedMessage] = []
+        while watches and not self._worker.is_over():
+            landed += self._arrivals.land()
+            time.sleep(LOOK_PERIOD_S)
         output = self._worker.finish()
-        return self._arrivals.land(waits=True), output
+        return (*landed, *self._arrivals.land(waits=True)), output
+
+    def _watch(self) -> tuple[LandedMessage, ...]:
+        """In the step thread, with no step under way: what lands, as soon as it does; () where something else happens before, or nothing
+        for some time."""
+        end_s = time.monotonic() + LONGEST_WATCH_S
+        while not (landed := self._arrivals.land(waits=True)) and not self._awake.is_set() and time.monotonic() < end_s:
+            time.sleep(LOOK_PERIOD_S)
+        return landed

@@ -83,6 +83,9 @@ class StepWorker(Protocol):
     def run(self, step: StepInput) -> StepOutput | None:
         """Begin this step. Returns its output; a worker that is a step ahead of its host that of the step before, None for the first."""
 
+    def is_over(self) -> bool:
+        """Whether finish() would wait no more. Only where a step is under way."""
+
     def finish(self) -> StepOutput:
         """The output of the step that is still under way. Only where one is."""
 
@@ -144,6 +147,9 @@ class DecodeWorker:
         tokens = self._sampler.sample(logits_RV, rows)
         routed_RE = _routed(state, len(step.rows))
         return StepOutput(tokens=tokens, routed_RE=routed_RE, started_s=started_s, ended_s=time.monotonic(), errors=broken_rows(rows))
+
+    def is_over(self) -> bool:
+        return True
 
     def finish(self) -> StepOutput:
         raise AssertionError("a CPU's step is over when run() returns")

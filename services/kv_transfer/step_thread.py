@@ -21,6 +21,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+from services.kv_transfer.timely import timely
 from services.kv_transfer.turns import Turn, TurnView, next_turn
 
 CLOSE_LIMIT_S = 60.0  # longer than any step or piece; a hung device never answers
@@ -46,7 +47,7 @@ class StepThread:
         self._last: Turn = "group"
         self._is_decoding = False
         self._is_closed = False
-        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread = threading.Thread(target=timely(self._main), name=name, daemon=True)
         self._thread.start()
 
     def run(self, turn: Turn, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:

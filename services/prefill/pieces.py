@@ -62,15 +62,14 @@ def finished_groups(wave: WaveView, piece: Piece) -> range:
 
 def parts_of(piece: Piece, *, by_group: bool) -> list[tuple[Piece, int | None]]:
     """What is launched one by one: its chunks, each through all of its groups; by_group: the last chunk group by group, so that their ends
-    can be told while what is behind them is computed, of a piece with the wave's last rows alone (finished_groups). Beside each part the
-    group that it ends, but for the piece's last: that ends with it.
+    can be told while what is behind them is computed (of the last group the logits and the first tokens), of a piece with the wave's last
+    rows alone (finished_groups). Beside each part the group that it ends.
     """
     parts = [replace(piece, chunks=(chunk, chunk + 1)) for chunk in range(*piece.chunks)]
     if not by_group:
         return [(part, None) for part in parts]
     last, (lo, hi) = parts.pop(), piece.groups
-    ends = [(replace(last, groups=(group, group + 1)), group if group + 1 < hi else None) for group in range(lo, hi)]
-    return [(part, None) for part in parts] + ends
+    return [(part, None) for part in parts] + [(replace(last, groups=(group, group + 1)), group) for group in range(lo, hi)]
 
 
 def num_rows(wave: WaveView, piece: Piece, limits: Limits) -> int:

@@ -48,14 +48,14 @@ class WaveEvents(Protocol):
         """Whether group_computed has anything to do before its piece is over."""
 
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
-        """All rows of a layer group are computed. Of a piece with several groups one after the other, in order; the last one of a wave
-        after wave_computed, the others as soon as that is known."""
+        """All rows of a layer group are computed. Of a piece with several groups one after the other, in order, each as soon as that is
+        known: of a device's wave the last one before its first tokens are sampled, of a wave that was over at once after wave_computed."""
 
     def scored(self, leg: Leg, scores: PromptScores) -> None:
         """The next of a prompt's own log-probabilities, in order, all of them before wave_computed."""
 
     def wave_computed(self, legs: Sequence[Leg], outputs: Sequence[WaveOutput]) -> None:
-        """The last group is computed and first tokens are sampled; its group_computed follows."""
+        """The last group is computed and first tokens are sampled."""
 
     def wave_left(self, leg: Leg) -> None:
         """The step thread will not touch the leg's blocks again."""
@@ -245,7 +245,7 @@ class WaveLoop:
         return replace(ended, seconds=computed.seconds)
 
     async def _landed(self, launched: LaunchedPiece) -> PieceOutput:
-        """Groups that end before the piece does are told as they do; all of a piece that is over are by its end."""
+        """Groups are told as they end, the last one of a wave beside its first tokens; all of a piece that is over are told by its end."""
         if launched.is_over:
             return launched.wait(lambda _: self._progress.moved())
         loop, running = asyncio.get_running_loop(), self._running
@@ -258,7 +258,7 @@ class WaveLoop:
         return await self._waiting_thread.run("group", launched.wait, moved)
 
     def _group_over(self, running: RunningPiece, group: int) -> None:
-        """A group of the piece under way is computed, the device is at the next."""
+        """A group of the piece under way is computed, the device is at what follows."""
         if self._running is running:
             running.told.add(group)
             self._events.group_computed([leg for leg in running.wave.legs if not leg.is_over], group)

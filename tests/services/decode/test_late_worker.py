@@ -183,3 +183,49 @@ def test_no_step_is_launched_ahead_while_kv_lands(tmp_path: Path, monkeypatch: p
     assert log[first:joined].count(("finish", 0)) > 3, "one for each step while it lands"
     pairs = list(itertools.pairwise(log[first:joined]))
     assert (("run", 1), ("run", 1)) not in pairs, "none is launched behind another, but that which the leg joins"
+
+
+def test_what_lands_while_a_step_runs_is_taken_in_before_the_step_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step under way is not over before all of another leg's messages are verified: queued behind it, they are in their blocks."""
+    num_looks, may_end = [0], threading.Event()
+
+    def is_over(_: LateWorker) -> bool:
+        num_looks[0] += 1
+        return may_end.is_set()
+
+    monkeypatch.setattr(LateWorker, "is_over", is_over)
+    monkeypatch.setattr("services.decode.handoff.JOIN_WITHIN_S", 60.0)  # however slow this machine is
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+
+            def num_landed() -> int:
+                return rig.agent.counts().counters.get("messages_landed", 0)
+
+            may_end.set()
+            long = Prompt("long", 0, ids(5), with_max(GREEDY, 400))
+            rig.gateway.start(long, rig.prefill)
+            await rig.prefill.prefill(long)
+            await until(lambda: len(rig.gateway.answers["long"].ids()) > 3)
+            joins = Prompt("joins", 0, ids(40, 7), with_max(GREEDY, 6))
+            rig.gateway.start(joins, rig.prefill)
+            rig.prefill.announce(joins)
+            handle = await rig.prefill.granted(joins)
+            computed = rig.prefill.compute(joins)
+            first, *others = rig.prefill.open(handle, computed)
+            num_before, num_looks[0] = num_landed(), 0
+            may_end.clear()
+            rig.prefill.push(handle.handle_id, first.message_idx)
+            await until(lambda: num_looks[0] > 0)  # the step thread looks from here on, and nobody else
+            for span in others:
+                rig.prefill.push(handle.handle_id, span.message_idx)
+            await until(lambda: num_landed() == num_before + 1 + len(others))
+            assert len(others) > 1 and not may_end.is_set()
+            may_end.set()
+            rig.prefill.done(joins, handle, computed)
+            await rig.gateway.finished("joins")
+            assert [computed.first_token_ids[0], *rig.gateway.answers["joins"].ids()] == expected(joins.prompt_ids, joins.sampling)
+            rig.gateway.cancel("long")
+            await rig.at_rest()
+
+    asyncio.run(go())

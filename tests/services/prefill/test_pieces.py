@@ -73,12 +73,12 @@ def test_a_piece_out_of_order_is_a_fault() -> None:
 @pytest.mark.parametrize("groups", [(0, 1), (0, 4), (1, 3)])
 @pytest.mark.parametrize("chunks", [(0, 1), (0, 3), (2, 5)])
 @pytest.mark.parametrize("by_group", [False, True])
-def test_parts_are_the_piece_and_tell_each_group_but_the_last_behind_its_last_chunk(
+def test_parts_are_the_piece_and_tell_each_group_behind_its_last_chunk(
     groups: tuple[int, int], chunks: tuple[int, int], by_group: bool
 ) -> None:
     parts = parts_of(Piece(groups=groups, chunks=chunks), by_group=by_group)
     ran = [(chunk, group) for part, _ in parts for chunk in range(*part.chunks) for group in range(*part.groups)]
     assert ran == [(chunk, group) for chunk in range(*chunks) for group in range(*groups)]
-    assert [end for _, end in parts if end is not None] == (list(range(groups[0], groups[1] - 1)) if by_group else [])
+    assert [end for _, end in parts if end is not None] == (list(range(*groups)) if by_group else [])
     for part, end in parts:
         assert end is None or (part.chunks[1], part.groups) == (chunks[1], (end, end + 1))

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import pytest
 
+from duomo.engine.sampler import RowSampling
 from duomo.errors import TransferError
 from duomo.wire.messages import RequestFailed, TokensEmitted
 from services.prefill.leg import Leg
 from services.prefill.pending import Over
 from services.prefill.pieces import Piece
-from services.prefill.worker import Computation, PrefillWorker, WaveRow, WorkerSizes
+from services.prefill.worker import Computation, PrefillWorker, WaveOutput, WaveRow, WorkerSizes
 from tests.services.prefill.prefill_rig import Rig, config_for, expected_kv, ids, model, rig, run
 from tests.services.prefill.scripted_peers import until
 
 NEVER_TWO_S = 1e-9  # no two groups fit a piece
 PROMPT = ids(150)
 NUM_GROUPS = 4
+
+T = TypeVar("T")
 
 
 class Witness:
@@ -122,44 +127,50 @@ def test_a_wave_whose_handoff_fails_behind_a_piece_runs_no_other(tmp_path: Path,
 
 
 @dataclass
-class LateSeconds:
-    """A device's chunk: over when somebody has waited for it."""
+class Late(Generic[T]):
+    """A device's work: over when somebody has waited for it."""
 
-    result: float
+    result: T
     wait_for: Callable[[], None]
 
-    def wait(self) -> float:
+    def wait(self) -> T:
         self.wait_for()
         return self.result
 
 
 @pytest.mark.parametrize("is_cancelled", [False, True])
 def test_groups_of_one_piece_leave_while_those_behind_them_are_computed(tmp_path: Path, is_cancelled: bool) -> None:
-    """Launched at once, each over when a device says so: its KV is with decode before the next group is."""
+    """Launched at once, each over when a device says so: its KV is with decode before the next group is, the last before a first token."""
 
     async def scenario(run_dir: Path) -> None:
         async with rig(run_dir, piece_target_s=10.0) as parts:
             parts.gateway.start("first", ids(40), parts.decode.address)  # measured: the next one is a piece alone
             await parts.gateway.finished("first")
-            gates, pieces, run_piece = [threading.Event() for _ in range(NUM_GROUPS)], [], parts.worker.run_piece
+            gates, is_sampled = [threading.Event() for _ in range(NUM_GROUPS)], threading.Event()
+            pieces, run_piece, sample = [], parts.worker.run_piece, parts.worker.sample
 
-            def late(computation: Computation, piece: Piece) -> LateSeconds:
+            def late(computation: Computation, piece: Piece) -> Late[float]:
                 pieces.append(piece)
                 gate = gates[piece.groups[0]]
-                return LateSeconds(run_piece(computation, piece).result, lambda: _opened(gate))
+                return Late(run_piece(computation, piece).result, partial(_opened, gate))
+
+            def sampled_late(computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Late[tuple[WaveOutput, ...]]:
+                return Late(sample(computation, rows).result, partial(_opened, is_sampled))
 
             parts.worker.run_piece = late  # type: ignore[method-assign,assignment]  # a device's
+            parts.worker.sample = sampled_late  # type: ignore[method-assign,assignment]  # its first tokens
             parts.gateway.start("told", PROMPT, parts.decode.address)
-            for group in range(NUM_GROUPS - 1):
+            for group in range(NUM_GROUPS - is_cancelled):
                 assert groups_landed(parts, "told") == set(range(group))
                 gates[group].set()
                 await until(lambda group=group: group in groups_landed(parts, "told"), f"group {group} did not land")
             assert [piece.groups for piece in pieces] == [(group, group + 1) for group in range(NUM_GROUPS)]
-            assert not parts.gateway.inbox.of(TokensEmitted)[1:], "a first token before the last group"
+            assert not parts.gateway.inbox.of(TokensEmitted)[1:], "a first token before it is sampled"
             if is_cancelled:
                 parts.gateway.cancel("told")
                 parts.decode.abort("told")
             gates[-1].set()
+            is_sampled.set()
             if not is_cancelled:
                 await parts.gateway.finished("told")
                 assert parts.decode.kv("told", len(PROMPT)) == expected_kv(PROMPT)
@@ -176,9 +187,9 @@ def test_groups_are_told_behind_the_last_rows_of_a_wave_alone(tmp_path: Path) ->
             launched, told, run_piece = [], [], parts.worker.run_piece
             group_computed = parts.service._book.handoffs.group_computed
 
-            def late(computation: Computation, piece: Piece) -> LateSeconds:
+            def late(computation: Computation, piece: Piece) -> Late[float]:
                 launched.append(piece)
-                return LateSeconds(run_piece(computation, piece).result, lambda: None)
+                return Late(run_piece(computation, piece).result, lambda: None)
 
             def seen(leg: Leg, group: int) -> None:
                 told.append((group, launched[-1].chunks))
@@ -225,11 +236,11 @@ def test_each_chunk_of_a_long_prompt_is_a_sign_of_life(tmp_path: Path, monkeypat
                 now_s += 0.8 * progress.hang_timeout_s * num_chunks
                 ages_s.append(progress.age_s())
 
-            def slow(computation: Computation, piece: Piece) -> Over[float] | LateSeconds:
+            def slow(computation: Computation, piece: Piece) -> Over[float] | Late[float]:
                 num_chunks = piece.chunks[1] - piece.chunks[0]
                 seconds = run_piece(computation, piece)
                 if is_launched:
-                    return LateSeconds(seconds.result, lambda: take(num_chunks))
+                    return Late[float](seconds.result, lambda: take(num_chunks))
                 take(num_chunks)
                 return seconds
 
