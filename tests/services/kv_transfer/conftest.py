@@ -18,7 +18,10 @@ from services.kv_transfer.agent import PushJob, PushResult, TransferAgent
 from services.kv_transfer.faults import FaultPlan
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.transport_loopback import LoopbackHub
+from services.kv_transfer.transport_nixl import NixlTransport
 from tests.services.kv_transfer.looked_clock import LookedClock
+from tests.services.kv_transfer.nixl_peer import allocate_on
+from tests.services.kv_transfer.nixl_rig import SECTION, Process
 
 SLOT_BYTES = 64 * 1024
 BLOCK_BYTES = 3000
@@ -149,3 +152,28 @@ def pair_of() -> Iterator[Callable[..., Pair]]:
     yield make
     for pair in pairs:
         pair.close()
+
+
+@pytest.fixture
+def processes() -> Iterator[list[Process]]:
+    started: list[Process] = []
+    yield started
+    for process in started:
+        process.close()
+
+
+@pytest.fixture(params=["", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["host", "tensor", "card"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where this process has its memory: "" is the host's, and so is the cpu's, which is used as a device's."""
+    return str(request.param)
+
+
+@pytest.fixture
+def agent(request: pytest.FixtureRequest) -> Iterator[TransferAgent]:
+    """In the host's memory, unless the test goes through devices."""
+    device = request.getfixturevalue("device") if "device" in request.fixturenames else ""
+    transport = NixlTransport(f"kv-here-{time.monotonic_ns()}", SECTION)
+    agent = TransferAgent(f"here-{time.monotonic_ns()}", transport, SECTION, num_send_slots=4, allocate=allocate_on(device))
+    assert agent.transport_name == "nixl/UCX"
+    yield agent
+    agent.close()

@@ -1,6 +1,7 @@
 """A process with a transfer agent on NIXL, the other end of test_transport_nixl.py: obeys JSON lines on stdin, answers each by one.
 
-{"do": name of a method of Peer, its arguments...}. The payload of message m of handle h is default_rng((h, m)).bytes.
+{"do": name of a method of Peer, its arguments...}. The payload of message m of handle h is default_rng((h, m)).bytes. Its memory is the
+host's, or a device's (cpu: the host's, used as a device's is).
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import base64
 import json
 import sys
 from concurrent.futures import Future
+from functools import partial
+from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 
 from duomo.config import TransferSection
 from duomo.errors import DuomoError
@@ -19,7 +23,10 @@ from duomo.wire.messages import RingOffered
 from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.agent import Landed, PushJob, PushResult, TransferAgent
+from services.kv_transfer.device_memory import DeviceRegion, put
 from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.memory import Allocate, Region
+from services.kv_transfer.sealing import seal
 from services.kv_transfer.transport_nixl import NixlTransport
 
 
@@ -27,14 +34,36 @@ def content(handle_id: int, span: MessageSpan) -> bytes:
     return np.random.default_rng((handle_id, span.message_idx)).bytes(span.num_bytes)
 
 
+def allocate_on(device: str) -> Allocate:
+    """device: "" is the host's memory."""
+    return partial(DeviceRegion, device=torch.device(device)) if device else Region
+
+
+def job_of(handle: Handle, span: MessageSpan, device: str, spoilt_byte: int | None = None) -> PushJob:
+    """The message; spoilt_byte: of its payload, which is another than was hashed."""
+
+    def fill(place: Any) -> None:
+        message = memoryview(bytearray(layout.message_bytes(span.num_bytes)))
+        message[: span.num_bytes] = content(handle.handle_id, span)
+        seal(message, handle.handle_id, span)
+        if spoilt_byte is not None:
+            message[spoilt_byte] ^= 1
+        if device:
+            put(place, bytes(message))
+        else:
+            place[:] = message
+
+    return PushJob(handle=handle, span=span, fill=fill, is_sealed=True)
+
+
 class Peer:
     """One agent and what was started on it."""
 
-    def __init__(self, boot_id: str, section: TransferSection) -> None:
+    def __init__(self, boot_id: str, section: TransferSection, device: str) -> None:
         transport = NixlTransport(f"kv-{boot_id}", section)
         assert transport.transport_name == "nixl/UCX"
-        self.agent = TransferAgent(boot_id, transport, section, num_send_slots=4)
-        self.section = section
+        self.agent = TransferAgent(boot_id, transport, section, num_send_slots=4, allocate=allocate_on(device))
+        self.section, self.device = section, device
         self.pushed: dict[tuple[int, int], Future[PushResult]] = {}
         self.landed: dict[tuple[int, int], Landed] = {}
 
@@ -45,14 +74,18 @@ class Peer:
     def attach_ring(self, consumer: str, offer: str) -> None:
         self.agent.attach_ring(consumer, msgspec.msgpack.decode(base64.b64decode(offer), type=RingOffered))
 
-    def push(self, handle: dict[str, object], bounds: list[int], block_bytes: int) -> None:
+    def push(self, handle: dict[str, object], bounds: list[int], block_bytes: int, spoilt: dict[str, int] | None = None) -> None:
+        """All messages. spoilt: bytes of some of them, by message."""
         grant = msgspec.convert(handle, Handle)
         for span in layout.messages(range(grant.num_blocks), bounds, block_bytes, self.section.slot_bytes):
+            job = job_of(grant, span, self.device, (spoilt or {}).get(str(span.message_idx)))
+            self.pushed[grant.handle_id, span.message_idx] = self.agent.push(job)
 
-            def fill(place: memoryview, span: MessageSpan = span) -> None:
-                place[:] = content(grant.handle_id, span)
-
-            self.pushed[grant.handle_id, span.message_idx] = self.agent.push(PushJob(handle=grant, span=span, fill=fill))
+    def push_again(self, handle: dict[str, object], bounds: list[int], block_bytes: int, message_idx: int) -> None:
+        """One, whose first write has ended."""
+        grant = msgspec.convert(handle, Handle)
+        span = layout.messages(range(grant.num_blocks), bounds, block_bytes, self.section.slot_bytes)[message_idx]
+        self.pushed[grant.handle_id, message_idx] = self.agent.push(job_of(grant, span, self.device))
 
     def credit(self, handle_id: int, message_idx: int) -> None:
         self.agent.credit(handle_id, message_idx)
@@ -83,7 +116,7 @@ class Peer:
 
 def main() -> None:
     boot_id, section = sys.argv[1], TransferSection.model_validate_json(sys.argv[2])
-    peer = Peer(boot_id, section)
+    peer = Peer(boot_id, section, sys.argv[3])
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
