@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 
 from duomo.config import TransferSection
 from duomo.errors import DuomoError
@@ -23,7 +22,6 @@ from duomo.wire.messages import RingOffered
 from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.agent import Landed, PushJob, PushResult, TransferAgent
-from services.kv_transfer.device_memory import DeviceRegion, put
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.memory import Allocate, Region
 from services.kv_transfer.sealing import seal
@@ -35,8 +33,14 @@ def content(handle_id: int, span: MessageSpan) -> bytes:
 
 
 def allocate_on(device: str) -> Allocate:
-    """device: "" is the host's memory."""
-    return partial(DeviceRegion, device=torch.device(device)) if device else Region
+    """device: "" is the host's memory, which needs no torch."""
+    if not device:
+        return Region
+    import torch
+
+    from services.kv_transfer.device_memory import DeviceRegion
+
+    return partial(DeviceRegion, device=torch.device(device))
 
 
 def job_of(handle: Handle, span: MessageSpan, device: str, spoilt_byte: int | None = None) -> PushJob:
@@ -48,10 +52,12 @@ def job_of(handle: Handle, span: MessageSpan, device: str, spoilt_byte: int | No
         seal(message, handle.handle_id, span)
         if spoilt_byte is not None:
             message[spoilt_byte] ^= 1
-        if device:
-            put(place, bytes(message))
-        else:
+        if not device:
             place[:] = message
+            return
+        from services.kv_transfer.device_memory import put
+
+        put(place, bytes(message))
 
     return PushJob(handle=handle, span=span, fill=fill, is_sealed=True)
 
