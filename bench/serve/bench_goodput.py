@@ -13,28 +13,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from bench.serve import serve_options
 from bench.serve.goodput_plan import LoadPlan, PhasePlan, Plan, PlanError, SidePlan, read_plan
+from bench.serve.goodput_servers import LOG_TAIL_BYTES, Servers, served
 from bench.serve.host_facts import ROOT
 from bench.serve.serve_compare import tables
-
-LOOK_S = 0.25
-END_S = 60.0  # from SIGTERM to SIGKILL
-LOG_TAIL_BYTES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,122 +42,62 @@ class Asked:
     only: tuple[str, ...]
 
 
-class StartError(Exception):
-    """A server did not come to serve; the message has what its log ends with."""
+class Loads:
+    """Load processes, each with its clients a session of its own. Once close() is called those that run are killed and none is started."""
 
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._has_ended = False
 
-class Servers:
-    """The processes of a side, each the leader of a group of its own. end() is always called."""
+    def run(self, command: Sequence[str], said: Path) -> int:
+        """Its exit code; into `said` goes what it says."""
+        with said.open("wb") as file:
+            with self._lock:
+                if self._has_ended:
+                    return -signal.SIGKILL
+                environment = os.environ | _paths()
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                )
+                self._running.add(process)
+            code = process.wait()
+        with self._lock:
+            self._running.discard(process)
+        return code
 
-    def __init__(self, side: SidePlan, out: Path) -> None:
-        self._side = side
-        self._processes: list[tuple[subprocess.Popen[bytes], Path]] = []
-        self._out = out
-
-    def start(self) -> None:
-        for number, process in enumerate(self._side.processes):
-            log_file = self._out / f"{self._side.name}_{number}.log"
-            with log_file.open("wb") as log:
-                environment = os.environ | process.env
-                arguments = shlex.split(process.command)
-                try:
-                    started = subprocess.Popen(
-                        arguments, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-                    )
-                except OSError as error:
-                    raise StartError(f"{self._side.name}: {arguments[0]}: {error}") from error
-            self._processes.append((started, log_file))
-
-    def wait_ready(self) -> float:
-        """Seconds until every url answered. Raises StartError."""
-        started_s = time.monotonic()
-        for url in (*self._side.behind, *self._side.urls):
-            while not _answers(url + self._side.ready):
-                self._check(time.monotonic() - started_s)
-                time.sleep(LOOK_S)
-        return time.monotonic() - started_s
-
-    def _check(self, waited_s: float) -> None:
-        for process, log_file in self._processes:
-            if process.poll() is not None:
-                raise StartError(f"{self._side.name}: ended with {process.returncode} before it served: {_tail(log_file)}")
-        if waited_s > self._side.start_limit_s:
-            tails = "; ".join(_tail(log_file) for _, log_file in self._processes)
-            raise StartError(f"{self._side.name}: does not serve after {waited_s:.0f} s: {tails}")
-
-    def end(self) -> None:
-        """SIGTERM to every group, last started first, and SIGKILL to what is left of it. Returns when all are gone."""
-        for process, _ in reversed(self._processes):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        end_s = time.monotonic() + END_S
-        for process, _ in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, end_s - time.monotonic()))
-            with contextlib.suppress(ProcessLookupError):  # the leader may be gone, and a child of it not
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
-
-
-def _tail(file: Path) -> str:
-    return file.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace").strip() or "(its log is empty)"
-
-
-@contextlib.contextmanager
-def served(sides: Sequence[SidePlan], out: Path) -> Iterator[tuple[list[SidePlan], list[str]]]:
-    """The sides that serve, and why the others do not; all started at once, all ended with the block."""
-    servers = [Servers(side, out) for side in sides]
-    ready, failures = list[SidePlan](), list[str]()
-    try:
-        for side, each in zip(sides, servers, strict=True):
-            with _noted(failures):
-                each.start()
-                ready.append(side)
-        with ThreadPoolExecutor() as threads:
-            waits = [(side, threads.submit(servers[sides.index(side)].wait_ready)) for side in ready]
-        ready = []
-        for side, wait in waits:
-            with _noted(failures):
-                _say(f"{side.name} serves after {wait.result():.0f} s")
-                ready.append(side)
-        yield ready, failures
-    finally:
-        with ThreadPoolExecutor() as threads:
-            list(threads.map(Servers.end, servers))
-
-
-@contextlib.contextmanager
-def _noted(failures: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except StartError as error:
-        failures.append(str(error))
-        _say(str(error))
+    def close(self) -> None:
+        with self._lock:
+            self._has_ended = True
+            for process in self._running:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_phase(asked: Asked, phase: PhasePlan) -> list[str]:
-    """What failed."""
+    """What failed. Results of the same sides that an earlier run has left are gone once it begins."""
+    limits = _limits_file(asked)
+    if asked.plan.limits_from in {side.name for side in phase.sides}:
+        limits.unlink(missing_ok=True)
+    elif not limits.exists():
+        return [f"{phase.name}: not run, there are no limits: {limits} is not there"]
+    for side in phase.sides:
+        for load in side.loads:
+            _result_file(asked.out, side, load).unlink(missing_ok=True)
     for command in phase.prepare:
         done = subprocess.run(shlex.split(command), cwd=ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
             return [f"{phase.name}: {command}: {(done.stdout + done.stderr).strip()[-LOG_TAIL_BYTES:]}"]
-    with served(phase.sides, asked.out) as (ready, failures):
-        limits = _limits_file(asked)
-        for side in ready:
-            if side.name == asked.plan.limits_from:
-                alone = LoadPlan(mix=asked.plan.limits_mix, rates="2", options=["--arrivals", "constant", "--duration-s", "2"])
-                failures += _load(asked, side, alone, limits, ())
-        with ThreadPoolExecutor() as threads:
-            for failed in threads.map(lambda side: _loads(asked, side), ready):
-                failures += failed
+    # Left from the last to the first: loads are killed before their threads are waited for, those before servers are ended.
+    with served(phase.sides, asked.out) as (ready, failures), ThreadPoolExecutor() as threads, contextlib.closing(Loads()) as loads:
+        for servers in ready:
+            if servers.side.name == asked.plan.limits_from:
+                failures += _load(
+                    loads, servers.side, asked.plan.limits_load, command_of(asked.plan, servers.side, asked.plan.limits_load, limits)
+                )
+        waits = [threads.submit(_loads, asked, servers, loads) for servers in ready]
+        for wait in waits:
+            failures += wait.result()
     return failures
 
 
@@ -167,35 +105,37 @@ def _limits_file(asked: Asked) -> Path:
     return asked.out / f"{asked.plan.limits_from}_unloaded.json"
 
 
-def _loads(asked: Asked, side: SidePlan) -> list[str]:
-    """One after the other."""
-    limits = ("--slo-from", str(_limits_file(asked)))
-    if not _limits_file(asked).exists():
-        return [f"{side.name}: there are no limits: {_limits_file(asked)} is not there"]
-    return [failed for load in side.loads for failed in _load(asked, side, load, asked.out / f"{side.name}_{load.name}.json", limits)]
+def _result_file(out: Path, side: SidePlan, load: LoadPlan) -> Path:
+    return out / f"{side.name}_{load.name}.json"
 
 
-def _load(asked: Asked, side: SidePlan, load: LoadPlan, out: Path, limits: Sequence[str]) -> list[str]:
+def _loads(asked: Asked, servers: Servers, loads: Loads) -> list[str]:
+    """One after the other, until a server of these ends: what it could not answer any more says nothing of the rates it bears."""
+    side, limits = servers.side, _limits_file(asked)
+    if not limits.exists():
+        return [f"{side.name}: not loaded, there are no limits: {limits} is not there"]
+    failures = list[str]()
+    for load in side.loads:
+        out = _result_file(asked.out, side, load)
+        failures += _load(loads, side, load, [*command_of(asked.plan, side, load, out), "--slo-from", str(limits)])
+        if told := servers.ended(f"while {load.mix} was asked"):
+            out.unlink(missing_ok=True)
+            return [*failures, told]
+    return failures
+
+
+def command_of(plan: Plan, side: SidePlan, load: LoadPlan, out: Path) -> list[str]:
+    """Of the load's process, but for the limits."""
     urls = [part for url in side.urls for part in ("--url", url)]
-    what = [
-        *urls,
-        "--gpus",
-        str(side.gpus),
-        "--label",
-        side.name,
-        "--mix",
-        load.mix,
-        "--rates",
-        load.rates,
-        "--out",
-        str(out),
-        "--no-plots",
-    ]
-    command = [sys.executable, "-m", "bench.serve.bench_serve", *what, *asked.plan.options, *limits, *load.options]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | _paths(), capture_output=True, text=True, check=False)
-    out.with_suffix(".txt").write_text(done.stdout + done.stderr)
-    _say(f"{side.name} {load.mix}: {'done' if not done.returncode else f'exit code {done.returncode}'}")
-    return [f"{side.name} {load.mix}: {(done.stdout + done.stderr).strip()[-LOG_TAIL_BYTES:]}"] if done.returncode else []
+    what = ["--gpus", str(side.gpus), "--label", side.name, "--mix", load.mix, "--rates", load.rates, "--no-plots"]
+    return [sys.executable, "-m", "bench.serve.bench_serve", *urls, *what, *plan.options, *load.options, "--out", str(out)]
+
+
+def _load(loads: Loads, side: SidePlan, load: LoadPlan, command: Sequence[str]) -> list[str]:
+    said = Path(command[command.index("--out") + 1]).with_suffix(".txt")
+    code = loads.run(command, said)
+    _say(f"{side.name} {load.mix}: {'done' if not code else f'exit code {code}'}")
+    return [f"{side.name} {load.mix}: {said.read_text(errors='replace').strip()[-LOG_TAIL_BYTES:]}"] if code else []
 
 
 def _paths() -> dict[str, str]:
@@ -204,34 +144,43 @@ def _paths() -> dict[str, str]:
 
 
 def verdict_of(plan: Plan, out: Path) -> dict[str, Any]:
-    """From the result files that are there: of each mix every side's best rate, and of ours that over the best peer's."""
+    """From the result files that are there: of each mix every side's best rate, and of ours that over the best peer's.
+
+    is_highest_tried: the best rate is the highest that was asked, so more may be in the side: over such a peer the ratio is at most that.
+    """
     told: dict[str, Any] = {}
     for side in plan.sides():
         for load in side.loads:
-            file = out / f"{side.name}_{load.name}.json"
-            if not file.exists():
-                continue
-            best = json.loads(file.read_text())["best"]
-            goodput = None if best is None else round(side.stand_for * best["goodput_per_s"], 4)
-            rate = None if best is None else side.stand_for * best["rate"]
-            row = {
-                "gpus": side.stand_for * side.gpus,
-                "measured_gpus": side.gpus,
-                "rate": rate,
-                "goodput_per_s": goodput,
-                "is_peer": side.is_peer,
-            }
-            row["rates_tried"] = [side.stand_for * point["rate"] for point in json.loads(file.read_text())["points"]]
-            told.setdefault(load.mix, {})[side.name] = row
+            file = _result_file(out, side, load)
+            if file.exists():
+                told.setdefault(load.mix, {})[side.name] = _row(side, json.loads(file.read_text()))
     for rows in told.values():
-        peers = [row for row in rows.values() if row["is_peer"]]
-        best_peer = max((row["goodput_per_s"] or 0.0 for row in peers), default=0.0)
-        lowest_failed = min((min(row["rates_tried"]) for row in peers if row["goodput_per_s"] is None), default=None)
+        peers = {name: row for name, row in rows.items() if row["is_peer"]}
+        best = max(peers, key=lambda name: peers[name]["goodput_per_s"] or 0.0, default=None)
+        best_per_s = 0.0 if best is None else peers[best]["goodput_per_s"] or 0.0
+        lowest_failed = min((min(row["rates_tried"]) for row in peers.values() if row["goodput_per_s"] is None), default=None)
         for row in rows.values():
             if not row["is_peer"]:
-                row["over_best_peer"] = round(row["goodput_per_s"] / best_peer, 3) if best_peer and row["goodput_per_s"] else None
+                row["best_peer"] = best if best_per_s else None
+                row["over_best_peer"] = round(row["goodput_per_s"] / best_per_s, 3) if best_per_s and row["goodput_per_s"] else None
                 row["lowest_rate_at_which_a_peer_failed"] = lowest_failed
     return told
+
+
+def _row(side: SidePlan, content: dict[str, Any]) -> dict[str, Any]:
+    best, tried = content["best"], [side.stand_for * point["rate"] for point in content["points"]]
+    rate = None if best is None else side.stand_for * best["rate"]
+    goodput = None if best is None else side.stand_for * best["goodput_per_s"]
+    return {
+        "gpus": side.stand_for * side.gpus,
+        "measured_gpus": side.gpus,
+        "rate": rate,
+        "is_highest_tried": rate == max(tried),
+        "goodput_per_s": None if goodput is None else round(goodput, 4),
+        "goodput_per_gpu_per_s": None if goodput is None or not side.gpus else round(goodput / side.stand_for / side.gpus, 4),
+        "is_peer": side.is_peer,
+        "rates_tried": tried,
+    }
 
 
 def report(plan: Plan, out: Path) -> None:
@@ -255,6 +204,7 @@ def parse(arguments: Sequence[str]) -> Asked:
     values = dict(each.partition("=")[::2] for each in options.set)
     try:
         plan = read_plan(options.plan, values | {"out": str(options.out.resolve())})
+        check_loads(plan)
     except PlanError as error:
         parser.error(str(error))
     only = tuple(name for name in options.only.split(",") if name)
@@ -264,12 +214,30 @@ def parse(arguments: Sequence[str]) -> Asked:
     return Asked(plan=plan, out=options.out.resolve(), only=only)
 
 
+def check_loads(plan: Plan) -> None:
+    """Raises PlanError where `duomo bench serve` would refuse a load: before servers are started for it."""
+    asked = [(f"load {load.mix} of {side.name}", side, load) for side in plan.sides() for load in side.loads]
+    limiting = next(side for side in plan.sides() if side.name == plan.limits_from)
+    for what, side, load in (("limits_mix and options", limiting, plan.limits_load), *asked):
+        arguments = command_of(plan, side, load, Path("checked.json"))[3:]
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            try:
+                serve_options.parse(arguments, None)
+            except SystemExit as error:
+                raise PlanError(f"{what}: {(said.getvalue().strip() or f'exit code {error.code}').splitlines()[-1]}") from error
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
 
 def main() -> int:
     asked = parse(sys.argv[1:])
+    signal.signal(signal.SIGTERM, _stop)  # as an interrupt does, it leaves the blocks that end what was started
     asked.out.mkdir(parents=True, exist_ok=True)
     failures = []
     for phase in asked.plan.phases:

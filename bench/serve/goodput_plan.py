@@ -72,6 +72,11 @@ class Plan(_Strict):
     limits_mix: str
     phases: list[PhasePlan] = Field(min_length=1)
 
+    @property
+    def limits_load(self) -> LoadPlan:
+        """Without what of `options` a load this short cannot have. What counts of it are the times alone, before it."""
+        return LoadPlan(mix=self.limits_mix, rates="2", options=["--arrivals", "constant", "--duration-s", "2", "--ramp-s", "0"])
+
     def sides(self) -> list[SidePlan]:
         return [side for phase in self.phases for side in phase.sides]
 
