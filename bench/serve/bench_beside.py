@@ -6,7 +6,7 @@
 
 Streams grow, and with them what each of their steps reads: a window with prompts is judged by the mean of the window before it and the one
 behind it. Of the prompts themselves: the time to the first token, from there to the second, and to each one more. Exit code 1 where a
-stream ended before the last window did, or the client was too late for the figures to be the server's.
+stream ended before the last window did, a prompt failed, or the client was too late for the figures to be the server's.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def conduct(asked: Asked) -> tuple[dict[str, Any], bool]:
     verdict = client_verdict(lag_s, {str(number): each.cpu_share for number, each in enumerate(played)})
     last_s = asked.end_s - asked.window_s
     short = {one.index: one.error for one in seen if one.index < asked.streams and (not one.event_s or one.event_s[-1] < last_s)}
-    windows = windows_of(seen, asked)
+    windows, prompts = windows_of(seen, asked), prompts_of(seen, asked)
     content = {
         "benchmark": "beside",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -155,10 +155,10 @@ def conduct(asked: Asked) -> tuple[dict[str, Any], bool]:
         "client": verdict.figures,
         "windows": [asdict(window) for window in windows],
         "itl_over_quiet": ratios_of(windows),
-        "prompts": prompts_of(seen, asked),
+        "prompts": prompts,
         "streams_that_ended_early": short,
     }
-    return content, verdict.passed is True and not short
+    return content, verdict.passed is True and not short and not prompts["failed"]
 
 
 def report(content: dict[str, Any]) -> str:

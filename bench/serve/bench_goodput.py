@@ -180,6 +180,9 @@ def _row(side: SidePlan, content: dict[str, Any]) -> dict[str, Any]:
         "goodput_per_gpu_per_s": None if goodput is None or not side.gpus else round(goodput / side.stand_for / side.gpus, 4),
         "is_peer": side.is_peer,
         "rates_tried": tried,
+        "limits": content["limits"],
+        "date": content["date"],
+        "commit": content["commit"],
     }
 
 

@@ -106,17 +106,18 @@ def read_plan(file: Path, values: Mapping[str, str]) -> Plan:
 
 
 def _filled(file: Path, plan: Plan, values: Mapping[str, str]) -> Plan:
-    """With every {name} replaced, in commands, environments and options."""
+    """With every {name} replaced, in commands (one word each, whatever it holds), environments and options."""
+    words = {name: shlex.quote(value) for name, value in values.items()}
 
-    def fill(text: str) -> str:
+    def fill(text: str, by: Mapping[str, str] = values) -> str:
         try:
-            return text.format_map(values)
+            return text.format_map(by)
         except (KeyError, ValueError, IndexError) as error:
             raise PlanError(f"{file}: {text!r}: {error} is none of values ({', '.join(sorted(values))})") from error
 
     def filled(side: SidePlan) -> SidePlan:
         processes = [
-            each.model_copy(update={"command": fill(each.command), "env": {name: fill(value) for name, value in each.env.items()}})
+            each.model_copy(update={"command": fill(each.command, words), "env": {name: fill(value) for name, value in each.env.items()}})
             for each in side.processes
         ]
         loads = [
@@ -125,7 +126,7 @@ def _filled(file: Path, plan: Plan, values: Mapping[str, str]) -> Plan:
         return side.model_copy(update={"processes": processes, "loads": loads})
 
     phases = [
-        phase.model_copy(update={"prepare": [fill(each) for each in phase.prepare], "sides": [filled(side) for side in phase.sides]})
+        phase.model_copy(update={"prepare": [fill(each, words) for each in phase.prepare], "sides": [filled(side) for side in phase.sides]})
         for phase in plan.phases
     ]
     for text in (

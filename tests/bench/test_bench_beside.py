@@ -97,3 +97,11 @@ def test_streams_that_end_before_the_last_window_make_no_result(
         assert bench_beside.main() == 1
     assert json.loads(out.read_text())["streams_that_ended_early"] == {"0": ""}
     assert "stream 0 ended early" in capsys.readouterr().out
+
+
+def test_prompts_that_fail_make_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--streams", "0", "--window-s", "0.5", "--pairs", "1", "--lead-s", "0.1", "--every-s", "0.25", "--prompt-tokens", "20"]
+    with serving(SmallServer(fails_every=1)) as url:
+        monkeypatch.setattr("sys.argv", ["beside", "--url", url, *asked, "--out", str(tmp_path / "beside.json")])
+        assert bench_beside.main() == 1
+    assert "failed: 2;" in capsys.readouterr().out

@@ -27,6 +27,9 @@ PYTHON = shlex.quote(sys.executable)
 TWO_CARDS = ROOT / "bench" / "serve" / "goodput_two_cards.toml"
 
 
+TOLD = {"limits": [], "date": "2026-11-23", "commit": "c"}
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -219,13 +222,13 @@ def test_a_side_is_judged_by_what_peers_failed_where_none_kept_the_share(tmp_pat
         plan_of(tmp_path, ("a", side("peer", "false", "http://x", "is_peer = true\nstand_for = 2") + side("ours", "false", "http://y"))), {}
     )
     for name, best in (("peer", None), ("ours", {"rate": 3.0, "goodput_per_s": 2.9})):
-        (tmp_path / f"{name}_20x6.json").write_text(json.dumps({"best": best, "points": [{"rate": 0.5}, {"rate": 1.0}]}))
+        (tmp_path / f"{name}_20x6.json").write_text(json.dumps({"best": best, "points": [{"rate": 0.5}, {"rate": 1.0}]} | TOLD))
     rows = verdict_of(plan, tmp_path)["20:6"]
     assert rows["peer"]["goodput_per_s"] is None and rows["peer"]["rates_tried"] == [1.0, 2.0]
     assert rows["ours"]["over_best_peer"] is None and rows["ours"]["lowest_rate_at_which_a_peer_failed"] == 1.0
     assert rows["ours"]["best_peer"] is None and (rows["peer"]["is_highest_tried"], rows["ours"]["is_highest_tried"]) == (False, False)
     (tmp_path / "peer_20x6.json").write_text(
-        json.dumps({"best": {"rate": 1.0, "goodput_per_s": 0.9}, "points": [{"rate": 0.5}, {"rate": 1.0}]})
+        json.dumps({"best": {"rate": 1.0, "goodput_per_s": 0.9}, "points": [{"rate": 0.5}, {"rate": 1.0}]} | TOLD)
     )
     rows = verdict_of(plan, tmp_path)["20:6"]
     assert rows["peer"]["is_highest_tried"] and (rows["ours"]["best_peer"], rows["ours"]["over_best_peer"]) == ("peer", 1.611)
@@ -273,6 +276,8 @@ def test_the_plan_of_two_cards_is_one_and_its_model_is_made(tmp_path: Path) -> N
     check_loads(plan)
     assert [one.name for one in plan.sides() if not one.is_peer] == ["colocated", "split"]
     pair = next(one for one in plan.sides() if one.name == "vllm_pair")
+    spaced = read_plan(TWO_CARDS, {"out": "/a folder"})
+    assert "/a folder/vllm_model" in shlex.split(spaced.sides()[0].processes[0].command)
     transfer = shlex.split(pair.processes[0].command)[-1]
     assert json.loads(transfer) == {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
     assert all(one.processes[0].env["PYTHONPATH"].startswith("/opt/vllm") for one in plan.sides() if one.is_peer)

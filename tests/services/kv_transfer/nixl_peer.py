@@ -44,7 +44,13 @@ def allocate_on(device: str) -> Allocate:
 
 
 def job_of(handle: Handle, span: MessageSpan, device: str, spoilt_byte: int | None = None) -> PushJob:
-    """The message; spoilt_byte: of its payload, which is another than was hashed."""
+    """The message, in the host's memory sealed by the agent itself; spoilt_byte: of all of it, which is another than was hashed."""
+    if not device and spoilt_byte is None:
+
+        def fill_payload(place: memoryview) -> None:
+            place[:] = content(handle.handle_id, span)
+
+        return PushJob(handle=handle, span=span, fill=fill_payload)
 
     def fill(place: Any) -> None:
         message = memoryview(bytearray(layout.message_bytes(span.num_bytes)))

@@ -147,6 +147,8 @@ def test_messages_that_come_after_their_handle_was_given_up_harm_nobody_and_the_
     assert handle.ring_name == ring.ring_name
     push(peer, handle)
     assert land(agent, peer, handle, len(spans)) == len(spans)
+    were_written = {peer.ask("result", handle_id=late.handle_id, message_idx=number, timeout_s=60) for number in range(4)}
+    assert were_written == {"done"}, "all that had slots, though their handle was given up"
     peer.ask("cancel", handle_id=late.handle_id, timeout_s=60)
     agent.fence(late.handle_id)
     counts = agent.counts()
