@@ -37,6 +37,7 @@ from bench.serve.handoff_sides import Consumer, Setting
 from bench.serve.handoff_table import table
 from bench.serve.host_facts import commit, cpu_name
 from duomo.config import TransferSection
+from duomo.engine.settle import GPU_PROGRESS_DELAY_US
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.transport_nixl_config import import_nixl
 
@@ -47,7 +48,10 @@ Row = dict[str, object]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is measured. net_devices: UCX_NET_DEVICES. require: kv_transfer.require_transport of the way `auto`."""
+    """What is measured. net_devices: UCX_NET_DEVICES. require: kv_transfer.require_transport of the way `auto`.
+
+    progress_delay_us: kv_transfer's.
+    """
 
     producer: Where
     consumer: Where
@@ -58,6 +62,7 @@ class Asked:
     repeats: int
     net_devices: str
     require: str
+    progress_delay_us: int
 
     @property
     def shape(self) -> Shape:
@@ -66,7 +71,8 @@ class Asked:
     def section(self, way: str) -> TransferSection:
         tls = ("tcp,self,cuda_copy" if self.consumer.is_cuda else "tcp,self") if way == "tcp" else ""
         required = "tcp" if way == "tcp" else self.require
-        return TransferSection.model_validate({"ucx_tls": tls, "ucx_net_devices": self.net_devices, "require_transport": required})
+        ucx = {"ucx_tls": tls, "ucx_net_devices": self.net_devices, "require_transport": required}
+        return TransferSection.model_validate(ucx | {"progress_delay_us": self.progress_delay_us})
 
     def setting(self, way: str, *, slot_mib: int = 1, in_flight: int = 1) -> Setting:
         section = self.section(way).model_copy(update={"slot_bytes": slot_mib * MIB})
@@ -240,6 +246,7 @@ def parse() -> tuple[Asked, Path | None]:
     parser.add_argument("--groups", type=positive, default=(1, 8), metavar="N,N", help="layer groups that a handoff is cut into")
     parser.add_argument("--ways", default="auto,tcp", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--require", default="", help="kv_transfer.require_transport of the way auto, such as cma or cuda_ipc")
+    parser.add_argument("--progress-delay-us", type=int, help="kv_transfer.progress_delay_us; left out: what serves on such a device")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--net-devices", default=os.environ.get("UCX_NET_DEVICES", "lo"), help="UCX_NET_DEVICES")
     parser.add_argument("--out", type=Path, help="a result file; the plot lies beside it")
@@ -260,10 +267,16 @@ def parse() -> tuple[Asked, Path | None]:
         repeats=options.repeats,
         net_devices=options.net_devices,
         require=options.require,
+        progress_delay_us=served_delay_us(options.device) if options.progress_delay_us is None else options.progress_delay_us,
     )
     if max(asked.groups) > asked.shape.spec.num_layers or asked.repeats < 1:
         parser.error(f"--groups up to {asked.shape.spec.num_layers} (the layers handed over), --repeats at least 1")
     return asked, options.out
+
+
+def served_delay_us(device: str) -> int:
+    """Of a service that is told nothing of it."""
+    return GPU_PROGRESS_DELAY_US if device == "cuda" else TransferSection().progress_delay_us
 
 
 def numbers(text: str) -> tuple[int, ...]:
