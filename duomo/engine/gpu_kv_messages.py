@@ -8,7 +8,7 @@ A message is what kv_hash_pack.py says, or kv_fp8_pack.py: payload, padding, tra
 In the device's memory (a tensor of bytes) a message is read and written where it lies. One in the host's (a memoryview) crosses a buffer on
 the device: host memory that is page-locked is copied from and to without the processor; other memory works too, and then a copy holds its
 caller up.
-Whoever asks for a pack has seen the blocks computed: nothing on any stream writes them any more.
+Whoever asks for a pack has seen the blocks computed, so that nothing on any stream writes them any more, or names the event behind it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,12 @@ class GpuKvPacker:
         if is_cuda:
             torch.cuda.synchronize(cache.device)  # the scratch was zeroed on the caller's stream
 
-    def launch(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> PackingMessage | None:
+    def launch(
+        self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor, after: torch.cuda.Event | None = None
+    ) -> PackingMessage | None:
         """Queue the whole message, trailer included, into `out`, which is exactly as long and stays. None: it lies there already.
 
+        after: recorded behind what writes the blocks, with timing. The device waits for it, and every later message behind this one.
         Takes the calling thread for its own: that thread's current stream is the packer's afterwards.
         """
         if self._stream is None:
@@ -61,10 +64,12 @@ class GpuKvPacker:
             self._thread = threading.get_ident()
             torch.cuda.set_device(self._buffer.device)
             torch.cuda.set_stream(self._stream)
+        if after is not None:
+            self._stream.wait_event(after)
         self._queue(layers, blocks, seal, out)
         mark = self._marks.pop() if self._marks else _Mark(self._buffer.device)
         mark.set()
-        return PackingMessage(mark, self._marks)
+        return PackingMessage(mark, self._marks, after)
 
     def pack(self, layers: range, blocks: Sequence[int], seal: Seal, out: memoryview | Tensor) -> None:
         """As launch(), in a thread that goes on with its own stream; returns when it is there."""
@@ -83,19 +88,25 @@ class GpuKvPacker:
 
 
 class PackingMessage:
-    """A message under way out of its blocks. wait() is called once."""
+    """A message under way out of its blocks. wait() is called once. after: what the device waits for before it packs."""
 
-    def __init__(self, mark: _Mark, marks: list[_Mark]) -> None:
+    def __init__(self, mark: _Mark, marks: list[_Mark], after: torch.cuda.Event | None) -> None:
         self._mark = mark
         self._marks = marks
+        self._after = after
 
     def is_over(self) -> bool:
         return self._mark.is_over()
 
-    def wait(self) -> None:
-        """Gives the interpreter away, and not the core: waking up may take as long as the packing."""
+    def wait(self) -> float | None:
+        """Gives the interpreter away, and not the core: waking up may take as long as the packing. Until that begins also the core, where
+        `after` blocks. Seconds that the device has packed for behind `after`."""
+        if self._after is not None:
+            self._after.synchronize()
         self._mark.wait()
+        took_s = None if self._after is None else self._mark.since_s(self._after)
         self._marks.append(self._mark)
+        return took_s
 
 
 class GpuKvLander:
@@ -156,7 +167,7 @@ class _Mark:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._calls = held_calls()
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch ships no types for it
+        self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch ships no types for it
         self._event.record()  # torch makes an event when it is recorded first
         self._handle: int = self._event.cuda_event
 
@@ -168,6 +179,10 @@ class _Mark:
 
     def wait(self) -> None:
         self._event.synchronize()
+
+    def since_s(self, earlier: torch.cuda.Event) -> float:
+        """Seconds by the device's clock, both being over."""
+        return float(earlier.elapsed_time(self._event)) / 1000
 
 
 class _MessageBuffer:

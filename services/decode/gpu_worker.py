@@ -11,6 +11,7 @@ Copies, steps and prefill's groups are queued by one thread on one stream, in th
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from duomo.wire.values import Sampling
 from services.decode.gpu_lander import GpuLander
 from services.decode.landers import Lander
 from services.decode.worker import StepInput, StepOutput
+
+LOOKING_SWITCH_INTERVAL_S = 0.0001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +80,7 @@ class GpuDecodeWorker:
         self._compilations = engine.compilations
         self._step_delay_s = step_delay_s
         self._kv_dtype = kv_dtype
+        self._is_alone = engine.prefill_part is None
         self._under_way: _Launched | None = None
         self._last_rows: tuple[RowSampling, ...] = ()
 
@@ -94,7 +98,10 @@ class GpuDecodeWorker:
         return {"kernel_compilations_after_ready": self._compilations.num_after_ready}
 
     def warm(self) -> None:
-        """Nothing is left to do."""
+        """Nothing is left to do, but that a step thread that looks for messages, and gives the interpreter away at each look, has it back
+        at once."""
+        if self._is_alone:
+            sys.setswitchinterval(LOOKING_SWITCH_INTERVAL_S)
 
     def run(self, step: StepInput) -> StepOutput | None:
         before, self._under_way = self._under_way, self._launch(step)

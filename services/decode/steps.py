@@ -90,6 +90,8 @@ class StepLoop:
         self._awake = asyncio.Event()
         self._out: deque[PlannedStep] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._watching: asyncio.Future[tuple[LandedMessage, ...]] | None = None
+        self._has_news = False  # for the step thread, that it need not watch any longer
         self.failure: EngineError | None = None  # why no step runs any more
 
     async def start(self) -> None:
@@ -107,6 +109,7 @@ class StepLoop:
 
     def wake(self) -> None:
         """Something changed that the loop may be sleeping on."""
+        self._has_news = True
         self._awake.set()
 
     async def _guard(self) -> None:
@@ -141,12 +144,16 @@ class StepLoop:
                 continue
             self._progress.idle()
             self._landings.tell_arrived()
+            if self._watching is not None:  # woken by what gave nothing to compute
+                await asyncio.wait((self._watching,))
+                self._end_watch()
+                continue
             if not self._host.is_landing():
                 self._host.rested()
                 await self._awake.wait()
                 continue
             if self._arrivals.is_polled and self._joins_soon():
-                await self._take_landed(self._watch)
+                await self._watch_or_wake()
             elif not await self._take_landed(partial(self._arrivals.land, waits=True)):
                 await asyncio.sleep(LAND_PERIOD_S)
 
@@ -160,6 +167,22 @@ class StepLoop:
             self._host.landed(landed, time.monotonic())
         return bool(landed)
 
+    async def _watch_or_wake(self) -> None:
+        """Until the step thread has seen something land, or something else happened: what that lets begin is planned while the thread ends
+        its look, and begins behind it."""
+        self._has_news = self._awake.is_set()
+        self._watching = self._thread.run("step", self._watch)
+        self._watching.add_done_callback(lambda _: self._awake.set())
+        await self._awake.wait()
+        if self._watching.done():
+            self._end_watch()
+
+    def _end_watch(self) -> None:
+        """What it saw land. It is over, as everything is that the step thread was given before what it has answered."""
+        watching, self._watching = self._watching, None
+        if watching is not None and (landed := watching.result()):
+            self._host.landed(landed, time.monotonic())
+
     async def _take_turn(self, step: PlannedStep) -> None:
         """Run the step, or where it is empty wait for what is out; apply the oldest that is over."""
         if not step.is_empty:
@@ -167,6 +190,7 @@ class StepLoop:
         self._progress.pending()
         watches = self._arrivals.is_polled and self._host.is_landing()
         landed, output = await self._thread.run("step", self._turn, None if step.is_empty else step.work, watches=watches)
+        self._end_watch()
         if landed:
             self._host.landed(landed, time.monotonic())
         if output is None:
@@ -191,6 +215,6 @@ class StepLoop:
         """In the step thread, with no step under way: what lands, as soon as it does; () where something else happens before, or nothing
         for some time."""
         end_s = time.monotonic() + LONGEST_WATCH_S
-        while not (landed := self._arrivals.land(waits=True)) and not self._awake.is_set() and time.monotonic() < end_s:
+        while not (landed := self._arrivals.land(waits=True)) and not self._has_news and time.monotonic() < end_s:
             time.sleep(LOOK_PERIOD_S)
         return landed

@@ -11,6 +11,7 @@ from duomo.errors import TransferError
 from duomo.wire.values import Handle
 from services.kv_transfer import layout
 from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.memory import Memory
 from services.kv_transfer.transport import WriteReport
 
 
@@ -20,8 +21,8 @@ class Filling(Protocol):
     def is_over(self) -> bool:
         """Whether all of it is written. Cheap."""
 
-    def wait(self) -> None:
-        """Return when it is over. Gives the interpreter away."""
+    def wait(self) -> float | None:
+        """Return when it is over. Gives the interpreter away. Seconds that the writing took, where it had to wait for what it reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +69,22 @@ class PendingPush:
     def target(self) -> tuple[str, int]:
         """The slot that it goes to."""
         return self.job.handle.ring_name, layout.slot_of(self.job.handle.slots, self.job.span.message_idx)
+
+
+@dataclass(slots=True, eq=False)
+class Packing:
+    """A message in its send slot; filling None: it is whole. started_s: when it was begun, or what it reads was there."""
+
+    pending: PendingPush
+    send_slot: Memory
+    started_s: float
+    filling: Filling | None
+
+    def wait(self, now_s: Callable[[], float]) -> None:
+        """Until it is whole."""
+        took_s = self.filling.wait() if self.filling is not None else None
+        if took_s is not None:
+            self.started_s = max(self.started_s, now_s() - took_s)
 
 
 class GivenUpError(Exception):

@@ -19,7 +19,7 @@ from duomo.wire.messages import RingOffered
 from services.kv_transfer import layout, policy, writing
 from services.kv_transfer.host_packing import HostPacker
 from services.kv_transfer.memory import Allocate, Memory, Place
-from services.kv_transfer.push_job import Filling, PendingPush, PushJob, PushResult, cancelled, pack_failed
+from services.kv_transfer.push_job import Packing, PendingPush, PushJob, PushResult, cancelled, pack_failed
 from services.kv_transfer.send_slots import SendSlots
 from services.kv_transfer.timely import timely
 from services.kv_transfer.transport import Span, Transport, Write, WriteState
@@ -28,16 +28,6 @@ from services.kv_transfer.writing import Verdict
 _MAX_IDLE_HANDLES = 4096  # a live one that is forgotten between two messages would lose its credits: more than are ever open at once
 _MAX_CLOSED_HANDLES = 4096
 _LATE_POLL_S = 0.01
-
-
-@dataclass(slots=True, eq=False)
-class _Packing:
-    """A message in its send slot; filling None: it is whole."""
-
-    pending: PendingPush
-    send_slot: Memory
-    started_s: float
-    filling: Filling | None
 
 
 @dataclass(slots=True, eq=False)
@@ -75,7 +65,7 @@ class Pusher:
         self._pending: list[PendingPush] = []
         self._sending: PendingPush | None = None
         self._sending_slot: Memory | None = None
-        self._packing: list[_Packing] = []
+        self._packing: list[Packing] = []
         self._in_flight: list[_InFlight] = []
         self._packer = HostPacker()
         self._slots = SendSlots(transport, allocate, num_send_slots)
@@ -234,7 +224,7 @@ class Pusher:
         newest_s = max(flight.posted_s for flight in self._in_flight)
         return policy.poll_delay_s(self._now_s() - newest_s, is_seen_there=self._slots.is_on_host)
 
-    def _take_packed(self) -> _Packing | None:
+    def _take_packed(self) -> Packing | None:
         """The first message in its send slot: when it is whole, or there is nothing to begin or to look at but to wait for it."""
         if not self._packing:
             return None
@@ -268,17 +258,16 @@ class Pusher:
         except Exception as error:  # a caller's code: its fault becomes this message's typed failure, and the writer lives on
             self._abandon(pending, send_slot, pack_failed(pending, error))
             return
-        self._packing.append(_Packing(pending, send_slot, started_s, filling))
+        self._packing.append(Packing(pending, send_slot, started_s, filling))
 
-    def _send(self, packed: _Packing) -> None:
+    def _send(self, packed: Packing) -> None:
         """Wait until it is whole, and for the pace, and post it. In the writer thread without the lock, but for the decision to post."""
         pending, send_slot = packed.pending, packed.send_slot
         self._sending_slot = send_slot
         job, span, handle_id = pending.job, pending.job.span, pending.job.handle.handle_id
         num_bytes = layout.message_bytes(span.num_bytes)
         try:
-            if packed.filling is not None:
-                packed.filling.wait()
+            packed.wait(self._now_s)
         except Exception as error:  # the device's fault, as a caller's above
             self._abandon(pending, send_slot, pack_failed(pending, error))
             return

@@ -44,7 +44,7 @@ WRITER_SWITCH_INTERVAL_S = 0.0001
 class GpuPrefillWorker:
     """One rank over an engine that decode may share. delays: slept on purpose, for tests (config.DelaySection)."""
 
-    seals_messages = True
+    seals_messages = packs_ahead = True
     score_rows = SCORE_ROWS
 
     def __init__(self, engine: GpuEngine, sizes: WorkerSizes, delays: DelaySection | None = None) -> None:
@@ -125,14 +125,23 @@ class GpuPrefillWorker:
     def use_of(self, computation: Computation) -> Pending[ExpertUse]:
         return _state(computation)[1].fetch_use()
 
-    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview | torch.Tensor) -> Filling | None:
-        """The whole message, hashed on the device, on a stream of its own; what it reads is over."""
+    def pack(
+        self,
+        handle_id: int,
+        span: MessageSpan,
+        blocks: Sequence[int],
+        out: memoryview | torch.Tensor,
+        after: Pending[float] | None = None,
+    ) -> Filling | None:
+        """The whole message, hashed on the device, on a stream of its own, which waits for the end of what writes its blocks."""
         if self._message_delay_s:
             time.sleep(self._message_delay_s)
         assert self._packer is not None, "an engine that decode shares pushes nothing"
         start = trailer_start(handle_id, span)
         seal = Seal(handle_id=handle_id, group=span.group, message_idx=span.message_idx, start=start)
-        return self._packer.launch(span.layers, blocks[span.block_lo : span.block_hi], seal, out)
+        assert after is None or isinstance(after, _Stopwatch), after
+        end = None if after is None else after.end
+        return self._packer.launch(span.layers, blocks[span.block_lo : span.block_hi], seal, out, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,28 +176,31 @@ class _PendingOutputs:
 
 
 class _Stopwatch:
-    """From here to stop(), by the device's clock: a decode step still under way does not count, nor one launched behind."""
+    """From here to stop(), by the device's clock: a decode step still under way does not count, nor one launched behind.
+
+    end: the event at stop(); None without a device.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._is_on_device = device.type == "cuda"
         self._began_s = time.monotonic()
         self._ended_s = self._began_s
-        if self._is_on_device:
-            self._begin, self._end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch ships no types for it
+        self.end: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._begin, self.end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch ships no types for it
             self._begin.record()
 
     def stop(self) -> None:
         """Behind all that was launched."""
         self._ended_s = time.monotonic()
-        if self._is_on_device:
-            self._end.record()
+        if self.end is not None:
+            self.end.record()
 
     def wait(self) -> float:
         """Seconds. Gives the core away while it waits, as Event.synchronize does where the event blocks; in any thread."""
-        if not self._is_on_device:
+        if self.end is None:
             return self._ended_s - self._began_s
-        self._end.synchronize()
-        return float(self._begin.elapsed_time(self._end)) / 1000
+        self.end.synchronize()
+        return float(self._begin.elapsed_time(self.end)) / 1000
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Protocol
 from duomo.wire.messages import GroupLanded, HandleOffered, PullKv
 from duomo.wire.values import Handle
 from services.prefill.leg import Leg
+from services.prefill.pending import Pending
 
 
 class Handoffs(Protocol):
@@ -28,6 +29,9 @@ class Handoffs(Protocol):
 
     def refuse(self, offer: HandleOffered) -> None:
         """A grant that nobody wants any more: nothing was or will be written."""
+
+    def group_launched(self, leg: Leg, group: int, computed: Pending[float]) -> None:
+        """A device computes the group, up to `computed`; group_computed() follows."""
 
     def group_computed(self, leg: Leg, group: int) -> None:
         """The KV of a layer group is in the leg's blocks."""

@@ -35,12 +35,16 @@ class Stage(StrEnum):
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Handoff:
-    """A granted handle and its messages. unlanded: messages that D has not released; num_in_flight: pushes that are not terminal."""
+    """A granted handle and its messages. unlanded: messages that D has not released; num_in_flight: pushes that are not terminal.
+
+    begun: groups whose messages the writer was given before they were computed.
+    """
 
     handle: Handle
     spans: tuple[MessageSpan, ...]
     unlanded: set[int]
     pushed: set[int] = field(default_factory=set)
+    begun: set[int] = field(default_factory=set)
     pulls: list[PullKv] = field(default_factory=list)
     num_in_flight: int = 0
     is_abandoned: bool = False

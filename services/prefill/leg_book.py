@@ -33,6 +33,7 @@ from services.prefill.handoff import Handoffs
 from services.prefill.leg import Leg, Stage
 from services.prefill.leg_messages import announcement_of, cancel_of, done_of, failed_of, finished_of, scored_of
 from services.prefill.loan_handoffs import LoanHandoffs
+from services.prefill.pending import Pending
 from services.prefill.prompt_blocks import LentTables, PromptBlocks, TableSource
 from services.prefill.ring_handoffs import RingHandoffs
 from services.prefill.snapshot import Key, Limits
@@ -208,6 +209,11 @@ class LegBook:
         """See WaveEvents."""
         return self.handoffs.sends
 
+    def group_launched(self, legs: Sequence[Leg], group: int, computed: Pending[float]) -> None:
+        """See WaveEvents."""
+        for leg in legs:
+            self.handoffs.group_launched(leg, group, computed)
+
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
         """See WaveEvents."""
         for leg in legs:
@@ -223,7 +229,8 @@ class LegBook:
         _post(leg.gateway, scored_of(leg, scores, time.monotonic()))
 
     def wave_computed(self, legs: Sequence[Leg], outputs: Sequence[WaveOutput]) -> None:
-        """First tokens go out before anything else, in one frame for each gateway."""
+        """First tokens go out before anything else, in one frame for each gateway; but of a prompt alone decode is told before the gateway:
+        its step waits for that, and the client's token for one message."""
         frames: dict[Connection, list[EmittedToken]] = {}
         decided = []
         for leg, output in zip(legs, outputs, strict=True):
@@ -233,14 +240,14 @@ class LegBook:
             first = first_tokens.decide(leg.request, chosen, leg.cancelled_choices, self._worker.config.eos_ids, timings)
             frames.setdefault(leg.gateway, []).extend(first.emitted)
             decided.append(first)
+        if len(legs) == 1:
+            self._tell_decode(legs, outputs, decided)
         for gateway, tokens in frames.items():
             if tokens:
                 _post(gateway, TokensEmitted(tokens=tuple(tokens)))
                 gateway.flush()
-        for leg, output, first in zip(legs, outputs, decided, strict=True):
-            self._prefill_done(leg, output, first)
-        for boot_id in {leg.request.decode.boot_id for leg in legs}:
-            self.peers.flush(boot_id)
+        if len(legs) > 1:
+            self._tell_decode(legs, outputs, decided)
         for output in outputs:
             self.experts.add(output.expert_counts)
         for leg in legs:  # last: a span that ends may be written to a disk
@@ -308,9 +315,12 @@ class LegBook:
             return error
         return None
 
-    def _prefill_done(self, leg: Leg, output: WaveOutput, first: first_tokens.FirstTokens) -> None:
-        leg.has_only_ended_choices = len(first.ended_choices) == len(leg.request.choices)
-        self.peers.post(leg.request.decode.boot_id, done_of(leg, output, first, time.monotonic()))
+    def _tell_decode(self, legs: Sequence[Leg], outputs: Sequence[WaveOutput], decided: Sequence[first_tokens.FirstTokens]) -> None:
+        for leg, output, first in zip(legs, outputs, decided, strict=True):
+            leg.has_only_ended_choices = len(first.ended_choices) == len(leg.request.choices)
+            self.peers.post(leg.request.decode.boot_id, done_of(leg, output, first, time.monotonic()))
+        for boot_id in {leg.request.decode.boot_id for leg in legs}:
+            self.peers.flush(boot_id)
 
     def _peer_changed(self, boot_id: str) -> None:
         for leg in self.waves.waiting.values():

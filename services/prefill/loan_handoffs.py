@@ -7,6 +7,7 @@ from duomo.wire.messages import GroupLanded, HandleOffered, PullKv
 from duomo.wire.values import Handle
 from services.kv_transfer.loans import BlockLoans
 from services.prefill.leg import Handoff, Leg
+from services.prefill.pending import Pending
 
 
 class LoanHandoffs:
@@ -34,6 +35,9 @@ class LoanHandoffs:
 
     def refuse(self, offer: HandleOffered) -> None:
         """Nothing to do: decode holds the blocks, and ends the loan with its leg."""
+
+    def group_launched(self, leg: Leg, group: int, computed: Pending[float]) -> None:
+        """Nothing to do."""
 
     def group_computed(self, leg: Leg, group: int) -> None:
         """Nothing to do: decode reads the same blocks."""

@@ -23,6 +23,7 @@ from services.kv_transfer.layout import MessageSpan
 from services.prefill.decode_peers import DecodePeers
 from services.prefill.group_push import GroupPush
 from services.prefill.leg import Handoff, Leg
+from services.prefill.pending import Pending
 from services.prefill.worker import WaveWorker
 
 
@@ -78,14 +79,17 @@ class RingHandoffs:
         fenced: Future[None] = self._agent.cancel(offer.handle.handle_id)
         fenced.add_done_callback(lambda _: _call_soon(loop, self._fence, offer.handle, offer.traceparent))
 
+    def group_launched(self, leg: Leg, group: int, computed: Pending[float]) -> None:
+        """Push already what the device will pack as soon as the group ends, without a word from the host."""
+        if self._worker.packs_ahead:
+            handoff = self._push_group(leg, group, computed)
+            handoff.begun.add(group)
+
     def group_computed(self, leg: Leg, group: int) -> None:
         """Push every message of a computed group. The writer thread packs and writes while the next group computes."""
-        handoff = leg.handoff
-        assert handoff is not None and not handoff.is_abandoned
-        spans = [span for span in handoff.spans if span.group == group]
-        push = GroupPush(group=group, num_left=len(spans))
-        for span in spans:
-            self._push(leg, handoff, span, push)
+        assert leg.handoff is not None
+        if group not in leg.handoff.begun:
+            self._push_group(leg, group, None)
 
     def landed(self, message: GroupLanded) -> None:
         """D released a message: its slot is a credit again, and the message is no longer leased."""
@@ -120,11 +124,22 @@ class RingHandoffs:
         fenced: Future[None] = self._agent.cancel(handle_id)
         fenced.add_done_callback(lambda _: _call_soon(loop, self._fenced, leg, handoff))
 
-    def _push(self, leg: Leg, handoff: Handoff, span: MessageSpan, push: GroupPush) -> None:
-        """push: what it is one of."""
+    def _push_group(self, leg: Leg, group: int, computed: Pending[float] | None) -> Handoff:
+        handoff = leg.handoff
+        assert handoff is not None and not handoff.is_abandoned
+        spans = [span for span in handoff.spans if span.group == group]
+        push = GroupPush(group=group, num_left=len(spans))
+        for span in spans:
+            self._push(leg, handoff, span, push, computed)
+        return handoff
+
+    def _push(self, leg: Leg, handoff: Handoff, span: MessageSpan, push: GroupPush, computed: Pending[float] | None = None) -> None:
+        """push: what it is one of. computed: what its packing has to wait for."""
         loop = asyncio.get_running_loop()
         handoff.num_in_flight += 1
         fill = functools.partial(self._worker.pack, handoff.handle.handle_id, span, leg.blocks)
+        if computed is not None:
+            fill = functools.partial(fill, after=computed)
         job = PushJob(handle=handoff.handle, span=span, fill=fill, is_sealed=self._worker.seals_messages)
         pushed: Future[PushResult] = self._agent.push(job)
         pushed.add_done_callback(lambda done: _call_soon(loop, self._pushed, leg, handoff, span, push, done))

@@ -47,6 +47,9 @@ class WaveEvents(Protocol):
     def hears_groups(self) -> bool:
         """Whether group_computed has anything to do before its piece is over."""
 
+    def group_launched(self, legs: Sequence[Leg], group: int, computed: Pending[float]) -> None:
+        """A device computes all rows of a layer group, up to `computed`. group_computed follows, unless the wave fails."""
+
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
         """All rows of a layer group are computed. Of a piece with several groups one after the other, in order, each as soon as that is
         known: of a device's wave the last one before its first tokens are sampled, of a wave that was over at once after wave_computed."""
@@ -249,6 +252,11 @@ class WaveLoop:
         if launched.is_over:
             return launched.wait(lambda _: self._progress.moved())
         loop, running = asyncio.get_running_loop(), self._running
+        if running is not None:
+            live = [leg for leg in running.wave.legs if not leg.is_over]
+            for computed, group in zip(launched.seconds, launched.ends, strict=True):
+                if group is not None:
+                    self._events.group_launched(live, group, computed)
 
         def moved(group: int | None) -> None:
             self._progress.moved()

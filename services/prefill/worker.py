@@ -105,11 +105,13 @@ class WaveWorker(Protocol):
     """One rank that prefills. All but config, group_bounds, num_groups, block_bytes, check, counters and pack is called in the
     step thread.
 
-    seals_messages: pack() writes whole messages, padding and trailer included, not the payload alone. score_rows: see score().
+    seals_messages: pack() writes whole messages, padding and trailer included, not the payload alone. packs_ahead: pack() may be called
+    for a group that is launched and not over. score_rows: see score().
     """
 
     group_bounds: tuple[int, ...]
     seals_messages: bool
+    packs_ahead: bool
     score_rows: int
 
     @property
@@ -149,9 +151,11 @@ class WaveWorker(Protocol):
     def use_of(self, computation: Computation) -> Pending[ExpertUse]:
         """What the pieces run so far have routed and read, of a wave that is not run on."""
 
-    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> Filling | None:
-        """A message of the handle into `out`, from the blocks of a prompt's whole table; its groups are over. In a thread of the agent,
-        while the step thread computes other layers and other waves. A Filling: by and by."""
+    def pack(
+        self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview, after: Pending[float] | None = None
+    ) -> Filling | None:
+        """A message of the handle into `out`, from the blocks of a prompt's whole table; its group is over, or where packs_ahead ends with
+        `after`. In a thread of the agent, while the step thread computes other layers and other waves. A Filling: by and by."""
 
 
 def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int, ...]:
@@ -166,7 +170,7 @@ def group_bounds(num_layers: int, units: int, units_per_group: int) -> tuple[int
 class PrefillWorker:
     """One rank. delays: slept on purpose, for tests (config.DelaySection). cache: shared with decode; None: one of sizes.num_blocks."""
 
-    seals_messages = False
+    seals_messages = packs_ahead = False
     score_rows = SCORE_ROWS
 
     def __init__(self, model: Model, sizes: WorkerSizes, delays: DelaySection | None = None, cache: KvCache | None = None) -> None:
@@ -252,8 +256,9 @@ class PrefillWorker:
     def use_of(self, computation: Computation) -> Over[ExpertUse]:
         return Over(computation.state.expert_use())
 
-    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview, after: Pending[float] | None = None) -> None:
         """The payload; the agent seals it."""
+        assert after is None, "only a device waits by itself"
         if self._message_delay_s:
             time.sleep(self._message_delay_s)
         num_bytes = self._messages.pack(span.layers, blocks[span.block_lo : span.block_hi], out, span.heads)

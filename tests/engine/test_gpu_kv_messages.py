@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -24,6 +26,38 @@ HANDLE_ID = (1 << 62) + 99
 KV_DTYPES: tuple[KvDtype, ...] = ("model", "fp8_e4m3")
 # (layers, blocks): one, several of several layers in no order, all
 MESSAGES = [(range(1, 2), [4]), (range(0, 2), [5, 0, 3]), (range(0, 3), [6, 2, 4, 0, 1])]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter has no streams")
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_a_message_launched_ahead_is_packed_behind_what_writes_its_blocks(kv_dtype: KvDtype) -> None:
+    """By the device alone: the writing has not begun when the message is launched."""
+    device, cache = torch.device("cuda"), filled()
+    made = on_gpu(cache, device)
+    made.tensor.zero_()
+    packer, words = GpuKvPacker(made, kv_dtype), cache.tensor.pin_memory()
+    layers, blocks = MESSAGES[2]
+    span = span_of(layers, blocks, kv_dtype)
+    began, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+    began.record()
+    torch.cuda._sleep(200_000_000)  # cycles: some 0.1 s
+    made.tensor.copy_(words, non_blocking=True)
+    end.record()
+    out, told = torch.zeros(layout.message_bytes(span.num_bytes), dtype=torch.uint8, device=device), list[tuple[bool, float | None]]()
+
+    def write() -> None:
+        packing = packer.launch(layers, blocks, seal_of(span), out, end)
+        assert packing is not None
+        told.append((packing.is_over(), packing.wait()))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    ((was_over, took_s),) = told
+    assert not was_over and took_s is not None
+    assert 0 < took_s < began.elapsed_time(end) / 1000, "its own time, not that of what it waited for"
+    assert bytes(out.cpu().numpy()) == bytes(of_cpu(cache, span, blocks, kv_dtype))
 
 
 @pytest.fixture

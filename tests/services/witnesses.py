@@ -23,6 +23,7 @@ from services.kv_transfer.faults import Fault, FaultPlan
 from services.kv_transfer.layout import MessageSpan
 from services.kv_transfer.memory import Region
 from services.kv_transfer.transport import Span, Transport, Write, WriteReport, WriteState
+from services.prefill.pending import Pending
 from services.prefill.worker import PrefillWorker
 
 Key = tuple[int, int]  # (handle id, message index)
@@ -95,8 +96,8 @@ class WitnessedWorker(PrefillWorker):
 
     witness: Witness
 
-    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
-        super().pack(handle_id, span, blocks, out)
+    def pack(self, handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview, after: Pending[float] | None = None) -> None:
+        super().pack(handle_id, span, blocks, out, after)
         self.witness.packed((handle_id, span.message_idx), out)
 
 

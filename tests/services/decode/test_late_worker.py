@@ -14,7 +14,12 @@ import pytest
 from duomo.config import DuomoConfig
 from duomo.engine.kv_cache import KvCache, kv_spec
 from duomo.errors import EngineError, RequestError
+from duomo.wire.messages import GroupLanded
 from duomo.wire.values import Sampling
+from services.decode.arrivals import LandedMessage
+from services.decode.batch import Batch
+from services.decode.leg import Leg
+from services.decode.steps import StepLoop
 from services.decode.worker import StepInput, StepOutput, StepWorker
 from services.kv_transfer.layout import MessageSpan
 from services.prefill.worker import PrefillWorker, WorkerSizes
@@ -226,6 +231,52 @@ def test_what_lands_while_a_step_runs_is_taken_in_before_the_step_is_over(tmp_pa
             await rig.gateway.finished("joins")
             assert [computed.first_token_ids[0], *rig.gateway.answers["joins"].ids()] == expected(joins.prompt_ids, joins.sampling)
             rig.gateway.cancel("long")
+            await rig.at_rest()
+
+    asyncio.run(go())
+
+
+def test_a_leg_that_can_begin_is_planned_before_the_step_thread_has_ended_its_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last message may be there before prefill says that it is done: the loop does not wait for the thread's word that nothing came."""
+    holds, is_held, released, planned = threading.Event(), threading.Event(), threading.Event(), list[bool]()
+    watch, join = StepLoop._watch, Batch.join
+
+    def held_watch(self: StepLoop) -> tuple[LandedMessage, ...]:
+        landed = watch(self)
+        if holds.is_set():
+            is_held.set()
+            assert released.wait(30)
+        return landed
+
+    def seen_join(self: Batch, leg: Leg) -> None:
+        planned.append(is_held.is_set() and not released.is_set())
+        join(self, leg)
+
+    monkeypatch.setattr(StepLoop, "_watch", held_watch)
+    monkeypatch.setattr(Batch, "join", seen_join)
+    monkeypatch.setattr("services.decode.handoff.JOIN_WITHIN_S", 60.0)  # however slow this machine is
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            one = Prompt("one", 0, ids(40, 7), with_max(GREEDY, 6))
+            rig.gateway.start(one, rig.prefill)
+            rig.prefill.announce(one)
+            handle = await rig.prefill.granted(one)
+            computed = rig.prefill.compute(one)
+            for span in rig.prefill.open(handle, computed):
+                rig.prefill.push(handle.handle_id, span.message_idx)
+            await until(lambda: len(rig.prefill.of(GroupLanded, "one")) == len(rig.prefill.spans[handle.handle_id]))
+            holds.set()
+            await until(is_held.is_set)
+            rig.prefill.done(one, handle, computed)
+            try:
+                await until(lambda: bool(planned))
+            finally:
+                holds.clear()
+                released.set()
+            await rig.gateway.finished("one")
+            assert planned == [True]
+            assert [computed.first_token_ids[0], *rig.gateway.answers["one"].ids()] == expected(one.prompt_ids, one.sampling)
             await rig.at_rest()
 
     asyncio.run(go())

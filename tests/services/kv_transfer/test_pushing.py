@@ -206,6 +206,28 @@ class SlowFilling:
         assert self.ended.wait(60)
 
 
+class AheadFilling(SlowFilling):
+    """One that was begun before what it reads was there."""
+
+    def wait(self) -> float:  # type: ignore[override]  # says what packing took
+        super().wait()
+        return 0.0
+
+
+def test_a_message_begun_before_its_group_is_over_counts_from_there(pair_of: MakePair) -> None:
+    """Else a layer group's computing would be told as packing, and as a slow handoff."""
+    pair = pair_of()
+    handle, spans = pair.offer(1)
+    filling = AheadFilling()
+    pushed = pair.producer.push(PushJob(handle=handle, span=spans[0], fill=lambda room: filling, is_sealed=True))
+    assert not pushed.done()
+    over_s = time.monotonic()
+    filling.ended.set()
+    result = pushed.result(60)
+    assert over_s <= result.started_s <= result.posted_s
+    pair.producer.close()
+
+
 def test_writes_are_looked_at_while_a_message_is_packed(pair_of: MakePair) -> None:
     """By the look that sees a write's end its notification is sent: it does not wait for the packing of another message."""
     pair = pair_of(ScriptedFaults({0: Fault(delay_s=0.05)}), num_slots=8)

@@ -13,7 +13,11 @@ import pytest
 
 from duomo.engine.sampler import RowSampling
 from duomo.errors import TransferError
-from duomo.wire.messages import RequestFailed, TokensEmitted
+from duomo.wire.connection import Connection
+from duomo.wire.messages import Message, PrefillDone, RequestFailed, TokensEmitted
+from services.kv_transfer.layout import MessageSpan
+from services.kv_transfer.sealing import seal
+from services.prefill import leg_book
 from services.prefill.leg import Leg
 from services.prefill.pending import Over
 from services.prefill.pieces import Piece
@@ -179,6 +183,61 @@ def test_groups_of_one_piece_leave_while_those_behind_them_are_computed(tmp_path
     run(scenario, tmp_path)
 
 
+@dataclass
+class Behind:
+    """A message that a device packs once a group is over, whatever the host does meanwhile."""
+
+    after: Late[float]
+    gate: threading.Event
+    pack: Callable[[], object]
+
+    def is_over(self) -> bool:
+        return self.gate.is_set()
+
+    def wait(self) -> float:
+        self.after.wait()
+        self.pack()
+        return 0.0
+
+
+def test_a_device_is_given_a_group_s_messages_before_the_group_is_over(tmp_path: Path) -> None:
+    """Once each, and none leaves before its group is: the device waits for that by itself."""
+
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir, piece_target_s=10.0) as parts:
+            parts.gateway.start("first", ids(40), parts.decode.address)  # measured: the next one is a piece alone
+            await parts.gateway.finished("first")
+            gates = [threading.Event() for _ in range(NUM_GROUPS)]
+            run_piece, pack, begun = parts.worker.run_piece, parts.worker.pack, dict[int, list[tuple[int, bool]]]()
+
+            def late(computation: Computation, piece: Piece) -> Late[float]:
+                return Late(run_piece(computation, piece).result, partial(_opened, gates[piece.groups[0]]))
+
+            def pack_sealed(handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
+                pack(handle_id, span, blocks, out[: span.num_bytes])
+                seal(out, handle_id, span)
+
+            def ahead(handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview, after: Late[float]) -> Behind:
+                begun.setdefault(span.message_idx, []).append((span.group, gates[span.group].is_set()))
+                return Behind(after, gates[span.group], partial(pack_sealed, handle_id, span, blocks, out))
+
+            parts.worker.run_piece = late  # type: ignore[method-assign,assignment]  # a device's
+            parts.worker.pack = ahead  # type: ignore[method-assign,assignment]  # as a device packs
+            parts.worker.seals_messages = parts.worker.packs_ahead = True  # type: ignore[misc]  # as a device's worker says
+            parts.gateway.start("told", PROMPT, parts.decode.address)
+            for group in range(NUM_GROUPS):
+                await until(lambda group=group: [(group, False)] in begun.values(), f"group {group} was not begun before it was over")
+                assert groups_landed(parts, "told") == set(range(group))
+                gates[group].set()
+                await until(lambda group=group: group in groups_landed(parts, "told"), f"group {group} did not land")
+            await parts.gateway.finished("told")
+            assert sorted(begun) == list(range(len(begun))) and {len(each) for each in begun.values()} == {1}
+            assert parts.decode.kv("told", len(PROMPT)) == expected_kv(PROMPT)
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+
+
 def test_groups_are_told_behind_the_last_rows_of_a_wave_alone(tmp_path: Path) -> None:
     """Chunked: each piece has all groups of some rows, and none of them is whole before the last one."""
 
@@ -204,6 +263,49 @@ def test_groups_are_told_behind_the_last_rows_of_a_wave_alone(tmp_path: Path) ->
             await parts.is_clean()
 
     run(scenario, tmp_path)
+
+
+def test_decode_hears_of_a_prompt_alone_before_its_first_token_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several, every first token leaves before decode hears of any: their clients would wait for each other's messages."""
+    told = list[str]()
+
+    async def scenario(run_dir: Path) -> None:
+        async with rig(run_dir, piece_target_s=10.0) as parts:
+            parts.decode.num_ring_slots = 3 * NUM_GROUPS
+            parts.gateway.start("first", ids(40), parts.decode.address)  # measured: the next one is a piece alone
+            await parts.gateway.finished("first")
+            book, may_run, run_piece = parts.service._book, threading.Event(), parts.worker.run_piece
+            post_decode, post_gateway = book.peers.post, leg_book._post
+
+            def to_decode(boot_id: str, message: Message) -> None:
+                if isinstance(message, PrefillDone):
+                    told.append(message.request_id)
+                post_decode(boot_id, message)
+
+            def to_gateway(gateway: Connection, message: Message) -> None:
+                if isinstance(message, TokensEmitted):
+                    told.append("tokens of " + " ".join(token.request_id for token in message.tokens))
+                post_gateway(gateway, message)
+
+            def held(computation: Computation, piece: Piece) -> Over[float]:
+                _opened(may_run)
+                return run_piece(computation, piece)
+
+            monkeypatch.setattr(book.peers, "post", to_decode)
+            monkeypatch.setattr(leg_book, "_post", to_gateway)
+            parts.worker.run_piece = held  # type: ignore[method-assign]  # until the next wave's prompts are here
+            parts.gateway.start("alone", ids(40, 1), parts.decode.address)
+            await until(lambda: num_wanted(parts) == 1, "it does not run")
+            for name in ("one", "two"):
+                parts.gateway.start(name, ids(40, len(name)), parts.decode.address)
+            await until(lambda: sum(leg.view.is_granted for leg in book.waves.waiting.values()) == 2, "the others have no grants")
+            may_run.set()
+            for name in ("alone", "one", "two"):
+                await parts.gateway.finished(name)
+            await parts.is_clean()
+
+    run(scenario, tmp_path)
+    assert told == ["alone", "tokens of alone", "tokens of one two", "one", "two"]
 
 
 def _opened(gate: threading.Event) -> None:
