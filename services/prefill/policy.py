@@ -8,8 +8,9 @@ piece by piece (pieces.py); the turn is decided anew at every boundary:
                waits at the head and nobody behind it starts. Rank: priority, which grows with age; then who can still make its target
                (slack.py), earliest first; then the late, shortest first
     overtake   prompts of at most a quarter of the smallest live wave's tokens, together at most half of them, go before it as a wave of
-               their own, and of the live waves the one with the least left goes first, unless a wave that can still make an earlier target
-               would miss it by waiting for them: that one runs
+               their own, each of them where it saves itself more waiting than it costs the prompts of the wave that would run, if those
+               are several; and of the live waves the one with the least left goes first, unless a wave that can still make an earlier
+               target would miss it by waiting for them: that one runs
     resume     but whoever was passed over MAX_PASSES times runs before all others, the most passed over first; no wave starts meanwhile
 
 **No starvation.** Live waves halve in size, so there are n <= log2(longest prompt's or wave's tokens) + 1 of them, and between two pieces
@@ -23,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from services.prefill.announcing import announcements, may_overtake
+from services.prefill.announcing import OVERTAKING_SHARE, announcements, may_overtake
 from services.prefill.pieces import Piece, advanced, next_piece
 from services.prefill.slack import due_s, left_s, slack_s, target_s, work_s
 from services.prefill.snapshot import Key, Limits, PromptView, Snapshot, WaveView
@@ -87,11 +88,12 @@ def plan(snapshot: Snapshot, now_s: float) -> Plan:
     return Plan(failures=failures, announce=announce, run=run, wake_s=wake_s)
 
 
-def new_wave(wave_id: int, prompts: Iterable[PromptView], num_tokens: int, limits: Limits, costs: CostCurve) -> WaveView:
+def new_wave(wave_id: int, prompts: Sequence[PromptView], num_tokens: int, limits: Limits, costs: CostCurve) -> WaveView:
     """A wave of these prompts before its first piece. num_tokens: what is computed of them."""
     return WaveView(
         wave_id=wave_id,
         num_tokens=num_tokens,
+        num_prompts=len(prompts),
         num_groups=limits.num_groups,
         num_chunks=limits.num_chunks_of(num_tokens),
         target_s=min(target_s(prompt, limits, costs) for prompt in prompts),
@@ -142,7 +144,7 @@ def _next_run(prompts: Sequence[PromptView], snapshot: Snapshot, now_s: float) -
         return _resume(max(overdue, key=lambda wave: (wave.num_passes, -wave.wave_id)), prompts, snapshot)
     limits, costs = snapshot.limits, snapshot.costs
     shortest = min(live, key=lambda wave: (left_s(wave, limits, costs), wave.num_tokens, wave.wave_id))
-    keys = _overtaking(prompts, live, snapshot)
+    keys = _overtaking(prompts, live, shortest, snapshot)
     first = _formed(keys, prompts, snapshot) if keys else shortest
     first_s = left_s(first, limits, costs)
     missing = [wave for wave in live if wave.target_s < first.target_s and 0 <= slack_s(wave, limits, costs, now_s) < first_s]
@@ -151,12 +153,14 @@ def _next_run(prompts: Sequence[PromptView], snapshot: Snapshot, now_s: float) -
     return _start(keys, prompts, snapshot) if keys else _resume(shortest, prompts, snapshot)
 
 
-def _overtaking(prompts: Iterable[PromptView], live: Sequence[WaveView], snapshot: Snapshot) -> tuple[Key, ...]:
-    """Who goes before the live waves as a wave of their own."""
+def _overtaking(prompts: Iterable[PromptView], live: Sequence[WaveView], shortest: WaveView, snapshot: Snapshot) -> tuple[Key, ...]:
+    """Who goes before the live waves as a wave of their own. shortest: of these the one that runs otherwise."""
+    limits, costs = snapshot.limits, snapshot.costs
     smallest = min(wave.num_tokens for wave in live)
-    room = snapshot.limits.max_live_tokens - sum(wave.num_tokens for wave in live)
-    short = [prompt for prompt in prompts if may_overtake(prompt, smallest) and prompt.num_tokens <= room]
-    return _fill(short, min(smallest // 2, snapshot.limits.company_tokens, room), snapshot)
+    room = limits.max_live_tokens - sum(wave.num_tokens for wave in live)
+    longest = min(room, smallest // OVERTAKING_SHARE)
+    short = [prompt for prompt in prompts if prompt.num_tokens <= longest and may_overtake(prompt, shortest, limits, costs)]
+    return _fill(short, min(smallest // 2, limits.company_tokens, room), snapshot)
 
 
 def _fill(prompts: Iterable[PromptView], max_tokens: int, snapshot: Snapshot) -> tuple[Key, ...]:
@@ -180,14 +184,14 @@ def _start(keys: tuple[Key, ...], prompts: Sequence[PromptView], snapshot: Snaps
     """It is the smallest of the live waves."""
     wave = _formed(keys, prompts, snapshot)
     started = set(keys)
-    may_wait = any(may_overtake(prompt, wave.num_tokens) for prompt in prompts if prompt.key not in started)
+    may_wait = any(may_overtake(prompt, wave, snapshot.limits, snapshot.costs) for prompt in prompts if prompt.key not in started)
     return NewWave(keys=keys, may_run_on=not (snapshot.is_decoding or may_wait))
 
 
 def _resume(wave: WaveView, prompts: Sequence[PromptView], snapshot: Snapshot) -> NextPiece:
     """The wave may run on where no boundary would be used: nothing is decoded, and nobody is there who could overtake it."""
     may_be_overtaken = any(other.num_tokens < wave.num_tokens for other in snapshot.waves if other.has_more)
-    may_be_overtaken = may_be_overtaken or any(may_overtake(prompt, wave.num_tokens) for prompt in prompts)
+    may_be_overtaken = may_be_overtaken or any(may_overtake(prompt, wave, snapshot.limits, snapshot.costs) for prompt in prompts)
     piece = next_piece(wave, snapshot.limits, snapshot.costs, may_run_on=not (snapshot.is_decoding or may_be_overtaken))
     return NextPiece(wave_id=wave.wave_id, piece=piece)
 

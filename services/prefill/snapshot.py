@@ -86,7 +86,8 @@ class Limits:
 class WaveView:
     """A live wave: its grid of groups and chunks, and where it stands.
 
-    next_group, next_chunk: the first cell that has neither run nor is running. num_passes: pieces of others since its own last one.
+    num_prompts: how many wait for it. next_group, next_chunk: the first cell that has neither run nor is running. num_passes: pieces of
+    others since its own last one.
     target_s: when the first of its first tokens is due.
     """
 
@@ -94,6 +95,7 @@ class WaveView:
     num_tokens: int
     num_groups: int
     target_s: float
+    num_prompts: int = 1
     num_chunks: int = 1
     next_group: int = 0
     next_chunk: int = 0
