@@ -76,7 +76,13 @@ class LegBook:
             self.handoffs = RingHandoffs(means, self.peers, worker, tracing, self._moved, self.fail, self.counters)
         self._max_tokens = min(card.config.model.max_model_tokens or worker.config.max_position_tokens, worker.config.max_position_tokens)
         num_blocks = self.blocks.manager.num_blocks
-        limits = Limits.of(section, num_groups=worker.num_groups, num_blocks=num_blocks, max_prompt_tokens=self._max_tokens)
+        limits = Limits.of(
+            section,
+            num_groups=worker.num_groups,
+            num_blocks=num_blocks,
+            max_prompt_tokens=self._max_tokens,
+            max_ttft_s=card.config.gateway.max_ttft_s,
+        )
         delay_s = card.config.delays.prefill_queue_s
         self.waves = WaveLoop(worker, limits, progress, thread, lambda: self.blocks.num_available, self, delay_s)
         self.grammars = Grammars(card.config.model.path, worker.config.vocab, worker.config.eos_ids)

@@ -6,7 +6,7 @@ piece by piece (pieces.py); the turn is decided anew at every boundary:
     announce   announcing.py: one piece ahead of the turn
     start      granted prompts in rank order, as many as fit the wave limits and the free blocks, without bypassing: one that does not fit
                waits at the head and nobody behind it starts. Rank: priority, which grows with age; then who can still make its target
-               (slack.py), earliest first; then the late, shortest first
+               (slack.py), or where gateway.max_ttft_s is told that, by the earliest target; then the late, shortest first
     overtake   prompts of at most a quarter of the smallest live wave's tokens, together at most half of them, go before it as a wave of
                their own, each of them where it saves itself more waiting than it costs the prompts of the wave that would run, if those
                are several; and of the live waves the one with the least left goes first, unless a wave that can still make an earlier
@@ -104,7 +104,8 @@ def _rank(prompt: PromptView, snapshot: Snapshot, now_s: float) -> tuple[int, bo
     aged_priority = prompt.priority + int(max(now_s - prompt.arrived_s, 0.0) / PRIORITY_AGE_S)
     alone_s = work_s(prompt.num_tokens, snapshot.limits, snapshot.costs)
     target = due_s(prompt.arrived_s, alone_s, snapshot.limits)
-    is_late = target - now_s < alone_s
+    max_ttft_s = snapshot.limits.max_ttft_s
+    is_late = (target if max_ttft_s is None else max(target, prompt.arrived_s + max_ttft_s)) - now_s < alone_s
     return (-aged_priority, is_late, alone_s if is_late else target, prompt.arrived_s, prompt.key)
 
 

@@ -33,7 +33,8 @@ class Limits:
     """What a configuration asks for, and this replica has.
 
     num_blocks: all blocks of this replica. max_live_tokens: rows of all live waves together, what memory between pieces is planned for; a
-    wave alone is not held to it. The others: duomo.config.PrefillSection.
+    wave alone is not held to it. max_ttft_s: gateway.max_ttft_s, after which a first token is worth nothing; None: none is told. The
+    others: duomo.config.PrefillSection.
     """
 
     max_wave_tokens: int
@@ -48,9 +49,12 @@ class Limits:
     piece_target_s: float
     ttft_floor_s: float
     ttft_stretch: float
+    max_ttft_s: float | None = None
 
     @classmethod
-    def of(cls, section: PrefillSection, *, num_groups: int, num_blocks: int, max_prompt_tokens: int) -> Limits:
+    def of(
+        cls, section: PrefillSection, *, num_groups: int, num_blocks: int, max_prompt_tokens: int, max_ttft_s: float | None = None
+    ) -> Limits:
         """The limits of a replica whose longest prompt has max_prompt_tokens."""
         return cls(
             max_wave_tokens=section.max_wave_tokens,
@@ -65,6 +69,7 @@ class Limits:
             piece_target_s=section.piece_target_s,
             ttft_floor_s=section.ttft_floor_s,
             ttft_stretch=section.ttft_stretch,
+            max_ttft_s=max_ttft_s,
         )
 
     @property
