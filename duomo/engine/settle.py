@@ -141,7 +141,7 @@ def handoff_bytes(config: DuomoConfig, part: EnginePart) -> int:
 def _refuse_on_gpu(config: DuomoConfig, model: ModelConfig) -> None:
     """Sizes that the kernels do not know, or that would break a promise: before anything is loaded."""
     if config.kv_transfer.kv_dtype != "model":
-        # its kernels are right on a card now; no whole handoff has run there since they are: docs/decisions/0011-fp8-kv-handoff.md
+        # right there between two engines of a process; a served system has not run in it: docs/decisions/0011-fp8-kv-handoff.md
         raise ConfigError(
             f"kv_transfer.kv_dtype is {config.kv_transfer.kv_dtype}: refused on a GPU until a handoff in it is proven there; name model"
         )

@@ -230,6 +230,33 @@ def test_of_one_priority_the_earliest_target_goes_first_and_the_late_come_last_s
     assert started(decide(granted("a", 200), granted("b", 100, arrived_s=0.1), now_s=1.9, costs=EVEN)) == ("b",), "both are late"
 
 
+def test_where_a_limit_is_told_only_what_misses_it_is_late() -> None:
+    """Else whoever has just come goes before all who wait for longer than their fair time, and those come after the limit."""
+    limits = replace(LIMITS, max_ttft_s=4.0)
+    long, short = granted("long", 200), granted("short", 100, arrived_s=0.9)
+    assert started(decide(long, short, now_s=0.91, costs=EVEN)) == ("short",), "the long one misses its fair time"
+    assert started(decide(long, short, now_s=0.91, costs=EVEN, limits=limits)) == ("long",)
+    assert started(decide(long, short, now_s=3.99, costs=EVEN, limits=limits)) == ("short",), "the long one comes after the limit"
+
+
+def test_a_wave_of_several_prompts_is_overtaken_where_that_saves_more_than_it_costs_them() -> None:
+    """The four of a wave of 1,024 together wait 4 times what a prompt takes, which itself would wait for what is left of them."""
+    company = replace(wave(1024, next_group=1, target_s=-9.0), num_prompts=4)  # three groups are left, and it is late whatever runs
+    short, similar = granted("short", 128), granted("similar", 256)
+    assert started(decide(short, waves=(company,), costs=EVEN)) == ("short",)
+    assert isinstance(decide(similar, waves=(company,), costs=EVEN).run, NextPiece)
+    assert started(decide(similar, waves=(replace(company, num_prompts=1),), costs=EVEN)) == ("similar",), "one prompt waits for it alone"
+    assert isinstance(decide(short, waves=(replace(company, next_group=3),), costs=EVEN).run, NextPiece), "little of the wave is left"
+    assert started(decide(short, waves=(company,))) == ("short",), "by rows while nothing was measured"
+    assert isinstance(decide(similar, waves=(company,)).run, NextPiece)
+
+
+def test_only_who_could_overtake_is_announced_while_much_of_a_wave_is_left() -> None:
+    company = replace(wave(1024, next_group=1), num_prompts=4)
+    told = decide(prompt("similar", 256), prompt("short", 128), waves=(company,), costs=EVEN, is_running=True).announce
+    assert told == (("short", 0),)
+
+
 def test_a_plan_for_fifty_waiting_prompts_takes_well_under_half_a_millisecond() -> None:
     """The device is idle meanwhile. Minimum of many: other processes share the cores."""
     waiting = tuple(prompt(f"r{row}", 16 + row, arrived_s=row / 50, announced_s=1.0, is_granted=row % 2 == 0) for row in range(50))
