@@ -240,7 +240,8 @@ def _say(line: str) -> None:
 
 def main() -> int:
     asked = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, _stop)  # as an interrupt does, it leaves the blocks that end what was started
+    for number in (signal.SIGINT, signal.SIGTERM):  # either ends what was started, also of a shell's background job
+        signal.signal(number, _stop)
     asked.out.mkdir(parents=True, exist_ok=True)
     failures = []
     for phase in asked.plan.phases:
