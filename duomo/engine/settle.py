@@ -140,11 +140,6 @@ def handoff_bytes(config: DuomoConfig, part: EnginePart) -> int:
 
 def _refuse_on_gpu(config: DuomoConfig, model: ModelConfig) -> None:
     """Sizes that the kernels do not know, or that would break a promise: before anything is loaded."""
-    if config.kv_transfer.kv_dtype != "model":
-        # right there between two engines of a process; a served system has not run in it: docs/decisions/0011-fp8-kv-handoff.md
-        raise ConfigError(
-            f"kv_transfer.kv_dtype is {config.kv_transfer.kv_dtype}: refused on a GPU until a handoff in it is proven there; name model"
-        )
     block_tokens, prompts = config.model.block_tokens, config.prefill.max_wave_prompts
     if block_tokens & (block_tokens - 1):
         raise ConfigError(f"model.block_tokens is {block_tokens}: on a GPU a power of two")
