@@ -9,7 +9,7 @@ import pytest
 
 from duomo.config import PrefillSection
 from services.prefill.pieces import Piece
-from services.prefill.policy import GATHER_S, MAX_PASSES, PRIORITY_AGE_S, NewWave, NextPiece, Plan, plan
+from services.prefill.policy import GATHER_S, MAX_PASSES, PRIORITY_AGE_S, NewWave, NextPiece, Plan, new_wave, plan
 from services.prefill.snapshot import Limits, PromptView, Snapshot, WaveView
 from services.prefill.wave_costs import CostCurve
 
@@ -255,6 +255,26 @@ def test_only_who_could_overtake_is_announced_while_much_of_a_wave_is_left() -> 
     company = replace(wave(1024, next_group=1), num_prompts=4)
     told = decide(prompt("similar", 256), prompt("short", 128), waves=(company,), costs=EVEN, is_running=True).announce
     assert told == (("short", 0),)
+
+
+def test_who_may_not_overtake_a_wave_of_several_goes_before_an_announced_prompt_that_waits() -> None:
+    company, held = replace(wave(1024, next_group=1), num_prompts=4), prompt("held", 1024, announced_s=0.9)
+    assert decide(held, prompt("similar", 256), waves=(company,), costs=EVEN, is_running=True).announce == (("similar", 0),)
+
+
+def test_a_wave_of_several_keeps_no_boundary_for_who_may_not_overtake_it() -> None:
+    four = replace(wave(16), num_prompts=4)  # a millisecond a group, three of them left
+    for num_tokens, groups in ((2, (1, 3)), (4, (1, 4))):
+        decision = decide(prompt("s", num_tokens), waves=(four,), costs=EVEN)
+        assert isinstance(decision.run, NextPiece) and decision.run.piece.groups == groups, num_tokens
+    joining = [granted(name, 16, priority=1) for name in "abcd"]
+    for num_tokens, may_run_on in ((15, False), (16, True)):
+        decision = decide(*joining, prompt("s", num_tokens), costs=EVEN)
+        assert decision.run == NewWave(keys=tuple((name, 0) for name in "abcd"), may_run_on=may_run_on), num_tokens
+
+
+def test_a_new_wave_counts_its_prompts() -> None:
+    assert new_wave(0, [granted("a", 20), granted("b", 30)], 50, LIMITS, EVEN).num_prompts == 2
 
 
 def test_a_plan_for_fifty_waiting_prompts_takes_well_under_half_a_millisecond() -> None:

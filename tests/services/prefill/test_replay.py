@@ -189,6 +189,41 @@ def test_late_waves_do_not_starve_each_other() -> None:
     assert short_s[len(short_s) // 2] < 0.1 * long_s[len(long_s) // 2]
 
 
+def admitted(seed: int, pace: float, limit_s: float) -> list[TracePrompt]:
+    """Of three times what a machine of that pace can do, prompts of 384 to 640 tokens: those that a gateway lets in. By arrival all
+    would end in time, 15% and half a full wave ahead of it."""
+    draw, at_s, busy_until_s = random.Random(seed), 0.0, 0.0
+    trace: list[TracePrompt] = []
+    while at_s < 40.0:
+        at_s += draw.expovariate(3 * pace / 512)
+        num_tokens = draw.randint(384, 640)
+        ends_s = max(busy_until_s, at_s) + num_tokens / pace
+        if (ends_s - at_s + 1024 / pace) * 1.15 <= limit_s:
+            busy_until_s = ends_s
+            trace.append(TracePrompt(name=f"r{len(trace)}", at_s=at_s, num_tokens=num_tokens))
+    return trace
+
+
+def test_what_is_let_in_under_overload_comes_in_time_where_the_limit_is_told() -> None:
+    """A wave takes over a second. Prompts as long as its own do not overtake it again and again, and who has just come does not go before
+    those who have missed their fair time and can still make the limit: with one of the two alone, a third and more come late."""
+    pace, limit_s = 1600.0, 4.0
+    machine = Machine(row_s=1 / pace / 4, least_s=5e-3, boundary_s=2e-3, blocks_back_s=1e-3, block_tokens=16)
+    untold = limits_of("layered", num_blocks=512)
+    shares = []
+    for limits in (replace(untold, max_ttft_s=limit_s), untold):
+        in_time: list[bool] = []
+        for seed in range(4):
+            trace = admitted(seed, pace, limit_s)
+            found = replay(trace, limits, machine)
+            check(found, limits, machine)
+            in_time += [found.ttft_s(prompt.name) <= limit_s for prompt in trace]
+        shares.append(sum(in_time) / len(in_time))
+    told_share, untold_share = shares
+    assert told_share > 0.8, shares
+    assert untold_share < 0.7, f"the trace shows nothing: {shares}"
+
+
 @pytest.mark.parametrize("num_groups", [4, 16])
 @pytest.mark.parametrize("is_decoding", [False, True])
 def test_a_short_prompt_among_long_ones_waits_for_one_piece_at_most(is_decoding: bool, num_groups: int) -> None:
