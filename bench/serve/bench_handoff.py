@@ -269,6 +269,8 @@ def parse() -> tuple[Asked, Path | None]:
         require=options.require,
         progress_delay_us=served_delay_us(options.device) if options.progress_delay_us is None else options.progress_delay_us,
     )
+    if asked.progress_delay_us < 0:
+        parser.error(f"--progress-delay-us {asked.progress_delay_us}: microseconds, 0 or more")
     if max(asked.groups) > asked.shape.spec.num_layers or asked.repeats < 1:
         parser.error(f"--groups up to {asked.shape.spec.num_layers} (the layers handed over), --repeats at least 1")
     return asked, options.out

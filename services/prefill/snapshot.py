@@ -92,8 +92,7 @@ class WaveView:
     """A live wave: its grid of groups and chunks, and where it stands.
 
     num_prompts: how many wait for it. next_group, next_chunk: the first cell that has neither run nor is running. num_passes: pieces of
-    others since its own last one.
-    target_s: when the first of its first tokens is due.
+    others since its own last one. target_s: when the first of its first tokens is due.
     """
 
     wave_id: int

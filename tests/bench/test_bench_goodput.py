@@ -140,13 +140,18 @@ def test_no_process_is_left_when_the_block_is_left_by_an_exception(tmp_path: Pat
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_no_process_is_left_when_the_campaign_is_told_to_end(tmp_path: Path, number: signal.Signals) -> None:
-    """In the midst of a load that would go on for longer than a test may."""
+    """In the midst of a load that would go on for longer than a test may, as a shell's background job, which begins deaf to interrupts."""
     mark, port = f"goodput-{number.name}-{os.getpid()}", free_port()
     file = plan_of(tmp_path, ("a", side("peer", small(port), f"http://127.0.0.1:{port}")))
     file.write_text(file.read_text().replace('"--duration-s", "1"', '"--duration-s", "500"'))
+    script = str(ROOT / "bench" / "serve" / "bench_goodput.py")
     command = [
+        "sh",
+        "-c",
+        'trap "" INT; exec "$@"',
+        "sh",
         sys.executable,
-        str(ROOT / "bench" / "serve" / "bench_goodput.py"),
+        script,
         str(file),
         "--out",
         str(tmp_path),

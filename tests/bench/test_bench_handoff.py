@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from bench.serve import bench_handoff
-from bench.serve.bench_handoff import Asked, facts, rates
+from bench.serve.bench_handoff import Asked, facts, parse, rates
 from bench.serve.handoff_plot import draw
 from bench.serve.handoff_pools import MIB, NUM_SETS, Pool, Shape, Where, copier, fill_pool, one_block
 from bench.serve.handoff_sides import Consumer, Setting, busy_s, spans_of
 from bench.serve.handoff_table import table
 from duomo.config import TransferSection
 from duomo.engine.kv_cache import KvSpec
+from duomo.engine.settle import GPU_PROGRESS_DELAY_US
 from services.kv_transfer import layout
 from services.kv_transfer.sealing import seal
 
@@ -29,6 +30,21 @@ SMALL = Shape(spec=KvSpec(num_layers=4, num_kv_heads=2, head_dim=32, block_token
 def asked(**options: object) -> Asked:
     told: dict[str, object] = {"ways": ("auto",), "slots_mib": (1,), "in_flight": (2,), "groups": (1,), "repeats": 1, "require": ""}
     return Asked(producer=HERE, consumer=HERE, net_devices="lo", progress_delay_us=1000, **(told | options))  # type: ignore[arg-type]  # the fields, by name
+
+
+def test_the_progress_thread_pauses_as_where_it_serves_unless_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def delay_us(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["bench_handoff", *arguments])
+        return parse()[0].section("auto").progress_delay_us
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert delay_us() == TransferSection().progress_delay_us > GPU_PROGRESS_DELAY_US == delay_us("--device", "cuda")
+    assert delay_us("--device", "cuda", "--progress-delay-us", "20") == 20
+    with pytest.raises(SystemExit):
+        delay_us("--progress-delay-us", "-1")
+    assert "--progress-delay-us -1: microseconds, 0 or more" in capsys.readouterr().err
 
 
 @pytest.fixture

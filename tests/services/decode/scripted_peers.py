@@ -286,13 +286,18 @@ class ScriptedPrefill(Peer):
             )
         )
 
-    async def prefill(self, prompt: Prompt) -> Computed:
-        """The whole of P's part: announce, compute, push, done. Returns once D released every message."""
+    async def send(self, prompt: Prompt) -> tuple[Handle, Computed]:
+        """P's part but for PrefillDone: announce, compute, push."""
         self.announce(prompt)
         handle = await self.granted(prompt)
         computed = self.compute(prompt)
         for span in self.open(handle, computed):
             self.push(handle.handle_id, span.message_idx)
+        return handle, computed
+
+    async def prefill(self, prompt: Prompt) -> Computed:
+        """The whole of P's part: announce, compute, push, done. Returns once D released every message."""
+        handle, computed = await self.send(prompt)
         self.done(prompt, handle, computed)
         await until(
             lambda: (

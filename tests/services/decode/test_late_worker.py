@@ -260,11 +260,7 @@ def test_a_leg_that_can_begin_is_planned_before_the_step_thread_has_ended_its_lo
         async with running(configuration(tmp_path)) as rig:
             one = Prompt("one", 0, ids(40, 7), with_max(GREEDY, 6))
             rig.gateway.start(one, rig.prefill)
-            rig.prefill.announce(one)
-            handle = await rig.prefill.granted(one)
-            computed = rig.prefill.compute(one)
-            for span in rig.prefill.open(handle, computed):
-                rig.prefill.push(handle.handle_id, span.message_idx)
+            handle, computed = await rig.prefill.send(one)
             await until(lambda: len(rig.prefill.of(GroupLanded, "one")) == len(rig.prefill.spans[handle.handle_id]))
             holds.set()
             await until(is_held.is_set)

@@ -127,11 +127,7 @@ def test_choices_that_ended_on_prefill_are_not_decoded(tmp_path: Path) -> None:
             for ended in ((0, 1), (0,)):
                 prompt = Prompt(f"e{len(ended)}", 0, ids(20), GREEDY, choices=(0, 1))
                 rig.gateway.start(prompt, rig.prefill)
-                rig.prefill.announce(prompt)
-                handle = await rig.prefill.granted(prompt)
-                computed = rig.prefill.compute(prompt)
-                for span in rig.prefill.open(handle, computed):
-                    rig.prefill.push(handle.handle_id, span.message_idx)
+                handle, computed = await rig.prefill.send(prompt)
                 rig.prefill.done(prompt, handle, computed, ended)
                 await rig.gateway.finished(prompt.request_id)
                 answer = rig.gateway.answers[prompt.request_id]

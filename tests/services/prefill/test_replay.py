@@ -206,7 +206,7 @@ def admitted(seed: int, pace: float, limit_s: float) -> list[TracePrompt]:
 
 def test_what_is_let_in_under_overload_comes_in_time_where_the_limit_is_told() -> None:
     """A wave takes over a second. Prompts as long as its own do not overtake it again and again, and who has just come does not go before
-    those who have missed their fair time and can still make the limit: with one of the two alone, a third and more come late."""
+    those who have missed their fair time and can still make the limit: where that is not told, a third and more come late."""
     pace, limit_s = 1600.0, 4.0
     machine = Machine(row_s=1 / pace / 4, least_s=5e-3, boundary_s=2e-3, blocks_back_s=1e-3, block_tokens=16)
     untold = limits_of("layered", num_blocks=512)

@@ -200,8 +200,10 @@ class Behind:
         return 0.0
 
 
-def test_a_device_is_given_a_group_s_messages_before_the_group_is_over(tmp_path: Path) -> None:
-    """Once each, and none leaves before its group is: the device waits for that by itself."""
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_device_is_given_a_group_s_messages_before_the_group_is_over(tmp_path: Path, is_cancelled: bool) -> None:
+    """Once each, and none leaves before its group is: the device waits for that by itself. Of a prompt that ends meanwhile the blocks are
+    held until it has packed: others' keys would be written into what it reads."""
 
     async def scenario(run_dir: Path) -> None:
         async with rig(run_dir, piece_target_s=10.0) as parts:
@@ -225,11 +227,21 @@ def test_a_device_is_given_a_group_s_messages_before_the_group_is_over(tmp_path:
             parts.worker.pack = ahead  # type: ignore[method-assign,assignment]  # as a device packs
             parts.worker.seals_messages = parts.worker.packs_ahead = True  # type: ignore[misc]  # as a device's worker says
             parts.gateway.start("told", PROMPT, parts.decode.address)
-            for group in range(NUM_GROUPS):
+            for group in range(NUM_GROUPS - is_cancelled):
                 await until(lambda group=group: [(group, False)] in begun.values(), f"group {group} was not begun before it was over")
                 assert groups_landed(parts, "told") == set(range(group))
                 gates[group].set()
                 await until(lambda group=group: group in groups_landed(parts, "told"), f"group {group} did not land")
+            if is_cancelled:
+                await until(lambda: [(NUM_GROUPS - 1, False)] in begun.values(), "the last group was not begun before it was over")
+                parts.gateway.cancel("told")
+                parts.decode.abort("told")
+                await until(lambda: num_wanted(parts) == 0, "the cancel did not arrive")
+                report = parts.service.report()
+                assert report.num_free_blocks + report.num_cached_blocks < report.num_blocks, "the device has still to read them"
+                gates[-1].set()
+                await parts.is_clean()
+                return
             await parts.gateway.finished("told")
             assert sorted(begun) == list(range(len(begun))) and {len(each) for each in begun.values()} == {1}
             assert parts.decode.kv("told", len(PROMPT)) == expected_kv(PROMPT)
