@@ -24,7 +24,8 @@ from services.kv_transfer.transport_loopback import LoopbackHub
 from services.kv_transfer.transport_nixl import NixlTransport
 from services.prefill.service import PrefillService
 from services.prefill.worker import PrefillWorker, WaveWorker, WorkerSizes
-from tests.services.decode.scripted_peers import ScriptedGateway, model, until
+from tests.services.decode.scripted_gateway import ScriptedGateway
+from tests.services.decode.scripted_peers import model, until
 
 
 @dataclass

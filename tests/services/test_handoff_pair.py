@@ -17,7 +17,8 @@ from duomo.wire.messages import Preempted, RequestFailed, RequestFinished
 from duomo.wire.values import Sampling
 from services.kv_transfer.faults import SeededFaults
 from tests.services.decode.rig import configuration
-from tests.services.decode.scripted_peers import GREEDY, ScriptedGateway, expected, ids, until
+from tests.services.decode.scripted_gateway import ScriptedGateway
+from tests.services.decode.scripted_peers import GREEDY, expected, ids, until
 from tests.services.pair_rig import System, system
 
 

@@ -17,12 +17,12 @@ from services.kv_transfer.agent import TransferAgent
 from services.kv_transfer.faults import FaultPlan
 from services.kv_transfer.membership import ReplicaCard
 from services.kv_transfer.transport_loopback import LoopbackHub
+from tests.services.decode.scripted_gateway import ScriptedGateway
 from tests.services.decode.scripted_peers import (
     BLOCK_TOKENS,
     MODEL_DIR,
     WAIT_S,
     Prompt,
-    ScriptedGateway,
     ScriptedPrefill,
     model,
     until,

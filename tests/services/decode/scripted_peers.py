@@ -1,13 +1,12 @@
-"""A prefill replica and a gateway that do as told: real sockets, a real transfer agent, the real engine. Know no decode internals."""
+"""A prefill replica that does as told: real sockets, a real transfer agent, the real engine. Knows no decode internals."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,22 +29,15 @@ from duomo.wire.messages import (
     GroupLanded,
     HandleOffered,
     Message,
-    Preempted,
     PrefillDone,
     PullKv,
-    Refused,
-    ReplicaReport,
     RequestFailed,
-    RequestFinished,
-    Resume,
     RingOffered,
     Role,
-    StartDecode,
-    TokensEmitted,
     TransferFenced,
     WaveAnnounced,
 )
-from duomo.wire.values import EmittedToken, ExpertHistogram, Handle, PeerAddress, Sampling
+from duomo.wire.values import ExpertHistogram, Handle, PeerAddress, Sampling
 from services.kv_transfer.agent import PushJob, TransferAgent
 from services.kv_transfer.layout import MessageSpan, messages
 from services.kv_transfer.transport_loopback import LoopbackHub
@@ -312,92 +304,6 @@ class ScriptedPrefill(Peer):
     async def close(self) -> None:
         await super().close()
         self.agent.close()
-
-
-@dataclass
-class Answer:
-    """What a gateway has seen of one request: tokens by choice and index, in the order they came."""
-
-    tokens: dict[int, dict[int, EmittedToken]] = field(default_factory=lambda: defaultdict(dict))
-    finish: dict[int, str] = field(default_factory=dict)
-    num_twice: int = 0
-
-    def ids(self, choice: int = 0) -> list[int]:
-        return [self.tokens[choice][index].token_id for index in sorted(self.tokens[choice])]
-
-
-class ScriptedGateway(Peer):
-    """Starts and cancels requests on D, and keeps what comes."""
-
-    def __init__(self, config: DuomoConfig) -> None:
-        super().__init__("gateway", config)
-        self.answers: dict[str, Answer] = defaultdict(Answer)
-        self.frames = 0
-        self.report: ReplicaReport | None = None
-        self.on_preempted: Callable[[Preempted], None] | None = None
-
-    def take(self, message: Message) -> None:
-        match message:
-            case TokensEmitted():
-                self.frames += 1
-                for token in message.tokens:
-                    answer = self.answers[token.request_id]
-                    answer.num_twice += token.index in answer.tokens[token.choice]
-                    answer.tokens[token.choice][token.index] = token
-                    if token.finish_reason is not None:
-                        answer.finish[token.choice] = token.finish_reason
-            case ReplicaReport():
-                self.report = message
-            case Preempted() if self.on_preempted is not None:
-                self.on_preempted(message)
-
-    def start(self, prompt: Prompt, prefill: ScriptedPrefill, *, remaining_s: float = 60.0, traceparent: str = "") -> None:
-        if prompt.emitted_ids:
-            self.post(
-                Resume(
-                    request_id=prompt.request_id,
-                    attempt=prompt.attempt,
-                    traceparent=traceparent,
-                    remaining_s=remaining_s,
-                    prompt_ids=prompt.prompt_ids,
-                    emitted_ids=prompt.emitted_ids,
-                    sampling=prompt.sampling,
-                    choice=prompt.choices[0],
-                    prefill=prefill.address,
-                )
-            )
-            return
-        self.post(
-            StartDecode(
-                request_id=prompt.request_id,
-                attempt=prompt.attempt,
-                traceparent=traceparent,
-                remaining_s=remaining_s,
-                prompt_ids=prompt.prompt_ids,
-                sampling=prompt.sampling,
-                choices=prompt.choices,
-                prefill=prefill.address,
-            )
-        )
-
-    def cancel(self, request_id: str, attempt: int = 0, choice: int | None = None) -> None:
-        self.post(Cancel(request_id=request_id, attempt=attempt, traceparent="", remaining_s=0.0, reason="test", choice=choice))
-
-    async def ended(self, request_id: str) -> None:
-        """Either way."""
-        await until(lambda: bool(self.of(RequestFinished, request_id) or self.of(RequestFailed, request_id)), 90.0)
-
-    async def finished(self, request_id: str) -> RequestFinished:
-        await until(lambda: bool(self.of(RequestFinished, request_id) or self.of(RequestFailed, request_id)))
-        failures = self.of(RequestFailed, request_id)
-        assert not failures, failures
-        return self.of(RequestFinished, request_id)[0]
-
-    async def failed(self, request_id: str) -> RequestFailed:
-        return await self.one(RequestFailed, request_id)
-
-    def refusals(self) -> list[Refused]:
-        return self.of(Refused)
 
 
 def resumed(prompt: Prompt, emitted_ids: list[int], choice: int = 0) -> Prompt:

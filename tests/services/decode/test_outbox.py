@@ -7,7 +7,8 @@ from pathlib import Path
 
 from duomo.wire.messages import Cancel
 from tests.services.decode.rig import configuration, running, serve
-from tests.services.decode.scripted_peers import GREEDY, Prompt, ScriptedGateway, expected, ids, until, with_max
+from tests.services.decode.scripted_gateway import ScriptedGateway
+from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, until, with_max
 
 
 def test_a_gateway_that_comes_back_by_another_socket_has_given_up_what_it_asked_for_by_the_first(tmp_path: Path) -> None:

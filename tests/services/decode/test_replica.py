@@ -13,7 +13,8 @@ from services.decode.replica import run_replica
 from services.kv_transfer.directory import Directory
 from services.kv_transfer.embedded_redis import EmbeddedRedis
 from tests.services.decode.rig import configuration
-from tests.services.decode.scripted_peers import ScriptedGateway, until
+from tests.services.decode.scripted_gateway import ScriptedGateway
+from tests.services.decode.scripted_peers import until
 
 
 def told(folder: Path, url: str, transport: str = "nixl") -> DuomoConfig:
