@@ -103,6 +103,9 @@ class DecodeSection(PoolSection):
     prefix_cache_blocks: int | None = Field(default=None, ge=0, description="unnamed: whatever nobody holds; 0: none")
 
 
+MAX_WRITE_THREADS = 64
+
+
 class TransferSection(Section):
     """How KV moves between prefill and decode.
 
@@ -124,6 +127,12 @@ class TransferSection(Section):
     max_bytes_per_s: float = Field(default=0.0, ge=0, description="caps one writer's rate; 0 is no cap")
     write_timeout_s: float = Field(default=5.0, gt=0)
     progress_delay_us: int = Field(default=1000, ge=0, description="pause of NIXL's progress thread; 100 on a GPU, unless named")
+    num_write_threads: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="threads that copy a message of 16 MiB or more together, where UCX writes by CMA; 1 on a GPU, unless named",
+    )
 
 
 class RedisSection(Section):

@@ -36,7 +36,7 @@ from bench.serve.handoff_pools import CPU_SHAPE, GPU_SHAPE, MIB, NUM_SETS, Shape
 from bench.serve.handoff_sides import Consumer, Setting
 from bench.serve.handoff_table import table
 from bench.serve.host_facts import commit, cpu_name
-from duomo.config import TransferSection
+from duomo.config import MAX_WRITE_THREADS, TransferSection
 from duomo.engine.settle import GPU_PROGRESS_DELAY_US
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.transport_nixl_config import import_nixl
@@ -50,7 +50,7 @@ Row = dict[str, object]
 class Asked:
     """What is measured. net_devices: UCX_NET_DEVICES. require: kv_transfer.require_transport of the way `auto`.
 
-    progress_delay_us: kv_transfer's.
+    progress_delay_us, num_write_threads: kv_transfer's.
     """
 
     producer: Where
@@ -63,6 +63,7 @@ class Asked:
     net_devices: str
     require: str
     progress_delay_us: int
+    num_write_threads: int
 
     @property
     def shape(self) -> Shape:
@@ -72,7 +73,8 @@ class Asked:
         tls = ("tcp,self,cuda_copy" if self.consumer.is_cuda else "tcp,self") if way == "tcp" else ""
         required = "tcp" if way == "tcp" else self.require
         ucx = {"ucx_tls": tls, "ucx_net_devices": self.net_devices, "require_transport": required}
-        return TransferSection.model_validate(ucx | {"progress_delay_us": self.progress_delay_us})
+        told = {"progress_delay_us": self.progress_delay_us, "num_write_threads": self.num_write_threads}
+        return TransferSection.model_validate(ucx | told)
 
     def setting(self, way: str, *, slot_mib: int = 1, in_flight: int = 1) -> Setting:
         section = self.section(way).model_copy(update={"slot_bytes": slot_mib * MIB})
@@ -125,7 +127,7 @@ def measure_transport(asked: Asked, way: str, copy_s: Callable[[int], float]) ->
     sizes = [asked.shape.num_bytes, *(slot_mib * MIB for slot_mib in asked.slots_mib)]
     kinds = (False, True) if way == "auto" and not asked.consumer.is_cuda else (False,)
     took: dict[tuple[int, bool], list[tuple[float, float]]] = {(size, kind): [] for size in sizes for kind in kinds}
-    consumer = Consumer(multiprocessing.get_context("spawn"), asked.setting(way))
+    consumer = Consumer(multiprocessing.get_context("spawn"), asked.setting(way, slot_mib=max(sizes) // MIB))
     try:
         for repeat in range(-WARMUPS, asked.repeats):
             for (size, kind), pairs in took.items():
@@ -247,6 +249,7 @@ def parse() -> tuple[Asked, Path | None]:
     parser.add_argument("--ways", default="auto,tcp", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--require", default="", help="kv_transfer.require_transport of the way auto, such as cma or cuda_ipc")
     parser.add_argument("--progress-delay-us", type=int, help="kv_transfer.progress_delay_us; left out: what serves on such a device")
+    parser.add_argument("--write-threads", type=int, help="kv_transfer.num_write_threads; left out: what serves on such a device")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--net-devices", default=os.environ.get("UCX_NET_DEVICES", "lo"), help="UCX_NET_DEVICES")
     parser.add_argument("--out", type=Path, help="a result file; the plot lies beside it")
@@ -268,9 +271,12 @@ def parse() -> tuple[Asked, Path | None]:
         net_devices=options.net_devices,
         require=options.require,
         progress_delay_us=served_delay_us(options.device) if options.progress_delay_us is None else options.progress_delay_us,
+        num_write_threads=served_threads(options.device) if options.write_threads is None else options.write_threads,
     )
     if asked.progress_delay_us < 0:
         parser.error(f"--progress-delay-us {asked.progress_delay_us}: microseconds, 0 or more")
+    if not 1 <= asked.num_write_threads <= MAX_WRITE_THREADS:
+        parser.error(f"--write-threads {asked.num_write_threads}: 1 to {MAX_WRITE_THREADS}")
     if max(asked.groups) > asked.shape.spec.num_layers or asked.repeats < 1:
         parser.error(f"--groups up to {asked.shape.spec.num_layers} (the layers handed over), --repeats at least 1")
     return asked, options.out
@@ -279,6 +285,11 @@ def parse() -> tuple[Asked, Path | None]:
 def served_delay_us(device: str) -> int:
     """Of a service that is told nothing of it."""
     return GPU_PROGRESS_DELAY_US if device == "cuda" else TransferSection().progress_delay_us
+
+
+def served_threads(device: str) -> int:
+    """Of a service that is told nothing of them."""
+    return 1 if device == "cuda" else TransferSection().num_write_threads
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -166,6 +166,8 @@ class Producer:
             states = [(write, self._transport.poll(write)) for write in writes]
             assert WriteState.FAILED not in (state for _, state in states), "a write failed: nothing is reported"
             writes = [write for write, state in states if state is WriteState.IN_FLIGHT]
+            if writes and self._target.place.kind == "host":
+                time.sleep(_POLL_S)  # as the writer thread does, which leaves the core to those that copy
         return time.perf_counter() - started_s
 
     def _write_by_syscall(self, told: RawWrites) -> float:

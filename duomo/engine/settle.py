@@ -108,6 +108,8 @@ def changed_for(config: DuomoConfig, pick: Pick, num_layers: int) -> DuomoConfig
         changes["prefill.send_slots"] = GPU_SEND_SLOTS
     if is_gpu and "progress_delay_us" not in config.kv_transfer.model_fields_set:
         changes["kv_transfer.progress_delay_us"] = GPU_PROGRESS_DELAY_US
+    if is_gpu and "num_write_threads" not in config.kv_transfer.model_fields_set:
+        changes["kv_transfer.num_write_threads"] = 1
     if is_gpu and "start_timeout_s" not in config.ray.model_fields_set:
         changes["ray.start_timeout_s"] = GPU_START_TIMEOUT_S
     return changed(config, changes, pick.why)

@@ -16,6 +16,7 @@ from services.kv_transfer import ucx_log, ucx_routes
 from services.kv_transfer.memory import Memory, MemoryKind, PageLocks
 from services.kv_transfer.transport import Span, Transport, Write, WriteReport, WriteState
 from services.kv_transfer.transport_nixl_config import BACKEND, import_nixl, make_agent
+from services.kv_transfer.write_pieces import has_threads, pieces_of
 
 _SEGMENTS: dict[MemoryKind, str] = {"host": "DRAM", "cuda": "VRAM"}
 
@@ -44,7 +45,8 @@ class NixlTransport:
         self._section = section
         self._locks = locks
         self._api, self.version = import_nixl(section)
-        self._agent = make_agent(self._api, name, section.progress_delay_us)
+        self._num_threads = section.num_write_threads if has_threads(section.num_write_threads, section.slot_bytes) else 1
+        self._agent = make_agent(self._api, name, section.progress_delay_us, self._num_threads)
         self.transport_name = f"nixl/{BACKEND}"
         # What its calls raise: the binding's own exception classes, all derived from Exception directly.
         names = [n for n in dir(self._api.nixlBind) if n.startswith("nixl") and n.endswith("Error")]
@@ -119,12 +121,14 @@ class NixlTransport:
     def write(self, local: Span, peer: str, remote: Span, notification: bytes) -> Write:
         if peer not in self._peers:
             raise PeerError(f"agent {peer} is not known", phase="kv.handoff")
-        source, target = self._descs(local), self._descs(remote)
+        kinds = (local.place.kind, remote.place.kind)
+        pieces = pieces_of(local.length, self._num_threads, self._lanes.get(peer, {}).get(kinds, ()))
+        source, target = self._descs(local, pieces), self._descs(remote, pieces)
         try:
             handle = self._agent.initialize_xfer("WRITE", source, target, peer, notification)
         except self._errors as error:
             raise PeerError(f"a write to {peer} cannot be prepared: {error}", phase="kv.handoff") from error
-        write = _NixlWrite(handle, peer, (local.place.kind, remote.place.kind))
+        write = _NixlWrite(handle, peer, kinds)
         try:
             status = self._agent.transfer(handle)
         except self._errors as error:
@@ -168,8 +172,9 @@ class NixlTransport:
         for address, descs in registered.items():
             self._forget(address, descs)
 
-    def _descs(self, span: Span) -> Any:
-        return self._agent.get_xfer_descs([(span.base, span.length, span.place.device_idx)], _SEGMENTS[span.place.kind])
+    def _descs(self, span: Span, pieces: tuple[tuple[int, int], ...]) -> Any:
+        cut = [(span.base + offset, length, span.place.device_idx) for offset, length in pieces]
+        return self._agent.get_xfer_descs(cut, _SEGMENTS[span.place.kind])
 
     def _forget(self, address: int, descs: Any) -> None:
         try:

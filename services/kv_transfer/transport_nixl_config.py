@@ -17,6 +17,7 @@ from typing import Any
 from duomo.config import TransferSection
 from duomo.errors import ConfigError
 from services.kv_transfer import ucx_log
+from services.kv_transfer.write_pieces import PIECES_A_THREAD
 
 BACKEND = "UCX"
 _KNOWN_VERSIONS = ("1.5.",)
@@ -48,8 +49,11 @@ def import_nixl(section: TransferSection) -> tuple[Any, str]:
     raise ConfigError("kv_transfer.transport is nixl, but NIXL is not installed: pip install nixl-cu13==1.5.1")
 
 
-def make_agent(api: Any, name: str, progress_delay_us: int) -> Any:
-    """A NIXL agent on UCX whose progress thread pauses progress_delay_us between rounds, safe to call from several threads."""
+def make_agent(api: Any, name: str, progress_delay_us: int, num_threads: int = 1) -> Any:
+    """A NIXL agent on UCX whose progress thread pauses progress_delay_us between rounds, safe to call from several threads.
+
+    num_threads: more than one of NIXL's own share writes of several descriptors (write_pieces.py); they sleep while there are none.
+    """
     binding = api.nixlBind
     plain: Any = binding.nixlAgentConfig
 
@@ -74,13 +78,16 @@ def make_agent(api: Any, name: str, progress_delay_us: int) -> Any:
             return getattr(binding, attribute)
 
     # capture_telemetry: NIXL times every write, for the span kv.push; its exporter (NIXL_TELEMETRY_ENABLE) stays off.
-    config = api.nixl_agent_config(backends=[BACKEND], sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT, capture_telemetry=True)
+    config = api.nixl_agent_config(backends=[], sync_mode=api.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT, capture_telemetry=True)
+    shared = {"num_threads": str(num_threads), "split_batch_size": str(PIECES_A_THREAD)} if num_threads > 1 else {}
     with _making, ucx_log.of_process().is_making_agent():
         api.nixlBind = Binding()
         try:
             agent = api.nixl_agent(name, config)
         finally:
             api.nixlBind = binding
+        if BACKEND in agent.get_plugin_list():
+            agent.create_backend(BACKEND, shared)
     if BACKEND not in agent.backends:
         raise ConfigError(f"NIXL's {BACKEND} plugin does not load; plugins found: {', '.join(agent.get_plugin_list())}")
     return agent

@@ -29,7 +29,7 @@ SMALL = Shape(spec=KvSpec(num_layers=4, num_kv_heads=2, head_dim=32, block_token
 
 def asked(**options: object) -> Asked:
     told: dict[str, object] = {"ways": ("auto",), "slots_mib": (1,), "in_flight": (2,), "groups": (1,), "repeats": 1, "require": ""}
-    return Asked(producer=HERE, consumer=HERE, net_devices="lo", progress_delay_us=1000, **(told | options))  # type: ignore[arg-type]  # the fields, by name
+    return Asked(producer=HERE, consumer=HERE, net_devices="lo", progress_delay_us=1000, num_write_threads=2, **(told | options))  # type: ignore[arg-type]  # the fields, by name
 
 
 def test_the_progress_thread_pauses_as_where_it_serves_unless_told(

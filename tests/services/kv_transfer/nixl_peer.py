@@ -113,6 +113,10 @@ class Peer:
         report = self.pushed[handle_id, message_idx].result(0).report
         return [] if report is None else list(report.lanes)
 
+    def num_descriptors(self, handle_id: int, message_idx: int) -> int:
+        report = self.pushed[handle_id, message_idx].result(0).report
+        return 0 if report is None else report.num_descriptors
+
     def prove(self) -> str:
         try:
             return self.agent.prove().way

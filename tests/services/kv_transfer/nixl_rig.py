@@ -84,8 +84,10 @@ def of_peer(device: str) -> str:
     return f"cuda:{torch.cuda.device_count() - 1}"
 
 
-def offer(agent: TransferAgent, producer: str, num_blocks: int, want_slots: int) -> tuple[Handle, tuple[MessageSpan, ...]]:
-    spans = layout.messages(range(num_blocks), BOUNDS, BLOCK_BYTES, SECTION.slot_bytes)
+def offer(
+    agent: TransferAgent, producer: str, num_blocks: int, want_slots: int, section: TransferSection = SECTION
+) -> tuple[Handle, tuple[MessageSpan, ...]]:
+    spans = layout.messages(range(num_blocks), BOUNDS, BLOCK_BYTES, section.slot_bytes)
     slots = agent.grant(producer, want_slots)
     assert slots is not None
     handle = Handle(
@@ -117,11 +119,13 @@ def land(agent: TransferAgent, peer: Process, handle: Handle, num_messages: int,
     return num_landed
 
 
-def start(processes: list[Process], agent: TransferAgent, boot_id: str, section: TransferSection = SECTION, device: str = "") -> Process:
+def start(
+    processes: list[Process], agent: TransferAgent, boot_id: str, section: TransferSection = SECTION, device: str = "", num_slots: int = 8
+) -> Process:
     """A producer process attached to our ring."""
     peer = Process(boot_id, section, of_peer(device))
     processes.append(peer)
-    attach(peer, agent, agent.open_ring(boot_id, 8))
+    attach(peer, agent, agent.open_ring(boot_id, num_slots))
     return peer
 
 
