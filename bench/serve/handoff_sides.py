@@ -35,6 +35,7 @@ from services.prefill.worker import group_bounds
 PRODUCER, CONSUMER = "bench-p", "bench-d"
 TIMEOUT_S = 60.0
 _POLL_S = 0.00005
+_WRITE_POLL_S = 0.0002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +168,7 @@ class Producer:
             assert WriteState.FAILED not in (state for _, state in states), "a write failed: nothing is reported"
             writes = [write for write, state in states if state is WriteState.IN_FLIGHT]
             if writes and self._target.place.kind == "host":
-                time.sleep(_POLL_S)  # as the writer thread does, which leaves the core to those that copy
+                time.sleep(_WRITE_POLL_S)  # as the writer thread sleeps, which leaves the core to those that copy
         return time.perf_counter() - started_s
 
     def _write_by_syscall(self, told: RawWrites) -> float:
