@@ -193,6 +193,10 @@ class TransferAgent:
         """Why nothing is written any more: the writer thread met something unforeseen. The process has to be replaced."""
         return self._pusher.failure
 
+    def num_waiting(self) -> int:
+        """Messages to send whose turn, a credit, or a send slot, has not come."""
+        return self._pusher.num_waiting()
+
     def counts(self) -> SlotCounts:
         """What is held now."""
         landing = self._landing

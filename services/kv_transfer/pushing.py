@@ -149,6 +149,11 @@ class Pusher:
                 self._changed.notify_all()
             return fence
 
+    def num_waiting(self) -> int:
+        """Messages that are not being packed yet."""
+        with self._changed:
+            return len(self._pending)
+
     def num_in_flight(self) -> int:
         """Writes that are not terminal."""
         with self._changed:
@@ -215,14 +220,16 @@ class Pusher:
             self._sending = self._sending_slot = None
 
     def _sleep_s(self) -> float | None:
-        if self._packing:
-            return policy.poll_delay_s(0.0, is_seen_there=self._slots.is_on_host)
+        is_on_host = self._slots.is_on_host
         if not self._in_flight:
-            return None
-        if all(flight.is_late for flight in self._in_flight):
+            return policy.poll_delay_s(0.0, is_seen_there=is_on_host) if self._packing else None
+        if self._packing and is_on_host:
+            return policy.poll_delay_s(0.0)
+        if not self._packing and all(flight.is_late for flight in self._in_flight):
             return _LATE_POLL_S
+        # a device may pack behind a group that is still computed: what is right for the newest write is often enough for that
         newest_s = max(flight.posted_s for flight in self._in_flight)
-        return policy.poll_delay_s(self._now_s() - newest_s, is_seen_there=self._slots.is_on_host)
+        return policy.poll_delay_s(self._now_s() - newest_s, is_seen_there=is_on_host)
 
     def _take_packed(self) -> Packing | None:
         """The first message in its send slot: when it is whole, or there is nothing to begin or to look at but to wait for it."""

@@ -1,10 +1,12 @@
 """Owns what prefill asks of a handoff, whichever way KV gets to decode. Knows neither rings nor loans: ring_handoffs.py, loan_handoffs.py.
 
-A leg's blocks are held until its handoff is **terminal**: nothing reads them any more, and no write of its handle is or will be in flight.
+A leg's blocks are held until its handoff is **terminal**, so that no write of its handle is or will be in flight, and nothing is being
+packed out of them any more (Handoff.num_in_flight).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from duomo.wire.messages import GroupLanded, HandleOffered, PullKv
@@ -30,8 +32,8 @@ class Handoffs(Protocol):
     def refuse(self, offer: HandleOffered) -> None:
         """A grant that nobody wants any more: nothing was or will be written."""
 
-    def group_launched(self, leg: Leg, group: int, computed: Pending[float]) -> None:
-        """A device computes the group, up to `computed`; group_computed() follows."""
+    def groups_launched(self, legs: Sequence[Leg], groups: Sequence[tuple[int, Pending[float]]]) -> None:
+        """A device computes these groups of the legs' prompts, each up to what stands beside it; group_computed() follows."""
 
     def group_computed(self, leg: Leg, group: int) -> None:
         """The KV of a layer group is in the leg's blocks."""

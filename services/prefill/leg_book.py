@@ -215,10 +215,9 @@ class LegBook:
         """See WaveEvents."""
         return self.handoffs.sends
 
-    def group_launched(self, legs: Sequence[Leg], group: int, computed: Pending[float]) -> None:
+    def groups_launched(self, legs: Sequence[Leg], groups: Sequence[tuple[int, Pending[float]]]) -> None:
         """See WaveEvents."""
-        for leg in legs:
-            self.handoffs.group_launched(leg, group, computed)
+        self.handoffs.groups_launched(legs, groups)
 
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
         """See WaveEvents."""

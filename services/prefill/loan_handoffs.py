@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from duomo.errors import WireError
 from duomo.wire.messages import GroupLanded, HandleOffered, PullKv
 from duomo.wire.values import Handle
@@ -36,7 +38,7 @@ class LoanHandoffs:
     def refuse(self, offer: HandleOffered) -> None:
         """Nothing to do: decode holds the blocks, and ends the loan with its leg."""
 
-    def group_launched(self, leg: Leg, group: int, computed: Pending[float]) -> None:
+    def groups_launched(self, legs: Sequence[Leg], groups: Sequence[tuple[int, Pending[float]]]) -> None:
         """Nothing to do."""
 
     def group_computed(self, leg: Leg, group: int) -> None:

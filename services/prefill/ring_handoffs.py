@@ -1,7 +1,8 @@
 """Owns the pushing of KV into landing rings: messages of a group out, credits and pulls in, fences at the end. Knows no policy and no wave.
 
-A leg's blocks are read by the agent's writer thread until its handoff is **terminal**: every push ended and, where it was given up,
-the agent says that no write is or will be in flight. A message stays **leased** (may be pulled again) until D has released it.
+A leg's blocks are read, by the agent's writer thread or a device, until every push ended (Handoff.num_in_flight). Its handoff is
+**terminal** once the agent says that no write is or will be in flight; a message may still be packed then. A message stays **leased** (may
+be pulled again) until D has released it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from duomo.errors import DuomoError, TransferError
@@ -79,14 +80,17 @@ class RingHandoffs:
         fenced: Future[None] = self._agent.cancel(offer.handle.handle_id)
         fenced.add_done_callback(lambda _: _call_soon(loop, self._fence, offer.handle, offer.traceparent))
 
-    def group_launched(self, leg: Leg, group: int, computed: Pending[float]) -> None:
-        """Push already what the device will pack as soon as the group ends, without a word from the host."""
-        if self._worker.packs_ahead:
-            handoff = self._push_group(leg, group, computed)
-            handoff.begun.add(group)
+    def groups_launched(self, legs: Sequence[Leg], groups: Sequence[tuple[int, Pending[float]]]) -> None:
+        """Push already what the device will pack as soon as each group ends, without a word from the host. But not while messages wait for
+        their turn: they would stand behind these, with the writer and in the device's stream, until the groups end."""
+        if self._worker.packs_ahead and not self._agent.num_waiting():
+            for group, computed in groups:
+                for leg in legs:
+                    self._push_group(leg, group, computed).begun.add(group)
 
     def group_computed(self, leg: Leg, group: int) -> None:
-        """Push every message of a computed group. The writer thread packs and writes while the next group computes."""
+        """Push every message of a computed group, unless it was when the group was launched. The writer thread packs and writes while the
+        next group computes."""
         assert leg.handoff is not None
         if group not in leg.handoff.begun:
             self._push_group(leg, group, None)

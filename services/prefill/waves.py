@@ -47,8 +47,9 @@ class WaveEvents(Protocol):
     def hears_groups(self) -> bool:
         """Whether group_computed has anything to do before its piece is over."""
 
-    def group_launched(self, legs: Sequence[Leg], group: int, computed: Pending[float]) -> None:
-        """A device computes all rows of a layer group, up to `computed`. group_computed follows, unless the wave fails."""
+    def groups_launched(self, legs: Sequence[Leg], groups: Sequence[tuple[int, Pending[float]]]) -> None:
+        """A device computes all rows of these layer groups, each up to what stands beside it. group_computed follows, unless the wave
+        fails."""
 
     def group_computed(self, legs: Sequence[Leg], group: int) -> None:
         """All rows of a layer group are computed. Of a piece with several groups one after the other, in order, each as soon as that is
@@ -254,9 +255,8 @@ class WaveLoop:
         loop, running = asyncio.get_running_loop(), self._running
         if running is not None:
             live = [leg for leg in running.wave.legs if not leg.is_over]
-            for computed, group in zip(launched.seconds, launched.ends, strict=True):
-                if group is not None:
-                    self._events.group_launched(live, group, computed)
+            ends = zip(launched.ends, launched.seconds, strict=True)
+            self._events.groups_launched(live, [(group, computed) for group, computed in ends if group is not None])
 
         def moved(group: int | None) -> None:
             self._progress.moved()

@@ -1,7 +1,8 @@
 """Owns what one prefill rank computes with: model, KV cache, runner, sampler. Knows no request, policy, block count or socket.
 
 Everything but pack() runs in the step thread, one call at a time, and is over, or launched, when it returns; pack() runs in the agent's
-writer thread and reads layers that are over. WaveWorker is what the services ask of a rank: this one on a CPU, gpu_worker.py.
+writer thread and reads layers that are over, or that a device waits for. WaveWorker is what the services ask of a rank: this one on a
+CPU, gpu_worker.py.
 """
 
 from __future__ import annotations

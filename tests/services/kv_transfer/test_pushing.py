@@ -13,10 +13,11 @@ import pytest
 
 from duomo.config import TransferSection
 from duomo.errors import TransferError
-from services.kv_transfer import layout
+from services.kv_transfer import layout, policy
 from services.kv_transfer.agent import PushJob, TransferAgent
 from services.kv_transfer.faults import Fault, ScriptedFaults
 from services.kv_transfer.hashing import message_hash
+from services.kv_transfer.send_slots import SendSlots
 from services.kv_transfer.transport import Span, Write
 from services.kv_transfer.transport_loopback import LoopbackTransport
 from tests.services.kv_transfer.conftest import IMPATIENT
@@ -241,3 +242,35 @@ def test_writes_are_looked_at_while_a_message_is_packed(pair_of: MakePair) -> No
     filling.ended.set()
     second.result(60)
     pair.producer.close()
+
+
+def test_a_card_s_writer_takes_its_time_over_a_hung_write_also_beside_a_message_that_waits_for_its_group(
+    pair_of: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would look every 20 us for as long as the group is computed, and take the interpreter from those who launch the layers."""
+    pair = pair_of(num_slots=8, section=IMPATIENT)
+    monkeypatch.setattr(SendSlots, "is_on_host", property(lambda self: False))  # as in a card's memory
+    stuck, spans = pair.offer(2, want_slots=2)
+    pair.hub.stop("kv-d")
+    (late,) = pair.push(stuck, spans[:1])
+    assert isinstance(late.exception(60), TransferError)
+    filling = AheadFilling()
+    pair.producer.push(PushJob(handle=stuck, span=spans[1], fill=lambda room: filling, is_sealed=True))
+    pusher = pair.producer._pusher
+    deadline_s = time.monotonic() + 60
+    while not pusher._packing and time.monotonic() < deadline_s:
+        time.sleep(0.002)
+    assert pusher._packing and pusher._sleep_s() == policy.poll_delay_s(60.0, is_seen_there=False)
+    filling.ended.set()
+
+
+def test_who_waits_for_a_turn_is_told(pair_of: MakePair) -> None:
+    """Of one landing slot the second message waits for the first one's credit."""
+    pair = pair_of()
+    handle, spans = pair.offer(2, want_slots=1)
+    first, second = pair.push(handle, spans[:2])
+    first.result(60)
+    assert pair.producer.num_waiting() == 1
+    pair.land((handle, spans[:2]), pulls=False)
+    second.result(60)
+    assert pair.producer.num_waiting() == 0

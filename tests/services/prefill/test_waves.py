@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import pytest
 
@@ -15,21 +13,16 @@ from duomo.engine.sampler import RowSampling
 from duomo.errors import TransferError
 from duomo.wire.connection import Connection
 from duomo.wire.messages import Message, PrefillDone, RequestFailed, TokensEmitted
-from services.kv_transfer.layout import MessageSpan
-from services.kv_transfer.sealing import seal
 from services.prefill import leg_book
 from services.prefill.leg import Leg
 from services.prefill.pending import Over
 from services.prefill.pieces import Piece
 from services.prefill.worker import Computation, PrefillWorker, WaveOutput, WaveRow, WorkerSizes
+from tests.services.prefill.late_device import NUM_GROUPS, PROMPT, Late, groups_landed, num_wanted, opened
 from tests.services.prefill.prefill_rig import Rig, config_for, expected_kv, ids, model, rig, run
 from tests.services.prefill.scripted_peers import until
 
 NEVER_TWO_S = 1e-9  # no two groups fit a piece
-PROMPT = ids(150)
-NUM_GROUPS = 4
-
-T = TypeVar("T")
 
 
 class Witness:
@@ -58,10 +51,6 @@ def bytes_of_groups(num_groups: int, run_dir: Path) -> int:
 
 def counted(parts: Rig) -> int:
     return parts.service.report().counters["expert_bytes_read"]
-
-
-def num_wanted(parts: Rig) -> int:
-    return parts.service._book.waves.num_running
 
 
 def test_a_wave_cancelled_before_its_piece_began_runs_nothing(tmp_path: Path) -> None:
@@ -130,18 +119,6 @@ def test_a_wave_whose_handoff_fails_behind_a_piece_runs_no_other(tmp_path: Path,
     run(scenario, tmp_path)
 
 
-@dataclass
-class Late(Generic[T]):
-    """A device's work: over when somebody has waited for it."""
-
-    result: T
-    wait_for: Callable[[], None]
-
-    def wait(self) -> T:
-        self.wait_for()
-        return self.result
-
-
 @pytest.mark.parametrize("is_cancelled", [False, True])
 def test_groups_of_one_piece_leave_while_those_behind_them_are_computed(tmp_path: Path, is_cancelled: bool) -> None:
     """Launched at once, each over when a device says so: its KV is with decode before the next group is, the last before a first token."""
@@ -156,10 +133,10 @@ def test_groups_of_one_piece_leave_while_those_behind_them_are_computed(tmp_path
             def late(computation: Computation, piece: Piece) -> Late[float]:
                 pieces.append(piece)
                 gate = gates[piece.groups[0]]
-                return Late(run_piece(computation, piece).result, partial(_opened, gate))
+                return Late(run_piece(computation, piece).result, partial(opened, gate))
 
             def sampled_late(computation: Computation, rows: Sequence[Sequence[RowSampling]]) -> Late[tuple[WaveOutput, ...]]:
-                return Late(sample(computation, rows).result, partial(_opened, is_sampled))
+                return Late(sample(computation, rows).result, partial(opened, is_sampled))
 
             parts.worker.run_piece = late  # type: ignore[method-assign,assignment]  # a device's
             parts.worker.sample = sampled_late  # type: ignore[method-assign,assignment]  # its first tokens
@@ -178,73 +155,6 @@ def test_groups_of_one_piece_leave_while_those_behind_them_are_computed(tmp_path
             if not is_cancelled:
                 await parts.gateway.finished("told")
                 assert parts.decode.kv("told", len(PROMPT)) == expected_kv(PROMPT)
-            await parts.is_clean()
-
-    run(scenario, tmp_path)
-
-
-@dataclass
-class Behind:
-    """A message that a device packs once a group is over, whatever the host does meanwhile."""
-
-    after: Late[float]
-    gate: threading.Event
-    pack: Callable[[], object]
-
-    def is_over(self) -> bool:
-        return self.gate.is_set()
-
-    def wait(self) -> float:
-        self.after.wait()
-        self.pack()
-        return 0.0
-
-
-@pytest.mark.parametrize("is_cancelled", [False, True])
-def test_a_device_is_given_a_group_s_messages_before_the_group_is_over(tmp_path: Path, is_cancelled: bool) -> None:
-    """Once each, and none leaves before its group is: the device waits for that by itself. Of a prompt that ends meanwhile the blocks are
-    held until it has packed: others' keys would be written into what it reads."""
-
-    async def scenario(run_dir: Path) -> None:
-        async with rig(run_dir, piece_target_s=10.0) as parts:
-            parts.gateway.start("first", ids(40), parts.decode.address)  # measured: the next one is a piece alone
-            await parts.gateway.finished("first")
-            gates = [threading.Event() for _ in range(NUM_GROUPS)]
-            run_piece, pack, begun = parts.worker.run_piece, parts.worker.pack, dict[int, list[tuple[int, bool]]]()
-
-            def late(computation: Computation, piece: Piece) -> Late[float]:
-                return Late(run_piece(computation, piece).result, partial(_opened, gates[piece.groups[0]]))
-
-            def pack_sealed(handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview) -> None:
-                pack(handle_id, span, blocks, out[: span.num_bytes])
-                seal(out, handle_id, span)
-
-            def ahead(handle_id: int, span: MessageSpan, blocks: Sequence[int], out: memoryview, after: Late[float]) -> Behind:
-                begun.setdefault(span.message_idx, []).append((span.group, gates[span.group].is_set()))
-                return Behind(after, gates[span.group], partial(pack_sealed, handle_id, span, blocks, out))
-
-            parts.worker.run_piece = late  # type: ignore[method-assign,assignment]  # a device's
-            parts.worker.pack = ahead  # type: ignore[method-assign,assignment]  # as a device packs
-            parts.worker.seals_messages = parts.worker.packs_ahead = True  # type: ignore[misc]  # as a device's worker says
-            parts.gateway.start("told", PROMPT, parts.decode.address)
-            for group in range(NUM_GROUPS - is_cancelled):
-                await until(lambda group=group: [(group, False)] in begun.values(), f"group {group} was not begun before it was over")
-                assert groups_landed(parts, "told") == set(range(group))
-                gates[group].set()
-                await until(lambda group=group: group in groups_landed(parts, "told"), f"group {group} did not land")
-            if is_cancelled:
-                await until(lambda: [(NUM_GROUPS - 1, False)] in begun.values(), "the last group was not begun before it was over")
-                parts.gateway.cancel("told")
-                parts.decode.abort("told")
-                await until(lambda: num_wanted(parts) == 0, "the cancel did not arrive")
-                report = parts.service.report()
-                assert report.num_free_blocks + report.num_cached_blocks < report.num_blocks, "the device has still to read them"
-                gates[-1].set()
-                await parts.is_clean()
-                return
-            await parts.gateway.finished("told")
-            assert sorted(begun) == list(range(len(begun))) and {len(each) for each in begun.values()} == {1}
-            assert parts.decode.kv("told", len(PROMPT)) == expected_kv(PROMPT)
             await parts.is_clean()
 
     run(scenario, tmp_path)
@@ -300,7 +210,7 @@ def test_decode_hears_of_a_prompt_alone_before_its_first_token_leaves(tmp_path: 
                 post_gateway(gateway, message)
 
             def held(computation: Computation, piece: Piece) -> Over[float]:
-                _opened(may_run)
+                opened(may_run)
                 return run_piece(computation, piece)
 
             monkeypatch.setattr(book.peers, "post", to_decode)
@@ -318,21 +228,6 @@ def test_decode_hears_of_a_prompt_alone_before_its_first_token_leaves(tmp_path: 
 
     run(scenario, tmp_path)
     assert told == ["alone", "tokens of alone", "tokens of one two", "one", "two"]
-
-
-def _opened(gate: threading.Event) -> None:
-    assert gate.wait(10), "nobody opened it"
-
-
-def groups_landed(parts: Rig, request_id: str) -> set[int]:
-    """Whole groups of an open handle that are with decode."""
-    decode = parts.decode
-    handle = next((handle for handle, name in decode.open.items() if name == request_id), None)
-    if handle is None:
-        return set()
-    landed = set(decode.landed[handle])
-    groups = {span.group for span in decode.spans[handle]}
-    return {group for group in groups if all(span.message_idx in landed for span in decode.spans[handle] if span.group == group)}
 
 
 @pytest.mark.parametrize("is_launched", [False, True])
