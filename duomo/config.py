@@ -130,7 +130,7 @@ class TransferSection(Section):
     num_write_threads: int = Field(
         default=2,
         ge=1,
-        le=64,
+        le=MAX_WRITE_THREADS,
         description="threads that copy a message of 16 MiB or more together, where UCX writes by CMA; 1 on a GPU, unless named",
     )
 

@@ -37,7 +37,7 @@ from bench.serve.handoff_sides import Consumer, Setting
 from bench.serve.handoff_table import table
 from bench.serve.host_facts import commit, cpu_name
 from duomo.config import MAX_WRITE_THREADS, TransferSection
-from duomo.engine.settle import GPU_PROGRESS_DELAY_US
+from duomo.engine.settle import GPU_PROGRESS_DELAY_US, GPU_WRITE_THREADS
 from services.kv_transfer.hashing import message_hash
 from services.kv_transfer.transport_nixl_config import import_nixl
 
@@ -289,7 +289,7 @@ def served_delay_us(device: str) -> int:
 
 def served_threads(device: str) -> int:
     """Of a service that is told nothing of them."""
-    return 1 if device == "cuda" else TransferSection().num_write_threads
+    return GPU_WRITE_THREADS if device == "cuda" else TransferSection().num_write_threads
 
 
 def numbers(text: str) -> tuple[int, ...]:

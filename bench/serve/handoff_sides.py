@@ -168,7 +168,7 @@ class Producer:
             assert WriteState.FAILED not in (state for _, state in states), "a write failed: nothing is reported"
             writes = [write for write, state in states if state is WriteState.IN_FLIGHT]
             if writes and self._target.place.kind == "host":
-                time.sleep(_WRITE_POLL_S)  # as the writer thread sleeps, which leaves the core to those that copy
+                time.sleep(_WRITE_POLL_S)  # a loop would take the core from those that copy; the writer thread sleeps too, longer
         return time.perf_counter() - started_s
 
     def _write_by_syscall(self, told: RawWrites) -> float:

@@ -22,6 +22,7 @@ from duomo.models.config import ModelConfig, refuse_on_cpu, served_config
 GPU_SLOT_BYTES = 64 * 1024 * 1024  # a message costs the host the same however large: a quarter of 2,048 tokens of OLMoE or Qwen3-30B is one
 GPU_RING_SLOTS, GPU_SEND_SLOTS = 10, 5  # a handle is granted half a ring: all messages of such a prompt, so that none waits for a step
 GPU_PROGRESS_DELAY_US = 100  # nobody sees bytes land in a card's memory: they wait for the notification, and it for this thread
+GPU_WRITE_THREADS = 1  # the card's own engines copy
 COLOCATED_UNITS = 16  # layers that a decode step waits for at least: few. Nothing is sent group by group there, so groups may be many
 SLOT_TRAILER_BYTES = 128  # at most, padding included: behind the payload of every slot
 GPU_START_TIMEOUT_S = 900.0  # tens of gigabytes are read and kernels compiled; a CPU's default is for a small model
@@ -109,7 +110,7 @@ def changed_for(config: DuomoConfig, pick: Pick, num_layers: int) -> DuomoConfig
     if is_gpu and "progress_delay_us" not in config.kv_transfer.model_fields_set:
         changes["kv_transfer.progress_delay_us"] = GPU_PROGRESS_DELAY_US
     if is_gpu and "num_write_threads" not in config.kv_transfer.model_fields_set:
-        changes["kv_transfer.num_write_threads"] = 1
+        changes["kv_transfer.num_write_threads"] = GPU_WRITE_THREADS
     if is_gpu and "start_timeout_s" not in config.ray.model_fields_set:
         changes["ray.start_timeout_s"] = GPU_START_TIMEOUT_S
     return changed(config, changes, pick.why)

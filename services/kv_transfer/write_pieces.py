@@ -5,7 +5,8 @@ Through CMA a write is a copy by the processor, in the kernel: one thread of it 
 
 NIXL gives a write of at least PIECES_A_THREAD descriptors (split_batch_size) to its threads, as many to each. A thread looks for the end of
 its share without a pause. Of a copy by the processor that is all of its time anyway; of a write by TCP to a peer that has stopped it would
-be for ever.
+be for as long as that stands still. By CMA too where it stops before the thread has connected to it: the write is given up at its deadline,
+and the thread looks on until the peer goes on or dies.
 """
 
 from __future__ import annotations

@@ -47,6 +47,15 @@ def test_the_progress_thread_pauses_as_where_it_serves_unless_told(
     assert "--progress-delay-us -1: microseconds, 0 or more" in capsys.readouterr().err
 
 
+def test_as_many_threads_copy_as_where_it_serves_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def num_threads(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["bench_handoff", *arguments])
+        return parse()[0].section("auto").num_write_threads
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert (num_threads(), num_threads("--device", "cuda"), num_threads("--write-threads", "3")) == (2, 1, 3)
+
+
 @pytest.fixture
 def consumer() -> Iterator[Consumer]:
     section = TransferSection(slot_bytes=128 * 1024, ucx_net_devices="lo")
@@ -149,6 +158,7 @@ def test_the_table_says_what_ucx_wrote_by_and_the_file_is_json_that_can_be_drawn
         (["--in-flight", "0"], "numbers from 1 on"),
         (["--groups", "1,17"], "--groups up to 16"),
         (["--device", "cuda", "--cards", "0,99"], "one or two of the"),
+        (["--write-threads", "0"], "--write-threads 0: 1 to 64"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(

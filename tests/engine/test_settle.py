@@ -52,6 +52,7 @@ def test_on_a_gpu_one_process_large_blocks_and_a_plan() -> None:
     assert settled.config.model.units == 16, "as many groups as OLMoE has layers: a decode step waits for one"
     assert settle(config(TINY), gpu).config.model.units == 8 and settle(config(TINY, layout="split"), gpu).config.model.units == 4
     assert settled.config.ray.start_timeout_s > 120
+    assert (config(OLMOE).kv_transfer.num_write_threads, settled.config.kv_transfer.num_write_threads) == (2, 1)
     assert settled.plan is not None and settled.plan.block_tokens == 64 and settled.plan.num_tokens > 100_000
     assert settled.card is not None and "H100" in settled.why
     assert settle(settled.config, gpu).config == settled.config
@@ -67,10 +68,12 @@ def test_what_is_named_stays() -> None:
         "model.block_tokens": 128,
         "ray.start_timeout_s": 60.0,
         "model.max_model_tokens": 2048,
+        "kv_transfer.num_write_threads": 3,
     }
     settled = settle(config(OLMOE, **named, **{"decode.max_batch": 8}), gpu)
     assert (settled.config.model.block_tokens, settled.config.ray.start_timeout_s, settled.config.model.units) == (128, 60.0, 2)
     assert settled.plan is not None and settled.plan.block_tokens == 128
+    assert settled.config.kv_transfer.num_write_threads == 3
 
 
 def test_fp8_leaves_more_for_kv() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -18,16 +17,19 @@ from tests.services.prefill.late_device import NUM_GROUPS, PROMPT, Behind, Late,
 from tests.services.prefill.prefill_rig import expected_kv, ids, rig, run
 from tests.services.prefill.scripted_peers import until
 
+LONGER = ids(1200, seed=2)
 
-def test_a_device_is_given_a_group_s_messages_behind_it_while_others_wait_for_their_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They would wait behind messages that the device cannot pack yet."""
+
+def test_a_device_is_given_a_group_s_messages_behind_it_while_others_wait_for_their_turn(tmp_path: Path) -> None:
+    """A longer prompt has more messages than slots, and decode gives none back: they would wait behind what cannot be packed yet."""
 
     async def scenario(run_dir: Path) -> None:
         async with rig(run_dir, piece_target_s=10.0) as parts:
             parts.gateway.start("first", ids(40), parts.decode.address)  # measured: the next one is a piece alone
             await parts.gateway.finished("first")
+            parts.decode.is_draining = False
+            parts.gateway.start("longer", LONGER, parts.decode.address)
+            await until(lambda: parts.agent.num_waiting() > 0, "none waits")
             gates, afters = [threading.Event() for _ in range(NUM_GROUPS)], list[object]()
             run_piece, pack = parts.worker.run_piece, parts.worker.pack
 
@@ -42,13 +44,15 @@ def test_a_device_is_given_a_group_s_messages_behind_it_while_others_wait_for_th
             parts.worker.run_piece = late  # type: ignore[method-assign,assignment]  # a device's
             parts.worker.pack = packed  # type: ignore[method-assign,assignment]  # as a device packs
             parts.worker.seals_messages = parts.worker.packs_ahead = True  # type: ignore[misc]  # as a device's worker says
-            monkeypatch.setattr(parts.service._book.handoffs._agent, "num_waiting", lambda: 1)  # type: ignore[attr-defined]  # rings have one
             parts.gateway.start("told", PROMPT, parts.decode.address)
             for gate in gates:
                 gate.set()
-            await parts.gateway.finished("told")
-            assert afters and set(afters) == {None}
-            assert parts.decode.kv("told", len(PROMPT)) == expected_kv(PROMPT)
+            await until(lambda: len(afters) > 0, "nothing was packed")
+            parts.decode.is_draining = True
+            for name, prompt in (("told", PROMPT), ("longer", LONGER)):
+                await parts.gateway.finished(name)
+                assert parts.decode.kv(name, len(prompt)) == expected_kv(prompt)
+            assert set(afters) == {None}
             await parts.is_clean()
 
     run(scenario, tmp_path)
@@ -94,7 +98,7 @@ def test_a_device_is_given_a_group_s_messages_before_the_group_is_over(tmp_path:
                 await until(lambda: num_wanted(parts) == 0, "the cancel did not arrive")
                 gates[-1].set()
                 await until(lambda: not parts.service._book.waves._waves, "the wave did not end")
-                await asyncio.sleep(0.05)  # what could free them has been heard
+                await until(lambda: parts.service._book.handoffs.num_open == 0, "no fence: a write is in flight")
                 report = parts.service.report()
                 assert report.num_free_blocks + report.num_cached_blocks < report.num_blocks, "the device has still to read them"
                 packing[-1].set()
