@@ -32,7 +32,9 @@ class GatewaySection(Section):
     max_choices: int = Field(default=128, ge=1, le=128)
     max_logprobs: int = Field(default=20, ge=0)
     max_stop_strings: int = Field(default=16, ge=1)
-    default_max_tokens: int = Field(default=512, ge=1, description="completion length where a chat request names none")
+    default_max_tokens: int | None = Field(
+        default=None, ge=1, description="of a chat that names no length; unnamed: what is left of the context"
+    )
     max_queued_requests: int = Field(default=1024, ge=0)
     queue_ttl_s: float = Field(default=60.0, gt=0, description="a request that has waited for room so long is answered 429")
     max_ttft_s: float | None = Field(default=None, gt=0, description="requests whose first token would come later are answered 429")

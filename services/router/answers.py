@@ -49,7 +49,10 @@ class FinishedChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerHead:
-    """What every object of one answer begins with, and what it shows of its tokens."""
+    """What every object of one answer begins with, and what it shows of its tokens.
+
+    counted_prompts: each prompt's tokens, where every chunk has the usage so far; else empty.
+    """
 
     answer_id: str
     model: str
@@ -57,7 +60,34 @@ class AnswerHead:
     shows_logprobs: bool
     shows_token_ids: bool
     includes_usage: bool
+    counted_prompts: tuple[int, ...] = ()
     created_s: int = field(default_factory=lambda: int(time.time()))
+
+
+class ChunkEnds:
+    """How the chunks of OpenAI's older streams end: with no usage, with null where it comes at the end, or with the choice's own so far.
+
+    num_choices: of each prompt.
+    """
+
+    def __init__(self, head: AnswerHead, num_choices: int) -> None:
+        self._num_choices = num_choices
+        self._prompts = head.counted_prompts
+        self._num_tokens = [0] * (len(self._prompts) * num_choices)
+        self.plain = b',"usage":null}\n\n' if head.includes_usage else b"}\n\n"
+
+    @property
+    def counts(self) -> bool:
+        """Whether chunks differ in their ends."""
+        return bool(self._prompts)
+
+    def after(self, choice: int, num_tokens: int) -> bytes:
+        """Of the choice's next chunk, which shows so many more tokens."""
+        if not self._prompts:
+            return self.plain
+        self._num_tokens[choice] += num_tokens
+        usage = Usage(self._prompts[choice // self._num_choices], self._num_tokens[choice], None)
+        return b',"usage":%s}\n\n' % _json(usage_object(usage))
 
 
 def usage_object(usage: Usage) -> dict[str, object]:

@@ -83,7 +83,7 @@ class Edge:
         self._parser = RequestParser(section, reader)
         self._message_parser = MessageParser(reader)
         self._response_parser = ResponseParser(reader)
-        self._prompts = PromptMaker(section, gateway.card, gateway.text)
+        self._prompts = PromptMaker(section, gateway.card, gateway.text, gateway.pools.most_tokens)
         self._tokenizing = Tokenizing(self._parser, gateway.card, gateway.text)
         self._model = _model_object(gateway)
         self._document = openapi_document(section, gateway.card)
@@ -93,7 +93,9 @@ class Edge:
         with call.refusing():
             asked = self._parser.chat(await call.body(request))
             chat = await self._prompts.chat(asked, call.template(asked.common))
-        shape = ChatShape(call.head(chat.common), chat.style, chat.requests[0].scored)
+        shape = ChatShape(
+            call.head(chat.common, chat.requests), chat.style, chat.requests[0].scored, num_choices=chat.common.answer.num_choices
+        )
         return await call.answer(request, chat.requests, chat.common, shape)
 
     async def completion(self, request: Request) -> Response:
@@ -104,7 +106,7 @@ class Edge:
         sampled, shown = asked.common.answer.num_choices, asked.num_shown
         scored = [one.scored for one in requests if one.scored is not None]
         echoes = self._prompts.echoes(asked)
-        shape = CompletionShape(call.head(asked.common), echoes, scored=scored, num_sampled=sampled, num_shown=shown)
+        shape = CompletionShape(call.head(asked.common, requests), echoes, scored=scored, num_sampled=sampled, num_shown=shown)
         return await call.answer(request, requests, asked.common, shape)
 
     async def response(self, request: Request) -> Response:
@@ -112,7 +114,9 @@ class Edge:
         with call.refusing():
             asked = self._response_parser.response(await call.body(request))
             chat = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
-        return await call.answer(request, chat.requests, chat.common, ResponseShape(call.head(chat.common), chat.style, asked.echo))
+        return await call.answer(
+            request, chat.requests, chat.common, ResponseShape(call.head(chat.common, chat.requests), chat.style, asked.echo)
+        )
 
     async def message(self, request: Request) -> Response:
         call = self._call(request, "msg_", "chat")
@@ -121,7 +125,7 @@ class Edge:
             chat = await self._prompts.chat(asked.chat, call.template(asked.chat.common))
             if asked.wants_thinking and chat.style.reasoning == "none":
                 raise RequestError("'thinking' cannot be turned on: this model marks no reasoning for such a request.", param="thinking")
-        shape = MessageShape(call.head(chat.common), chat.style, len(chat.requests[0].prompt_ids))
+        shape = MessageShape(call.head(chat.common, chat.requests), chat.style, len(chat.requests[0].prompt_ids))
         return await call.answer(request, chat.requests, chat.common, shape)
 
     async def count_message_tokens(self, request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""PURE: decides whose prompts may share KV: those that come with the same API key. Knows no request, and keeps no key."""
+"""PURE: decides whose prompts may share KV: those that come with the same API key and `cache_salt`. Knows no request, and keeps no key."""
 
 from __future__ import annotations
 
@@ -13,4 +13,13 @@ def cache_salt(authorization: str) -> str:
     """
     scheme, _, credentials = authorization.strip().partition(" ")
     key = credentials.strip() or scheme
-    return hashlib.blake2b(key.encode(), digest_size=16, person=b"duomo prefix").hexdigest() if key else ""
+    return _digest(key) if key else ""
+
+
+def salted(salt: str, own: str) -> str:
+    """What salts them where the body names a salt of its own: only calls of the same key that name the same one share; "" names none."""
+    return _digest(f"{salt}/{own}") if own else salt
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, person=b"duomo prefix").hexdigest()

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -22,7 +22,7 @@ from duomo.errors import CapacityError, DuomoError, RequestCancelled, RequestErr
 from duomo.wire.values import Sampling
 from services.router.answers import AnswerHead, AnswerShape
 from services.router.body import read_body
-from services.router.cache_salt import cache_salt
+from services.router.cache_salt import cache_salt, salted
 from services.router.common_fields import CommonFields
 from services.router.deadlines import TIMEOUT_HEADER, allowed_s, asked_timeout_s
 from services.router.flight import Flight
@@ -89,12 +89,12 @@ class Call:
             received_s=self._received_s,
             deadline_s=self._deadline_s,
             traceparent=self._traceparent,
-            cache_salt=self._cache_salt,
+            cache_salt=salted(self._cache_salt, common.cache_salt),
             session=session_of(asked_session(self._asked_sessions), common.cache_key, self._cache_salt),
             endpoint=self._endpoint,
         )
 
-    def head(self, common: CommonFields) -> AnswerHead:
+    def head(self, common: CommonFields, requests: Sequence[GenerationRequest]) -> AnswerHead:
         """What all objects of this call's answer share."""
         return AnswerHead(
             answer_id=self._answer_id,
@@ -103,6 +103,7 @@ class Call:
             shows_logprobs=common.answer.shows_logprobs,
             shows_token_ids=common.answer.return_token_ids,
             includes_usage=common.answer.include_usage,
+            counted_prompts=tuple(len(made.prompt_ids) for made in requests) if common.answer.counts_each else (),
         )
 
     @contextlib.contextmanager
@@ -246,4 +247,4 @@ def _transport_of(request: Request) -> ClientTransport | None:
 
 
 def _wants_pieces(common: CommonFields) -> bool:
-    return common.sampling.logprobs is not None or common.answer.return_token_ids
+    return common.sampling.logprobs is not None or common.answer.return_token_ids or common.answer.counts_each

@@ -11,7 +11,7 @@ from typing import Final, cast
 import msgspec
 
 from duomo.errors import DuomoError
-from services.router.answers import AnswerHead, FinishedChoice, error_event, object_head, token_ids_of, usage_end, usage_object
+from services.router.answers import AnswerHead, ChunkEnds, FinishedChoice, error_event, object_head, token_ids_of, usage_end, usage_object
 from services.router.generation import EmittedPiece, TextEmitted, Usage
 from services.router.logprobs import finite
 from services.router.markup import OutputReader, OutputStyle
@@ -37,21 +37,23 @@ class ChatShape:
     scored: the prompt, where its own log-probabilities are shown: in whole answers.
     """
 
-    def __init__(self, head: AnswerHead, style: OutputStyle | None = None, scored: ScoredPrompt | None = None) -> None:
+    def __init__(
+        self, head: AnswerHead, style: OutputStyle | None = None, scored: ScoredPrompt | None = None, *, num_choices: int = 1
+    ) -> None:
         self._head = head
         self._scored = scored
         self._style = style if style is not None and style.has_markup else None
         self._readers: dict[int, OutputReader] = {}
         self._chunk_head = object_head(head, "chat.completion.chunk")
-        self._tail = b',"usage":null}\n\n' if head.includes_usage else b"}\n\n"
-        self._is_plain = self._style is None and not head.shows_logprobs and not head.shows_token_ids
+        self._ends = ChunkEnds(head, num_choices)
+        self._is_plain = self._style is None and not (head.shows_logprobs or head.shows_token_ids or self._ends.counts)
         self._before_text: dict[int, bytes] = {}  # of a choice's plain chunks: all but the text is the same in each
-        self._behind_text = b'},"logprobs":null,"finish_reason":null}]' + self._tail
+        self._behind_text = b'},"logprobs":null,"finish_reason":null}]' + self._ends.plain
 
     def opening(self, choice: int) -> bytes:
         """The first chunk of a choice: its role."""
         body = b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]' % choice
-        return b'data: %s,"choices":[%s%s' % (self._chunk_head, body, self._tail)
+        return b'data: %s,"choices":[%s%s' % (self._chunk_head, body, self._ends.after(choice, 0))
 
     def chunk(self, event: TextEmitted) -> bytes:
         """Nothing where all of a token's text is held back and nothing else is shown of it."""
@@ -74,7 +76,7 @@ class ChatShape:
             self._logprobs(event.pieces),
             b"null" if finish is None else b'"%s"' % finish.encode(),
             token_ids_of(self._head, event.pieces),
-            self._tail,
+            self._ends.after(event.choice, len(event.pieces)),
         )
 
     def _plain_head(self, choice: int) -> bytes:

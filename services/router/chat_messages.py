@@ -38,10 +38,11 @@ def _message(name: str, value: object) -> ChatMessage:
         raise RequestError(f"'{name}.role' must be one of {', '.join(_ROLES)}.", param=f"{name}.role")
     tool_calls = _tool_calls(fields, role)
     content = fields.take("content")
-    is_call_alone = content is None and bool(tool_calls)
-    told = "" if is_call_alone else text_of(f"{name}.content", content)
     speaker = fields.string("name")
     reasoning = _reasoning(fields, role)
+    # As an answer says that it has no text: beside calls or reasoning, or as null.
+    has_none = content is None and role == "assistant" and (bool(tool_calls) or reasoning is not None or "content" in value)
+    told = "" if has_none else text_of(f"{name}.content", content)
     tool_call_id = _tool_call_id(fields, role)
     fields.refuse_unless(_MESSAGE_OFF)
     fields.finish()

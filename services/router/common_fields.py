@@ -1,7 +1,7 @@
 """What the bodies of all generating endpoints share: model, sampling, lengths, stop, stream. Knows no endpoint's own fields.
 
-Beyond OpenAI, as in vLLM: top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, return_token_ids, structured_outputs,
-guided_* (structured.py).
+Beyond OpenAI, as in vLLM: top_k, min_p, repetition_penalty, ignore_eos, min_tokens, stop_token_ids, return_token_ids, cache_salt,
+structured_outputs, guided_* (structured.py).
 """
 
 from __future__ import annotations
@@ -22,15 +22,27 @@ from services.router.structured import Structure, read_logit_bias, read_structur
 
 _MASK_64: Final = (1 << 64) - 1
 _MAX_TOKENS_BOUND: Final = 1 << 31
+_SALT_CHARS: Final = 256
+# vLLM's, with the values that ask for what is done here anyway.
+_OFF: Final[dict[str, tuple[object, ...]]] = {
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
 _PRIORITY_BOUND: Final = 100  # each level is worth seconds of waiting (prefill's policy): a hundred are longer than a request lives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
-    """How the answer is to be shaped."""
+    """How the answer is to be shaped. counts_each: each chunk of a stream has the usage so far."""
 
     stream: bool
     include_usage: bool
+    counts_each: bool
     num_choices: int
     return_token_ids: bool
     shows_logprobs: bool
@@ -59,7 +71,7 @@ class CommonFields:
 
     priority: higher goes first (the field's own sign is the other one, as in vLLM). structure: sampling's constraint and the field
     that named it; check_structure() compiles it. prompt: what is shown of the prompt's own log-probabilities; sampling asks for it.
-    cache_key: prompt_cache_key, "" for none.
+    cache_key: prompt_cache_key, cache_salt: the field of that name; "" for none.
     """
 
     sampling: Sampling
@@ -69,6 +81,7 @@ class CommonFields:
     answer: AnswerOptions
     priority: int = 0
     cache_key: str = ""
+    cache_salt: str = ""
     structure: Structure | None = None
     prompt: PromptForms = NOT_SHOWN
 
@@ -105,7 +118,7 @@ class CommonReader:
         max_tokens, max_tokens_field = _max_tokens(fields, names)
         num_choices = fields.integer("n", low=1, high=self._section.max_choices) if names.has_choices else None
         stream = fields.boolean("stream")
-        include_usage = _stream_options(fields, stream)
+        include_usage, counts_each = _stream_options(fields, stream)
         stop = self._stop(fields, names.stop)
         prompt = _shown_prompt(prompt, stream)
         sampling = self._sampling(fields, logprobs, prompt)
@@ -117,6 +130,10 @@ class CommonReader:
         return_token_ids = fields.boolean("return_token_ids") if names.has_choices else False
         priority = fields.integer("priority", low=-_PRIORITY_BOUND, high=_PRIORITY_BOUND) or 0
         cache_key = checked_session(fields.string("prompt_cache_key") or "", fields.name("prompt_cache_key"))
+        own_salt = fields.string("cache_salt") or ""
+        if len(own_salt) > _SALT_CHARS:
+            raise RequestError(f"'cache_salt' has {len(own_salt)} characters, at most {_SALT_CHARS} are taken.", param="cache_salt")
+        fields.refuse_unless(_OFF)
         fields.ignore(*names.ignored)
         fields.finish()
         return CommonFields(
@@ -127,12 +144,14 @@ class CommonReader:
             answer=AnswerOptions(
                 stream=stream,
                 include_usage=include_usage,
+                counts_each=counts_each,
                 num_choices=num_choices or 1,
                 return_token_ids=return_token_ids,
                 shows_logprobs=logprobs is not None,
             ),
             priority=-priority,
             cache_key=cache_key,
+            cache_salt=own_salt,
             structure=structure,
             prompt=prompt,
         )
@@ -225,14 +244,16 @@ def _shown_prompt(prompt: PromptForms, stream: bool) -> PromptForms:
     return replace(prompt, listed=None)
 
 
-def _stream_options(fields: Fields, stream: bool) -> bool:
+def _stream_options(fields: Fields, stream: bool) -> tuple[bool, bool]:
+    """Whether a stream ends with its usage, and whether each chunk has it so far: as in vLLM, only where the end has it too."""
     raw = fields.mapping("stream_options")
     if raw is None:
-        return False
+        return False, False
     if not stream:
         raise RequestError("'stream_options' needs 'stream' to be true.", param="stream_options")
     options = Fields(raw, "stream_options.")
     include_usage = options.boolean("include_usage")
+    counts_each = options.boolean("continuous_usage_stats")
     options.ignore("include_obfuscation")
     options.finish()
-    return include_usage
+    return include_usage, include_usage and counts_each

@@ -8,16 +8,18 @@ from typing import Final
 import msgspec
 
 from duomo.errors import DuomoError
-from services.router.answers import AnswerHead, FinishedChoice, error_event, object_head, token_ids_of, usage_end, usage_object
+from services.router.answers import AnswerHead, ChunkEnds, FinishedChoice, error_event, object_head, token_ids_of, usage_end, usage_object
 from services.router.generation import EmittedPiece, TextEmitted, Usage
 from services.router.logprobs import finite, token_name
 from services.router.scored_prompt import EchoedLogprobs, ScoredPrompt
+from services.router.text import Detokenizer
 
 _json: Final = msgspec.json.Encoder().encode
 
 
 class CompletionShape:
-    """text_completion, streamed or whole. Offsets of logprobs count the characters shown, for each choice.
+    """text_completion, streamed or whole. Offsets of logprobs count the characters shown, for each choice: those of a character that
+    several tokens write are where it stands, and a special token, which is not shown, takes no room.
 
     echoes: each prompt's text where choices begin with it, else empty. Of each prompt's num_sampled choices the num_shown with the highest
     log-probability per token are shown, best first, in whole answers. scored: the prompts, where their own log-probabilities are shown.
@@ -38,11 +40,12 @@ class CompletionShape:
         self._num_sampled = num_sampled
         self._num_shown = num_shown
         self._object_head = object_head(head, "text_completion")
-        self._tail = b',"usage":null}\n\n' if head.includes_usage else b"}\n\n"
-        self._is_plain = not head.shows_logprobs and not head.shows_token_ids
+        self._ends = ChunkEnds(head, num_sampled)
+        self._is_plain = not (head.shows_logprobs or head.shows_token_ids or self._ends.counts)
         self._before_text: dict[int, bytes] = {}  # of a choice's plain chunks: all but the text is the same in each
-        self._behind_text = b',"logprobs":null,"finish_reason":null}]' + self._tail
+        self._behind_text = b',"logprobs":null,"finish_reason":null}]' + self._ends.plain
         self._offsets: dict[int, int] = {}
+        self._readers: dict[int, Detokenizer] = {}
 
     def opening(self, choice: int) -> bytes:
         """Nothing but the prompt, where it is echoed."""
@@ -67,7 +70,7 @@ class CompletionShape:
             self._logprobs(event.choice, event.pieces, echoed),
             finish,
             token_ids_of(self._head, event.pieces),
-            self._tail,
+            self._ends.after(event.choice, len(event.pieces)),
         )
 
     def ending(self, usage: Usage) -> bytes:
@@ -114,7 +117,8 @@ class CompletionShape:
             return b"null"
         if echoed is not None:
             self._offsets[choice] = echoed.end
-        offset = self._offsets.get(choice, 0)
+        offset = self._offsets.get(choice, len(self._echo(choice)))
+        reader = self._readers.setdefault(choice, self._head.text.detokenizer())
         tokens, values, tops, offsets = [], [], [], []
         for piece in pieces:
             if piece.logprob is None:
@@ -125,7 +129,7 @@ class CompletionShape:
             ranked = {self._name(token_id): finite(logprob) for token_id, logprob in piece.logprob.top}
             tops.append({name: values[-1]} | ranked)
             offsets.append(offset)
-            offset += len(self._head.text.token_bytes(piece.token_id).decode("utf-8", "replace"))
+            offset += len(reader.push(piece.token_id))
         self._offsets[choice] = offset
         if echoed is None:
             return _json({"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets})

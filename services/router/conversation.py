@@ -18,11 +18,12 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class FunctionTool:
-    """A function that the assistant may call. parameters: its JSON schema, None where it takes none."""
+    """A function that the assistant may call. parameters: its JSON schema, None where it takes none; field: where the body has it."""
 
     name: str
     description: str | None = None
     parameters: Mapping[str, object] | None = None
+    field: str = "tools"
 
 
 @dataclass(frozen=True, slots=True)

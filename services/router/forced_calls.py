@@ -12,7 +12,7 @@ from duomo.grammar.library import ITEM_SEPARATOR, KEY_SEPARATOR
 from duomo.wire.values import Constraint
 from services.router.conversation import FunctionTool, ToolUse
 from services.router.markup import CALL, END_CALL, END_THINK, THINK, OutputStyle
-from services.router.structured import Structure
+from services.router.structured import Structure, json_schema, schema_text
 
 # As for every JSON schema (duomo/grammar/library.py): one line, at most one space behind a comma or a colon.
 _JSON_OPTIONS: Final = {
@@ -42,15 +42,16 @@ def forced_calls(tool_use: ToolUse, style: OutputStyle) -> Structure | None:
         rules.append(_THOUGHT)
     for number, tool in enumerate(tools):
         rules += _rules(number, tool)
-    return Structure(Constraint(kind="grammar", text="\n".join(rules) + "\n"), "tools")
+    parts = tuple(Structure(json_schema(tool.parameters), tool.field) for tool in tools if tool.parameters is not None)
+    return Structure(Constraint(kind="grammar", text="\n".join(rules) + "\n"), "tools", parts)
 
 
 def _rules(number: int, tool: FunctionTool) -> list[str]:
     """Of one function, whose name needs no escapes (tools.py)."""
     head = f'{CALL}\n{{"name": "{tool.name}", "arguments": '
     parameters = {"type": "object", "properties": {}, "additionalProperties": False} if tool.parameters is None else tool.parameters
-    schema = {"type": "object", **parameters, "x-guidance": _JSON_OPTIONS}
+    schema = schema_text({"type": "object", **parameters, "x-guidance": _JSON_OPTIONS})
     return [
         f"call{number}: {json.dumps(head)} arguments{number} {json.dumps('}' + chr(10) + END_CALL)}",
-        f"arguments{number}: %json {json.dumps(schema, ensure_ascii=False)}",
+        f"arguments{number}: %json {schema}",
     ]

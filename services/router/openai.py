@@ -32,8 +32,14 @@ _CHAT_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {
     "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+    "include_reasoning": (True,),
+    "documents": ([],),
+    "chat_template": (),
 }
-_COMPLETION_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {"suffix": ("",)}
+_COMPLETION_ONLY_OFF: Final[dict[str, tuple[object, ...]]] = {"suffix": ("",), "add_special_tokens": (True,)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from services.router.openapi_fields import (
     template,
     tokens,
 )
-from services.router.openapi_words import Schema, anything, array, boolean, either, integer, off, ref, taken, text, words
+from services.router.openapi_words import Schema, anything, array, boolean, either, integer, nothing, off, ref, taken, text, words
 
 
 def chat_schemas(limits: Limits) -> dict[str, Schema]:
@@ -72,6 +72,12 @@ def _chat(limits: Limits) -> Schema:
         "functions": off([]),
         "function_call": off("none", "auto"),
         "modalities": off(["text"]),
+        "add_generation_prompt": off(True),
+        "continue_final_message": off(False),
+        "add_special_tokens": off(False),
+        "include_reasoning": off(True),
+        "documents": off([]),
+        "chat_template": off(),
     }
     return taken({"model": limits.model, "messages": _messages()}, optional)
 
@@ -90,6 +96,7 @@ def _completion(limits: Limits) -> Schema:
         **choices(limits),
         **ignored("metadata", "store"),
         "suffix": off(""),
+        "add_special_tokens": off(True),
     }
     return taken({"model": limits.model, "prompt": prompt}, optional)
 
@@ -125,6 +132,11 @@ def _message() -> Schema:
             {"role": words("assistant"), "tool_calls": array(ref("AssistantToolCall"), 1)},
             {**own, "content": content},
             "Calls without words.",
+        ),
+        taken({"role": words("assistant"), "content": nothing("As an answer has it that is all reasoning.")}, {**own, "tool_calls": calls}),
+        *(
+            taken({"role": words("assistant"), name: text()}, {**own, "content": content, "tool_calls": calls}, "Reasoning without words.")
+            for name in ("reasoning", "reasoning_content")
         ),
         taken({"role": words("tool"), "content": content, "tool_call_id": text("Of the call that this answers.")}, called),
     )

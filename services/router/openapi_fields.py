@@ -18,6 +18,7 @@ from services.router.openapi_words import (
     integer,
     nothing,
     number,
+    off,
     ref,
     taken,
     text,
@@ -56,7 +57,7 @@ def sampling(limits: Limits) -> dict[str, Schema]:
     """Of every generating endpoint."""
     return {
         "stream": boolean("Server-sent events in place of one object."),
-        "stream_options": taken({}, {"include_usage": boolean(), "include_obfuscation": anything("Ignored.")}, "Needs `stream`."),
+        "stream_options": taken({}, _stream_options(), "Needs `stream`."),
         "temperature": number(0, 2, "0 is greedy; 1 where none is named."),
         "top_p": number(0, 1, low_is_open=True),
         "top_k": integer(-1, _MOST, "0 and -1: all tokens."),
@@ -69,7 +70,23 @@ def sampling(limits: Limits) -> dict[str, Schema]:
         "ignore_eos": boolean(),
         "stop_token_ids": array(limits.token_id),
         "priority": integer(-100, 100, _LOWER_FIRST),
+        "cache_salt": text("Only requests with the same one share what prompts leave in prefix caches.", maxLength=256),
+        "skip_special_tokens": off(True),
+        "spaces_between_special_tokens": off(True),
+        "include_stop_str_in_output": off(False),
+        "allowed_token_ids": off(),
+        "bad_words": off([]),
+        "truncate_prompt_tokens": off(),
+        "use_beam_search": off(False),
         "prompt_cache_key": text("Requests with the same one go to the same replicas where nothing speaks against it.", maxLength=256),
+    }
+
+
+def _stream_options() -> dict[str, Schema]:
+    return {
+        "include_usage": boolean("The usage in a chunk of its own, at the end."),
+        "continuous_usage_stats": boolean("With `include_usage`: the usage so far in each chunk."),
+        "include_obfuscation": anything("Ignored."),
     }
 
 

@@ -97,6 +97,14 @@ class Pools:
     def decodes(self) -> list[ReplicaLink]:
         return [link for link in self.links.values() if link.role == "decode"]
 
+    def most_tokens(self) -> int | None:
+        """Of one choice, prompt and completion: what both pools hold, each by its largest replica; None where one has none that reports."""
+        sizes = [
+            [link.report.num_blocks * link.report.block_tokens for link in pool if link.report]
+            for pool in (self.prefills(), self.decodes())
+        ]
+        return min(map(max, sizes)) if all(sizes) else None
+
     async def start(self) -> None:
         self._spawn(self._watch())
 

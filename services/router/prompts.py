@@ -1,11 +1,11 @@
 """From a checked request to generation requests: renders, tokenises once, and fits prompt and completion into the model's context.
 
-Knows no pool. Refusals are RequestErrors naming the field and the limit.
+Of the pools it knows what one choice may take, where the client names no length. Refusals are RequestErrors naming the field and the limit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -42,10 +42,12 @@ class PreparedChat:
 class PromptMaker:
     """Owns nothing; the tokenizer is shared. `template` gives all fields of a request that do not depend on its prompt."""
 
-    def __init__(self, section: GatewaySection, card: ModelCard, text: ModelText) -> None:
+    def __init__(self, section: GatewaySection, card: ModelCard, text: ModelText, pool_tokens: Callable[[], int | None]) -> None:
+        """pool_tokens: of one choice, prompt and completion; None where it is not known."""
         self._section = section
         self._card = card
         self._text = text
+        self._pool_tokens = pool_tokens
 
     async def chat(self, request: ChatRequest, template: GenerationRequest) -> PreparedChat:
         conversation, common = request.conversation, request.common
@@ -106,8 +108,9 @@ class PromptMaker:
         return await self._text.encode_aside(text, add_special_tokens=add_special_tokens)
 
     def _fit(
-        self, ids: tuple[int, ...], name: str, common: CommonFields, default_tokens: int, template: GenerationRequest
+        self, ids: tuple[int, ...], name: str, common: CommonFields, default_tokens: int | None, template: GenerationRequest
     ) -> GenerationRequest:
+        """default_tokens: where the request names no length; None: as many as there is room for."""
         if not ids:
             raise RequestError(f"'{name}' must hold at least one token.", param=name)
         room = self._card.context_tokens - len(ids)
@@ -128,7 +131,7 @@ class PromptMaker:
                 param=common.max_tokens_field,
                 code="context_length_exceeded",
             )
-        length = max_tokens if max_tokens is not None else min(default_tokens, room, longest)
+        length = max_tokens if max_tokens is not None else self._open_length(len(ids), min(default_tokens or room, room, longest))
         if common.sampling.min_tokens > length:
             raise RequestError(f"'min_tokens' is {common.sampling.min_tokens}, above the {length} tokens asked for.", param="min_tokens")
         if length == 0:  # greedy and unbound: the one token that prefill always gives is dropped
@@ -136,6 +139,11 @@ class PromptMaker:
         else:
             sampling = msgspec.structs.replace(common.sampling, max_tokens=length)
         return replace(template, prompt_ids=ids, sampling=sampling, priority=common.priority, is_prompt_only=length == 0)
+
+    def _open_length(self, num_prompt: int, longest: int) -> int:
+        """Of a completion that nobody named a length for: never one that the pools could not hold to its end, even when empty."""
+        held = self._pool_tokens()
+        return longest if held is None else max(min(longest, held - num_prompt), 1)
 
     def _too_long(self, name: str, num_tokens: str) -> RequestError:
         limit, own = self._card.context_tokens, self._section.max_prompt_tokens

@@ -22,15 +22,18 @@ from services.router.fields import Fields, wrong_type
 MAX_BIASES: Final = 1024
 CHECK_LIMIT_S: Final = 5.0
 _BIAS_BOUND: Final = 100.0
+_MERE_NOTES: Final = ("binary", "password", "path", "file-path", "directory-path")
+_VALUES: Final = ("const", "enum", "default", "examples")  # of these what they hold is no schema
 _ANY_OBJECT: Final = '{"type":"object"}'
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What the answer must be, and the field that says so."""
+    """What the answer must be, and the field that says so. parts: what it is made of, where several fields say it, each with its own."""
 
     constraint: Constraint
     field: str
+    parts: tuple[Structure, ...] = ()
 
 
 def read_structure(fields: Fields) -> Structure | None:
@@ -47,7 +50,7 @@ async def check_structure(structure: Structure | None) -> None:
     if structure is None:
         return
     try:
-        await asyncio.wait_for(asyncio.to_thread(_checked, structure.constraint, structure.field), CHECK_LIMIT_S)
+        await asyncio.wait_for(asyncio.to_thread(_check_all, structure), CHECK_LIMIT_S)
     except TimeoutError as error:
         detail = f"'{structure.field}' could not be compiled within {CHECK_LIMIT_S:g} s."
         raise CapacityError(detail, code="constraint_timeout", phase="gateway") from error
@@ -62,6 +65,12 @@ def read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float],
         raise RequestError(f"'logit_bias' names {len(raw)} tokens, the limit is {MAX_BIASES}.", param="logit_bias")
     biases = {_token_id(name, vocab_size): _bias(name, value) for name, value in raw.items()}
     return tuple(sorted((token_id, bias) for token_id, bias in biases.items() if bias))
+
+
+def _check_all(structure: Structure) -> None:
+    for part in structure.parts:  # first, so that a refusal names the one
+        _checked(part.constraint, part.field)
+    _checked(structure.constraint, structure.field)
 
 
 @lru_cache(maxsize=256)
@@ -102,7 +111,25 @@ def _named_schema(raw: dict[str, object] | None) -> Structure:
 
 def json_schema(schema: Mapping[str, object]) -> Constraint:
     """Answers of this schema."""
-    return Constraint(kind="json_schema", text=msgspec.json.encode(schema).decode())
+    return Constraint(kind="json_schema", text=schema_text(schema))
+
+
+def schema_text(schema: Mapping[str, object]) -> str:
+    """As it is compiled: without formats that say nothing of a text (OpenAPI's, pydantic's), which would be refused as unknown ones."""
+    text = msgspec.json.encode(schema)
+    if b'"format"' not in text:
+        return text.decode()
+    whole: object = msgspec.json.decode(text)
+    stack = [whole]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list):
+            stack += value
+        elif isinstance(value, dict):
+            if value.get("format") in _MERE_NOTES:
+                del value["format"]
+            stack += [inner for name, inner in value.items() if name not in _VALUES]
+    return msgspec.json.encode(whole).decode()
 
 
 def schema_structure(fields: Fields) -> Structure:

@@ -57,7 +57,7 @@ def function_tool(fields: Fields, parameters_field: str) -> FunctionTool:
     if parameters is not None and parameters.get("type", "object") != "object":
         where = fields.name(parameters_field)
         raise RequestError(f"'{where}' must be a JSON schema of type 'object'.", param=where)
-    return FunctionTool(name, description, parameters)
+    return FunctionTool(name, description, parameters, fields.name(parameters_field))
 
 
 def check_names(names: list[str], where: Callable[[int], str]) -> None:

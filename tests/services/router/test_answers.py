@@ -67,6 +67,30 @@ def test_ids_that_a_lent_tokenizer_does_not_know_are_named_in_logprobs(tmp_path:
     assert logprobs["tokens"] == ["<50303>"] and set(logprobs["top_logprobs"][0]) == {"<50303>", "<9000>"}
 
 
+def test_a_completions_offsets_are_where_its_tokens_stand_in_the_text_that_is_shown() -> None:
+    text = "a€漢b"
+    ids = loaded_text().encode(text, add_special_tokens=False)
+    assert len(ids) == 8, "each of both characters is three tokens"
+    pieces = [EmittedPiece(token_id, TokenLogprob(logprob=-1.0, top=())) for token_id in ids]
+    special = next(
+        token_id
+        for token_id in range(8192)
+        if not loaded_text().detokenizer().push(token_id) and loaded_text().token_bytes(token_id).isascii()
+    )
+    pieces.insert(1, EmittedPiece(special, TokenLogprob(logprob=-1.0, top=())))
+    wanted = [0, 1, 1, 1, 1, 2, 2, 2, 3]
+    for echo in ("", "so: "):
+        told = [place + len(echo) for place in wanted]
+        echoes = (echo,) if echo else ()
+        whole = json.loads(CompletionShape(_head(), echoes).whole([FinishedChoice(0, [text], list(pieces), "stop")], Usage(3, 9, None)))
+        assert whole["choices"][0]["logprobs"]["text_offset"] == told
+        shape, read, events = CompletionShape(_head(), echoes), loaded_text().detokenizer(), []
+        for piece in pieces:
+            events.append(_event(shape.chunk(TextEmitted(0, read.push(piece.token_id), (piece,), None))))
+        assert "".join(event["choices"][0]["text"] for event in events) == text
+        assert [event["choices"][0]["logprobs"]["text_offset"] for event in events] == [[place] for place in told]
+
+
 def test_what_was_not_asked_for_is_not_shown() -> None:
     quiet = _head(shows_logprobs=False, shows_token_ids=False, includes_usage=False)
     event = _event(ChatShape(quiet).chunk(TextEmitted(0, "x", (), None)))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
+from duomo.config_gateway import GatewaySection
+from duomo.errors import RequestError
 from duomo.grammar.library import check, grammar_of
+from services.router.common_fields import CommonReader
 from services.router.conversation import FunctionTool, ToolUse
 from services.router.forced_calls import forced_calls
 from services.router.markup import OutputReader, OutputStyle
+from services.router.openai import RequestParser
 from services.router.output_parts import CallBlock, blocks_of
+from services.router.structured import check_structure
 from tests.services.router.stub_replicas import MODEL
 
 CITY = {"$defs": {"city": {"enum": ["Rome", "Oslo"]}}, "properties": {"city": {"$ref": "#/$defs/city"}}, "required": ["city"]}
+BAD = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+PARSER = RequestParser(GatewaySection(), CommonReader(GatewaySection(), "tiny-moe", 8192))
 WEATHER = FunctionTool("weather", None, CITY | {"additionalProperties": False})
 NOW = FunctionTool("now")
 HERMES = OutputStyle("hermes")
@@ -76,3 +84,14 @@ def test_a_model_may_think_first_and_ends_what_it_has_begun() -> None:
     assert _keeps(required, "<think>" + thought, outside) and _keeps(required, _call("now"), outside)
     assert _keeps(required, thought, inside) and not _keeps(required, _call("now"), inside)
     assert not _keeps(required, "<think>" + thought)
+
+
+def test_a_schema_that_cannot_be_kept_is_refused_by_its_place_and_a_format_that_says_nothing_is_none() -> None:
+    tools = [{"type": "function", "function": {"name": "now"}}, {"type": "function", "function": {"name": "f", "parameters": BAD}}]
+    body = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "tools": tools, "tool_choice": "required"}
+    forced = forced_calls(PARSER.chat(json.dumps(body).encode()).conversation.tool_use, HERMES)
+    with pytest.raises(RequestError, match="uniqueItems") as refusal:
+        asyncio.run(check_structure(forced))
+    assert refusal.value.param == "tools[1].function.parameters"
+    secret = FunctionTool("weather", None, {"properties": {"city": {"type": "string", "format": "password"}}, "required": ["city"]})
+    assert _keeps(ToolUse((secret,), "required"), _call(city="Rome"))

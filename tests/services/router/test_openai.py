@@ -44,6 +44,17 @@ def test_nulls_and_harmless_fields_pass() -> None:
     assert PARSER.chat(_chat(messages=[whole])).conversation.messages == (ChatMessage("assistant", "yes", None),)
 
 
+def test_what_an_answer_without_text_looks_like_may_be_sent_back() -> None:
+    for turn in ({"content": None, "reasoning_content": "why"}, {"reasoning": "why"}):
+        (read,) = PARSER.chat(_chat(messages=[{"role": "assistant", **turn}])).conversation.messages
+        assert read == ChatMessage("assistant", "", None, reasoning="why")
+    (read,) = PARSER.chat(_chat(messages=[{"role": "assistant", "content": None, "tool_calls": []}])).conversation.messages
+    assert read == ChatMessage("assistant", "", None)
+    for forgotten in ({"role": "assistant"}, {"role": "user", "content": None}):
+        with pytest.raises(RequestError, match=r"You must provide 'messages\[0\].content'"):
+            PARSER.chat(_chat(messages=[forgotten]))
+
+
 def test_content_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert PARSER.chat(_chat(messages=[{"role": "user", "content": parts, "name": "Ann"}])).conversation.messages == (

@@ -21,11 +21,13 @@ CHAT_TURNS: list[Any] = [
     {"role": "user", "content": [PART], "name": "x"},
     {"role": "assistant", "tool_calls": [CALL], "reasoning": "x", "annotations": []},
     {"role": "tool", "tool_call_id": "a", "content": "x"},
+    {"role": "assistant", "content": None},
+    {"role": "assistant", "reasoning_content": "x"},
 ]
 CHAT_TOOL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {"type": "object"}, "strict": True}}
 CHAT_CHOICE = {"type": "function", "function": {"name": "f"}}
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}, "strict": True}}
-STREAM = {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}
+STREAM = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}}
 MODEL = {"model": "tiny-moe"}
 CHAT_ASKED = {"messages": CHAT_TURNS, "tools": [CHAT_TOOL], "tool_choice": CHAT_CHOICE, "chat_template_kwargs": {"a": 1}}
 MESSAGE_TURNS = [

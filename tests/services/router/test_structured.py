@@ -74,6 +74,17 @@ def test_what_names_none_is_none(off: dict[str, object]) -> None:
     assert chat(**off).structure is None and chat(**off).sampling.constraint is None
 
 
+def test_formats_that_say_nothing_of_a_text_are_left_out_and_values_are_left_alone() -> None:
+    said = {"const": {"format": "binary"}, "enum": [{"format": "path"}]}
+    schema = {"properties": {"format": {"type": "string", "format": "password"}, "b": {"items": [{"format": "binary"}, said]}}}
+    kept = {"properties": {"format": {"type": "string"}, "b": {"items": [{}, said]}}}
+    structure = chat(guided_json=schema).structure
+    assert structure is not None and json.loads(structure.constraint.text) == kept
+    unknown = chat(guided_json={"type": "string", "format": "iri"}).structure
+    with pytest.raises(RequestError, match="iri"):
+        asyncio.run(check_structure(unknown))
+
+
 def test_a_schemas_properties_keep_their_order() -> None:
     ordered = {"type": "object", "properties": {name: {"type": "null"} for name in ("z", "a", "m")}}
     structure = chat(guided_json=ordered).structure

@@ -165,7 +165,7 @@ def test_a_call_that_must_be_made_is_told_to_whoever_samples(tmp_path: Path) -> 
                 assert told.choices[0].finish_reason == "tool_calls"
                 start = system.pools.of_role("prefill")[0].of_type(StartPrefill)[-1]
                 constraint = start.sampling.constraint
-                assert constraint is not None and constraint.kind == "grammar" and '"required": ["city"]' in constraint.text
+                assert constraint is not None and constraint.kind == "grammar" and '"required":["city"]' in constraint.text
             free = await client.chat.completions.create(model="tiny-moe", messages=ASKED, tools=TOOLS)
             assert free.choices[0].finish_reason == "tool_calls"
             assert system.pools.of_role("prefill")[0].of_type(StartPrefill)[-1].sampling.constraint is None
@@ -203,7 +203,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"tools": TOOLS, "tool_choice": 3}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
     ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
-    ({"tools": [NO_KIND], "tool_choice": "required"}, "tools"),
+    ({"tools": [NO_KIND], "tool_choice": "required"}, "tools[0].function.parameters"),
     ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
     ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"function": {}}]}]}, "messages[0].tool_calls[0].function.name"),
