@@ -9,9 +9,10 @@ Legend: R rows, E ending ids, V vocabulary, L slots, M masks, W words of 32 ids,
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
 INTS = ("top_k", "choice", "num_top", "slot", "min_position", "mask", "num_biases")
 FillMasks = Callable[[NDArray[np.int32]], None]  # writes the masks [M, W] of the rows that have one, in their order
-GREEDY_TEMPERATURE = 1e-5  # as the kernels': below, a row is greedy
+GREEDY_TEMPERATURE: Final = np.float32(1e-5)  # as the kernels', compared in their precision: below, a row is greedy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +54,25 @@ class _Sections:
         return self.stride * (2 + (FLOATS + INTS).index(name))
 
 
+# One row of FLOATS and INTS, as one call writes them: the first step of a sequence waits for what is done here, whose code nobody has run
+# since the last one came, so that each further call of numpy's costs microseconds.
+_ROW: Final = struct.Struct(f"{len(FLOATS)}f{len(INTS)}i")
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What decides which kernels sample a row. min_position: below it endings are masked."""
+
+    draws: bool
+    is_limited: bool
+    has_slot_or_mask: bool
+    has_logprobs: bool
+    min_position: int
+
+
+_NOTHING: Final = _Asked(draws=False, is_limited=False, has_slot_or_mask=False, has_logprobs=False, min_position=0)
+
+
 class _Image:
     """The parameters as the host last wrote them."""
 
@@ -62,56 +82,73 @@ class _Image:
         self.seed_R = self.words[: 2 * stride].view(np.int64)
         self.both = self.words[2 * stride : sections.endings].reshape(-1, stride)
         self.ending_RE = self.words[sections.endings :].reshape(stride, MAX_ENDINGS)
-        self.float_of: dict[str, NDArray[np.float32]] = {name: self.both[at].view(np.float32) for at, name in enumerate(FLOATS)}
-        self.int_of: dict[str, NDArray[np.int32]] = {name: self.both[len(FLOATS) + at] for at, name in enumerate(INTS)}
+        self.slot_R, self.mask_R = (self.both[len(FLOATS) + INTS.index(name)] for name in ("slot", "mask"))
+        self.asked: list[_Asked] = []
 
     def move(self, sources: list[int]) -> None:
-        """Row i becomes what row sources[i] was."""
+        """Row i becomes what row sources[i] was; of -1 nothing is asked until put()."""
         num_rows = len(sources)
+        self.asked = [self.asked[source] if source >= 0 else _NOTHING for source in sources]
+        if all(source in (at, -1) for at, source in enumerate(sources)):
+            return  # rows came, and none moved
         self.seed_R[:num_rows] = self.seed_R[sources]
         self.both[:, :num_rows] = self.both[:, sources]
         self.ending_RE[:num_rows] = self.ending_RE[sources]
 
     def number_masks(self, num_rows: int) -> int:
         """Give the rows that have one a mask each, in their order; how many they are."""
-        mask_R = self.int_of["mask"][:num_rows]
+        mask_R = self.mask_R[:num_rows]
         held = (mask_R >= 0).nonzero()[0]
         mask_R[held] = np.arange(held.size)
         return int(held.size)
 
     def put(self, row: int, asked: RowSampling, slot: int) -> None:
         """Row `row` becomes what is asked; slot -1: no penalty and no bias."""
-        sampling = asked.sampling
-        self.seed_R[row] = ((sampling.seed + 2**63) % 2**64) - 2**63  # the low 64 bits
-        self.float_of["temperature"][row] = sampling.temperature
-        self.float_of["top_p"][row], self.float_of["min_p"][row] = sampling.top_p, sampling.min_p
-        self.float_of["repetition"][row] = sampling.repetition_penalty
-        self.float_of["frequency"][row], self.float_of["presence"][row] = sampling.frequency_penalty, sampling.presence_penalty
+        sampling, has_mask = asked.sampling, asked.grammar is not None
+        masks = sampling.min_tokens > 0 and len(asked.ending_ids) > 0 and not has_mask
+        min_position = len(asked.prompt_ids) + sampling.min_tokens if masks else 0
         # a request may ask for more tokens than there are ids, and than a word holds: no limit either way
-        self.int_of["top_k"][row] = sampling.top_k if sampling.top_k < MAX_VOCAB else 0
-        self.int_of["choice"][row] = asked.choice
-        self.int_of["num_top"][row] = -1 if sampling.logprobs is None else sampling.logprobs
-        self.int_of["slot"][row] = slot
-        self.int_of["num_biases"][row] = len(sampling.logit_bias)
-        self.int_of["mask"][row] = -1 if asked.grammar is None else 0  # number_masks() says which
-        masks = sampling.min_tokens > 0 and len(asked.ending_ids) > 0 and asked.grammar is None
-        self.int_of["min_position"][row] = len(asked.prompt_ids) + sampling.min_tokens if masks else 0
+        top_k = sampling.top_k if sampling.top_k < MAX_VOCAB else 0
+        self.seed_R[row] = ((sampling.seed + 2**63) % 2**64) - 2**63  # the low 64 bits
+        packed = _ROW.pack(
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.frequency_penalty,
+            sampling.presence_penalty,
+            top_k,
+            asked.choice,
+            -1 if sampling.logprobs is None else sampling.logprobs,
+            slot,
+            min_position,
+            0 if has_mask else -1,  # number_masks() says which
+            len(sampling.logit_bias),
+        )
+        self.both[:, row] = np.frombuffer(packed, np.int32)
         self.ending_RE[row] = -1
         if masks:
             assert len(asked.ending_ids) <= MAX_ENDINGS, "decode_step.check_sampling refuses such rows before they join"
             self.ending_RE[row, : len(asked.ending_ids)] = asked.ending_ids
-
-    def kind(self, num_rows: int, last_position: NDArray[np.int64]) -> SampleKind:
-        """What the first rows ask for; last_position: of the tokens that they are fed."""
-        temperature, min_p, top_p = (self.float_of[name][:num_rows] for name in ("temperature", "min_p", "top_p"))
-        draws = temperature >= GREEDY_TEMPERATURE
-        is_limited = draws & ((self.int_of["top_k"][:num_rows] > 0) | (top_p < 1) | (min_p > 0))
-        masks = (last_position + 1 < self.int_of["min_position"][:num_rows]) | (self.int_of["mask"][:num_rows] >= 0)
-        return SampleKind(
-            mode="limited" if is_limited.any() else "plain" if draws.any() else "greedy",
-            is_penalised=bool((self.int_of["slot"][:num_rows] >= 0).any() or masks.any()),
-            has_logprobs=bool((self.int_of["num_top"][:num_rows] >= 0).any()),
+        draws = bool(sampling.temperature >= GREEDY_TEMPERATURE)
+        self.asked[row] = _Asked(
+            draws=draws,
+            is_limited=draws and (top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0),
+            has_slot_or_mask=slot >= 0 or has_mask,
+            has_logprobs=sampling.logprobs is not None,
+            min_position=min_position,
         )
+
+    def kind(self, rows: Sequence[DecodeRow]) -> SampleKind:
+        """What these rows ask for, at the positions that they are fed."""
+        draws = is_limited = is_penalised = has_logprobs = False
+        for row, asked in zip(rows, self.asked, strict=True):
+            draws |= asked.draws
+            is_limited |= asked.is_limited
+            is_penalised |= asked.has_slot_or_mask or row.position + 1 < asked.min_position
+            has_logprobs |= asked.has_logprobs
+        mode: Mode = "limited" if is_limited else "plain" if draws else "greedy"
+        return SampleKind(mode=mode, is_penalised=is_penalised, has_logprobs=has_logprobs)
 
 
 class GpuSampleRows:
@@ -139,8 +176,8 @@ class GpuSampleRows:
         if not is_same:
             self._change(rows, sources)
         if not is_same or self._may_mask:
-            self._kind = self._image.kind(len(rows), np.array([row.position for row in rows], np.int64))
-            self._may_mask = bool(self._image.int_of["min_position"][: len(rows)].any())
+            self._kind = self._image.kind(rows)
+            self._may_mask = any(asked.min_position for asked in self._image.asked)
         return self._kind
 
     def fill_masks(self, fill: FillMasks) -> None:
@@ -199,14 +236,14 @@ class GpuSampleRows:
         continued = set(named)
         assert len(continued) == len(named) and all(0 <= at < self._num_rows for at in named), (named, self._num_rows)
         self._free_slots += [
-            slot for at, slot in enumerate(self._image.int_of["slot"][: self._num_rows].tolist()) if slot >= 0 and at not in continued
+            slot for at, slot in enumerate(self._image.slot_R[: self._num_rows].tolist()) if slot >= 0 and at not in continued
         ]
         self._image.move(sources)
         for at, row in enumerate(rows):
             if isinstance(row.source, Joining):
                 self._image.put(at, row.source.sampling, self._slot_for(row.source.sampling))
         self._num_rows = len(rows)
-        self._num_masks = self._image.number_masks(len(rows))
+        self._num_masks = self._image.number_masks(len(rows)) if any(asked.has_slot_or_mask for asked in self._image.asked) else 0
         buffer = self._ring.take()
         buffer.array[:] = self._image.words
         buffer.upload(self._words)

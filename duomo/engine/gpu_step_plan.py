@@ -40,16 +40,30 @@ class GpuStepPlan:
     def upload(self, step: DecodeStep, bucket: int) -> None:
         """Queue the step's plan on the current stream, behind whatever reads the one before."""
         self._write(step.rows)
-        self._image_RW[len(step.rows) : bucket, :PLAN_COLUMNS] = (-1, 0, 0, 0)
+        if len(step.rows) < bucket:
+            self._image_RW[len(step.rows) : bucket, :PLAN_COLUMNS] = (-1, 0, 0, 0)
         buffer = self._ring.take()
         buffer.array[: self._end(bucket)] = self._image_RW[:bucket].reshape(-1)
         buffer.upload(self._words[: self._end(bucket)])
 
     def _write(self, rows: tuple[DecodeRow, ...]) -> None:
-        num_rows, image_RW = len(rows), self._image_RW
+        """Few calls for rows that come: their first step waits for this one, and runs what has not been run for a while."""
         sources = [row.source if isinstance(row.source, int) else -1 for row in rows]
+        if max(sources) >= 0:
+            self._go_on(rows, sources)
+        for at, row in enumerate(rows):
+            if isinstance(row.source, Joining):
+                num_blocks = row.position // self._block_tokens + 1
+                assert num_blocks <= self.table_width, f"position {row.position} lies past {self.table_width} blocks"
+                self._image_RW[at, :PLAN_COLUMNS] = (-1, row.source.token_id, row.position, 1)
+                self._image_RW[at, PLAN_COLUMNS : PLAN_COLUMNS + num_blocks] = row.table[:num_blocks]
+
+    def _go_on(self, rows: tuple[DecodeRow, ...], sources: list[int]) -> None:
+        """Those that were in the step before: where they moved to, and the one block that may be another; what it writes of others is
+        written again."""
+        num_rows, image_RW = len(rows), self._image_RW
         position_R = np.array([row.position for row in rows])
-        if sources != list(range(num_rows)):
+        if any(source not in (at, -1) for at, source in enumerate(sources)):
             image_RW[:num_rows] = image_RW[sources]
         goes_on_R = np.array(sources) >= 0
         assert (position_R == image_RW[:num_rows, 2] + 1)[goes_on_R].all(), "a row that goes on is fed at the next position"
@@ -57,11 +71,6 @@ class GpuStepPlan:
         assert last_R.max() < self.table_width, f"position {position_R.max()} lies past {self.table_width} blocks"
         image_RW[:num_rows, 0], image_RW[:num_rows, 2], image_RW[:num_rows, 3] = sources, position_R, 1
         image_RW[np.arange(num_rows), PLAN_COLUMNS + last_R] = [row.table[last] for row, last in zip(rows, last_R.tolist(), strict=True)]
-        for at in (~goes_on_R).nonzero()[0].tolist():
-            row, num_blocks = rows[at], int(last_R[at]) + 1
-            assert isinstance(row.source, Joining)
-            image_RW[at, 1] = row.source.token_id
-            image_RW[at, PLAN_COLUMNS : PLAN_COLUMNS + num_blocks] = row.table[:num_blocks]
 
     def _end(self, bucket: int) -> int:
         return bucket * (PLAN_COLUMNS + self.table_width)

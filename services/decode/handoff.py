@@ -216,6 +216,8 @@ class Handoffs:
                 message_idx=message.message_idx,
             ),
         )
+        if leg.is_landed and leg.done is None:
+            self._pool.arrived(leg)  # now, and not between PrefillDone and the leg's first step
         self._finish_if_complete(leg)
 
     def _repair(self, leg: Leg, message: LandedMessage, error: TransferError, now_s: float) -> None:

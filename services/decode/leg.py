@@ -112,7 +112,8 @@ class Leg:
     failure: why it ended, where that is an error. silent_s: for how long we have looked and nothing of its KV came. num_refused: messages
     that lay wrong. blocks: held while the KV lands; they pass to the choices when the leg joins. cached_tokens: tokens whose KV was in
     them when they were granted, num_cached_blocks the blocks of those. prefix_hashes: of its tokens' full blocks, where the pool
-    remembers prefixes. promise_blocks: the whole promise while it lands. grammar: of a request with a constraint, once it is compiled.
+    remembers prefixes; is_remembered: others find them in its blocks. promise_blocks: the whole promise while it lands. grammar: of a
+    request with a constraint, once it is compiled.
     """
 
     leg_id: int
@@ -136,6 +137,7 @@ class Leg:
     cached_tokens: int = 0
     num_cached_blocks: int = 0
     prefix_hashes: tuple[PrefixHash, ...] = ()
+    is_remembered: bool = False
     is_distrusted: bool = False
     promise_blocks: int = 0
     order: int = 0
@@ -228,6 +230,7 @@ class Leg:
         self.state, self.announced, self.handle, self.done, self.prompt_counts_LE = LegState.EXPECTED, None, None, None, None
         self.spans, self.landed, self.pulled, self.landed_bytes, self.silent_s = (), set(), set(), 0, 0.0
         self.first_landed_bytes = self.num_refused = 0
+        self.is_remembered = False
         self.times = LegTimes(started_s=self.times.started_s)
 
     def open_promise(self) -> int:

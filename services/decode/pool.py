@@ -82,8 +82,10 @@ class Pool:
         return table
 
     def arrived(self, leg: Leg) -> None:
-        """The KV of the whole prompt is in leg.blocks: from now on others find it."""
-        self.manager.commit(leg.blocks, leg.prefix_hashes)
+        """The KV of the whole prompt is in leg.blocks: from now on others find it. Told once or twice, it is remembered once."""
+        if not leg.is_remembered:
+            leg.is_remembered = True
+            self.manager.commit(leg.blocks, leg.prefix_hashes)
 
     def fork(self, table: list[int], num_tokens: int) -> tuple[list[int], tuple[int, int] | None]:
         """The table of a second sequence over the same num_tokens, and the block copy (from, to) that it needs before it is written.

@@ -189,7 +189,8 @@ class StepLoop:
             self._out.append(step)
         self._progress.pending()
         watches = self._arrivals.is_polled and self._host.is_landing()
-        landed, output = await self._thread.run("step", self._turn, None if step.is_empty else step.work, watches=watches)
+        looks = self._watching is None  # else the thread ends its look, and the step is launched right behind it
+        landed, output = await self._thread.run("step", self._turn, None if step.is_empty else step.work, watches=watches, looks=looks)
         self._end_watch()
         if landed:
             self._host.landed(landed, time.monotonic())
@@ -199,11 +200,11 @@ class StepLoop:
         self._progress.advance()
         self._host.stepped(self._out.popleft(), output)
 
-    def _turn(self, step: StepInput | None, *, watches: bool) -> tuple[tuple[LandedMessage, ...], StepOutput | None]:
-        """In the step thread. Where nothing is left under way, what has landed by then is in its blocks on return; watches: and what lands
-        meanwhile is queued behind the step, as it comes."""
+    def _turn(self, step: StepInput | None, *, watches: bool, looks: bool) -> tuple[tuple[LandedMessage, ...], StepOutput | None]:
+        """In the step thread. looks: for what has landed, before the step. Where nothing is left under way, what has landed by then is in
+        its blocks on return; watches: and what lands meanwhile is queued behind the step, as it comes."""
         if step is not None:
-            return self._arrivals.land(), self._worker.run(step)
+            return self._arrivals.land() if looks else (), self._worker.run(step)
         landed: list[LandedMessage] = []
         while watches and not self._worker.is_over():
             landed += self._arrivals.land()

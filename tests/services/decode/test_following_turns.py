@@ -96,6 +96,19 @@ def test_one_that_is_pulled_once_is_known_with_the_right_bytes(tmp_path: Path) -
     play(tmp_path, scenario, ScriptedFaults({1: Fault(corrupt_byte=77)}))
 
 
+def test_a_prompt_is_known_once_all_of_it_has_landed_before_prefill_says_that_it_is_done(tmp_path: Path) -> None:
+    async def scenario(rig: Rig) -> None:
+        rig.gateway.start(prompt := Prompt("r", 0, PROMPT, GREEDY), rig.prefill)
+        handle, computed = await rig.prefill.send(prompt)
+        await until(lambda: bool(rig.service.report().prefix_digests))
+        assert await first_block(rig, "after", (*PROMPT, 9)) == 4
+        rig.prefill.done(prompt, handle, computed)
+        await rig.gateway.finished("r")
+        assert rig.gateway.answers["r"].ids() == expected(PROMPT)[1:]
+
+    play(tmp_path, scenario)
+
+
 @pytest.mark.parametrize("ends", ["cancelled", "taken back"])
 def test_a_handle_that_is_withdrawn_while_it_lands_leaves_only_what_was_known(tmp_path: Path, ends: str) -> None:
     async def scenario(rig: Rig) -> None:
