@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -91,7 +92,7 @@ class StepLoop:
         self._out: deque[PlannedStep] = deque()
         self._task: asyncio.Task[None] | None = None
         self._watching: asyncio.Future[tuple[LandedMessage, ...]] | None = None
-        self._has_news = False  # for the step thread, that it need not watch any longer
+        self._news = threading.Event()  # for the step thread, that it need not watch any longer
         self.failure: EngineError | None = None  # why no step runs any more
 
     async def start(self) -> None:
@@ -109,7 +110,7 @@ class StepLoop:
 
     def wake(self) -> None:
         """Something changed that the loop may be sleeping on."""
-        self._has_news = True
+        self._news.set()
         self._awake.set()
 
     async def _guard(self) -> None:
@@ -170,7 +171,8 @@ class StepLoop:
     async def _watch_or_wake(self) -> None:
         """Until the step thread has seen something land, or something else happened: what that lets begin is planned while the thread ends
         its look, and begins behind it."""
-        self._has_news = self._awake.is_set()
+        if not self._awake.is_set():
+            self._news.clear()
         self._watching = self._thread.run("step", self._watch)
         self._watching.add_done_callback(lambda _: self._awake.set())
         await self._awake.wait()
@@ -216,6 +218,6 @@ class StepLoop:
         """In the step thread, with no step under way: what lands, as soon as it does; () where something else happens before, or nothing
         for some time."""
         end_s = time.monotonic() + LONGEST_WATCH_S
-        while not (landed := self._arrivals.land(waits=True)) and not self._has_news and time.monotonic() < end_s:
-            time.sleep(LOOK_PERIOD_S)
+        while not (landed := self._arrivals.land(waits=True)) and not self._news.is_set() and time.monotonic() < end_s:
+            self._news.wait(LOOK_PERIOD_S)
         return landed

@@ -14,9 +14,10 @@ import pytest
 
 from duomo.wire.histogram import packed
 from duomo.wire.messages import Cancel, HandleOffered, Preempted, PullKv, Refused, RequestFailed, RequestFinished
+from services.decode import handoff, steps
 from services.kv_transfer.faults import Fault, FaultPlan, ScriptedFaults, SeededFaults
 from tests.services.decode.rig import configuration, running
-from tests.services.decode.scripted_peers import GREEDY, Prompt, expected, ids, until, with_max
+from tests.services.decode.scripted_peers import GREEDY, WAIT_S, Prompt, expected, ids, until, with_max
 
 
 def play(work: Coroutine[Any, Any, None]) -> None:
@@ -38,6 +39,23 @@ def test_an_announcement_may_come_before_its_request(tmp_path: Path) -> None:
             await rig.gateway.finished("early")
             assert rig.gateway.answers["early"].ids() == expected(prompt.prompt_ids)[1:]
             await rig.at_rest()
+
+    play(go())
+
+
+def test_a_look_for_messages_ends_when_prefill_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A leg whose messages have landed waits for PrefillDone alone, which comes while the step thread looks for more."""
+    monkeypatch.setattr(steps, "LONGEST_WATCH_S", 3 * WAIT_S)
+    monkeypatch.setattr(handoff, "JOIN_WITHIN_S", 3 * WAIT_S)
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            rig.gateway.start(prompt := Prompt("r", 0, ids(40), GREEDY), rig.prefill)
+            offered, computed = await rig.prefill.send(prompt)
+            await until(lambda: bool(rig.service.report().prefix_digests))
+            rig.prefill.done(prompt, offered, computed)
+            await rig.gateway.finished("r")
+            assert rig.gateway.answers["r"].ids() == expected(ids(40))[1:]
 
     play(go())
 
