@@ -136,9 +136,9 @@ class TransferSection(Section):
 
 
 class RedisSection(Section):
-    """Coordination. url empty: an embedded server is started on this machine (DUOMO_REDIS_URL overrides)."""
+    """Coordination. url empty: an embedded server is started on this machine (DUOMO_REDIS_URL overrides); it may hold a password."""
 
-    url: str = ""
+    url: str = Field(default="", repr=False)
     lease_s: float = Field(default=5.0, gt=0)
 
 
@@ -150,7 +150,7 @@ class WireSection(Section):
     silence_timeout_s: float = Field(default=10.0, gt=0)
     max_frame_bytes: int = Field(default=64 * 1024 * 1024, ge=1024)
     max_send_buffer_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, description="a peer this far behind is given up")
-    secret: str = Field(default="", description="shared secret of the HMAC in Hello (DUOMO_SECRET overrides)")
+    secret: str = Field(default="", repr=False, description="shared secret of the HMAC in Hello (DUOMO_SECRET overrides)")
 
 
 class TracingSection(Section):

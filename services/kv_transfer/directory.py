@@ -92,7 +92,7 @@ class Directory:
                 retry=Retry(NoBackoff(), 1),
             )
         except ValueError as error:
-            raise ConfigError(f"redis.url (DUOMO_REDIS_URL) {url!r}: {error}; use redis://host:port/0 or unix:///path") from error
+            raise ConfigError(f"redis.url (DUOMO_REDIS_URL) {_shown(url)!r}: {error}; use redis://host:port/0 or unix:///path") from error
         self._redis = aioredis.Redis(connection_pool=pool)
 
     async def register(self, member: Member) -> None:
@@ -146,3 +146,9 @@ def _decode(value: bytes) -> Member | None:
         return msgspec.json.decode(value, type=Member)
     except msgspec.DecodeError:
         return None
+
+
+def _shown(url: str) -> str:
+    """Without a user's name and password."""
+    before, _, behind = url.rpartition("@")
+    return f"{before.partition('//')[0]}//***@{behind}" if before else url

@@ -37,7 +37,7 @@ _JSON: Final = "application/json"
 
 def build_admin_app(gateway: Gateway, keys: Keys, audit: Audit) -> FastAPI:
     """The application of gateway.admin_port. `audit` is the caller's to close."""
-    app = FastAPI(title="Duomo admin", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Duomo admin", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     api = AdminApi(gateway, audit)
     app.add_route("/admin/pools", api.pools, methods=["GET"])
     app.add_route("/admin/experts", api.experts, methods=["GET"])

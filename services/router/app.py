@@ -46,7 +46,7 @@ _JSON: Final = "application/json"
 
 def build_app(gateway: Gateway, keys: Keys, idempotency: Idempotency | None = None) -> FastAPI:
     """The application; whoever runs it starts the gateway before and stops it after. Without `idempotency` its keys are refused (503)."""
-    app = FastAPI(title="Duomo", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="Duomo", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     edge = Edge(gateway, idempotency)
     app.add_route("/v1/chat/completions", edge.chat, methods=["POST"])
     app.add_route("/v1/completions", edge.completion, methods=["POST"])

@@ -25,10 +25,14 @@ from services.router.auth import BODY_DUE_EXTENSION, OVER_LIMIT_EXTENSION
 from services.router.refusals import refusal_body
 from services.router.streams import TRANSPORT_EXTENSION
 from services.router.unsent import UnsentWatch
+from services.router.upgrades import UpgradeIgnoringParser
 
 BODY_BYTES_PER_TIMEOUT: Final = 16 * 1024  # a body that brings less within read_timeout_s is not waited for
 MAX_QUEUED: Final = 4  # requests behind the one that is being answered; hardly any client sends one
 MAX_QUEUED_BODY_BYTES: Final = 64 * 1024  # of all of them
+MAX_FRAMING_BYTES: Final = 64 * 1024  # of one body beside FRAMING_FACTOR times what it holds: chunks of one byte have 5 more
+FRAMING_FACTOR: Final = 8
+MAX_DROPPED_BYTES: Final = 256 * 1024  # of a body that comes behind its answer
 SPARE_CONNECTIONS: Final = 256  # above the limit are told so; what comes above these is cut without a word
 
 
@@ -82,11 +86,15 @@ class ClientProtocol(HttpToolsProtocol):
         self._header_bytes = 0  # of headers that are whole
         self._head_bytes = 0  # of a head that is not: an endless one is never told header by header
         self._body_bytes = 0  # since the timer was set
+        self._raw_bytes = 0  # of the body being read, chunks and all
+        self._held_bytes = 0  # of it without them
+        self._dropped_bytes = 0  # of it behind its answer
         self._is_cut = False
         self._timer: asyncio.TimerHandle | None = None
         self._unsent: UnsentWatch | None = None
         self._answered: RequestResponseCycle | None = None  # the one that is; those of self.pipeline wait for it, self.cycle is the newest
         self.url = b""  # uvicorn's own knows none before a first message begins
+        self.parser = UpgradeIgnoringParser(self)  # type: ignore[assignment]  # all of httptools' that uvicorn calls
 
     # asyncio.Protocol
 
@@ -127,8 +135,8 @@ class ClientProtocol(HttpToolsProtocol):
         if self._is_cut:
             return
         self._has_begun_now = False
-        if self._reading == "body":
-            self._body_bytes += len(data)
+        if self._reading == "body" and not self._may_bring(len(data)):
+            return
         super().data_received(data)
         if self._is_cut or self.transport.is_closing():
             self._clear_timer()
@@ -173,21 +181,25 @@ class ClientProtocol(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        super().on_headers_complete()  # raises for a target that is none: then it is still a head that is refused
         self._reading, self._body_bytes = "body", 0
+        self._raw_bytes = self._held_bytes = self._dropped_bytes = 0
         self._clear_timer()  # it was the head's
-        super().on_headers_complete()
         extensions = cast(dict[str, object], self.scope["extensions"])
         extensions[BODY_DUE_EXTENSION] = functools.partial(_is_body_due, weakref.ref(self.cycle))  # which holds the scope
         if self.pipeline:
             self.flow.resume_reading()  # who does not read does not hear that the client leaves; the line is bounded by us
 
     def on_body(self, body: bytes) -> None:
+        self._held_bytes += len(body)
         if self.pipeline and sum(len(cycle.body) for cycle, _ in self.pipeline) + len(body) > MAX_QUEUED_BODY_BYTES:
             self.pipeline.popleft()  # the newest, whose body this is
             self._take_no_more()
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if cast(UpgradeIgnoringParser, self.parser).is_body_behind:
+            return
         self._reading = "nothing"
         super().on_message_complete()
 
@@ -232,6 +244,20 @@ class ClientProtocol(HttpToolsProtocol):
         last.keep_alive = False
         raise _TakesNoMore
 
+    def _may_bring(self, num_bytes: int) -> bool:
+        """Whether so many more bytes of a body are read: not behind its answer for ever, and not as chunks that hold next to nothing."""
+        self._body_bytes += num_bytes
+        self._raw_bytes += num_bytes
+        if self.cycle.response_complete:
+            self._dropped_bytes += num_bytes
+            if self._dropped_bytes > MAX_DROPPED_BYTES:
+                self._is_cut = True
+                self._clear_timer()
+                self.transport.close()
+        elif self._raw_bytes - num_bytes > MAX_FRAMING_BYTES + FRAMING_FACTOR * self._held_bytes:
+            self._cut(400, "The body's chunks are framing for the most part.", "invalid_http")
+        return not self._is_cut
+
     def _count(self, num_bytes: int) -> None:
         self._header_bytes += num_bytes
         if self._is_head_too_large():
@@ -258,7 +284,7 @@ class ClientProtocol(HttpToolsProtocol):
         self._timer = None
         if self.transport.is_closing():
             return
-        is_sending = self._reading == "body" and self._body_bytes >= BODY_BYTES_PER_TIMEOUT
+        is_sending = self._reading == "body" and self._body_bytes >= BODY_BYTES_PER_TIMEOUT and not self.cycle.response_complete
         if self.flow.read_paused or is_sending:  # paused: it is we who do not read
             self._set_timer()
         elif self._reading == "nothing":

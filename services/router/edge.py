@@ -12,8 +12,9 @@ import functools
 import logging
 import resource
 import socket
+import ssl
 from collections.abc import AsyncIterator, Callable
-from typing import Final
+from typing import Final, cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +23,7 @@ from duomo.config_gateway import GatewaySection
 from duomo.errors import ConfigError
 from services.router.client_protocol import SPARE_CONNECTIONS, ClientLimits, ClientProtocol, EdgeConfig
 from services.router.tls import tls_context
+from services.router.tls_accept import TlsAcceptor, TlsTerms
 
 _BACKLOG: Final = 1024
 _SEND_BUFFER_BYTES: Final = 64 * 1024  # the kernel doubles it
@@ -40,18 +42,29 @@ class EmbeddedServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's, which leaves a handshake its minute: who is silent before it is no connection of ours yet, and counts nowhere."""
+        """uvicorn's, which leaves a handshake its minute, and counts nobody before it (tls_accept.py)."""
         config = self.config
         assert isinstance(config, EdgeConfig) and sockets is not None
         await self.lifespan.startup()
         made = functools.partial(ClientProtocol, config, self.server_state, self.lifespan.state)
-        handshake_s = None if config.ssl is None else min(config.limits.read_timeout_s, _MAX_HANDSHAKE_S)
-        loop = asyncio.get_running_loop()
-        self.servers = [
-            await loop.create_server(made, sock=bound, ssl=config.ssl, backlog=config.backlog, ssl_handshake_timeout=handshake_s)
-            for bound in sockets
-        ]
+        if config.ssl is None:
+            loop = asyncio.get_running_loop()
+            self.servers = [await loop.create_server(made, sock=bound, backlog=config.backlog) for bound in sockets]
+        else:
+            doors = [TlsAcceptor(made, bound, self._tls_terms(config, config.ssl)) for bound in sockets]
+            for door in doors:
+                door.start()
+            self.servers = cast(list[asyncio.base_events.Server], doors)
         self.started = True
+
+    def _tls_terms(self, config: EdgeConfig, context: ssl.SSLContext) -> TlsTerms:
+        limits, connections = config.limits, self.server_state.connections
+        return TlsTerms(
+            context=context,
+            handshake_s=min(limits.read_timeout_s, _MAX_HANDSHAKE_S),
+            has_room=lambda num_shaking: len(connections) + num_shaking < limits.max_connections + SPARE_CONNECTIONS,
+            refused=lambda: limits.refused("too_many_connections"),
+        )
 
 
 def allow_connections(section: GatewaySection) -> None:

@@ -49,7 +49,7 @@ def test_what_dependencies_bring_is_pinned_too() -> None:
     own, brought = (ROOT / "constraints.txt").read_text().split("# Brought by those above, as tested; written by .ci/pins.\n")
     names = [[_canonical(line.split("==")[0]) for line in part.splitlines() if "==" in line] for part in (own, brought)]
     assert len(set(names[0] + names[1])) == len(names[0]) + len(names[1]), "each once"
-    assert {"httptools", "anyio", "urllib3", "certifi", "markupsafe", "aiohttp"} <= set(names[1]) and names[1] == sorted(names[1])
+    assert {"h11", "anyio", "urllib3", "certifi", "markupsafe", "aiohttp"} <= set(names[1]) and names[1] == sorted(names[1])
     assert not {"setuptools", "triton"} & set(names[1]), "torch's builds differ in them"
 
 

@@ -206,12 +206,15 @@ def test_a_body_has_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_noise_is_refused_in_words_and_never_within_an_answer(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path) as system:
-            for noise in (b"\x16\x03\x01\x02\x00 no HTTP at all\r\n\r\n", LINE + b"transfer-encoding: chunked\r\n\r\nzz\r\n"):
+            targets = (b"CONNECT x:80", b"GET http:///x", b"GET http://[::1")
+            noises = [b"\x16\x03\x01\x02\x00 no HTTP at all\r\n\r\n", LINE + b"transfer-encoding: chunked\r\n\r\nzz\r\n"]
+            noises += [target + b" HTTP/1.1\r\nhost: x\r\n\r\n" for target in targets]
+            for noise in noises:
                 async with dialled(system) as (reader, writer):
                     writer.write(noise)
                     status, error = status_and_error(await to_the_end(reader))
                     assert (status, error["code"]) == (400, "invalid_http")
-            assert system.gateway.metrics.requests.labels("refused", "invalid_http")._value.get() == 2
+            assert system.gateway.metrics.requests.labels("refused", "invalid_http")._value.get() == len(noises)
             system.pools.script.step_s = 0.05
             async with dialled(system) as (reader, writer):
                 writer.write(asking(stream=True, max_tokens=1000))
@@ -219,6 +222,9 @@ def test_noise_is_refused_in_words_and_never_within_an_answer(tmp_path: Path) ->
                 writer.write(b"\x00\x01 noise\r\n\r\n")
                 said += await to_the_end(reader)
                 assert said.count(b"HTTP/1.1") == 1 and b"invalid_http" not in said
+            async with dialled(system) as (reader, writer):
+                writer.write(asking(stream=False, max_tokens=1000) + b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert b"invalid_http" not in await to_the_end(reader), "it is not the first one's answer"
             await system.until(lambda: bool(decode_of(system).of_type(Cancel)), WAIT_S)
 
     asyncio.run(scenario())

@@ -13,6 +13,7 @@ import trustme
 
 from duomo.config_gateway import GatewaySection
 from duomo.errors import ConfigError
+from services.router import edge
 from services.router.tls import tls_context
 from tests.services.router.stub_system import PATIENCE_S, stub_system
 
@@ -54,6 +55,39 @@ def test_streams_go_over_tls_and_plain_http_does_not(authority: trustme.CA, file
             async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as stranger:
                 with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
                     await stranger.get("/health/live")
+
+    asyncio.run(scenario())
+
+
+def test_who_does_not_shake_hands_is_counted(
+    authority: trustme.CA, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge, "SPARE_CONNECTIONS", 2)
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides={"gateway": files | {"max_connections": 2}}) as system:
+            port = system.gateway.config.gateway.port
+            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(12)]
+            ends = [asyncio.create_task(reader.read()) for reader, _ in silent]
+            await system.until(lambda: sum(end.done() for end in ends) == 8, PATIENCE_S)
+            assert system.gateway.metrics.requests.labels("refused", "too_many_connections")._value.get() == 8
+            for end, (_, writer) in zip(ends, silent, strict=True):
+                if not end.done():
+                    writer.close()
+            url = system.base_url.replace("http:", "https:")
+            async with httpx.AsyncClient(base_url=url, verify=trusting(authority), timeout=PATIENCE_S) as client:
+
+                async def is_served() -> bool:
+                    try:
+                        return (await client.get("/health/live")).status_code == 200
+                    except httpx.TransportError:  # those that left have not been noticed yet
+                        return False
+
+                async with asyncio.timeout(PATIENCE_S):
+                    while not await is_served():
+                        await asyncio.sleep(0.02)
+            held = await asyncio.open_connection("127.0.0.1", port)
+        assert await asyncio.wait_for(held[0].read(), PATIENCE_S) == b"", "whoever shakes hands is cut at the end"
 
     asyncio.run(scenario())
 
