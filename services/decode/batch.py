@@ -118,6 +118,19 @@ class Batch:
             leg.choices[number] = choice
             self._choices[choice.sequence_id] = choice
 
+    def foreseen(self, leg: Leg) -> StepInput:
+        """The leg's first step as far as it is known while its KV lands: one choice, and not yet its token."""
+        sampling = RowSampling(
+            sampling=leg.sampling,
+            choice=leg.choice_numbers[0],
+            prompt_ids=leg.prompt_ids,
+            output_ids=[*leg.emitted_ids, 0],
+            ending_ids=ending_ids(leg.sampling, self._stops.eos_ids),
+        )
+        table = [*leg.blocks, leg.blocks[-1]]  # the token's own place may lie in a block that it has not taken yet
+        row = DecodeRow(source=Joining(token_id=0, sampling=sampling), position=leg.num_tokens, table=table)
+        return StepInput(copies=(), rows=(row,))
+
     def plan(self) -> PlannedStep:
         """Preempt, grow, and say who runs. Every plan that is not empty is run and applied, in this order."""
         going_on = [choice for choice in self._choices.values() if not self._ends_in_flight(choice)]

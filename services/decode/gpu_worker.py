@@ -107,6 +107,11 @@ class GpuDecodeWorker:
         before, self._under_way = self._under_way, self._launch(step)
         return None if before is None else before.output()
 
+    def rehearse(self, step: StepInput) -> None:
+        assert self._under_way is None, "a step is under way"
+        self._decode.enqueue_copies(step.copies)
+        self._decode.rehearse(DecodeStep(rows=step.rows))
+
     def is_over(self) -> bool:
         assert self._under_way is not None, "no step is under way"
         return self._under_way.is_over()

@@ -21,6 +21,7 @@ from services.decode.policy import plan_grants
 from services.decode.pool import Pool
 from services.decode.prompt_experts import prompt_counts
 
+TOLD_WITHIN_S = 0.002  # PrefillDone, behind the last message
 JOIN_WITHIN_S = 0.1  # from the first message of a leg that steps are not launched ahead for: several of a large model's steps
 MAX_AWAITED_LEGS = 2
 PULL_AFTER = 0.3  # of write_timeout_s without a message, once everything is computed: a write that was lost is asked for again
@@ -82,6 +83,14 @@ class Handoffs:
         firsts_s = [leg.times.first_landed_s for leg in self._landing.values() if leg.times.first_landed_s is not None]
         num_soon = sum(now_s - first_s < JOIN_WITHIN_S for first_s in firsts_s)
         return 0 < max(num_soon, self._arrivals.is_writing) <= MAX_AWAITED_LEGS
+
+    def lands_still(self, now_s: float) -> Leg | None:
+        """A leg of which some KV is here and some is not. One whose last message came just now waits for a word that is about to come."""
+        for leg in self._landing.values():
+            last_s = leg.times.last_landed_s
+            if last_s is not None and leg.sampling.constraint is None and not (leg.is_landed and now_s - last_s < TOLD_WITHIN_S):
+                return leg
+        return None
 
     def _unsent_bytes(self, leg: Leg) -> int:
         """KV that would have been sent, had decode not known the beginning of the leg's prompt. 0 where nothing is sent anyway."""

@@ -7,7 +7,8 @@ later, and a leg joins it whose KV came until then: messages that come while the
 
 While a step runs, the loop serves sockets. With nothing to run it sleeps until something happens; while messages may land it looks for
 them about every millisecond, and where the last of a leg's is due the step thread looks, about every 50 us, without the way to the loop and
-back. What landed is taken in first in each step; what is only told of it comes behind the next step's launch.
+back, and rehearses the step that will wait for it. What landed is taken in first in each step; what is only told of it comes behind the
+next step's launch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Protocol
 from duomo.errors import DuomoError, EngineError
 from services.decode.arrivals import Arrivals, LandedMessage
 from services.decode.batch import Batch, PlannedStep
+from services.decode.leg import Leg
 from services.decode.worker import StepInput, StepOutput, StepWorker
 from services.kv_transfer.ending import end_tasks
 from services.kv_transfer.membership import Progress
@@ -62,6 +64,9 @@ class Landings(Protocol):
 
     def joins_soon(self, now_s: float) -> bool:
         """Whether a leg is likely to join within a step or two."""
+
+    def lands_still(self, now_s: float) -> Leg | None:
+        """One that is likely to, though not at once."""
 
     def tell_arrived(self) -> None:
         """The next step is launched: time to tell, for spans and counts, of the legs whose KV is here."""
@@ -173,7 +178,8 @@ class StepLoop:
         its look, and begins behind it."""
         if not self._awake.is_set():
             self._news.clear()
-        self._watching = self._thread.run("step", self._watch)
+        leg = None if self._batch.has_work else self._landings.lands_still(time.monotonic())
+        self._watching = self._thread.run("step", self._watch, None if leg is None else self._batch.foreseen(leg))
         self._watching.add_done_callback(lambda _: self._awake.set())
         await self._awake.wait()
         if self._watching.done():
@@ -214,10 +220,12 @@ class StepLoop:
         output = self._worker.finish()
         return (*landed, *self._arrivals.land(waits=True)), output
 
-    def _watch(self) -> tuple[LandedMessage, ...]:
+    def _watch(self, foreseen: StepInput | None) -> tuple[LandedMessage, ...]:
         """In the step thread, with no step under way: what lands, as soon as it does; () where something else happens before, or nothing
-        for some time."""
+        for some time. foreseen: a step that will wait for its launch; rehearsed each time, since what was run is soon forgotten."""
         end_s = time.monotonic() + LONGEST_WATCH_S
+        if foreseen is not None:
+            self._worker.rehearse(foreseen)
         while not (landed := self._arrivals.land(waits=True)) and not self._news.is_set() and time.monotonic() < end_s:
             self._news.wait(LOOK_PERIOD_S)
         return landed

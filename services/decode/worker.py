@@ -83,6 +83,10 @@ class StepWorker(Protocol):
     def run(self, step: StepInput) -> StepOutput | None:
         """Begin this step. Returns its output; a worker that is a step ahead of its host that of the step before, None for the first."""
 
+    def rehearse(self, step: StepInput) -> None:
+        """Do what goes before the launch of such a step, of rows that join, so that it takes less time then. Computes nothing. Called in
+        the step thread where no step is under way."""
+
     def is_over(self) -> bool:
         """Whether finish() would wait no more. Only where a step is under way."""
 
@@ -147,6 +151,9 @@ class DecodeWorker:
         tokens = self._sampler.sample(logits_RV, rows)
         routed_RE = _routed(state, len(step.rows))
         return StepOutput(tokens=tokens, routed_RE=routed_RE, started_s=started_s, ended_s=time.monotonic(), errors=broken_rows(rows))
+
+    def rehearse(self, step: StepInput) -> None:
+        """Its step takes far longer than what goes before."""
 
     def is_over(self) -> bool:
         return True

@@ -13,6 +13,7 @@ pytest.importorskip("triton", reason="the GPU's engine is made of Triton kernels
 from duomo.engine.batch import PromptSlice, StepBatch
 from duomo.engine.decode_step import DecodeLimits, DecodeRow, DecodeStep, Joining
 from duomo.engine.gpu_decode import GpuDecode
+from duomo.wire.values import Sampling
 from tests.engine.gpu_tiny import TINY, UNROUTED, TinyEngine, engine_of, joining
 
 PROMPTS = {"A": (3, 1, 4, 1, 5), "B": (9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6), "C": (26, 43, 38, 32, 79, 50, 28, 84, 19)}
@@ -83,6 +84,24 @@ def test_rows_that_join_move_and_leave_go_on_as_prefill_would(engine: TinyEngine
         if engine.decoder.weights.dtype != torch.float32:  # which of two scores as near as bf16's roundings is larger, nobody can say
             mine_LTK, routed_LTK = np.sort(mine_LTK), np.sort(routed_LTK)
         assert np.array_equal(mine_LTK, routed_LTK), name
+
+
+def test_a_step_that_was_rehearsed_is_the_same(engine: TinyEngine) -> None:
+    told = Driver(engine)
+    for names in ("A", "A", "AB"):
+        told.step(*names)
+    told.settle()
+    rehearsed = Driver(engine)
+    penalised = joining(range(9), 3, Sampling(max_tokens=9, temperature=0.0, presence_penalty=0.5))
+    for source, position, table in ((joining(PROMPTS["A"], 0), 5, TABLES["A"]), (penalised, 9, [20, 20]), (joining((5,), 4), 1, [21])):
+        rehearsed.decode.rehearse(DecodeStep(rows=(DecodeRow(source=source, position=position, table=table),)))
+    for names in ("A", "A", "AB"):
+        rehearsed.step(*names)
+    rehearsed.settle()
+    assert rehearsed.tokens == told.tokens
+    assert len(rehearsed.decode._sampler.rows._free_slots) == 4, "a slot that was rehearsed comes back"
+    with pytest.raises(AssertionError, match="nobody goes on"):
+        told.decode.rehearse(DecodeStep(rows=(DecodeRow(source=0, position=9, table=[0]),)))
 
 
 def test_a_token_from_the_host_is_as_good_as_the_one_left_on_the_device(engine: TinyEngine) -> None:

@@ -12,9 +12,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from duomo.engine.decode_step import Joining
 from duomo.wire.histogram import packed
 from duomo.wire.messages import Cancel, HandleOffered, Preempted, PullKv, Refused, RequestFailed, RequestFinished
 from services.decode import handoff, steps
+from services.decode.worker import DecodeWorker, StepInput
 from services.kv_transfer.faults import Fault, FaultPlan, ScriptedFaults, SeededFaults
 from tests.services.decode.rig import configuration, running
 from tests.services.decode.scripted_peers import GREEDY, WAIT_S, Prompt, expected, ids, until, with_max
@@ -56,6 +58,31 @@ def test_a_look_for_messages_ends_when_prefill_is_done(tmp_path: Path, monkeypat
             rig.prefill.done(prompt, offered, computed)
             await rig.gateway.finished("r")
             assert rig.gateway.answers["r"].ids() == expected(ids(40))[1:]
+
+    play(go())
+
+
+def test_while_a_prompt_lands_alone_its_first_step_is_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed: list[StepInput] = []
+    monkeypatch.setattr(DecodeWorker, "rehearse", lambda _, step: rehearsed.append(step))
+
+    async def go() -> None:
+        async with running(configuration(tmp_path)) as rig:
+            rig.gateway.start(prompt := Prompt("r", 0, ids(64), GREEDY), rig.prefill)
+            rig.prefill.announce(prompt)
+            handle, computed = await rig.prefill.granted(prompt), rig.prefill.compute(prompt)
+            first, *others = rig.prefill.open(handle, computed)
+            assert others and not rehearsed
+            rig.prefill.push(handle.handle_id, first.message_idx)
+            await until(lambda: bool(rehearsed))
+            (row,) = rehearsed[0].rows
+            assert isinstance(row.source, Joining) and row.source.sampling.prompt_ids == ids(64)
+            assert row.position == 64 and len(row.table) == 5, "its token lies in a block that it has not taken"
+            for span in others:
+                rig.prefill.push(handle.handle_id, span.message_idx)
+            rig.prefill.done(prompt, handle, computed)
+            await rig.gateway.finished("r")
+            assert rig.gateway.answers["r"].ids() == expected(ids(64))[1:]
 
     play(go())
 

@@ -241,8 +241,8 @@ def test_a_leg_that_can_begin_is_planned_before_the_step_thread_has_ended_its_lo
     holds, is_held, released, planned = threading.Event(), threading.Event(), threading.Event(), list[bool]()
     watch, join = StepLoop._watch, Batch.join
 
-    def held_watch(self: StepLoop) -> tuple[LandedMessage, ...]:
-        landed = watch(self)
+    def held_watch(self: StepLoop, foreseen: StepInput | None) -> tuple[LandedMessage, ...]:
+        landed = watch(self, foreseen)
         if holds.is_set():
             is_held.set()
             assert released.wait(30)
