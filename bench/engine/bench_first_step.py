@@ -1,10 +1,11 @@
-"""The first decode step behind an idle time, beside steps that are launched behind one another: what its launch costs, and a rehearsal spares.
+"""The first decode step behind an idle time, beside steps launched behind one another: what its launch costs, and a rehearsal spares.
 
     export PYTHONPATH=.:kernels
     python bench/engine/bench_first_step.py bench/engine/models/qwen3-30b-a3b --out bench/results/first_step_h100.json
 
 One GPU, random weights, one sequence of 2,048 tokens, no other thread. Before each first step the thread sleeps and looks as a step
-thread does while KV lands, the GPU kept awake. `over_ms`: the first step, from the call to its token on the host, less a step of those that follow.
+thread does while KV lands, the GPU kept awake. `over_ms`: the first step, from the call to its token on the host, less one of those that
+follow.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from duomo.errors import CapacityError, DuomoError, RequestCancelled, RequestError
+from duomo.errors import CapacityError, DeadlineError, DuomoError, RequestCancelled, RequestError
 from duomo.wire.values import Sampling
 from services.router.answers import AnswerHead, AnswerShape
 from services.router.body import read_body
@@ -125,7 +125,7 @@ class Call:
         if delays.gateway_tokenize_s:
             await asyncio.sleep(delays.gateway_tokenize_s)
         with self.refusing():
-            await check_structure(common.structure)
+            await self._check_structure(common)
             self._tokenized_s = time.monotonic()
             kept = await self._claim_key()
         if kept is not None:
@@ -176,6 +176,15 @@ class Call:
         finally:
             if not is_handed_over:
                 self._close(sink)
+
+    async def _check_structure(self, common: CommonFields) -> None:
+        """Within the request's time, too. Raises DeadlineError where that ends first."""
+        left_s = self._deadline_s - time.monotonic()
+        try:
+            async with asyncio.timeout(max(left_s, 0.0)):
+                await check_structure(common.structure)
+        except TimeoutError as error:
+            raise DeadlineError(f"The request was not finished within {self._deadline_s - self._received_s:g} s.") from error
 
     async def _claim_key(self) -> StoredAnswer | None:
         """The call's idempotency key is ours, if it has one, or its answer is there. Raises the error of one that is in use, or misused."""

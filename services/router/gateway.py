@@ -225,8 +225,9 @@ class Gateway:
         flight = leg.flight
         if link is leg.prefill:
             leg.prefill_is_over = True
-            if flight.cached_tokens is None:
-                flight.cached_tokens = message.cached_tokens
+            num_prompt = len(flight.request.prompt_ids)
+            if flight.cached_tokens is None and leg.on_prefill.num_tokens == num_prompt:  # a resume finds what this request has computed
+                flight.cached_tokens = min(message.cached_tokens, num_prompt)
         if link is leg.decode:
             leg.decode_is_over = True
         if leg.prefill_is_over and leg.decode_is_over and not all(choice.has_ended for choice in leg.choices):
@@ -320,7 +321,11 @@ class Gateway:
         if not error.retryable:
             leg.flight.fail(error)
             return
-        if breaking is not None and error.code not in _FOUND_NO_ROOM and self._placing.breakers.failed(breaking, time.monotonic()):
+        if error.code == "no_grant" and self._placing.seems_roomy(leg):
+            breaking = (leg.prefill.key, leg.decode.key)  # by its own word it had room for this leg
+        elif error.code in _FOUND_NO_ROOM:
+            breaking = None
+        if breaking is not None and self._placing.breakers.failed(breaking, time.monotonic()):
             self.metrics.breakers_opened.labels("pair" if len(breaking) > 1 else "leg").inc()
             log.warning("breaker of %s opens: %s", " and ".join(map(self._name_of, breaking)), error)
         self._begin_again(leg.flight, choices, error, culprits)

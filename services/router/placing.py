@@ -139,6 +139,14 @@ class Placing:
             self.breakers.succeeded((leg.decode.key,))
         self.pump_soon()
 
+    def seems_roomy(self, leg: Leg) -> bool:
+        """Whether decode has room for this leg, which is over, as far as its last report tells."""
+        view = next(iter(decode_views([leg.decode], self._limits)), None)
+        if view is None or leg.decode.is_silent(time.monotonic()):
+            return view is not None
+        num_choices = view.num_choices + len(leg.choices)
+        return view.free_blocks >= leg.on_decode.num_blocks + view.watermark_blocks and num_choices <= view.max_choices
+
     def forget(self, flight: Flight) -> None:
         """The flight is over: none of its legs waits any more."""
         for pending in self._line.forget(flight):
@@ -258,11 +266,13 @@ class Placing:
         self.pump_soon()
 
     def _view(self) -> PoolsView:
+        """Who has not reported for a while is barred with those whose breakers are open: it may be standing still."""
         now_s = time.monotonic()
+        silent = frozenset((link.key,) for link in self._pools.links.values() if link.is_silent(now_s))
         return PoolsView(
             prefills=prefill_views(self._pools.prefills(), self._limits, now_s),
             decodes=decode_views(self._pools.decodes(), self._limits),
-            barred=self.breakers.open_keys(now_s),
+            barred=self.breakers.open_keys(now_s) | silent,
             answer_tokens=self._answers.mean_tokens,
         )
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from services.router.flight import Leg
 
 POLL_PERIOD_S: Final = 0.25
+SILENT_S: Final = 2.0  # a report comes ten times a second; a busy loop may be late with it
 _RETRY_CONNECT_S: Final = 0.5
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,10 @@ class ReplicaLink:
     def report(self) -> ReplicaReport | None:
         """Its last one."""
         return self.book.report
+
+    def is_silent(self, now_s: float) -> bool:
+        """Whether it has reported, and not for some time."""
+        return self.report is not None and now_s - self.book.received_s > SILENT_S
 
     @property
     def is_usable(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from duomo.errors import RequestError
 from duomo.wire.messages import Cancel, StartDecode, StartPrefill
+from services.router import structured
 from services.router.deadlines import allowed_s, asked_timeout_s
 from tests.services.router.stub_replicas import Fault, Script
 from tests.services.router.stub_system import StubSystem, expire, overdue, stub_system
@@ -107,6 +109,24 @@ def test_what_is_not_finished_in_time_is_a_408_that_clients_do_not_retry(tmp_pat
             assert len(system.pools.of_role("prefill")[0].of_type(StartPrefill)) == 2
             await client.close()
             await claude.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_constraint_that_is_still_compiled_when_the_time_is_over_is_waited_for_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = threading.Event()
+    monkeypatch.setattr(structured, "check", lambda constraint, field: compiled.wait(60))
+    monkeypatch.setattr(structured, "CHECK_LIMIT_S", 60.0)
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            asked = CHAT | {"structured_outputs": {"regex": "compiled by this test alone"}}
+            late = await system.client.post("/v1/chat/completions", json=asked, headers={"x-request-timeout": "0.1"})
+            compiled.set()
+            assert (late.status_code, late.json()["error"]["code"]) == (408, "deadline_exceeded")
+            assert not system.pools.of_role("prefill")[0].of_type(StartPrefill)
 
     asyncio.run(scenario())
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from duomo.errors import PeerError
 from duomo.wire.connection import Connection
-from duomo.wire.messages import Resume, StartDecode, StartPrefill
+from duomo.wire.messages import ReplicaReport, RequestFailed, Resume, StartDecode, StartPrefill
+from services.router import pools
 from tests.services.router.stub_chat import chat, streamed, texts
-from tests.services.router.stub_replicas import Script
+from tests.services.router.stub_replicas import Script, StubReplica
 from tests.services.router.stub_system import stub_system
 
 BARRED_FOR_LONG = {"breaker_failures": 2, "breaker_open_s": 600.0, "max_breaker_open_s": 600.0}  # no trial falls into the test
@@ -112,6 +114,54 @@ def test_a_pair_whose_handoffs_fail_is_left_alone_and_both_replicas_are_not(tmp_
     asyncio.run(scenario())
 
 
+def test_a_pair_that_never_grants_though_it_has_room_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(), num_decodes=2, overrides={"gateway": BARRED_FOR_LONG}) as system:
+            stuck = min(system.pools.of_role("decode"), key=lambda decode: decode.boot_id)
+            plain = StubReplica._prefill
+
+            async def ungranted(self: StubReplica, connection: Connection, start: StartPrefill) -> None:
+                if start.decode.boot_id != stuck.boot_id:
+                    await plain(self, connection, start)
+                    return
+                told = {name: getattr(start, name) for name in ("request_id", "attempt", "traceparent", "remaining_s")}
+                connection.post(RequestFailed(**told, code="no_grant", detail="no grant", phase="kv.handoff", retryable=True))
+
+            monkeypatch.setattr(StubReplica, "_prefill", ungranted)
+            for _ in range(24):
+                assert texts(await chat(system)) == [system.story.text(0, 24)]
+            assert len(stuck.of_type(StartDecode)) == 2
+            assert b'duomo_breakers_opened_total{kind="pair"} 1.0' in system.gateway.metrics.render()
+
+    asyncio.run(scenario())
+
+
+def test_who_has_not_reported_for_a_while_is_left_alone_while_there_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pools, "SILENT_S", 1.5)
+    plain, silent = StubReplica.report, list[str]()
+
+    def report(self: StubReplica) -> ReplicaReport:
+        if self.boot_id in silent:
+            raise PeerError("it stands still")
+        return plain(self)
+
+    monkeypatch.setattr(StubReplica, "report", report)
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, num_decodes=2) as system:
+            still, other = sorted(system.pools.of_role("decode"), key=lambda decode: decode.boot_id)
+            silent.append(still.boot_id)
+            link = system.gateway.pools.links[still.boot_id]
+            await system.until(lambda: link.is_silent(time.monotonic()))
+            for _ in range(12):
+                assert texts(await chat(system)) == [system.story.text(0, 24)]
+            assert not still.of_type(StartDecode) and len(other.of_type(StartDecode)) == 12
+            silent.clear()
+            await system.until(lambda: not link.is_silent(time.monotonic()))
+
+    asyncio.run(scenario())
+
+
 def test_the_only_replica_is_taken_whatever_its_breaker_says(tmp_path: Path) -> None:
     async def scenario() -> None:
         script = Script(prefill_faults=deque(["fail"] * 3))
@@ -201,5 +251,25 @@ def test_a_first_token_that_is_lost_with_its_prefill_replica_is_made_again(tmp_p
             await system.until(lambda: not system.gateway.pools.prefills())
             await system.pools.add("prefill", system.directory)
             assert texts(await asked) == [system.story.text(0, 24)]
+
+    asyncio.run(scenario())
+
+
+def test_what_a_resume_finds_of_its_own_request_was_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first attempt's prefill replica is cancelled before it has said how it ended; the second one's prefix cache knows the first."""
+    script = Script(decode_faults=deque([("fail", 3)]), prefill_finishes=False)
+    plain = StubReplica._prefill
+
+    async def finding(self: StubReplica, connection: Connection, start: StartPrefill) -> None:
+        script.prefill_finishes, script.cached_tokens = bool(start.emitted_ids), len(start.prompt_ids) + len(start.emitted_ids)
+        await plain(self, connection, start)
+
+    monkeypatch.setattr(StubReplica, "_prefill", finding)
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, script) as system:
+            answer = await chat(system)
+            assert texts(answer) == [system.story.text(0, 24)]
+            assert answer.json()["usage"]["prompt_tokens_details"] is None, "nobody has said it"
 
     asyncio.run(scenario())
