@@ -217,20 +217,25 @@ def _too_late(wait_s: float, terms: Terms) -> Refuse:
 def never_fits(need: Need, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView]) -> str | None:
     """Why this need fits no replica of a pool even when that is empty, with the limit; None where it fits one of each.
 
-    D must hold the start of all choices at once, and one choice to its last token (it may be preempted, but must end).
+    D must hold the start of all choices at once, and one choice to its last token (it may be preempted, but must end). P must hold the
+    prompt, and what a choice has by then where it goes on elsewhere: all but its last token.
     """
-    fits_prefill = any(blocks_for(need.num_tokens, view.block_tokens) <= view.num_blocks for view in prefills)
-    if not fits_prefill:
-        limit = max(view.num_blocks * view.block_tokens for view in prefills)
-        return f"The prompt has {need.num_tokens} tokens; the prefill pool holds at most {limit} at once."
-    if any(_fits_empty(view, need) for view in decodes):
-        return None
-    limit = max(view.num_blocks * view.block_tokens for view in decodes)
+    most_prefill = max(view.num_blocks * view.block_tokens for view in prefills)
+    if need.num_tokens > most_prefill:
+        return f"The prompt has {need.num_tokens} tokens; the prefill pool holds at most {most_prefill} at once."
     total = need.num_tokens + need.new_tokens
-    return (
-        f"{need.num_choices} choice(s) of {total} tokens (prompt and completion) do not fit the decode pool, which holds at most "
-        f"{limit} tokens at once."
-    )
+    if not any(_fits_empty(view, need) for view in decodes):
+        limit = max(view.num_blocks * view.block_tokens for view in decodes)
+        return (
+            f"{need.num_choices} choice(s) of {total} tokens (prompt and completion) do not fit the decode pool, which holds at most "
+            f"{limit} tokens at once."
+        )
+    if total - 1 > most_prefill:
+        return (
+            f"A choice of {total} tokens (prompt and completion) could not go on elsewhere: the prefill pool, which computes it again "
+            f"then, holds at most {most_prefill} tokens at once."
+        )
+    return None
 
 
 def _fits_empty(view: DecodeView, need: Need) -> bool:

@@ -17,7 +17,7 @@ class PendingLeg:
     """Choices of a flight that need a pair. is_resume: one choice that has already emitted tokens. avoid: replicas that just failed it.
 
     cause: where it begins again, what ended it before. was_running: it goes before those that never ran. need, weight: once it waits.
-    timer: when it has waited long enough.
+    timer: when it has waited long enough. stranded_since_s: since when no replica that is there could serve it, however empty.
     """
 
     flight: Flight
@@ -29,6 +29,7 @@ class PendingLeg:
     need: Need | None = None
     weight: Weight = Weight(work_tokens=0, num_blocks=0, num_choices=0)
     timer: asyncio.TimerHandle | None = None
+    stranded_since_s: float | None = None
 
     @property
     def owner(self) -> Flight:

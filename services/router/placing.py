@@ -27,6 +27,7 @@ from services.router.pools import Pools
 from services.router.waiting import WaitingLine, Weight
 
 _DRAW_BITS: Final = 32
+_STRANDED_PAUSE_S: Final = 0.25
 
 
 class Placing:
@@ -187,11 +188,25 @@ class Placing:
             if placed is None:
                 return
             if isinstance(placed, Refuse):
-                head.flight.fail(CapacityError(placed.detail, code=placed.code, retry_after_s=placed.retry_after_s))
+                if not self._is_set_aside(head):
+                    head.flight.fail(CapacityError(placed.detail, code=placed.code, retry_after_s=placed.retry_after_s))
                 continue
             self._line.pop_head()
             _stop_timer(head)
+            head.stranded_since_s = None
             self.begin(head, placed)
+
+    def _is_set_aside(self, head: PendingLeg) -> bool:
+        """One that was running and that none of those that are left could serve: one that can may come, as in place of a pool's last. It
+        joins the line again in a while, and nobody waits behind it."""
+        now_s = time.monotonic()
+        if head.stranded_since_s is None:
+            head.stranded_since_s = now_s
+        if not head.was_running or now_s - head.stranded_since_s > self._config.gateway.failover_wait_s:
+            return False
+        self._line.pop_head()
+        self.begin_again(head, _STRANDED_PAUSE_S)
+        return True
 
     def _waited_enough(self, pending: PendingLeg) -> None:
         """It is told to come back, and when."""

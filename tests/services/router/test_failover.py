@@ -7,12 +7,15 @@ import time
 from collections import deque
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from duomo.errors import PeerError
 from duomo.wire.connection import Connection
 from duomo.wire.messages import ReplicaReport, RequestFailed, Resume, StartDecode, StartPrefill
 from services.router import pools
+from services.router.pending import PendingLeg
+from services.router.placing import Placing
 from tests.services.router.stub_chat import chat, streamed, texts
 from tests.services.router.stub_replicas import Script, StubReplica
 from tests.services.router.stub_system import stub_system
@@ -272,4 +275,67 @@ def test_what_a_resume_finds_of_its_own_request_was_not_cached(tmp_path: Path, m
             assert texts(answer) == [system.story.text(0, 24)]
             assert answer.json()["usage"]["prompt_tokens_details"] is None, "nobody has said it"
 
+    asyncio.run(scenario())
+
+
+def _of(blocks: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on replicas of these roles, or with these boot ids, report so many blocks."""
+    plain = StubReplica.report
+
+    def report(self: StubReplica) -> ReplicaReport:
+        num = blocks.get(self.boot_id, blocks.get(self.role))
+        told = plain(self)
+        return told if num is None else msgspec.structs.replace(told, num_blocks=num, num_free_blocks=num)
+
+    monkeypatch.setattr(StubReplica, "report", report)
+
+
+def test_what_a_resume_could_not_compute_again_is_refused_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefill replica holds 64 tokens: a stream of more could not go on elsewhere, be it preempted or its replica dead."""
+    _of({"prefill": 4}, monkeypatch)
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script(decode_faults=deque([("preempt", 20)]))) as system:
+            refused = await chat(system, max_tokens=200)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "never_fits"), refused.text
+            assert "prefill pool" in refused.json()["error"]["message"] and "at most 64" in refused.json()["error"]["message"]
+            num_prompt = (await chat(system, max_tokens=1)).json()["usage"]["prompt_tokens"]
+            assert texts(await chat(system, max_tokens=65 - num_prompt)) == [system.story.text(0, 65 - num_prompt)], "its last is not"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_a_stream_that_none_of_those_left_can_serve_waits_for_one_that_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    blocks: dict[str, int] = {}
+    _of(blocks, monkeypatch)
+
+    async def scenario() -> None:
+        script = Script(decode_faults=deque([("die", 20)]))
+        overrides = {"gateway": {"failover_wait_s": 60.0 if comes else 0.5}}
+        async with stub_system(tmp_path, script, num_prefills=2, overrides=overrides) as system:
+            first = system.pools.of_role("decode")[0]
+            asked = asyncio.create_task(chat(system, stream=True, max_tokens=200))
+            await system.until(lambda: bool(first.of_type(StartDecode)))
+            small = await system.pools.add("decode", system.directory)
+            blocks[small.boot_id] = 4
+            if comes:
+                await system.until(lambda: any(leg.stranded_since_s for leg in stranded))
+                del blocks[small.boot_id]
+            text, error = streamed(await asked)
+            if comes:
+                assert (text, error) == (system.story.text(0, 200), None)
+            else:
+                assert error is not None and error["code"] == "never_fits" and system.story.text(0, 200).startswith(text)
+
+    stranded: list[PendingLeg] = []
+    plain = Placing.begin_again
+
+    def begin_again(self: Placing, pending: PendingLeg, after_s: float = 0.0) -> None:
+        stranded.append(pending)
+        plain(self, pending, after_s)
+
+    monkeypatch.setattr(Placing, "begin_again", begin_again)
     asyncio.run(scenario())
