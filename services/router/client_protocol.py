@@ -32,7 +32,8 @@ MAX_QUEUED: Final = 4  # requests behind the one that is being answered; hardly 
 MAX_QUEUED_BODY_BYTES: Final = 64 * 1024  # of all of them
 MAX_FRAMING_BYTES: Final = 64 * 1024  # of one body beside FRAMING_FACTOR times what it holds: chunks of one byte have 5 more
 FRAMING_FACTOR: Final = 8
-MAX_DROPPED_BYTES: Final = 256 * 1024  # of a body that comes behind its answer
+MAX_DROPPED_BYTES: Final = 64 * 1024 * 1024  # of a body that comes behind its answer, within read_timeout_s: who writes all before it
+# reads would see a reset and not the answer
 SPARE_CONNECTIONS: Final = 256  # above the limit are told so; what comes above these is cut without a word
 
 

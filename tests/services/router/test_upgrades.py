@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from duomo.api_keys import hashed
+from services.router import client_protocol
+from tests.services.router.hand_clock import HandClock
 from tests.services.router.stub_system import stub_system
 from tests.services.router.test_client_protocol import CHAT, LINE, WAIT_S, answer, dialled, status_and_error, to_the_end
 
@@ -94,7 +96,8 @@ def test_chunks_that_hold_next_to_nothing_are_cut_and_small_ones_are_read(tmp_pa
 
 
 @pytest.mark.parametrize("path", [b"/health/live", b"/metrics", b"/health/nothing"])
-def test_a_body_that_comes_behind_its_answer_is_dropped_for_a_while(tmp_path: Path, path: bytes) -> None:
+def test_a_body_that_comes_behind_its_answer_is_dropped_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: bytes) -> None:
+    monkeypatch.setattr(client_protocol, "MAX_DROPPED_BYTES", 1024 * 1024)
     overrides = {"gateway": {"api_keys": [hashed("sesame", "a", ["inference"]).line()]}}
 
     async def scenario() -> None:
@@ -121,5 +124,23 @@ def test_no_slash_is_added_or_taken_away(tmp_path: Path) -> None:
             for path in ("/health/live/", "/v1/models/", "/v1/chat/completions/"):
                 told = await system.client.get(path, headers={"host": "evil.example"})
                 assert told.status_code == 404 and "location" not in told.headers
+
+    asyncio.run(scenario())
+
+
+def test_a_body_behind_its_answer_is_waited_for_no_longer_than_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of it comes."""
+    clock = HandClock(monkeypatch)
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, overrides={"gateway": {"read_timeout_s": 10, "keep_alive_timeout_s": 600}}) as system:
+            async with dialled(system) as (reader, writer):
+                writer.write(b"POST /health/live HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+                assert (await answer(reader))[0] == 405
+                for _ in range(2):
+                    await clock.sent(system, writer, b"8000\r\n" + b"a" * 32768 + b"\r\n")
+                    assert clock.is_last_open
+                    clock.advance(5.1)
+                assert await to_the_end(reader) == b""
 
     asyncio.run(scenario())
