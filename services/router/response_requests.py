@@ -144,7 +144,8 @@ def _take_item(name: str, value: object, turns: _Turns) -> None:
     if not isinstance(value, dict):
         raise wrong_type(name, "an object", value)
     fields = Fields(value, name + ".")
-    kind = fields.string("type") or "message"
+    told = fields.string("type")
+    kind = "message" if told is None else told
     fields.ignore("id", "status", "phase")
     if kind == "message":
         role = fields.string("role")

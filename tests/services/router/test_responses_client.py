@@ -162,6 +162,7 @@ WRONG: list[tuple[dict, str]] = [
     ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]}, "input[0].content[0]"),
     ({"input": [{"role": "user", "content": "x", "mood": 1}]}, "input[0].mood"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+    ({"input": [{"type": "", "role": "user", "content": "x"}]}, "input[0].type"),
     ({"input": [CALL | {"arguments": "["}]}, "input[0].arguments"),
     ({"input": [CALL | {"call_id": None}]}, "input[0].call_id"),
     ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
