@@ -86,11 +86,8 @@ class Handoffs:
 
     def lands_still(self, now_s: float) -> Leg | None:
         """A leg of which some KV is here and some is not. One whose last message came just now waits for a word that is about to come."""
-        for leg in self._landing.values():
-            last_s = leg.times.last_landed_s
-            if last_s is not None and leg.sampling.constraint is None and not (leg.is_landed and now_s - last_s < TOLD_WITHIN_S):
-                return leg
-        return None
+        begun = ((leg, leg.times.last_landed_s) for leg in self._landing.values())
+        return next((leg for leg, at_s in begun if at_s is not None and not (leg.is_landed and now_s - at_s < TOLD_WITHIN_S)), None)
 
     def _unsent_bytes(self, leg: Leg) -> int:
         """KV that would have been sent, had decode not known the beginning of the leg's prompt. 0 where nothing is sent anyway."""

@@ -98,7 +98,7 @@ def decide(need: Need, pools: PoolsView, line: LineView, terms: Terms, draw: int
     pools = _knowing(need, pools)
     if (too_old := _too_old(need, pools)) is not None:
         return too_old
-    limit = never_fits(need, pools.prefills, pools.decodes)
+    limit = never_fits(need, pools.prefills, pools.decodes) or could_not_go_on(need, pools.prefills)
     if limit is not None:
         return Refuse(400, "never_fits", limit)
     route = pick_route(pools.prefills, pools.decodes, need, barred=pools.barred, draw=draw) if not line.num_waiting else None
@@ -217,8 +217,7 @@ def _too_late(wait_s: float, terms: Terms) -> Refuse:
 def never_fits(need: Need, prefills: Sequence[PrefillView], decodes: Sequence[DecodeView]) -> str | None:
     """Why this need fits no replica of a pool even when that is empty, with the limit; None where it fits one of each.
 
-    D must hold the start of all choices at once, and one choice to its last token (it may be preempted, but must end). P must hold the
-    prompt, and what a choice has by then where it goes on elsewhere: all but its last token.
+    D must hold the start of all choices at once, and one choice to its last token (it may be preempted, but must end).
     """
     most_prefill = max(view.num_blocks * view.block_tokens for view in prefills)
     if need.num_tokens > most_prefill:
@@ -230,12 +229,20 @@ def never_fits(need: Need, prefills: Sequence[PrefillView], decodes: Sequence[De
             f"{need.num_choices} choice(s) of {total} tokens (prompt and completion) do not fit the decode pool, which holds at most "
             f"{limit} tokens at once."
         )
-    if total - 1 > most_prefill:
-        return (
-            f"A choice of {total} tokens (prompt and completion) could not go on elsewhere: the prefill pool, which computes it again "
-            f"then, holds at most {most_prefill} tokens at once."
-        )
     return None
+
+
+def could_not_go_on(need: Need, prefills: Sequence[PrefillView]) -> str | None:
+    """Why a new request could not go on elsewhere to its end, with the limit: P computes again what a choice has by then, at most all but
+    its last token. Not asked of a leg that has begun: it may end long before.
+    """
+    total, most = need.num_tokens + need.new_tokens, max(view.num_blocks * view.block_tokens for view in prefills)
+    if total - 1 <= most:
+        return None
+    return (
+        f"A choice of {total} tokens (prompt and completion) could not go on elsewhere: the prefill pool, which computes it again then, "
+        f"holds at most {most} tokens at once."
+    )
 
 
 def _fits_empty(view: DecodeView, need: Need) -> bool:

@@ -13,13 +13,14 @@ def cache_salt(authorization: str) -> str:
     """
     scheme, _, credentials = authorization.strip().partition(" ")
     key = credentials.strip() or scheme
-    return _digest(key) if key else ""
+    return _digest(key, b"duomo prefix") if key else ""
 
 
 def salted(salt: str, own: str) -> str:
     """What salts them where the body names a salt of its own: only calls of the same key that name the same one share; "" names none."""
-    return _digest(f"{salt}/{own}") if own else salt
+    return _digest(f"{salt}/{own}", b"duomo own salt") if own else salt
 
 
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, person=b"duomo prefix").hexdigest()
+def _digest(text: str, person: bytes) -> str:
+    """person: of what kind of text, so that none of one kind is another's."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16, person=person).hexdigest()

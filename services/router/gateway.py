@@ -226,7 +226,9 @@ class Gateway:
         if link is leg.prefill:
             leg.prefill_is_over = True
             num_prompt = len(flight.request.prompt_ids)
-            if flight.cached_tokens is None and leg.on_prefill.num_tokens == num_prompt:  # a resume finds what this request has computed
+            # What ran before may have been computed there: a later attempt finds it, and it is no cache's.
+            is_first = not flight.num_failed and not flight.lost and leg.on_prefill.num_tokens == num_prompt
+            if flight.cached_tokens is None and is_first:
                 flight.cached_tokens = min(message.cached_tokens, num_prompt)
         if link is leg.decode:
             leg.decode_is_over = True

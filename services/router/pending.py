@@ -40,6 +40,11 @@ class PendingLeg:
         request = self.flight.request
         return rank(received_s=request.received_s, priority=request.priority, was_running=self.was_running)
 
+    def without_room(self, why: str) -> PeerError:
+        """What its client is told where none of those that are left could serve it, for too long."""
+        detail = f"What served this request has ended ({self.cause}), and none that could go on with it has come to take its place: {why}"
+        return PeerError(detail, code="replica_lost", phase="route")
+
     def without_replica(self, pool: Literal["prefill", "decode"]) -> PeerError:
         """What its client is told where a pool has had no replica for too long: whether it had been served, or never was."""
         if self.cause:

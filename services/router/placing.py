@@ -39,6 +39,7 @@ class Placing:
         self._metrics = metrics
         self._legs: dict[str, Leg] = {}
         self._line: WaitingLine[PendingLeg] = WaitingLine()
+        self._stranded: set[PendingLeg] = set()  # of those that wait, who could be served by none that is there
         self._limits = book_limits(config)
         self._answers = AnswerLengths()
         self._random = random.Random()
@@ -52,7 +53,7 @@ class Placing:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._line)
+        return len(self._line) + len(self._stranded)
 
     @property
     def num_live_legs(self) -> int:
@@ -69,7 +70,7 @@ class Placing:
 
     def desired_replicas(self) -> DesiredReplicas:
         pools = self._view()
-        needs = [pending.need or self._need(pending, pools) for pending in self._line]
+        needs = [pending.need or self._need(pending, pools) for pending in (*self._line, *self._stranded)]
         return desired_replicas(pools.prefills, pools.decodes, needs, self._config.prefill.max_wave_tokens)
 
     def admit(self, pending: PendingLeg) -> Admit | Refuse | None:
@@ -141,18 +142,23 @@ class Placing:
         self.pump_soon()
 
     def seems_roomy(self, leg: Leg) -> bool:
-        """Whether decode has room for this leg, which is over, as far as its last report tells."""
-        view = next(iter(decode_views([leg.decode], self._limits)), None)
-        if view is None or leg.decode.is_silent(time.monotonic()):
-            return view is not None
-        num_choices = view.num_choices + len(leg.choices)
-        return view.free_blocks >= leg.on_decode.num_blocks + view.watermark_blocks and num_choices <= view.max_choices
+        """Whether decode has room for this leg, which is over, as far as its last report tells: blocks, places and landing slots. One that
+        no longer reports had it when the leg was sent there.
+        """
+        report, views = leg.decode.report, decode_views([leg.decode], self._limits)
+        if report is None or not views:
+            return False
+        (view,) = views
+        has_blocks = view.free_blocks >= leg.on_decode.num_blocks + view.watermark_blocks
+        has_places = view.num_choices + len(leg.choices) <= view.max_choices
+        return leg.decode.is_silent(time.monotonic()) or (has_blocks and has_places and report.num_free_slots > 0)
 
     def forget(self, flight: Flight) -> None:
         """The flight is over: none of its legs waits any more."""
         for pending in self._line.forget(flight):
             _stop_timer(pending)
-        self._metrics.queued_requests.set(len(self._line))
+        self._stranded = {pending for pending in self._stranded if pending.flight is not flight}
+        self._metrics.queued_requests.set(self.num_waiting)
         for choice in flight.choices:
             if choice.has_ended:
                 self._answers.ended(len(choice.emitted))
@@ -172,7 +178,7 @@ class Placing:
     def _pump(self) -> None:
         self._is_pump_due = False
         self._place_in_order()
-        self._metrics.queued_requests.set(len(self._line))
+        self._metrics.queued_requests.set(self.num_waiting)
 
     def _place_in_order(self) -> None:
         """The head of the line, and the next, while there is room."""
@@ -185,28 +191,36 @@ class Placing:
                 continue
             terms = None if head.was_running else self._terms(head)
             placed = place(head.need or self._need(head, pools), pools, head.avoid, terms, self._draw())
+            if isinstance(placed, Refuse):
+                self._refused(head, placed)
+                continue
+            head.stranded_since_s = None
             if placed is None:
                 return
-            if isinstance(placed, Refuse):
-                if not self._is_set_aside(head):
-                    head.flight.fail(CapacityError(placed.detail, code=placed.code, retry_after_s=placed.retry_after_s))
-                continue
             self._line.pop_head()
             _stop_timer(head)
-            head.stranded_since_s = None
             self.begin(head, placed)
 
-    def _is_set_aside(self, head: PendingLeg) -> bool:
-        """One that was running and that none of those that are left could serve: one that can may come, as in place of a pool's last. It
-        joins the line again in a while, and nobody waits behind it."""
+    def _refused(self, head: PendingLeg, refusal: Refuse) -> None:
+        """One that was running, and that none of those that are left could serve, waits for one that can, as for a pool's last: beside the
+        line, where nobody waits behind it."""
         now_s = time.monotonic()
+        if not head.was_running:
+            head.flight.fail(CapacityError(refusal.detail, code=refusal.code, retry_after_s=refusal.retry_after_s))
+            return
         if head.stranded_since_s is None:
             head.stranded_since_s = now_s
-        if not head.was_running or now_s - head.stranded_since_s > self._config.gateway.failover_wait_s:
-            return False
+        if now_s - head.stranded_since_s > self._config.gateway.failover_wait_s:
+            head.flight.fail(head.without_room(refusal.detail))
+            return
         self._line.pop_head()
-        self.begin_again(head, _STRANDED_PAUSE_S)
-        return True
+        self._stranded.add(head)
+        asyncio.get_running_loop().call_later(_STRANDED_PAUSE_S, self._look_again, head)
+
+    def _look_again(self, stranded: PendingLeg) -> None:
+        if stranded in self._stranded:  # else its flight is over
+            self._stranded.remove(stranded)
+            self.begin_again(stranded)
 
     def _waited_enough(self, pending: PendingLeg) -> None:
         """It is told to come back, and when."""
@@ -224,7 +238,7 @@ class Placing:
         blocks = min((decode_blocks(need, view.block_tokens) for view in pools.decodes), default=0)
         pending.weight = Weight(work_tokens=need.num_tokens - known, num_blocks=blocks, num_choices=need.num_choices)
         self._line.join(pending)
-        self._metrics.queued_requests.set(len(self._line))
+        self._metrics.queued_requests.set(self.num_waiting)
 
     def _need(self, pending: PendingLeg, pools: PoolsView) -> Need:
         return need_of(pending, self._config, next((view.block_tokens for view in pools.prefills), 0))

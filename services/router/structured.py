@@ -24,6 +24,7 @@ CHECK_LIMIT_S: Final = 5.0
 _BIAS_BOUND: Final = 100.0
 _MERE_NOTES: Final = ("binary", "password", "path", "file-path", "directory-path")
 _VALUES: Final = ("const", "enum", "default", "examples")  # of these what they hold is no schema
+_NAMED: Final = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _ANY_OBJECT: Final = '{"type":"object"}'
 
 
@@ -68,9 +69,12 @@ def read_logit_bias(fields: Fields, vocab_size: int) -> tuple[tuple[int, float],
 
 
 def _check_all(structure: Structure) -> None:
-    for part in structure.parts:  # first, so that a refusal names the one
-        _checked(part.constraint, part.field)
-    _checked(structure.constraint, structure.field)
+    try:
+        _checked(structure.constraint, structure.field)
+    except RequestError:
+        for part in structure.parts:  # which of them it is
+            _checked(part.constraint, part.field)
+        raise
 
 
 @lru_cache(maxsize=256)
@@ -120,15 +124,17 @@ def schema_text(schema: Mapping[str, object]) -> str:
     if b'"format"' not in text:
         return text.decode()
     whole: object = msgspec.json.decode(text)
-    stack = [whole]
+    stack = [(whole, False)]
     while stack:
-        value = stack.pop()
+        value, is_named = stack.pop()  # is_named: schemas under names of the client's own
         if isinstance(value, list):
-            stack += value
+            stack += [(inner, False) for inner in value]
+        elif isinstance(value, dict) and is_named:
+            stack += [(inner, False) for inner in value.values()]
         elif isinstance(value, dict):
             if value.get("format") in _MERE_NOTES:
                 del value["format"]
-            stack += [inner for name, inner in value.items() if name not in _VALUES]
+            stack += [(inner, name in _NAMED) for name, inner in value.items() if name not in _VALUES]
     return msgspec.json.encode(whole).decode()
 
 

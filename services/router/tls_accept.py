@@ -7,6 +7,7 @@ many of them take all, so that nothing is accepted and no replica dialled.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import socket
 import ssl
@@ -75,7 +76,12 @@ class TlsAcceptor:
             connection.setblocking(False)
             task = self._loop.create_task(self._shake_hands(connection))
             self._shaking.add(task)
-            task.add_done_callback(self._shaking.discard)
+            task.add_done_callback(functools.partial(self._shaken, connection))
+
+    def _shaken(self, connection: socket.socket, task: asyncio.Task[None]) -> None:
+        self._shaking.discard(task)
+        if task.cancelled():
+            connection.close()  # one that was cut before it began is nobody else's
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         terms = self._terms

@@ -41,7 +41,7 @@ class UpgradeIgnoringParser:
                 return
             except httptools.HttpParserUpgrade as end:
                 data = data[cast(int, end.args[0]) :]
-                self._parser = self._parser_behind_head()
+                self._go_behind_head()
 
     @property
     def is_body_behind(self) -> bool:
@@ -67,15 +67,15 @@ class UpgradeIgnoringParser:
             return b""
         return b"".join(b"%s: %s\r\n" % pair for pair in lengths)
 
-    def _parser_behind_head(self) -> httptools.HttpRequestParser:
+    def _go_behind_head(self) -> None:
         framing = self._framing()
         if not framing:
-            return _parser(self._told)
+            self._parser = _parser(self._told)
+            return
         behind = _BehindHead(self._told)
-        parser = _parser(behind)
-        parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % framing)
+        self._parser = _parser(behind)  # before it is fed: a body of no bytes ends here, and is asked for its end
+        self._parser.feed_data(b"POST / HTTP/1.1\r\n%s\r\n" % framing)
         behind.is_head_over = True
-        return parser
 
 
 class _BehindHead:

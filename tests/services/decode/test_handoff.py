@@ -83,6 +83,11 @@ def test_while_a_prompt_lands_alone_its_first_step_is_rehearsed(tmp_path: Path, 
             rig.prefill.done(prompt, handle, computed)
             await rig.gateway.finished("r")
             assert rig.gateway.answers["r"].ids() == expected(ids(64))[1:]
+            rehearsed.clear()
+            rig.gateway.start(counted := Prompt("p", 0, ids(64, 2), msgspec.structs.replace(GREEDY, presence_penalty=0.5)), rig.prefill)
+            await rig.prefill.prefill(counted)
+            await rig.gateway.finished("p")
+            assert not rehearsed, "its tables would be filled each time"
 
     play(go())
 

@@ -102,6 +102,17 @@ def test_a_prompt_beyond_the_prefill_pool_never_fits() -> None:
     assert "1024" in (never_fits(need, (P,), (replace(D, num_blocks=500),)) or "")
 
 
+def test_what_prefill_could_not_compute_again_is_not_begun_and_not_given_up() -> None:
+    need = Need(num_tokens=100, new_tokens=1000, num_choices=1, ahead_tokens=16)
+    large = replace(D, num_blocks=500)
+    refused = decide(need, _pools(decodes=(large,)), LINE, TERMS)
+    assert isinstance(refused, Refuse) and refused.status == 400 and "at most 1024 tokens" in refused.detail
+    assert isinstance(decide(replace(need, new_tokens=925), _pools(decodes=(large,)), LINE, TERMS), Admit), (
+        "all but the last is computed again"
+    )
+    assert isinstance(place(need, _pools(decodes=(large,)), frozenset(), None), Route), "one that runs may end long before"
+
+
 def test_the_first_token_is_predicted_from_what_prefill_has_to_do() -> None:
     idle = replace(P, tokens_per_s=1000.0)
     assert first_token_s(NEED, _pools(prefills=(idle,)), LINE) == pytest.approx(0.06)

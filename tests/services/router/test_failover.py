@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -139,6 +141,19 @@ def test_a_pair_that_never_grants_though_it_has_room_is_left_alone(tmp_path: Pat
     asyncio.run(scenario())
 
 
+def test_a_pair_without_landing_slots_has_not_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = StubReplica.report
+    monkeypatch.setattr(StubReplica, "report", lambda self: msgspec.structs.replace(plain(self), num_free_slots=0))
+
+    async def scenario() -> None:
+        script = Script(prefill_faults=deque(["no_grant"] * 6))
+        async with stub_system(tmp_path, script, overrides={"gateway": BARRED_FOR_LONG}) as system:
+            assert texts(await chat(system)) == [system.story.text(0, 24)]
+            assert b"duomo_breakers_opened_total{" not in system.gateway.metrics.render()
+
+    asyncio.run(scenario())
+
+
 def test_who_has_not_reported_for_a_while_is_left_alone_while_there_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "SILENT_S", 1.5)
     plain, silent = StubReplica.report, list[str]()
@@ -258,13 +273,16 @@ def test_a_first_token_that_is_lost_with_its_prefill_replica_is_made_again(tmp_p
     asyncio.run(scenario())
 
 
-def test_what_a_resume_finds_of_its_own_request_was_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("faults", [{"decode_faults": deque([("fail", 3)])}, {"prefill_faults": deque(["fail"])}], ids=["resume", "retry"])
+def test_what_an_attempt_finds_of_its_own_request_was_not_cached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faults: dict[str, Any]
+) -> None:
     """The first attempt's prefill replica is cancelled before it has said how it ended; the second one's prefix cache knows the first."""
-    script = Script(decode_faults=deque([("fail", 3)]), prefill_finishes=False)
+    script = Script(prefill_finishes=False, **copy.deepcopy(faults))
     plain = StubReplica._prefill
 
     async def finding(self: StubReplica, connection: Connection, start: StartPrefill) -> None:
-        script.prefill_finishes, script.cached_tokens = bool(start.emitted_ids), len(start.prompt_ids) + len(start.emitted_ids)
+        script.prefill_finishes, script.cached_tokens = start.attempt > 0, len(start.prompt_ids) + len(start.emitted_ids)
         await plain(self, connection, start)
 
     monkeypatch.setattr(StubReplica, "_prefill", finding)
@@ -323,12 +341,16 @@ def test_a_stream_that_none_of_those_left_can_serve_waits_for_one_that_can(
             blocks[small.boot_id] = 4
             if comes:
                 await system.until(lambda: any(leg.stranded_since_s for leg in stranded))
+                assert system.gateway.num_waiting == 1, "beside the line, and counted"
                 del blocks[small.boot_id]
             text, error = streamed(await asked)
             if comes:
                 assert (text, error) == (system.story.text(0, 200), None)
+                assert all(leg.stranded_since_s is None for leg in stranded), "another time it waits as long"
             else:
-                assert error is not None and error["code"] == "never_fits" and system.story.text(0, 200).startswith(text)
+                assert error is not None and error["code"] == "replica_lost" and "decode pool" in error["message"]
+                assert text and system.story.text(0, 200).startswith(text)
+            assert system.gateway.num_waiting == 0
 
     stranded: list[PendingLeg] = []
     plain = Placing.begin_again

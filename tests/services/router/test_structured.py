@@ -76,8 +76,10 @@ def test_what_names_none_is_none(off: dict[str, object]) -> None:
 
 def test_formats_that_say_nothing_of_a_text_are_left_out_and_values_are_left_alone() -> None:
     said = {"const": {"format": "binary"}, "enum": [{"format": "path"}]}
-    schema = {"properties": {"format": {"type": "string", "format": "password"}, "b": {"items": [{"format": "binary"}, said]}}}
-    kept = {"properties": {"format": {"type": "string"}, "b": {"items": [{}, said]}}}
+    named = {"default": {"type": "string", "format": "binary"}, "properties": {"enum": ["x"], "format": "path"}}
+    schema = {"properties": {"format": {"type": "string", "format": "password"}, "b": {"items": [{"format": "binary"}, said]}, **named}}
+    left = {"default": {"type": "string"}, "properties": {"enum": ["x"]}}
+    kept = {"properties": {"format": {"type": "string"}, "b": {"items": [{}, said]}, **left}}
     structure = chat(guided_json=schema).structure
     assert structure is not None and json.loads(structure.constraint.text) == kept
     unknown = chat(guided_json={"type": "string", "format": "iri"}).structure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import socket
 import ssl
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from duomo.config_gateway import GatewaySection
 from duomo.errors import ConfigError
 from services.router import edge
 from services.router.tls import tls_context
+from services.router.tls_accept import TlsAcceptor, TlsTerms
 from tests.services.router.stub_system import PATIENCE_S, stub_system
 
 STREAM = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 40, "stream": True}
@@ -143,3 +145,25 @@ def test_files_that_cannot_be_used_are_named(authority: trustme.CA, files: dict[
 def test_options_that_contradict_each_other_are_refused(section: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         GatewaySection.model_validate(section)
+
+
+def test_a_handshake_that_is_cut_before_it_began_leaves_no_socket(files: dict[str, str]) -> None:
+    context = tls_context(GatewaySection.model_validate(files))
+    assert context is not None
+    terms = TlsTerms(context=context, handshake_s=60.0, has_room=lambda num_shaking: True, refused=lambda: None)
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as bound:
+            bound.setblocking(False)
+            door = TlsAcceptor(asyncio.Protocol, bound, terms)
+            client = socket.create_connection(bound.getsockname())
+            door.start()
+            while not door._shaking:  # until the loop has seen it, and not until the task has run
+                door._accept()
+            door.close()
+            await door.wait_closed()
+            client.settimeout(PATIENCE_S)
+            assert await asyncio.to_thread(client.recv, 1) == b"", "closed from the other side"
+            client.close()
+
+    asyncio.run(scenario())

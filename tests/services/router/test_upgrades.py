@@ -62,6 +62,18 @@ def test_a_body_is_never_read_as_a_request(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("length", [b"0", b"00", b"0000"])
+def test_a_body_of_no_bytes_ends_with_its_head(tmp_path: Path, length: bytes) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system, dialled(system) as (reader, writer):
+            writer.write(_offering(b"h2c", b"content-length: %b\r\n" % length) + INNER)
+            status, told = await answer(reader)
+            assert (status, told["error"]["code"]) == (400, "invalid_json")
+            assert (await answer(reader))[0] == 200
+
+    asyncio.run(scenario())
+
+
 def test_an_upgrade_without_a_body_is_ignored(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with stub_system(tmp_path) as system, dialled(system) as (reader, writer):

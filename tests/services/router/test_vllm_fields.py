@@ -91,6 +91,7 @@ def test_a_salt_parts_prompts_of_one_key(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     assert len({salted("", "a"), salted("", "b"), salted(cache_salt("sk"), "a"), salted("", ""), cache_salt("sk")}) == 5
+    assert salted("", "x") != cache_salt("/x") and salted(cache_salt("sk"), "x") != cache_salt(f"{cache_salt('sk')}/x"), "nobody's key"
 
 
 def test_a_chat_that_names_no_length_may_fill_the_context(tmp_path: Path) -> None:
