@@ -3,8 +3,8 @@
 WIRE_VERSION history:
     1 to 3  gone, and with them PrefillDone.expert_counts
     4  Sampling.{constraint, logit_bias}, RingOffered.{memory, device_idx, kv_dtype}
-    5  Sampling.prompt_logprobs, PromptScored, ReplicaReport.{num_work_tokens, num_promised_blocks, tokens_per_s, step_s}, Drain.ends,
-       Undrain, FlushCaches, CachesFlushed
+    5  Sampling.prompt_logprobs, PromptScored, ReplicaReport.{num_work_tokens, num_promised_blocks, tokens_per_s, step_s,
+       max_choices}, Drain.ends, Undrain, FlushCaches, CachesFlushed
 
 Versions N and N-1 are spoken. Fields newer than version N-1 are listed in SINCE and carry a default: the codec leaves them
 out for an older peer; of Sampling only those that ask for nothing. Unknown types and unknown fields are refused (WireError). Times are
@@ -39,6 +39,7 @@ SINCE: dict[tuple[str, str], int] = {
     ("ReplicaReport", "num_promised_blocks"): 5,
     ("ReplicaReport", "tokens_per_s"): 5,
     ("ReplicaReport", "step_s"): 5,
+    ("ReplicaReport", "max_choices"): 5,
     ("Drain", "ends"): 5,
 }
 
@@ -269,7 +270,8 @@ class ReplicaReport(_Message, frozen=True, kw_only=True):
     num_work_tokens, of prefill: prompt tokens yet to be computed, in waves or waiting, less what its prefix cache has of them.
     num_promised_blocks, of decode: blocks that live legs have been promised or wait for, and have not taken. Both None from the other role.
     tokens_per_s, of prefill: prompt tokens computed in a second, in full waves. step_s: what a decode step, or
-    prefill's smallest wave, takes. Both 0 while not known.
+    prefill's smallest wave, takes. Both 0 while not known. max_choices, of decode: how many should run at once for decode.max_itl_s to be
+    kept; None where none is set.
     """
 
     replica_id: str
@@ -299,6 +301,7 @@ class ReplicaReport(_Message, frozen=True, kw_only=True):
     num_promised_blocks: int | None = None
     tokens_per_s: float = 0.0
     step_s: float = 0.0
+    max_choices: int | None = None
 
 
 RequestMessage = (

@@ -66,4 +66,5 @@ class Reporter:
             experts=self.experts.report(time.monotonic()),
             num_promised_blocks=pool.open_promise_blocks() + sum(leg.num_promised(pool.limits) for leg in unpromised),
             step_s=self.pace.step_s,
+            max_choices=self.pace.max_choices,
         )

@@ -94,7 +94,7 @@ class DecodeService:
         self._steps = StepLoop(worker, self._arrivals, self._batch, self.progress, self, thread, self._handoffs)
         self._grammars = LegGrammars(card, worker, self._steps.wake, self._fail)
         self._ticker: asyncio.Task[None] | None = None
-        self._pace = StepPace()
+        self._pace = StepPace(card.config.decode)
         self._reporter = Reporter(
             card=card,
             tracing=tracing,
@@ -226,7 +226,7 @@ class DecodeService:
         emitted = self._batch.apply(step, output.tokens, output.routed_RE)
         now_s = time.monotonic()
         self._outbox.emit(frame_of(emitted, output, self._producers.rtt_s, now_s))
-        self._pace.stepped(now_s, goes_on=self._batch.has_work)
+        self._pace.stepped(now_s, num_rows=len(step.rows), goes_on=self._batch.has_work)
         self.counters["tokens"] += len(emitted)
         for choice, token in emitted:
             choice.leg.routed.count_when_due(*self.decoded_experts.total_LE.shape)

@@ -129,7 +129,7 @@ class ReplicaBook:
             block_tokens=report.block_tokens,
             watermark_blocks=limits.watermark_blocks,
             num_choices=num_choices,
-            max_choices=limits.max_choices,
+            max_choices=min(limits.max_choices, report.max_choices or limits.max_choices),
             is_open=is_open,
             prefixes=self.prefixes,
             step_s=report.step_s,

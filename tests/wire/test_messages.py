@@ -183,6 +183,7 @@ EXAMPLES: tuple[Message, ...] = (
         num_promised_blocks=70_000,
         tokens_per_s=2048.5,
         step_s=0.0625,
+        max_choices=300,
     ),
 )
 

@@ -66,6 +66,18 @@ def test_a_report_tells_what_is_promised_and_how_long_steps_take(tmp_path: Path)
             await serve(rig, Prompt("s", 0, ids(20), with_max(GREEDY, 30)))
             last = rig.service.report()
             assert last.num_promised_blocks == 0 and 0 < last.step_s < time.monotonic() - began_s
+            assert last.max_choices is None, "no limit is set"
+
+    play(go())
+
+
+@pytest.mark.parametrize(("max_itl_s", "kept"), [(1e-6, 1), (60.0, 2)])
+def test_a_report_tells_how_many_keep_the_limit_between_tokens(tmp_path: Path, max_itl_s: float, kept: int) -> None:
+    async def go() -> None:
+        async with running(configuration(tmp_path, {"decode": {"max_itl_s": max_itl_s}})) as rig:
+            assert rig.service.report().max_choices == 1, "nothing is known"
+            await serve(rig, Prompt("s", 0, ids(20), with_max(GREEDY, 60)))
+            assert rig.service.report().max_choices == kept
 
     play(go())
 

@@ -138,3 +138,14 @@ def test_gateways_agree_on_all_but_what_was_sent_since(sent: list[tuple[int, int
         since = sum(tokens for ms, tokens in own if ms >= last_ms)
         crossing = sum(tokens for ms, tokens in own if last_ms - 1000 * IN_FLIGHT_S <= ms < last_ms)
         assert told + since <= queued(book, 1.0) <= told + since + crossing
+
+
+def test_a_batch_is_bounded_by_what_decode_says_and_by_the_configuration() -> None:
+    def max_choices(told: int | None) -> int:
+        book = ReplicaBook("d")
+        book.reported(decode_report(max_choices=told), 1.0)
+        view = book.decode_view(LIMITS, is_open=True)
+        assert view is not None
+        return view.max_choices
+
+    assert [max_choices(told) for told in (None, 1, 3, 99)] == [16, 1, 3, 16]

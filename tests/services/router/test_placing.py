@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from duomo.wire.messages import ReplicaReport, StartPrefill
@@ -42,6 +43,25 @@ def test_who_has_waited_long_enough_is_told_to_come_back(tmp_path: Path) -> None
             assert int(late.headers["retry-after"]) >= 1 and system.gateway.num_waiting == 0
             system.pools.go_on.set()
             assert (await running).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_no_more_are_sent_than_decode_says_keep_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = StubReplica.report
+    monkeypatch.setattr(StubReplica, "report", lambda self: msgspec.structs.replace(plain(self), max_choices=1))
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path, _held(), num_blocks=64) as system:
+            asked = [asyncio.create_task(_chat(system))]
+            await system.until(lambda: system.gateway.num_live_legs == 1)
+            asked += [asyncio.create_task(_chat(system)) for _ in range(3)]
+            await system.until(lambda: system.gateway.num_waiting == 3)
+            assert system.gateway.num_live_legs == 1
+            several = asyncio.create_task(_chat(system, n=2))  # more than may run; alone they do
+            await system.until(lambda: system.gateway.num_waiting == 4)
+            system.pools.go_on.set()
+            assert {answer.status_code for answer in await asyncio.gather(*asked, several)} == {200}
 
     asyncio.run(scenario())
 
