@@ -97,7 +97,7 @@ class DecodeSection(PoolSection):
     num_blocks: int = Field(default=2048, ge=8)
     max_batch: int = Field(default=64, ge=1, le=256)
     max_itl_s: float | None = Field(
-        default=None, gt=0, description="so few sequences run that 9 of 10 steps take no longer; other requests wait for their turn"
+        default=None, gt=0, description="so few sequences run that 4 of 5 steps take no longer; other requests wait for their turn"
     )
     watermark_blocks: int = Field(default=8, ge=0)
     admit_ahead_tokens: int = Field(default=256, ge=1)
