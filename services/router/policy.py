@@ -145,7 +145,7 @@ def pick_route(
     barred: Barred = frozenset(),
     draw: int = 0,
 ) -> Route | None:
-    """The pair for this leg, or None where no replica of one pool has room now.
+    """The pair for this leg, or None where no replica of one pool has room now, or one is worth waiting for.
 
     Replicas in `avoid` (they just failed this request), and replicas (key,) and pairs (P, D) in `barred` (their breaker is open), are taken
     only where no other has room. draw: a number drawn anew for each choice, so that several gateways do not all take the same replica.
@@ -159,6 +159,8 @@ def pick_route(
         pairs, tier = _least_bad(list(product(open_prefills, open_decodes)), avoid, barred)
         open_prefills = list({one.key: one for one, _ in pairs}.values())
     prefill, reason = _pick_prefill(open_prefills, need, draw)
+    if not tier and _is_worth_waiting([view for view in prefills if view.is_open], prefill, need):
+        return None
     if tier:
         open_decodes = [other for one, other in pairs if one is prefill]
     decode, decode_reason = _pick_decode(open_decodes, need, draw // 65_536)
@@ -198,7 +200,19 @@ def _is_barred(pair: Pair, barred: Barred) -> bool:
     return (prefill,) in barred or (decode,) in barred or (prefill, decode) in barred
 
 
-def _pick_prefill(views: Sequence[PrefillView], need: Need, draw: int) -> tuple[PrefillView, str]:
+def _is_worth_waiting(views: Sequence[PrefillView], chosen: PrefillView, need: Need) -> bool:
+    """Whether one that has no room now knows more of the prompt, and is cheaper with all that it has to do; it has room in a wave or so.
+
+    Else, once there is a line, its head would go to the one replica that has room, whatever that knows; all would be computed everywhere,
+    caches would lose what others need, and the line would stay.
+    """
+    offers = _prefill_offers(views, need)
+    known, cost = offers[chosen.key].worth, offers[chosen.key].cost
+    fits = [view for view in views if blocks_for(need.num_tokens, view.block_tokens) <= view.num_blocks]
+    return any(offers[view.key].worth > known and offers[view.key].cost < cost and not has_prefill_room(view, need) for view in fits)
+
+
+def _prefill_offers(views: Sequence[PrefillView], need: Need) -> dict[str, Offer]:
     """Costs are tokens of the fastest one: what a slower one has to do takes as long as more of them."""
     fastest = max(view.tokens_per_s for view in views)
     offers = {}
@@ -207,6 +221,11 @@ def _pick_prefill(views: Sequence[PrefillView], need: Need, draw: int) -> tuple[
         slowness = min(fastest / view.tokens_per_s, MAX_SLOWNESS) if view.tokens_per_s else 1.0
         own = (view.queued_tokens + need.num_tokens - known) * slowness
         offers[view.key] = Offer(key=view.key, cost=own - min((PREFIX_WORTH - 1) * known, view.wave_tokens), worth=known)
+    return offers
+
+
+def _pick_prefill(views: Sequence[PrefillView], need: Need, draw: int) -> tuple[PrefillView, str]:
+    offers = _prefill_offers(views, need)
     least = max(min(offer.cost for offer in offers.values()), 0.0)
     small = 2 * views[0].block_tokens
     slack = Slack(

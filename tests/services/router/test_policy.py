@@ -51,6 +51,19 @@ def test_a_known_prefix_is_worth_the_work_it_saves_and_no_more() -> None:
     assert pick_route(fast, [decode("x")], NEED).prefill == "a", "300 tokens at 4,000 a second against 160 at 1,000"
 
 
+def test_a_replica_that_knows_the_prompt_is_waited_for_while_that_costs_less() -> None:
+    full = {"room_tokens": 4096, "prefixes": knowing(4)}
+    knows, free = prefill("a", 90, **full), prefill("b", 60)
+    assert pick_route([knows, free], [decode("x")], CHAIN) is None, "90 + 100 - 3 * 64 against 60 + 100"
+    assert pick_route([prefill("a", 600, **full), free], [decode("x")], CHAIN).prefill == "b", "it would wait too long"
+    assert pick_route([knows, prefill("b", 60, prefixes=knowing(4))], [decode("x")], CHAIN).prefill == "b", "which knows as much"
+    assert pick_route([knows, free], [decode("x")], NEED).prefill == "b", "nobody knows this one"
+    assert pick_route([prefill("a", 90, is_open=False, **full), free], [decode("x")], CHAIN).prefill == "b"
+    assert pick_route([prefill("a", 90, num_blocks=6, **full), free], [decode("x")], CHAIN).prefill == "b", "it never fits there"
+    for passed_by in ({"avoid": frozenset("a")}, {"barred": frozenset({("a",)})}):
+        assert pick_route([knows, free], [decode("x")], CHAIN, **passed_by).prefill == "b", "nobody waits for what failed"
+
+
 def test_decode_sends_less_where_it_knows_the_prompt() -> None:
     route = pick_route([prefill("a")], [decode("x", 80, prefixes=knowing(6)), decode("y", 95)], CHAIN)
     assert (route.decode, route.decode_reason) == ("x", "prefix")
