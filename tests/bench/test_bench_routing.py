@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from bench.serve import route_plot
+from bench.serve.bench_routing import KIND as BENCH_KIND
 from bench.serve.bench_routing import LIMIT_S, Overload, check, overload_row, overloads, prefix_rows
 from bench.serve.route_gateway import Way
 from bench.serve.route_machines import Machine
 from bench.serve.route_simulator import Found, System, simulate
 from bench.serve.route_traces import Prefixes, SimRequest, fresh, oracle_tokens, shared_prefixes, trace_of_json
 from duomo.engine.blocks import BlockManager, allocate_prompt
+from services.router import policy
 
 KIND = Prefixes(num_groups=32, prompt_tokens=512, share=0.7)
 
@@ -32,6 +34,16 @@ def test_shared_prefixes_are_found_nearly_as_often_as_by_an_oracle_and_random_ro
         assert len(found.answers) == 500
         rates[way] = found.hit_rate / oracle
     assert rates["duomo"] >= 0.9 and max(rates["random"], rates["least_loaded"]) < 0.6, rates
+
+
+def test_near_saturation_a_line_does_not_make_it_route_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = shared_prefixes(800, 32.0, BENCH_KIND, output_tokens=32, seed=1, num_gateways=1)
+    oracle = oracle_tokens(trace, Machine().block_tokens) / sum(len(one.prompt_ids) for one in trace)
+    waited = simulate(trace, System(num_prefills=4))
+    check(waited, trace)
+    assert waited.hit_rate >= 0.9 * oracle
+    monkeypatch.setattr(policy, "_is_worth_waiting", lambda views, chosen, need: False)
+    assert simulate(trace, System(num_prefills=4)).hit_rate < 0.7 * oracle, "else this load says nothing of it"
 
 
 @pytest.mark.parametrize("case", overloads(), ids=lambda case: case.name)
