@@ -101,6 +101,8 @@ def decide(need: Need, pools: PoolsView, line: LineView, terms: Terms, draw: int
     limit = never_fits(need, pools.prefills, pools.decodes) or could_not_go_on(need, pools.prefills)
     if limit is not None:
         return Refuse(400, "never_fits", limit)
+    if (now := _fits_none_open(need, pools)) is not None:
+        return now
     route = pick_route(pools.prefills, pools.decodes, need, barred=pools.barred, draw=draw) if not line.num_waiting else None
     wait_s = 0.0 if not line.num_waiting and _is_idle(need, pools) else first_token_s(need, pools, line)
     if wait_s * CAUTION > terms.left_s:
@@ -120,9 +122,8 @@ def place(need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | No
     pools = _knowing(need, pools)
     if (too_old := _too_old(need, pools)) is not None:
         return too_old
-    limit = never_fits(need, pools.prefills, pools.decodes)
-    if limit is not None:
-        return Refuse(503, "never_fits", limit)
+    if (now := _fits_none_open(need, pools)) is not None:
+        return now
     if terms is not None and not _is_idle(need, pools):
         wait_s = first_token_s(need, pools, LineView())
         if wait_s * CAUTION > terms.left_s:
@@ -230,6 +231,16 @@ def never_fits(need: Need, prefills: Sequence[PrefillView], decodes: Sequence[De
             f"{limit} tokens at once."
         )
     return None
+
+
+def _fits_none_open(need: Need, pools: PoolsView) -> Refuse | None:
+    """Where only replicas that take nothing any more could hold it, or none. Both pools are open."""
+    limit = never_fits(need, [view for view in pools.prefills if view.is_open], [view for view in pools.decodes if view.is_open])
+    return (
+        None
+        if limit is None
+        else Refuse(503, "never_fits", f"Of the replicas that take requests now none could serve it: {limit}", _RESTART_S)
+    )
 
 
 def could_not_go_on(need: Need, prefills: Sequence[PrefillView]) -> str | None:

@@ -195,3 +195,18 @@ def test_a_replica_that_has_just_begun_counts_as_fast_as_the_others() -> None:
 
 def test_retry_after_is_bounded() -> None:
     assert (retry_s(-3.0), retry_s(5.0), retry_s(1e9)) == (MIN_RETRY_S, 5.0, MAX_RETRY_S)
+
+
+def test_who_fits_only_a_replica_that_drains_is_told_to_come_back_and_holds_up_nobody() -> None:
+    need = Need(num_tokens=100, new_tokens=900, num_choices=1, ahead_tokens=16)
+    drains = replace(D, key="large", num_blocks=500, is_open=False)
+    at_door = decide(need, _pools(decodes=(D, drains)), LINE, TERMS)
+    assert isinstance(at_door, Refuse) and (at_door.status, at_door.code) == (503, "never_fits") and at_door.retry_after_s
+    for terms in (TERMS, None):
+        refused = place(need, _pools(decodes=(D, drains)), frozenset(), terms)
+        assert isinstance(refused, Refuse) and refused.status == 503, "it is set aside or told, and the next in line is looked at"
+    assert isinstance(place(need, _pools(decodes=(D, replace(drains, is_open=True))), frozenset(), None), Route)
+    long = Need(num_tokens=900, new_tokens=1, num_choices=1, ahead_tokens=1)
+    small = replace(P, key="small", num_blocks=8)
+    refused = decide(long, _pools(prefills=(small, replace(P, is_open=False)), decodes=(replace(D, num_blocks=500),)), LINE, TERMS)
+    assert isinstance(refused, Refuse) and refused.status == 503 and "prefill pool" in refused.detail

@@ -323,9 +323,9 @@ def test_what_a_resume_could_not_compute_again_is_refused_at_the_door(tmp_path: 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("comes", [True, False])
+@pytest.mark.parametrize(("comes", "drains"), [(True, False), (False, False), (False, True)], ids=["comes", "none", "drains"])
 def test_a_stream_that_none_of_those_left_can_serve_waits_for_one_that_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes: bool, drains: bool
 ) -> None:
     blocks: dict[str, int] = {}
     _of(blocks, monkeypatch)
@@ -337,6 +337,8 @@ def test_a_stream_that_none_of_those_left_can_serve_waits_for_one_that_can(
             first = system.pools.of_role("decode")[0]
             asked = asyncio.create_task(chat(system, stream=True, max_tokens=200))
             await system.until(lambda: bool(first.of_type(StartDecode)))
+            if drains:
+                (await system.pools.add("decode", system.directory)).is_draining = True  # it would fit there, and is not taken
             small = await system.pools.add("decode", system.directory)
             blocks[small.boot_id] = 4
             if comes:
