@@ -253,9 +253,7 @@ class Placing:
     def _line_view(self, pending: PendingLeg) -> LineView:
         line, max_waiting = self._line, self._config.gateway.max_queued_requests
         last = line.last() if line and len(line) >= max_waiting else None
-        before = Weight(work_tokens=line.work_tokens, num_blocks=line.num_blocks, num_choices=line.num_choices)
-        if len(line) and pending.flight.request.priority > 0:  # others wait behind it, and are no reason to turn it away
-            before = line.ahead_of(pending.rank)
+        before = line.ahead_of(pending.rank)  # who waits behind it is no reason to turn it away
         return LineView(
             num_waiting=len(line),
             max_waiting=max_waiting,

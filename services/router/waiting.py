@@ -57,6 +57,7 @@ class WaitingLine(Generic[W]):
         self._waiting: dict[int, W] = {}  # by place in the order of joining
         self._places: dict[Hashable, set[int]] = {}
         self._num_joined = 0
+        self._last_rank: Rank | None = None  # of all that joined since nobody waited
         self.work_tokens = 0
         self.num_blocks = 0
         self.num_choices = 0
@@ -70,6 +71,7 @@ class WaitingLine(Generic[W]):
 
     def join(self, waiter: W) -> None:
         """At its place. The same leg may join again once it was taken out."""
+        self._last_rank = waiter.rank if self._last_rank is None or not self._waiting else max(self._last_rank, waiter.rank)
         place = self._num_joined
         self._num_joined += 1
         self._waiting[place] = waiter
@@ -90,7 +92,9 @@ class WaitingLine(Generic[W]):
         self._drop(heapq.heappop(self._heap)[1], waiter)
 
     def ahead_of(self, own: Rank) -> Weight:
-        """What those need in all who would be served before it. Looks at everybody."""
+        """What those need in all who would be served before it. Looks at everybody where some are not."""
+        if self._last_rank is None or own >= self._last_rank:
+            return Weight(work_tokens=self.work_tokens, num_blocks=self.num_blocks, num_choices=self.num_choices)
         ahead = [waiter.weight for waiter in self._waiting.values() if waiter.rank <= own]
         return Weight(
             work_tokens=sum(weight.work_tokens for weight in ahead),

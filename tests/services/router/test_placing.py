@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,11 +15,16 @@ import pytest
 
 from duomo.wire.messages import ReplicaReport, StartPrefill
 from services.router.pending import PendingLeg
+from services.router.waiting import Weight
 from tests.services.router.stub_replicas import Script, StubReplica
 from tests.services.router.stub_system import StubSystem, stub_system
 
 CHAT = {"model": "tiny-moe", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 24}
 ONE_AT_A_TIME: dict[str, Any] = {"num_blocks": 4, "overrides": {"decode": {"watermark_blocks": 0}}}
+
+
+class _Hashable(SimpleNamespace):
+    __hash__ = object.__hash__
 
 
 async def _chat(system: StubSystem, **fields: object) -> httpx.Response:
@@ -101,6 +108,25 @@ def test_what_is_predicted_to_come_too_late_is_refused_at_the_door(tmp_path: Pat
             assert short.status_code == 429 and "its deadline" in short.json()["error"]["message"]
 
     monkeypatch.setattr(StubReplica, "report", busy)
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("level", "counted"), [(-6, 500), (-5, 500), (-4, 0), (0, 0), (1, 0)])
+def test_nobody_is_turned_away_for_those_that_wait_behind_it(tmp_path: Path, level: int, counted: int) -> None:
+    """level: as the line knows it, the higher goes first; of the request that comes behind one of -5."""
+
+    def leg(priority: int) -> PendingLeg:
+        request = SimpleNamespace(received_s=time.monotonic(), priority=priority)
+        weight = Weight(work_tokens=500, num_blocks=1, num_choices=1)
+        return PendingLeg(flight=_Hashable(request=request), choices=(), is_resume=False, weight=weight)
+
+    async def scenario() -> None:
+        async with stub_system(tmp_path) as system:
+            placing = system.gateway._placing
+            placing._line.join(leg(-5))
+            assert placing._line_view(leg(level)).work_tokens == counted
+            placing._line.pop_head()
+
     asyncio.run(scenario())
 
 

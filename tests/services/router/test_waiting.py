@@ -133,6 +133,9 @@ class LineMachine(RuleBasedStateMachine):
         assert self.line.last() is (self.plain[-1] if self.plain else None)
         assert self.line.work_tokens == sum(one.weight.work_tokens for one in self.plain)
         assert self.line.num_blocks == sum(one.weight.num_blocks for one in self.plain)
+        for own in (rank(received_s=20, priority=priority, was_running=False) for priority in (-2, 0, 2)):
+            ahead = sum(one.weight.work_tokens for one in self.plain if one.rank <= own)
+            assert self.line.ahead_of(own).work_tokens == ahead, "who waits behind it is not counted"
 
 
 TestLine = LineMachine.TestCase
