@@ -41,6 +41,7 @@ class SimPending:
     need: Need
     weight: Weight
     until_s: float
+    leads_since_s: float | None = None
 
     @property
     def owner(self) -> object:
@@ -118,7 +119,10 @@ class SimGateway:
             outcomes.append(self._give_up(pending, "queue_timeout", pools))
         while (head := self.line.head()) is not None:
             pools = self._view(now_s)
-            placed = place(head.need, pools, frozenset(), self._until(head.request, now_s), self._random.getrandbits(32))
+            if head.leads_since_s is None:
+                head.leads_since_s = now_s
+            waited_s = now_s - head.leads_since_s
+            placed = place(head.need, pools, frozenset(), self._until(head.request, now_s), self._random.getrandbits(32), waited_s)
             if placed is None:
                 break
             self.line.pop_head()

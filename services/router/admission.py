@@ -14,6 +14,7 @@ from services.router.policy import (
     Barred,
     DecodeView,
     Need,
+    Patience,
     PrefillView,
     Route,
     blocks_for,
@@ -103,7 +104,10 @@ def decide(need: Need, pools: PoolsView, line: LineView, terms: Terms, draw: int
         return Refuse(400, "never_fits", limit)
     if (now := _fits_none_open(need, pools)) is not None:
         return now
-    route = pick_route(pools.prefills, pools.decodes, need, barred=pools.barred, draw=draw) if not line.num_waiting else None
+    patience = Patience(left_s=terms.left_s / CAUTION)
+    route = None
+    if not line.num_waiting:
+        route = pick_route(pools.prefills, pools.decodes, need, barred=pools.barred, draw=draw, patience=patience)
     wait_s = 0.0 if not line.num_waiting and _is_idle(need, pools) else first_token_s(need, pools, line)
     if wait_s * CAUTION > terms.left_s:
         return _too_late(wait_s, terms)
@@ -114,10 +118,12 @@ def decide(need: Need, pools: PoolsView, line: LineView, terms: Terms, draw: int
     return Queue()
 
 
-def place(need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | None, draw: int = 0) -> Route | Refuse | None:
+def place(
+    need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | None, draw: int = 0, waited_s: float = 0.0
+) -> Route | Refuse | None:
     """What to do with whoever leads the line: its route, None where it waits on, or why it can wait no more. Both pools are open.
 
-    terms: None of a leg that was running before: what has begun is not given up for being late.
+    terms: None of a leg that was running before: what has begun is not given up for being late. waited_s: that it has led the line.
     """
     pools = _knowing(need, pools)
     if (too_old := _too_old(need, pools)) is not None:
@@ -128,7 +134,8 @@ def place(need: Need, pools: PoolsView, avoid: frozenset[str], terms: Terms | No
         wait_s = first_token_s(need, pools, LineView())
         if wait_s * CAUTION > terms.left_s:
             return _too_late(wait_s, terms)
-    return pick_route(pools.prefills, pools.decodes, need, avoid, pools.barred, draw)
+    patience = Patience(waited_s) if terms is None else Patience(waited_s, terms.left_s / CAUTION)
+    return pick_route(pools.prefills, pools.decodes, need, avoid, pools.barred, draw, patience)
 
 
 def _knowing(need: Need, pools: PoolsView) -> PoolsView:

@@ -18,6 +18,7 @@ class PendingLeg:
 
     cause: where it begins again, what ended it before. was_running: it goes before those that never ran. need, weight: once it waits.
     timer: when it has waited long enough. stranded_since_s: since when no replica that is there could serve it, however empty.
+    leads_since_s: since when it has been next in line.
     """
 
     flight: Flight
@@ -30,6 +31,7 @@ class PendingLeg:
     weight: Weight = Weight(work_tokens=0, num_blocks=0, num_choices=0)
     timer: asyncio.TimerHandle | None = None
     stranded_since_s: float | None = None
+    leads_since_s: float | None = None
 
     @property
     def owner(self) -> Flight:

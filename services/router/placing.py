@@ -151,7 +151,8 @@ class Placing:
         (view,) = views
         has_blocks = view.free_blocks >= leg.on_decode.num_blocks + view.watermark_blocks
         has_places = view.num_choices + len(leg.choices) <= view.max_choices
-        return leg.decode.is_silent(time.monotonic()) or (has_blocks and has_places and report.num_free_slots > 0)
+        has_slots = report.num_free_slots > 0 or not report.num_slots  # none are needed where KV stays where it is
+        return leg.decode.is_silent(time.monotonic()) or (has_blocks and has_places and has_slots)
 
     def forget(self, flight: Flight) -> None:
         """The flight is over: none of its legs waits any more."""
@@ -160,7 +161,7 @@ class Placing:
         self._stranded = {pending for pending in self._stranded if pending.flight is not flight}
         self._metrics.queued_requests.set(self.num_waiting)
         for choice in flight.choices:
-            if choice.has_ended:
+            if choice.has_ended and choice.emitted:  # a prompt that is only scored is no short answer
                 self._answers.ended(len(choice.emitted))
 
     def pools_changed(self) -> None:
@@ -190,7 +191,10 @@ class Placing:
                 head.flight.fail(head.without_replica("decode" if _has_open(pools.prefills) else "prefill"))
                 continue
             terms = None if head.was_running else self._terms(head)
-            placed = place(head.need or self._need(head, pools), pools, head.avoid, terms, self._draw())
+            now_s = time.monotonic()
+            head.leads_since_s = now_s if head.leads_since_s is None else head.leads_since_s
+            need = head.need or self._need(head, pools)
+            placed = place(need, pools, head.avoid, terms, self._draw(), now_s - head.leads_since_s)
             if isinstance(placed, Refuse):
                 self._refused(head, placed)
                 continue
@@ -225,6 +229,10 @@ class Placing:
     def _waited_enough(self, pending: PendingLeg) -> None:
         """It is told to come back, and when."""
         waited_s = time.monotonic() - pending.flight.request.received_s
+        pools = self._view()
+        if not (_has_open(pools.prefills) and _has_open(pools.decodes)):
+            pending.flight.fail(pending.without_replica("decode" if _has_open(pools.prefills) else "prefill"))
+            return
         detail = f"There was no room for {waited_s:.1f} s."
         pending.flight.fail(CapacityError(detail, code="queue_timeout", retry_after_s=self._retry_s(pending)))
 
@@ -234,6 +242,7 @@ class Placing:
 
     def _join(self, pending: PendingLeg, pools: PoolsView) -> None:
         need = pending.need = self._need(pending, pools)
+        pending.leads_since_s = None
         known = max((known_tokens(view, need) for view in pools.prefills), default=0)
         blocks = min((decode_blocks(need, view.block_tokens) for view in pools.decodes), default=0)
         pending.weight = Weight(work_tokens=need.num_tokens - known, num_blocks=blocks, num_choices=need.num_choices)

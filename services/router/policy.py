@@ -9,6 +9,7 @@ Who of several about as good: preference.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -102,6 +103,18 @@ class Route:
     known_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a leg may wait for a replica that knows its prompt. waited_s: that it has led the line; left_s: until its first token is
+    due."""
+
+    waited_s: float = 0.0
+    left_s: float = math.inf
+
+
+PATIENT: Final = Patience()
+
+
 def blocks_for(num_tokens: int, block_tokens: int) -> int:
     return -(-num_tokens // block_tokens)
 
@@ -144,6 +157,7 @@ def pick_route(
     avoid: frozenset[str] = frozenset(),
     barred: Barred = frozenset(),
     draw: int = 0,
+    patience: Patience = PATIENT,
 ) -> Route | None:
     """The pair for this leg, or None where no replica of one pool has room now, or one is worth waiting for.
 
@@ -159,7 +173,8 @@ def pick_route(
         pairs, tier = _least_bad(list(product(open_prefills, open_decodes)), avoid, barred)
         open_prefills = list({one.key: one for one, _ in pairs}.values())
     prefill, reason = _pick_prefill(open_prefills, need, draw)
-    if not tier and _is_worth_waiting([view for view in prefills if view.is_open], prefill, need):
+    others = [view for view in prefills if view.is_open and view.key not in avoid and (view.key,) not in barred]
+    if _is_worth_waiting(others, prefill, need, patience):
         return None
     if tier:
         open_decodes = [other for one, other in pairs if one is prefill]
@@ -200,16 +215,24 @@ def _is_barred(pair: Pair, barred: Barred) -> bool:
     return (prefill,) in barred or (decode,) in barred or (prefill, decode) in barred
 
 
-def _is_worth_waiting(views: Sequence[PrefillView], chosen: PrefillView, need: Need) -> bool:
-    """Whether one that has no room now knows more of the prompt, and is cheaper with all that it has to do; it has room in a wave or so.
+def _is_worth_waiting(others: Sequence[PrefillView], chosen: PrefillView, need: Need, patience: Patience) -> bool:
+    """Whether one that has no room now knows more of the prompt, is cheaper with all that it has to do, and comes in time: its first token
+    by prefill's pace, and its room before a wave of its own is over. What has no pace yet is not waited for.
 
     Else, once there is a line, its head would go to the one replica that has room, whatever that knows; all would be computed everywhere,
     caches would lose what others need, and the line would stay.
     """
-    offers = _prefill_offers(views, need)
+    full = [view for view in others if view.tokens_per_s and not has_prefill_room(view, need)]
+    offers = _prefill_offers([chosen, *full], need)
     known, cost = offers[chosen.key].worth, offers[chosen.key].cost
-    fits = [view for view in views if blocks_for(need.num_tokens, view.block_tokens) <= view.num_blocks]
-    return any(offers[view.key].worth > known and offers[view.key].cost < cost and not has_prefill_room(view, need) for view in fits)
+    return any(
+        offers[view.key].worth > known
+        and offers[view.key].cost < cost
+        and patience.waited_s * view.tokens_per_s <= view.wave_tokens
+        and view.queued_tokens + need.num_tokens - offers[view.key].worth <= patience.left_s * view.tokens_per_s
+        for view in full
+        if blocks_for(need.num_tokens, view.block_tokens) <= view.num_blocks
+    )
 
 
 def _prefill_offers(views: Sequence[PrefillView], need: Need) -> dict[str, Offer]:

@@ -42,7 +42,7 @@ def test_near_saturation_a_line_does_not_make_it_route_at_random(monkeypatch: py
     waited = simulate(trace, System(num_prefills=4))
     check(waited, trace)
     assert waited.hit_rate >= 0.9 * oracle
-    monkeypatch.setattr(policy, "_is_worth_waiting", lambda views, chosen, need: False)
+    monkeypatch.setattr(policy, "_is_worth_waiting", lambda others, chosen, need, patience: False)
     assert simulate(trace, System(num_prefills=4)).hit_rate < 0.7 * oracle, "else this load says nothing of it"
 
 

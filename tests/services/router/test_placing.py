@@ -179,3 +179,30 @@ def test_who_left_the_line_leaves_no_timer_that_holds_its_prompt(tmp_path: Path)
             assert due and not held
 
     asyncio.run(scenario())
+
+
+def test_who_has_waited_long_enough_for_a_pool_without_a_replica_is_told_that(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, _held(), **_with({"queue_ttl_s": 2.0, "failover_wait_s": 60.0, "max_lost_replicas": 0})) as system:
+            running = asyncio.create_task(_chat(system))
+            await system.until(lambda: system.gateway.num_live_legs == 1)
+            waits = asyncio.create_task(_chat(system))
+            await system.until(lambda: system.gateway.num_waiting == 1)
+            await system.pools.of_role("decode")[0].die()
+            told = await waits
+            assert (told.status_code, told.json()["error"]["code"]) == (503, "no_decode_replica") and told.headers["retry-after"]
+            await running
+
+    asyncio.run(scenario())
+
+
+def test_prompts_that_are_only_scored_are_no_short_answers(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with stub_system(tmp_path, Script()) as system:
+            for _ in range(8):
+                assert (await _chat(system, max_tokens=20)).status_code == 200
+            scored = {"model": "tiny-moe", "prompt": "hi", "max_tokens": 0, "echo": True}
+            assert (await system.client.post("/v1/completions", json=scored)).status_code == 200
+            assert system.gateway._placing._answers.mean_tokens == 20
+
+    asyncio.run(scenario())

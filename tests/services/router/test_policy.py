@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.router.policy import DecodeView, Need, PrefillView, decode_blocks, has_decode_room, has_prefill_room, known_tokens, pick_route
+from services.router.policy import (
+    DecodeView,
+    Need,
+    Patience,
+    PrefillView,
+    decode_blocks,
+    has_decode_room,
+    has_prefill_room,
+    known_tokens,
+    pick_route,
+)
 from services.router.prefix_index import PrefixIndex
 
 
@@ -52,7 +63,7 @@ def test_a_known_prefix_is_worth_the_work_it_saves_and_no_more() -> None:
 
 
 def test_a_replica_that_knows_the_prompt_is_waited_for_while_that_costs_less() -> None:
-    full = {"room_tokens": 4096, "prefixes": knowing(4)}
+    full = {"room_tokens": 4096, "prefixes": knowing(4), "tokens_per_s": 100.0}
     knows, free = prefill("a", 90, **full), prefill("b", 60)
     assert pick_route([knows, free], [decode("x")], CHAIN) is None, "90 + 100 - 3 * 64 against 60 + 100"
     assert pick_route([prefill("a", 600, **full), free], [decode("x")], CHAIN).prefill == "b", "it would wait too long"
@@ -62,6 +73,13 @@ def test_a_replica_that_knows_the_prompt_is_waited_for_while_that_costs_less() -
     assert pick_route([prefill("a", 90, num_blocks=6, **full), free], [decode("x")], CHAIN).prefill == "b", "it never fits there"
     for passed_by in ({"avoid": frozenset("a")}, {"barred": frozenset({("a",)})}):
         assert pick_route([knows, free], [decode("x")], CHAIN, **passed_by).prefill == "b", "nobody waits for what failed"
+    elsewhere = {"barred": frozenset({("z",), ("a", "y")})}
+    assert pick_route([knows, free], [decode("x")], CHAIN, **elsewhere) is None, "what others failed at says nothing of it"
+    unmeasured = replace(knows, tokens_per_s=0.0)
+    assert pick_route([unmeasured, free], [decode("x")], CHAIN).prefill == "b", "nobody knows how long"
+    for patience, waits in (((5.12, 1.26), True), ((5.2, 9.0), False), ((0.0, 1.25), False)):  # a wave: 5.12 s; 126 tokens: 1.26 s
+        route = pick_route([knows, free], [decode("x")], CHAIN, patience=Patience(*patience))
+        assert (route is None) == waits, "a wave at most, and only where its first token comes in time"
 
 
 def test_decode_sends_less_where_it_knows_the_prompt() -> None:
