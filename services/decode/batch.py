@@ -121,6 +121,8 @@ class Batch:
     def foreseen(self, leg: Leg) -> StepInput | None:
         """The leg's first step as far as it is known while its KV lands: one choice, and not yet its token. None where its tokens are
         counted or masked: tables of the size of prompt and vocabulary would be filled each time."""
+        if leg.sampling.constraint is not None or leg.sampling.logit_bias:
+            return None
         sampling = RowSampling(
             sampling=leg.sampling,
             choice=leg.choice_numbers[0],
@@ -128,7 +130,7 @@ class Batch:
             output_ids=[*leg.emitted_ids, 0],
             ending_ids=ending_ids(leg.sampling, self._stops.eos_ids),
         )
-        if leg.sampling.constraint is not None or leg.sampling.logit_bias or sampling.has_penalty:
+        if sampling.has_penalty:
             return None
         table = [*leg.blocks, leg.blocks[-1]]  # the token's own place may lie in a block that it has not taken yet
         row = DecodeRow(source=Joining(token_id=0, sampling=sampling), position=leg.num_tokens, table=table)
